@@ -1,0 +1,18 @@
+"""shadowtune: adapt a large language model once, deploy it twice.
+
+Importing this package registers the model type ``shadow`` with transformers and does nothing else.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from shadowtune.attach import attach
+from shadowtune.config.shadow import ShadowConfig
+from shadowtune.model.causal_lm import ShadowForCausalLM
+from shadowtune.model.configuration import ShadowModelConfig
+
+AutoConfig.register("shadow", ShadowModelConfig, exist_ok=True)
+AutoModelForCausalLM.register(ShadowModelConfig, ShadowForCausalLM, exist_ok=True)
+
+__version__ = "0.1.0"
+
+__all__ = ["ShadowConfig", "ShadowForCausalLM", "ShadowModelConfig", "__version__", "attach"]

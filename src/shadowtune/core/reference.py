@@ -1,0 +1,85 @@
+r"""The slow truth: ShadowPEFT as plain loops in float64. Every fast path is tested against this file.
+
+Nothing here is clever, and nothing is shared with the fast code but the parameters and the settings. Equations of
+https://arxiv.org/abs/2604.19254.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shadowtune.config.shadow import ShadowConfig
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm over the last axis, eps 1e-5."""
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + 1e-5) * weight + bias
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """SiLU or the exact GELU, written out."""
+    if name == "silu":
+        return x / (1 + torch.exp(-x))
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def mlp(x: Tensor, p: Mapping[str, Tensor], which: str, slot: int, activation: str) -> Tensor:
+    """T (``which`` = "transform") or G before its sigmoid ("gate"): down, activation, up."""
+    inner = x @ p[f"{which}_downs"][slot]
+    if f"{which}_down_biases" in p:
+        inner = inner + p[f"{which}_down_biases"][slot]
+    outer = activate(inner, activation) @ p[f"{which}_ups"][slot]
+    if f"{which}_up_biases" in p:
+        outer = outer + p[f"{which}_up_biases"][slot]
+    return outer
+
+
+def boundary(index: int, h: Tensor, s: Tensor, p: Mapping[str, Tensor], config: ShadowConfig) -> tuple[Tensor, Tensor]:
+    """One boundary without dropout, (h, s) -> (h', s'); ``p`` are the stacked parameters by name (Eq. 2-7)."""
+    shared = config.depth_sharing == "full"
+    if config.update and index > 0:
+        slot = 0 if shared else index - 1
+        n = norm(h, p["norm_weight"], p["norm_bias"]) if config.update_norm else h
+        t = mlp(n, p, "transform", slot, config.activation)
+        g = 1 / (1 + torch.exp(-mlp(n, p, "gate", slot, config.activation)))
+        s = (1 - g) * s + g * t
+    slot = 0 if shared else index
+    delta = h - s
+    correction = delta @ p["injection_downs"][slot] @ p["injection_ups"][slot]
+    if shared:
+        correction = p["boundary_scales"][index] * correction
+    return h + config.alpha * correction, s
+
+
+def stack(
+    blocks: Sequence[Callable[[Tensor], Tensor]],
+    embedded: Tensor,
+    initial: Tensor,
+    p: Mapping[str, Tensor],
+    config: ShadowConfig,
+) -> Tensor:
+    """The whole attached stack: embeddings and s0 in, output of the last block out."""
+    h, s = embedded, initial
+    first = 0 if config.inject_first else 1
+    for depth, block in enumerate(blocks):
+        if depth >= first:
+            h, s = boundary(depth - first, h, s, p, config)
+        h = block(h)
+    return h
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labelled positions of -log softmax(logits)[next token]; logits (B, T, V), labels (B, T)."""
+    total, count = logits.new_zeros(()), 0
+    for row in range(labels.shape[0]):
+        for position in range(labels.shape[1] - 1):
+            target = int(labels[row, position + 1])
+            if target != -100:
+                z = logits[row, position]
+                total = total + torch.log(torch.exp(z - z.max()).sum()) + z.max() - z[target]
+                count += 1
+    return total / max(count, 1)

@@ -1,0 +1,126 @@
+"""``ShadowForCausalLM``: a frozen base and its shadow as one transformers model."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from shadowtune.core.losses import joint_causal_loss
+from shadowtune.model.configuration import ShadowModelConfig
+from shadowtune.model.detached import detached_causal_lm
+from shadowtune.model.fused_head import carry_shadow_loss
+from shadowtune.model.pair import ShadowPair
+
+
+@dataclass
+class ShadowCausalLMOutput(CausalLMOutputWithPast):
+    """What a forward call returns: the usual fields, and the two terms of the joint loss."""
+
+    base_loss: Tensor | None = None
+    """CE of the attached model, a scalar; with labels only."""
+    shadow_loss: Tensor | None = None
+    """CE of the detached shadow, a scalar, not yet weighted by lambda; with labels only."""
+
+
+class ShadowForCausalLM(ShadowPair, GenerationMixin):
+    """A causal language model made of a frozen base and a trainable shadow.
+
+    ``model.base`` is the model that was passed in, ``model.shadow`` the trainable module. ``set_mode`` chooses what a
+    call computes: "attached" (both), "detached" (the shadow alone, with the base's head) or "base".
+    """
+
+    auto_base = AutoModelForCausalLM
+
+    def __init__(self, config: ShadowModelConfig, base: PreTrainedModel | None = None, shadow: Any = None) -> None:
+        super().__init__(config, base, shadow)
+        self.generation_config = self.base.generation_config
+        carry_shadow_loss(self)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> ShadowCausalLMOutput | CausalLMOutputWithPast:
+        """Compute logits, and with labels the joint loss (Eq. 8-9).
+
+        Args:
+            input_ids: (B, T) token ids, or give ``inputs_embeds`` (B, T, d).
+            labels: (B, T), -100 where there is nothing to learn; shifted inside.
+            logits_to_keep: how many last positions get logits, all if 0; or the positions themselves.
+            num_items_in_batch: labelled tokens in the whole optimizer step; both loss terms are divided by it.
+
+        Returns:
+            Logits (B, T, V); None in training with labels, where only labelled positions reach the head.
+        """
+        if self.mode == "base":
+            return self.base(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **({} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}),
+                **kwargs,
+            )
+        hidden_states, state, cache = self.encode(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache if labels is None else False,
+            **kwargs,
+        )
+        loss = base_loss = shadow_loss = None
+        if labels is not None:
+            weight = 0.0 if self.mode == "detached" else self.config.shadow_config.shadow_loss_weight
+            loss, base_loss, shadow_loss = joint_causal_loss(
+                self.logits_of, hidden_states, state.initial, labels, weight, num_items_in_batch
+            )
+        logits = None
+        if labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.logits_of(hidden_states[:, kept])
+        return ShadowCausalLMOutput(
+            loss=loss, logits=logits, past_key_values=cache, base_loss=base_loss, shadow_loss=shadow_loss
+        )
+
+    def logits_of(self, hidden_states: Tensor) -> Tensor:
+        """Apply the base's head and whatever the architecture does after it: (..., d) -> (..., V)."""
+        logits = self.base.get_output_embeddings()(hidden_states.to(self.base.dtype))
+        return self.architecture.finish_logits(logits, self.base.config.get_text_config(decoder=True))
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with everything transformers offers, in the current mode (GenerationMixin.generate)."""
+        if self.mode == "base":
+            return cast(GenerationMixin, self.base).generate(*args, **kwargs)  # type: ignore[misc]
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def detached(self) -> PreTrainedModel:
+        """Return the detached shadow as an ordinary transformers model of the backbone's own architecture.
+
+        Its logits equal those of detached mode: the projection is folded into its head, the projection of the base's
+        embeddings into its embedding. The result shares no memory with this model.
+        """
+        return detached_causal_lm(self.base, self.shadow)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """Leave the (B, T) mask as it is: the two networks may attend differently and each makes its own from it."""
+        return attention_mask

@@ -1,0 +1,77 @@
+"""``config.json`` of a shadow directory: the method's settings, the base it belongs to, and its backbone."""
+
+import copy
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from shadowtune.config.shadow import SCHEMA_VERSION, ShadowConfig
+from shadowtune.errors import CheckpointError
+
+
+class ShadowModelConfig(PreTrainedConfig):
+    """Config of an attached model, ``model_type: shadow``.
+
+    ``get_text_config()`` describes the stack of both networks, so every cache that transformers makes for this config
+    has a layer for each block of the shadow backbone, then one for each block of the base.
+    """
+
+    model_type = "shadow"
+    sub_configs = {"base_config": AutoConfig, "backbone_config": AutoConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        shadow: dict[str, Any] | None = None,
+        base_config: PreTrainedConfig | dict[str, Any] | None = None,
+        backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
+        base_revision: str | None = None,
+        base_fingerprint: str | None = None,
+        schema_version: int = SCHEMA_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        if schema_version > SCHEMA_VERSION:
+            raise CheckpointError(
+                f"config.json has schema_version {schema_version}, this shadowtune reads up to {SCHEMA_VERSION}; "
+                "update shadowtune"
+            )
+        self.schema_version = schema_version
+        self.shadow = ShadowConfig.from_dict(shadow or {}).to_dict()
+        self.base_config = _as_config(base_config)
+        self.backbone_config = _as_config(backbone_config)
+        self.base_revision = base_revision
+        self.base_fingerprint = base_fingerprint
+        if self.base_config is not None:
+            text = self.base_config.get_text_config(decoder=True)
+            for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"):
+                kwargs.setdefault(name, getattr(text, name))
+            for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "use_cache"):
+                kwargs.setdefault(name, getattr(text, name, None))
+        super().__init__(**kwargs)
+
+    @property
+    def shadow_config(self) -> ShadowConfig:
+        """The method's settings, checked."""
+        return ShadowConfig.from_dict(self.shadow)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """Return a copy of the base's text config, deepened by the shadow backbone's layers, which come first."""
+        if self.base_config is None or self.backbone_config is None:
+            return self
+        base = self.base_config.get_text_config(decoder=True)
+        backbone = self.backbone_config.get_text_config(decoder=True)
+        both = copy.deepcopy(base)
+        types = [layer for config in (backbone, base) for layer in get_layer_types_and_kwargs(config)[0]]
+        both.num_hidden_layers = len(types)
+        both.layer_types = types
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(both, name, getattr(self, name))
+        return both
+
+
+def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
+    if isinstance(config, dict):
+        values = dict(config)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    return copy.deepcopy(config)  # transformers writes into the configs of a model it builds; the caller's stay clean

@@ -1,0 +1,64 @@
+r"""The detached shadow as a plain transformers model.
+
+head(Proj(z)) = (W_head W_proj) z: the projection folds into the head, and the projection of the base's embeddings folds
+into the embedding. What remains is exactly an ordinary model of the backbone's architecture with its own head.
+"""
+
+import copy
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from shadowtune.attach.architectures import architecture_of
+from shadowtune.errors import ShadowtuneError
+from shadowtune.model.shadow import Shadow
+
+
+@torch.no_grad()
+def detached_causal_lm(base: PreTrainedModel, shadow: Shadow) -> PreTrainedModel:
+    """Build the causal language model that the detached shadow is.
+
+    Raises:
+        ShadowtuneError: if base and backbone treat logits differently (softcap, scale), so that no plain model of the
+            backbone's architecture has the same logits.
+    """
+    architecture, base_config = architecture_of(base.config), base.config.get_text_config(decoder=True)
+    own = architecture_of(shadow.backbone.config)
+    if own.finish_logits is not architecture.finish_logits:
+        raise ShadowtuneError(
+            f"a {shadow.backbone.config.model_type} shadow of a {base_config.model_type} base has no plain form: the "
+            "two architectures treat logits differently"
+        )
+    config = copy.deepcopy(shadow.backbone.config)
+    config.vocab_size, config.tie_word_embeddings = base_config.vocab_size, False
+    dtype = shadow.boundaries.injection_downs.dtype
+    plain = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    network = own.decoder_of(plain)
+    network.load_state_dict(shadow.backbone.state_dict(), strict=False)
+    plain.get_input_embeddings().weight.copy_(_embedding_rows(base, shadow))
+    head = base.get_output_embeddings()
+    weight = head.weight.to(dtype)
+    if isinstance(shadow.projection, nn.Linear):
+        weight = weight @ shadow.projection.weight
+    plain.get_output_embeddings().weight.copy_(weight)
+    plain.generation_config = copy.deepcopy(base.generation_config)
+    return plain
+
+
+def _embedding_rows(base: PreTrainedModel, shadow: Shadow) -> Tensor:
+    """The embedding matrix (V, d_s) whose rows the backbone saw."""
+    if shadow.embedding is not None:
+        return shadow.embedding.weight
+    embedding = cast(nn.Embedding, base.get_input_embeddings())
+    rows = embedding.weight.to(shadow.boundaries.injection_downs.dtype)
+    if not isinstance(shadow.input_projection, nn.Linear):
+        return rows
+    rows = rows @ shadow.input_projection.weight.T
+    if architecture_of(
+        base.config
+    ).scales_embeddings:  # the base multiplied by sqrt(d), the plain model will by sqrt(d_s)
+        rows = rows * math.sqrt(shadow.input_projection.in_features / shadow.input_projection.out_features)
+    return rows

@@ -1,0 +1,60 @@
+"""lambda under trainers that compute the loss themselves.
+
+TRL's trainers patch ``forward`` with a fused head: called with ``fused_lm_head=True`` it runs ``model.base_model``,
+takes log-probabilities of its last hidden states, and reduces them to a loss of its own. The shadow's term would be
+lost. Two hooks on the model bring it back: one puts an empty list into the call's keywords, in which ``trunk`` leaves
+s0; the other adds lambda * log p_shadow to the returned log-probabilities, its value subtracted again. So the numbers
+stay those of the attached model, and the gradient is that of the joint loss under whatever reduction follows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+SLOT = "shadow_initial_states"
+
+
+class Trunk(nn.Module):
+    """The model without its head, as ``model.base_model`` is expected to be."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Return the last hidden states before the head, (B, T, d)."""
+        slot = kwargs.pop(SLOT, None)
+        hidden_states, state, cache = self.model.encode(input_ids, **kwargs)
+        if slot is not None:
+            slot.append(state.initial)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
+
+
+def carry_shadow_loss(model: Any) -> None:
+    """Install the two hooks; they do nothing for calls without ``fused_lm_head=True``."""
+    model.register_forward_pre_hook(_offer_slot, with_kwargs=True)
+    model.register_forward_hook(_add_shadow_gradient, with_kwargs=True)
+
+
+def _offer_slot(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("fused_lm_head") and torch.is_grad_enabled() and model.training and model.mode == "attached":
+        return args, {**kwargs, SLOT: []}
+    return None
+
+
+def _add_shadow_gradient(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    weight = model.config.shadow_config.shadow_loss_weight
+    if not kwargs.get(SLOT) or weight == 0:
+        return output
+    if kwargs.get("shift_labels") is not None:
+        targets, states = kwargs["shift_labels"], kwargs[SLOT][0]
+    else:
+        targets, states = kwargs["labels"][:, 1:], kwargs[SLOT][0][:, :-1]
+    kept = targets != -100
+    log_probs = torch.log_softmax(model.logits_of(states[kept]).float(), -1)
+    chosen = log_probs.gather(1, targets[kept].unsqueeze(1)).squeeze(1)
+    term = output.log_probs.new_zeros(targets.shape).masked_scatter(kept, weight * chosen.to(output.log_probs.dtype))
+    output.log_probs = output.log_probs + (term - term.detach())
+    return output

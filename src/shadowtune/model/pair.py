@@ -1,0 +1,164 @@
+"""What every task model shares: a frozen base, its shadow, the modes, and the way through both networks."""
+
+import copy
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from typing_extensions import Self
+
+from shadowtune.attach.architectures import architecture_of
+from shadowtune.attach.attachment import check_fit, has_hooks, install_hooks
+from shadowtune.attach.cache import split_cache
+from shadowtune.config.shadow import ShadowConfig
+from shadowtune.core.state import ShadowState
+from shadowtune.errors import AttachError, ConfigError
+from shadowtune.model.backbone import copy_position_embeddings, load_pretrained_backbone, mirror_config
+from shadowtune.model.configuration import ShadowModelConfig
+from shadowtune.model.fingerprint import base_fingerprint
+from shadowtune.model.fused_head import Trunk
+from shadowtune.model.shadow import Shadow
+
+Mode = Literal["attached", "detached", "base"]
+
+
+class ShadowPair(PreTrainedModel):
+    """A frozen base and a trainable shadow. Use ``ShadowForCausalLM`` or ``ShadowForSequenceClassification``."""
+
+    config_class = ShadowModelConfig
+    config: ShadowModelConfig
+    base_model_prefix = "trunk"
+    supports_gradient_checkpointing = True
+    auto_base: ClassVar[Any]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(self, config: ShadowModelConfig, base: PreTrainedModel | None = None, shadow: Any = None) -> None:
+        super().__init__(config)
+        assert config.base_config is not None and config.backbone_config is not None
+        self.architecture = architecture_of(config.base_config)
+        self.base = self.auto_base.from_config(copy.deepcopy(config.base_config)) if base is None else base
+        if has_hooks(self.base):
+            raise AttachError("a shadow is attached to this base already; call detach() on its handle first")
+        if shadow is None:
+            shadow = Shadow(config.shadow_config, config.base_config, config.backbone_config)
+        check_fit(self.base, shadow.boundaries)
+        self.base.requires_grad_(False)
+        self.shadow: Shadow = shadow
+        self.mode: Mode = "attached"
+        self._hooks = install_hooks(self.base)
+
+    @classmethod
+    def from_base(
+        cls, base: PreTrainedModel, config: ShadowConfig | None = None, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Give a base a new shadow.
+
+        Args:
+            base: a pretrained model; it is frozen, and otherwise left as it is.
+            config: the shadow's settings; by default the paper's.
+            dtype: of the shadow's parameters. float32 beside a bfloat16 base is the usual choice.
+
+        Raises:
+            UnsupportedArchitectureError: if the base's architecture has no row in the table.
+            ConfigError: if the shadow's sizes do not fit.
+            AttachError: if the base has a shadow already.
+        """
+        config = config or ShadowConfig()
+        architecture_of(base.config)
+        text = base.config.get_text_config(decoder=True)
+        if config.backbone == "mirror":
+            backbone_config = mirror_config(base.config, config)
+            shadow = Shadow(config, base.config, backbone_config)
+            copy_position_embeddings(shadow.backbone, base)
+        else:
+            backbone, embedding = load_pretrained_backbone(config.backbone, text.vocab_size)
+            backbone_config = backbone.config
+            shadow = Shadow(config, base.config, backbone_config, backbone, embedding)
+        model_config = ShadowModelConfig(
+            shadow=config.to_dict(),
+            base_config=base.config,
+            backbone_config=backbone_config,
+            base_fingerprint=base_fingerprint(base),
+            base_revision=vars(base.config).get("_commit_hash"),
+        )
+        model_config.base_name_or_path = base.config.name_or_path
+        return cls(model_config, base, shadow.to(device=base.device, dtype=dtype))
+
+    def set_mode(self, mode: Mode) -> Self:
+        """Choose what calls compute: "attached", "detached" or "base". Returns the model."""
+        if mode not in get_args(Mode):
+            raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+        self.mode = mode
+        return self
+
+    def encode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, ShadowState, Cache | None]:
+        """Run the shadow backbone and, when attached, the base's blocks beside it.
+
+        Returns:
+            The last hidden states before the head, (B, T, d) (s0 itself when detached); the state; the cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("pass exactly one of input_ids and inputs_embeds")
+        if use_cache is None:
+            use_cache = bool(self.base.config.get_text_config(decoder=True).use_cache) and not self.training
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        shadow_cache = base_cache = None
+        if cache is not None:
+            depth = len(self.architecture.blocks_of(self.base))
+            shadow_cache, base_cache = split_cache(cache, self.shadow.num_cache_layers, depth)
+        embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        state = self.shadow.begin(input_ids, embeds, attention_mask, position_ids, shadow_cache, use_cache)
+        if self.mode == "detached":
+            return state.initial, state, cache
+        output = self.architecture.decoder_of(self.base)(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=base_cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            shadow=state,
+            **kwargs,
+        )
+        return output.last_hidden_state, state, cache
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the base's token embedding."""
+        return self.base.get_input_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        """Return the base's headless model."""
+        return self.architecture.decoder_of(self.base)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the base's head."""
+        return self.base.get_output_embeddings()
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """The base ties its own weights; the shadow has none to tie."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: base and shadow are initialized where they are built."""
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The model without its head; what trainers with a head of their own call ``base_model``."""
+        return Trunk(self)

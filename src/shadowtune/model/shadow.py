@@ -1,0 +1,101 @@
+"""The trainable module: shadow backbone, projection and boundaries.
+
+ShadowPEFT (https://arxiv.org/abs/2604.19254), Eq. 1:  s0 = Proj(shadow_backbone(x)); Proj: d_s -> d, none when equal.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from shadowtune.config.shadow import ShadowConfig
+from shadowtune.core.boundary import Boundaries
+from shadowtune.core.state import ShadowState
+from shadowtune.errors import ShadowtuneError
+from shadowtune.model.backbone import FrozenEmbedding, build_backbone
+
+
+class Shadow(nn.Module):
+    """A shadow of a base with width d and L blocks. All its parameters are trained; what is frozen is a buffer.
+
+    Args:
+        config: the method's settings.
+        base_config: the base's config, for d and L.
+        backbone_config: config of the shadow backbone, of width d_s.
+        backbone: the network itself; None builds a randomly initialized one.
+        embedding: the backbone's own frozen embedding; None feeds it the base's embeddings, projected down (d -> d_s)
+            where the widths differ.
+    """
+
+    def __init__(
+        self,
+        config: ShadowConfig,
+        base_config: PreTrainedConfig,
+        backbone_config: PreTrainedConfig,
+        backbone: PreTrainedModel | None = None,
+        embedding: FrozenEmbedding | None = None,
+    ) -> None:
+        super().__init__()
+        text = base_config.get_text_config(decoder=True)
+        width, shadow_width = text.hidden_size, backbone_config.hidden_size
+        self.config = config
+        self.backbone = build_backbone(backbone_config) if backbone is None else backbone
+        if embedding is None and config.backbone != "mirror":
+            embedding = FrozenEmbedding(torch.empty(text.vocab_size, shadow_width))
+        self.embedding = embedding
+        self.input_projection: nn.Module = nn.Identity()
+        self.projection: nn.Module = nn.Identity()
+        if shadow_width != width:
+            self.projection = nn.Linear(shadow_width, width, bias=False)
+            if embedding is None:
+                self.input_projection = nn.Linear(width, shadow_width, bias=False)
+        count = text.num_hidden_layers - (0 if config.inject_first else 1)
+        self.boundaries = Boundaries(count, width, config)
+        self.requires_grad_(True)
+
+    @property
+    def num_cache_layers(self) -> int:
+        """Blocks of the shadow backbone, each of which needs one layer of the cache."""
+        return self.backbone.config.num_hidden_layers
+
+    def begin(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> ShadowState:
+        """Run the shadow backbone and return the state s0, (B, T, d), ready for the base's blocks (Eq. 1).
+
+        Args:
+            input_ids: (B, T); needed by a backbone with its own embedding.
+            inputs_embeds: (B, T, d), the base's embeddings, used by a mirror.
+            attention_mask: (B, T) over past and present tokens, or None.
+            position_ids: (B, T), or None for consecutive ones.
+            past_key_values: the shadow's own view of the cache.
+            use_cache: whether the backbone writes to that view.
+            **kwargs: handed to the backbone.
+
+        Raises:
+            ShadowtuneError: if a backbone with its own embedding is given ``inputs_embeds`` only.
+        """
+        if self.embedding is not None:
+            if input_ids is None:
+                raise ShadowtuneError("this shadow's backbone has its own embedding: pass input_ids, not inputs_embeds")
+            embeds = self.embedding(input_ids)
+        else:
+            embeds = self.input_projection(inputs_embeds.to(self.boundaries.injection_downs.dtype))
+        output = self.backbone(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return ShadowState(self.boundaries, self.projection(output.last_hidden_state))
