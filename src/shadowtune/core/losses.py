@@ -85,3 +85,32 @@ def joint_causal_loss(
         return JointLoss(base, base, torch.zeros_like(base))
     shadow = token_cross_entropy(head(s.to(h.dtype)), targets, num_items_in_batch)
     return JointLoss(base + shadow_loss_weight * shadow, base, shadow)
+
+
+def classification_loss(
+    logits: Tensor, labels: Tensor, problem_type: str | None = None, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Loss of (B, C) class logits: squared error, cross-entropy or binary cross-entropy, as transformers chooses.
+
+    Args:
+        logits: (B, C).
+        labels: (B,) integers for one class of C; numbers for regression; (B, C) zeros and ones for several classes.
+        problem_type: "regression", "single_label_classification", "multi_label_classification", or None to tell by
+            C and the dtype of the labels.
+        num_items_in_batch: rows of the whole optimizer step; by default those of this call.
+
+    Returns:
+        A scalar: the mean over rows (and, but for cross-entropy, over C).
+    """
+    if problem_type is None:
+        whole = labels.dtype in (torch.long, torch.int)
+        problem_type = "single_label_classification" if whole else "multi_label_classification"
+        problem_type = "regression" if logits.shape[-1] == 1 else problem_type
+    count = labels.shape[0] if num_items_in_batch is None else num_items_in_batch
+    if problem_type == "single_label_classification":
+        total = F.cross_entropy(logits.float(), labels.view(-1), reduction="sum")
+    elif problem_type == "regression":
+        total = F.mse_loss(logits.float().squeeze(-1), labels.float().squeeze(-1), reduction="sum") / logits.shape[-1]
+    else:
+        total = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum") / logits.shape[-1]
+    return total / torch.as_tensor(count, device=total.device)

@@ -26,6 +26,7 @@ class ShadowModelConfig(PreTrainedConfig):
         shadow: dict[str, Any] | None = None,
         base_config: PreTrainedConfig | dict[str, Any] | None = None,
         backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
+        base_name_or_path: str = "",
         base_revision: str | None = None,
         base_fingerprint: str | None = None,
         schema_version: int = SCHEMA_VERSION,
@@ -40,6 +41,7 @@ class ShadowModelConfig(PreTrainedConfig):
         self.shadow = ShadowConfig.from_dict(shadow or {}).to_dict()
         self.base_config = _as_config(base_config)
         self.backbone_config = _as_config(backbone_config)
+        self.base_name_or_path = base_name_or_path
         self.base_revision = base_revision
         self.base_fingerprint = base_fingerprint
         if self.base_config is not None:
@@ -48,6 +50,8 @@ class ShadowModelConfig(PreTrainedConfig):
                 kwargs.setdefault(name, getattr(text, name))
             for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "use_cache"):
                 kwargs.setdefault(name, getattr(text, name, None))
+            for name in ("id2label", "label2id", "problem_type"):
+                kwargs.setdefault(name, getattr(self.base_config, name))
         super().__init__(**kwargs)
 
     @property

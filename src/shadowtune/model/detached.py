@@ -6,11 +6,11 @@ into the embedding. What remains is exactly an ordinary model of the backbone's 
 
 import copy
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
 from shadowtune.errors import ShadowtuneError
@@ -32,20 +32,42 @@ def detached_causal_lm(base: PreTrainedModel, shadow: Shadow) -> PreTrainedModel
             f"a {shadow.backbone.config.model_type} shadow of a {base_config.model_type} base has no plain form: the "
             "two architectures treat logits differently"
         )
-    config = copy.deepcopy(shadow.backbone.config)
-    config.vocab_size, config.tie_word_embeddings = base_config.vocab_size, False
-    dtype = shadow.boundaries.injection_downs.dtype
-    plain = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    network = own.decoder_of(plain)
-    network.load_state_dict(shadow.backbone.state_dict(), strict=False)
-    plain.get_input_embeddings().weight.copy_(_embedding_rows(base, shadow))
-    head = base.get_output_embeddings()
-    weight = head.weight.to(dtype)
-    if isinstance(shadow.projection, nn.Linear):
-        weight = weight @ shadow.projection.weight
-    plain.get_output_embeddings().weight.copy_(weight)
+    plain = _plain(AutoModelForCausalLM, base, shadow, tie_word_embeddings=False)
+    _fold_head(plain.get_output_embeddings(), base.get_output_embeddings(), shadow)
     plain.generation_config = copy.deepcopy(base.generation_config)
     return plain
+
+
+@torch.no_grad()
+def detached_classifier(base: PreTrainedModel, shadow: Shadow, score: nn.Linear) -> PreTrainedModel:
+    """Build the sequence classifier that the detached shadow with its head ``score`` (d -> classes) is."""
+    plain = _plain(AutoModelForSequenceClassification, base, shadow, num_labels=score.out_features)
+    plain.config.pad_token_id = base.config.pad_token_id
+    plain.config.id2label = copy.deepcopy(base.config.id2label)
+    plain.config.label2id = copy.deepcopy(base.config.label2id)
+    _fold_head(plain.get_submodule("score"), score, shadow)
+    return plain
+
+
+def _plain(auto: Any, base: PreTrainedModel, shadow: Shadow, **changes: Any) -> PreTrainedModel:
+    """The backbone's network and embeddings in a fresh task model, whose head is still random."""
+    config = copy.deepcopy(shadow.backbone.config)
+    config.vocab_size = base.config.get_text_config(decoder=True).vocab_size
+    for name, value in changes.items():
+        setattr(config, name, value)
+    plain = auto.from_config(config).to(shadow.boundaries.injection_downs.dtype).eval()
+    missing = architecture_of(config).decoder_of(plain).load_state_dict(shadow.backbone.state_dict(), strict=False)
+    assert not missing.unexpected_keys
+    plain.get_input_embeddings().weight.copy_(_embedding_rows(base, shadow))
+    return plain
+
+
+def _fold_head(target: Any, head: Any, shadow: Shadow) -> None:
+    """Write W_head W_proj into ``target``."""
+    weight = head.weight.to(target.weight.dtype)
+    if isinstance(shadow.projection, nn.Linear):
+        weight = weight @ shadow.projection.weight
+    target.weight.copy_(weight)
 
 
 def _embedding_rows(base: PreTrainedModel, shadow: Shadow) -> Tensor:

@@ -1,6 +1,8 @@
 """What every task model shares: a frozen base, its shadow, the modes, and the way through both networks."""
 
 import copy
+import os
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -16,9 +18,11 @@ from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.state import ShadowState
 from shadowtune.errors import AttachError, ConfigError
 from shadowtune.model.backbone import copy_position_embeddings, load_pretrained_backbone, mirror_config
+from shadowtune.model.checkpoint import trained_tensors, write_tensors, writing_into
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint
 from shadowtune.model.fused_head import Trunk
+from shadowtune.model.loading import load_pair
 from shadowtune.model.shadow import Shadow
 
 Mode = Literal["attached", "detached", "base"]
@@ -85,11 +89,76 @@ class ShadowPair(PreTrainedModel):
             shadow=config.to_dict(),
             base_config=base.config,
             backbone_config=backbone_config,
-            base_fingerprint=base_fingerprint(base),
+            base_name_or_path=base.config.name_or_path or "",
             base_revision=vars(base.config).get("_commit_hash"),
+            base_fingerprint=base_fingerprint(base),
         )
-        model_config.base_name_or_path = base.config.name_or_path
         return cls(model_config, base, shadow.to(device=base.device, dtype=dtype))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *args: Any,
+        base: PreTrainedModel | str | None = None,
+        check_base_weights: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a saved shadow beside its base.
+
+        Args:
+            path_or_id: a directory written by ``save_pretrained``, or a Hub id.
+            base: the base itself, or its path or id; by default the one that ``config.json`` names.
+            check_base_weights: whether a base of the right shape but with other weights is refused.
+            **kwargs: hub keywords (``revision``, ``token``, ...) apply to the shadow; the rest (``dtype``,
+                ``device_map``, ``attn_implementation``, ``quantization_config``, ...) loads the base.
+
+        Raises:
+            CheckpointError: if a file is missing or damaged, or the base is not the shadow's.
+        """
+        return load_pair(cls, os.fspath(path_or_id), base, check_base_weights, **kwargs)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: str | int = "5GB",
+        **kwargs: Any,
+    ) -> None:
+        """Write ``config.json``, ``model.safetensors`` (trained tensors only) and ``generation_config.json``.
+
+        Args:
+            save_directory: made if it does not exist; an interrupted save leaves what was there.
+            is_main_process: whether this process writes, in distributed training.
+            state_dict: the model's gathered state, where a sharded trainer collected it.
+            push_to_hub: whether to upload as well, to ``kwargs["repo_id"]`` or the directory's name.
+            max_shard_size: size above which tensors are split over several files.
+
+        Raises:
+            CheckpointError: if the directory cannot be written.
+        """
+        if not is_main_process:
+            return
+        directory = Path(save_directory)
+        if state_dict is None:
+            tensors = trained_tensors(self.trained_modules())
+        else:
+            prefixes = tuple(f"{name}." for name in self.trained_modules())
+            tensors = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefixes)}
+        self.config.architectures = [type(self).__name__]
+        with writing_into(directory) as staging:
+            write_tensors(staging, tensors, max_shard_size)
+            self.config.to_json_file(staging / "config.json", use_diff=False)
+            if self.generation_config is not None:
+                self.generation_config.to_json_file(staging / "generation_config.json")
+        if push_to_hub:
+            self.push_to_hub(kwargs.get("repo_id", directory.name))
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """Return what is trained and saved, by its path in the model."""
+        return {"shadow": self.shadow}
 
     def set_mode(self, mode: Mode) -> Self:
         """Choose what calls compute: "attached", "detached" or "base". Returns the model."""

@@ -1,0 +1,170 @@
+"""The settings of a training run, as written in a YAML file."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shadowtune.config.checking import check_range
+from shadowtune.config.shadow import ShadowConfig
+from shadowtune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the rows come from and how they become tokens."""
+
+    train: str
+    """A JSONL file (may be gzipped), a data set we ship ("clinc150-demo") or a Hub data set ("hub:org/name")."""
+    validation: str | None = None
+    """Rows whose loss is measured during training; None measures none."""
+    train_split: str = "train"
+    """Split of a shipped or Hub data set to train on."""
+    validation_split: str = "validation"
+    """Split of a shipped or Hub data set to validate on."""
+    prompt_field: str | None = None
+    """Field of the prompt, if it is not called ``prompt``."""
+    completion_field: str | None = None
+    """Field of the completion, if it is not called ``completion``."""
+    text_field: str | None = None
+    """Field of the text, if it is not called ``text``."""
+    label_field: str | None = None
+    """Field of the class in classification, if it is not called ``label``."""
+    max_length: int = 512
+    """Tokens of prompt and completion together."""
+    overlong: Literal["error", "truncate", "drop"] = "truncate"
+    """What happens to longer rows. "truncate" cuts the start of the prompt, never the completion."""
+    completion_only: bool = True
+    """Whether only completions (assistant turns) are learned; plain text is always learned whole."""
+    chat_template: bool = True
+    """Whether prompts are put into the tokenizer's chat template, if it has one."""
+    limit: int | None = None
+    """Use only the first so many training rows."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_range(self, max_length=(2, None), limit=(1, None))
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Settings of the methods ``lora`` and ``dora`` (Hugging Face PEFT)."""
+
+    rank: int = 16
+    """Rank of each adapted weight's update."""
+    alpha: float = 32.0
+    """Scale: updates are multiplied by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on the adapters' input."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the adapted modules, or "all-linear"."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_range(self, rank=(1, None), alpha=(0, None), dropout=(0, 1))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    backbone_learning_rate: float | None = None
+    """Peak learning rate of the shadow's backbone and projections; None means ``learning_rate``."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; vectors have none."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them alone."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_range(
+            self,
+            learning_rate=(0, None),
+            backbone_learning_rate=(0, None),
+            weight_decay=(0, None),
+            warmup_ratio=(0, 1),
+            max_grad_norm=(0, None),
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    data: DataConfig
+    """The rows."""
+    model: str = "smollm2-135m"
+    """The base: a directory, a Hub id, or "smollm2-135m", which comes from PyPI."""
+    revision: str | None = None
+    """Revision of a Hub model."""
+    method: Literal["shadow", "lora", "dora", "full"] = "shadow"
+    """What is trained."""
+    task: Literal["causal_lm", "classification"] = "causal_lm"
+    """What the model predicts: the next token, or a class."""
+    num_labels: int | None = None
+    """Classes in classification; None counts them in the training rows."""
+    shadow: ShadowConfig = field(default_factory=ShadowConfig)
+    """Settings of the method ``shadow``."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Settings of the methods ``lora`` and ``dora``."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How it is trained."""
+    output: str = "runs/train"
+    """The run directory."""
+    epochs: float = 1.0
+    """Passes over the training rows; ``max_steps`` overrides it."""
+    max_steps: int | None = None
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Rows a device takes at a time."""
+    gradient_accumulation_steps: int = 1
+    """Batches per optimizer step; the loss is the mean over all their labelled tokens."""
+    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the frozen base."""
+    trainable_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the trained parameters."""
+    autocast: bool = False
+    """Whether products run in bfloat16 while parameters keep their precision."""
+    gradient_checkpointing: Literal["off", "non_reentrant", "reentrant"] = "off"
+    """Recompute blocks in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    seed: int = 42
+    """Of initialization, data order and dropout."""
+    logging_steps: int = 10
+    """Steps between lines in metrics.jsonl."""
+    save_steps: int | None = None
+    """Steps between checkpoints; None saves one after each epoch."""
+    eval_steps: int | None = None
+    """Steps between measurements on the validation rows; None measures after each epoch."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints stay on disk."""
+    tensorboard: bool = False
+    """Also write TensorBoard files (extra: tensorboard)."""
+    nonfinite_loss: Literal["stop", "skip"] = "stop"
+    """What to do with a batch whose loss is NaN or infinite."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges and what does not go together."""
+        check_range(
+            self,
+            num_labels=(1, None),
+            max_steps=(1, None),
+            batch_size=(1, None),
+            gradient_accumulation_steps=(1, None),
+            logging_steps=(1, None),
+            save_steps=(1, None),
+            eval_steps=(1, None),
+            keep_checkpoints=(1, None),
+            seed=(0, 2**32),
+        )
+        if not self.epochs > 0:
+            raise ConfigError(f"epochs must be above 0, got {self.epochs!r}")
+        if self.num_labels is not None and self.task != "classification":
+            raise ConfigError(
+                f"num_labels is set to {self.num_labels}, but task is {self.task}; set task=classification"
+            )

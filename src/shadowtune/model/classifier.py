@@ -1,0 +1,118 @@
+"""``ShadowForSequenceClassification``: a frozen base classifier and its shadow."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from shadowtune.core.losses import classification_loss
+from shadowtune.model.configuration import ShadowModelConfig
+from shadowtune.model.detached import detached_classifier
+from shadowtune.model.pair import ShadowPair
+
+
+@dataclass
+class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
+    """The usual fields, and the two terms of the joint loss."""
+
+    base_loss: Tensor | None = None
+    """Loss of the attached classifier, a scalar; with labels only."""
+    shadow_loss: Tensor | None = None
+    """Loss of the detached shadow, a scalar, not yet weighted by lambda; with labels only."""
+
+
+def last_token(attention_mask: Tensor | None, input_ids: Tensor | None, pad_token_id: int | None, length: int) -> Any:
+    """Return for each row the position of its last real token, (B,): padding may stand on either side.
+
+    Without a mask, tokens equal to ``pad_token_id`` count as padding; without both, the last position is taken.
+    """
+    if attention_mask is None:
+        if input_ids is None or pad_token_id is None:
+            return -1
+        attention_mask = input_ids != pad_token_id
+    positions = torch.arange(length, device=attention_mask.device)
+    return (positions * attention_mask[:, -length:].int()).argmax(-1)
+
+
+class ShadowForSequenceClassification(ShadowPair):
+    """A sequence classifier made of a frozen base and a trainable shadow.
+
+    Both have a head on the last real token, ``base.score`` and ``shadow_score``, and both heads are trained.
+    """
+
+    auto_base = AutoModelForSequenceClassification
+
+    def __init__(self, config: ShadowModelConfig, base: PreTrainedModel | None = None, shadow: Any = None) -> None:
+        super().__init__(config, base, shadow)
+        score = self.base.get_submodule("score")
+        assert isinstance(score, nn.Linear)
+        self.shadow_score = nn.Linear(score.in_features, score.out_features, bias=False)
+        self.shadow_score.to(device=score.weight.device, dtype=score.weight.dtype)
+        self.shadow_score.load_state_dict(score.state_dict())
+        score.requires_grad_(True)
+        self.num_labels = score.out_features
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """Return what is trained and saved, by its path in the model."""
+        return {
+            **super().trained_modules(),
+            "base.score": self.base.get_submodule("score"),
+            "shadow_score": self.shadow_score,
+        }
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> ShadowClassifierOutput | SequenceClassifierOutputWithPast:
+        """Compute class logits (B, C), and with labels the joint loss.
+
+        Args:
+            input_ids: (B, T), padded on either side.
+            labels: (B,) classes; (B,) or (B, C) numbers for regression; (B, C) zeros and ones for several classes.
+            num_items_in_batch: labelled rows in the whole optimizer step; both loss terms are divided by it.
+        """
+        if self.mode == "base":
+            return self.base(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        hidden_states, state, cache = self.encode(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+        )
+        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        last = last_token(attention_mask, input_ids, self.base.config.pad_token_id, hidden_states.shape[1])
+        shadow_logits = self.shadow_score(state.initial[rows, last].to(self.shadow_score.weight.dtype))
+        logits = shadow_logits
+        if self.mode == "attached":
+            logits = self.base.get_submodule("score")(hidden_states[rows, last])
+        loss = base_loss = shadow_loss = None
+        if labels is not None:
+            loss = base_loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
+            if self.mode == "attached":
+                shadow_loss = classification_loss(shadow_logits, labels, self.config.problem_type, num_items_in_batch)
+                loss = base_loss + self.config.shadow_config.shadow_loss_weight * shadow_loss
+        return ShadowClassifierOutput(
+            loss=loss, logits=logits, past_key_values=cache, base_loss=base_loss, shadow_loss=shadow_loss
+        )
+
+    def detached(self) -> PreTrainedModel:
+        """Return the detached shadow as a plain sequence classifier of the backbone's own architecture."""
+        return detached_classifier(self.base, self.shadow, self.shadow_score)

@@ -1,0 +1,120 @@
+"""From a saved directory back to a model: the base it names, the check that it is that base, the shadow's tensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from shadowtune.errors import CheckpointError
+from shadowtune.model.checkpoint import read_tensors
+from shadowtune.model.configuration import ShadowModelConfig
+from shadowtune.model.fingerprint import base_fingerprint
+from shadowtune.models import resolve
+
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+AUTO_KEYWORDS = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "code_revision", "use_safetensors")
+
+
+def read_config(path_or_id: str, **hub: Any) -> ShadowModelConfig:
+    """Read ``config.json``; raises CheckpointError if it is missing, damaged or not a shadow's."""
+    try:
+        config = ShadowModelConfig.from_pretrained(path_or_id, **hub)
+        kind = ShadowModelConfig.get_config_dict(path_or_id, **hub)[0].get("model_type")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"cannot read config.json of {path_or_id}: {reason}") from None
+    if kind != "shadow" or config.base_config is None or config.backbone_config is None:
+        raise CheckpointError(f"{path_or_id} is not a shadow: its config.json has model_type {kind!r}, not 'shadow'")
+    return config
+
+
+def load_base(auto: Any, config: ShadowModelConfig, base: PreTrainedModel | str | None, **kwargs: Any) -> Any:
+    """Load the base that a shadow's config names, or the one given in its place.
+
+    Raises:
+        CheckpointError: if the config names none, or it cannot be loaded.
+    """
+    if isinstance(base, PreTrainedModel):
+        return base
+    name = base or config.base_name_or_path
+    if not name:
+        raise CheckpointError("config.json names no base model; pass base=..., a model, directory or Hub id")
+    if base is None and config.base_revision is not None:
+        kwargs.setdefault("revision", config.base_revision)
+    assert config.base_config is not None
+    if auto.__name__ == "AutoModelForSequenceClassification":
+        kwargs.setdefault("num_labels", config.base_config.num_labels)
+    try:
+        return auto.from_pretrained(resolve(name), **kwargs)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"cannot load the base {name}: {reason}; pass base=... if it has moved") from None
+
+
+def check_base(config: ShadowModelConfig, base: PreTrainedModel, check_weights: bool = True) -> None:
+    """Raise CheckpointError unless ``base`` has the shape and, by its fingerprint, the weights of the shadow's own."""
+    assert config.base_config is not None
+    expected, found = config.base_config.get_text_config(decoder=True), base.config.get_text_config(decoder=True)
+    name = base.config.name_or_path or base.config.model_type
+    for key, word in (("hidden_size", "width"), ("num_hidden_layers", "blocks"), ("vocab_size", "tokens")):
+        want, have = vars(expected).get(key), vars(found).get(key)
+        if want != have:
+            raise CheckpointError(
+                f"wrong base: the shadow was made for {config.base_name_or_path or expected.model_type} with {key} "
+                f"{want}, but {name} has {key} {have} ({word})"
+            )
+    fingerprint = base_fingerprint(base) if check_weights and config.base_fingerprint else None
+    if fingerprint is not None and fingerprint != config.base_fingerprint:
+        raise CheckpointError(
+            f"wrong base: {name} has the right shape but other weights (fingerprint {fingerprint}) than "
+            f"{config.base_name_or_path or 'the base'} that the shadow was trained beside ({config.base_fingerprint}); "
+            "pass check_base_weights=False to use it all the same"
+        )
+
+
+def load_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy saved tensors into modules, keys being ``<module name>.<tensor name>``. Every key must match.
+
+    Raises:
+        CheckpointError: naming ``source`` and the missing, unexpected or wrongly shaped keys.
+    """
+    expected = {f"{prefix}.{name}": t for prefix, module in modules.items() for name, t in module.state_dict().items()}
+    faults = [f"missing {_few(sorted(expected.keys() - tensors.keys()))}"] if expected.keys() - tensors.keys() else []
+    if tensors.keys() - expected.keys():
+        faults.append(f"unexpected {_few(sorted(tensors.keys() - expected.keys()))}")
+    for name in sorted(expected.keys() & tensors.keys()):
+        if expected[name].shape != tensors[name].shape:
+            faults.append(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
+    if faults:
+        raise CheckpointError(f"{source} does not fit its config.json: {'; '.join(faults)}")
+    for prefix, module in modules.items():
+        own = {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+        module.load_state_dict(own, strict=True)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def load_pair(cls: Any, path_or_id: str, base: PreTrainedModel | str | None, check_weights: bool, **kwargs: Any) -> Any:
+    """Do the work of ``from_pretrained``: config, base, check, tensors, generation config; return it in eval mode."""
+    hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if kwargs.get(name) is not None}
+    for name in (*HUB_KEYWORDS, *AUTO_KEYWORDS, "config"):
+        kwargs.pop(name, None)
+    config = read_config(path_or_id, **hub)
+    tensors = read_tensors(path_or_id, **hub)
+    shared = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+    loaded = load_base(cls.auto_base, config, base, **shared, **kwargs)
+    check_base(config, loaded, check_weights)
+    model = cls(config, loaded)
+    dtype = tensors.get("shadow.boundaries.injection_downs", torch.empty(0)).dtype
+    model.shadow.to(device=loaded.device, dtype=dtype)
+    load_tensors(model.trained_modules(), tensors, path_or_id)
+    if Path(path_or_id, "generation_config.json").is_file() or not Path(path_or_id).exists():
+        model.generation_config = GenerationConfig.from_pretrained(path_or_id, **hub)
+    return model.eval()

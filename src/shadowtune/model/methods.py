@@ -1,0 +1,124 @@
+"""The methods a model can be trained with, behind one interface: shadow, lora, dora and full.
+
+A base goes in, a model with the right parameters trainable comes out; what is trained is saved, and loaded again.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from shadowtune.config.shadow import ShadowConfig
+from shadowtune.config.training import LoraConfig
+from shadowtune.errors import CheckpointError, ShadowtuneError
+from shadowtune.model.causal_lm import ShadowForCausalLM
+from shadowtune.model.classifier import ShadowForSequenceClassification
+from shadowtune.models import resolve
+
+Method = Literal["shadow", "lora", "dora", "full"]
+Task = Literal["causal_lm", "classification"]
+
+AUTO: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+PAIRS: dict[str, Any] = {"causal_lm": ShadowForCausalLM, "classification": ShadowForSequenceClassification}
+PEFT_TASKS = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
+
+
+def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedModel:
+    """Load a pretrained base by directory, Hub id or the name of a model we know, for one of the two tasks.
+
+    Raises:
+        CheckpointError: if there is no such model or it cannot be read.
+    """
+    try:
+        base = AUTO[task].from_pretrained(resolve(name), **kwargs)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ShadowtuneError):
+            raise
+        raise CheckpointError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
+    base.config.name_or_path = name
+    return base
+
+
+def make_trainable(
+    base: PreTrainedModel,
+    method: Method,
+    task: Task = "causal_lm",
+    shadow: ShadowConfig | None = None,
+    lora: LoraConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Return the model to train: ``base`` with a new adapter of the given method, or itself for "full".
+
+    Raises:
+        ShadowtuneError: if the method needs Hugging Face PEFT and it is not installed.
+    """
+    if method == "shadow":
+        return PAIRS[task].from_base(base, shadow, dtype=dtype)
+    if method == "full":
+        return base.to(dtype).requires_grad_(True)
+    lora = lora or LoraConfig()
+    peft = _peft()
+    settings = peft.LoraConfig(
+        task_type=PEFT_TASKS[task],
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_dora=method == "dora",
+    )
+    return peft.get_peft_model(base, settings, autocast_adapter_dtype=dtype == torch.float32)
+
+
+def load_trained(
+    directory: str | Path, method: Method, task: Task, base_name: str, check_base_weights: bool = True, **kwargs: Any
+) -> nn.Module:
+    """Load what training saved, ready to evaluate; ``kwargs`` load the base.
+
+    Raises:
+        CheckpointError: if the files are missing or damaged, or the base is another one.
+    """
+    directory = str(directory)
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"{directory} does not exist: the run has not finished training")
+    if method == "shadow":
+        return PAIRS[task].from_pretrained(
+            directory, base=resolve(base_name), check_base_weights=check_base_weights, **kwargs
+        )
+    if method == "full":
+        return load_base(directory, task, **kwargs).eval()
+    return _peft().PeftModel.from_pretrained(load_base(base_name, task, **kwargs), directory).eval()
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ShadowtuneError("methods lora and dora need Hugging Face PEFT: pip install 'shadowtune[peft]'") from None
+    return peft
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Count the parameters that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Rows (part, parameters, of these trainable); the rows add up to the model's ``parameters()``."""
+    parts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        part = _part_of(name)
+        counts = parts.setdefault(part, [0, 0])
+        counts[0] += parameter.numel()
+        counts[1] += parameter.numel() if parameter.requires_grad else 0
+    return [(part, total, trained) for part, (total, trained) in parts.items()]
+
+
+def _part_of(name: str) -> str:
+    pieces = name.split(".")
+    if pieces[0] == "shadow":
+        return f"shadow {pieces[1]}"
+    if pieces[0] == "shadow_score" or "score" in pieces:
+        return "classification heads"
+    return "adapters" if any(piece.startswith("lora_") for piece in pieces) else "base"

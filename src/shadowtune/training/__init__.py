@@ -1,0 +1,1 @@
+"""Storey 4: training on top of transformers' Trainer."""
