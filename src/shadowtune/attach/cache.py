@@ -7,9 +7,7 @@ finds exactly what it would find alone. The shadow's layers stand first because 
 and detached: the length of the cache, read at its first layer, is right in both.
 """
 
-from typing import cast
-
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from shadowtune.errors import AttachError
 
@@ -28,22 +26,43 @@ def split_cache(cache: Cache, shadow_layers: int, base_layers: int) -> tuple[Cac
         cache.layers[:0] = [_full_attention_layer(cache) for _ in range(shadow_layers)]
     if len(cache) != shadow_layers + base_layers:
         raise AttachError(
-            f"past_key_values has {len(cache)} layers and holds {cache.get_seq_length()} tokens, but this model needs "
-            f"{shadow_layers} for the shadow and {base_layers} for the base; make one with DynamicCache(config="
+            f"past_key_values has {len(cache)} layers and holds {int(cache.get_seq_length())} tokens, but this model "
+            f"needs {shadow_layers} for the shadow and {base_layers} for the base; make one with DynamicCache(config="
             "model.config), and do not mix caches of attached and plain models"
         )
-    return _view(cache, 0, shadow_layers), _view(cache, shadow_layers, shadow_layers + base_layers)
+    views = Cache(layers=cache.layers[:shadow_layers]), Cache(layers=cache.layers[shadow_layers:])
+    if cache.offloading:  # of the base's layers; the shadow's are too few to fetch one while another works
+        views[1].offloading = True
+        views[1].only_non_sliding = cache.only_non_sliding
+        views[1].prefetch_stream = cache.prefetch_stream
+    return views
+
+
+def check_same_past(shadow_cache: Cache, base_cache: Cache) -> None:
+    """Raise AttachError if the two views hold different pasts, as after decoding in mode "detached"."""
+    if _is_started(shadow_cache) == _is_started(base_cache):
+        lengths = shadow_cache.get_seq_length(), base_cache.get_seq_length()
+        if not all(isinstance(length, int) for length in lengths) or lengths[0] == lengths[1]:
+            return  # the length of a static layer is a tensor: to read it would stall the device at each token
+    raise AttachError(
+        "past_key_values holds tokens that the base has not seen: it was filled in mode 'detached'; "
+        "start mode 'attached' with a new cache"
+    )
+
+
+def _is_started(cache: Cache) -> bool:
+    return next(layer.is_initialized for layer in cache.layers if isinstance(layer, CacheLayerMixin))
 
 
 def _full_attention_layer(cache: Cache) -> DynamicLayer | StaticLayer:
-    length = cache.get_max_length()
-    return DynamicLayer() if length < 0 else StaticLayer(max_cache_len=length)
-
-
-def _view(cache: Cache, start: int, stop: int) -> Cache:
-    view = Cache(layers=cast(list, cache.layers[start:stop]))
-    if cache.offloading:
-        view.offloading = True
-        view.only_non_sliding = cache.only_non_sliding
-        view.prefetch_stream = cache.prefetch_stream
-    return view
+    """A layer for the shadow beside those that were made for the base."""
+    static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
+    if not static:
+        return DynamicLayer()
+    lengths = [layer.max_cache_len for layer in static if not layer.is_sliding]
+    if not lengths:
+        raise AttachError(
+            "a static cache made for this base has sliding windows only, which a shadow cannot share; make one with "
+            "StaticCache(config=model.config, ...) of a ShadowForCausalLM, or use a dynamic cache"
+        )
+    return StaticLayer(max_cache_len=lengths[0])

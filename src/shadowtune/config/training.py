@@ -5,6 +5,7 @@ from typing import Literal
 
 from shadowtune.config.checking import check_range
 from shadowtune.config.shadow import ShadowConfig
+from shadowtune.config.templates import parse_template
 from shadowtune.errors import ConfigError
 
 
@@ -13,13 +14,17 @@ class DataConfig:
     """Where the rows come from and how they become tokens."""
 
     train: str
-    """A JSONL file (may be gzipped), a data set we ship ("clinc150-demo") or a Hub data set ("hub:org/name")."""
+    """A JSONL file (may be gzipped), a directory of such files named after splits, a data set we ship
+    ("clinc150-demo") or a Hub data set ("hub:org/name" or "hub:org/name/config")."""
     validation: str | None = None
     """Rows whose loss is measured during training; None measures none."""
     train_split: str = "train"
-    """Split of a shipped or Hub data set to train on."""
+    """Split to train on; a single file has none."""
     validation_split: str = "validation"
-    """Split of a shipped or Hub data set to validate on."""
+    """Split to validate on; a single file has none."""
+    template: str | None = None
+    """How a prompt is made from a row's fields, for instance "Request: {text}\\nIntent:"; None takes a field as it is.
+    In classification it makes the text."""
     prompt_field: str | None = None
     """Field of the prompt, if it is not called ``prompt``."""
     completion_field: str | None = None
@@ -31,7 +36,8 @@ class DataConfig:
     max_length: int = 512
     """Tokens of prompt and completion together."""
     overlong: Literal["error", "truncate", "drop"] = "truncate"
-    """What happens to longer rows. "truncate" cuts the start of the prompt, never the completion."""
+    """What happens to longer rows. "truncate" cuts the start of the prompt, never the completion; of plain text and
+    in classification, which have no prompt, it cuts the end."""
     completion_only: bool = True
     """Whether only completions (assistant turns) are learned; plain text is always learned whole."""
     chat_template: bool = True
@@ -40,8 +46,13 @@ class DataConfig:
     """Use only the first so many training rows."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges, the template, and what does not go together."""
         check_range(self, max_length=(2, None), limit=(1, None))
+        if self.template is None:
+            return
+        parse_template(self.template)
+        if self.prompt_field is not None or self.text_field is not None:
+            raise ConfigError("template replaces prompt_field and text_field; set only one of them")
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,7 @@ class TrainConfig:
         check_range(
             self,
             num_labels=(1, None),
+            epochs=(0, None),
             max_steps=(1, None),
             batch_size=(1, None),
             gradient_accumulation_steps=(1, None),

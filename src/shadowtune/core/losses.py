@@ -18,11 +18,11 @@ IGNORE_INDEX = -100
 
 
 class JointLoss(NamedTuple):
-    """Scalars: ``total`` = ``base`` + lambda * ``shadow``."""
+    """Scalars: ``total`` = ``base`` + lambda * ``shadow``; the shadow's is None where lambda is 0."""
 
     total: Tensor
     base: Tensor
-    shadow: Tensor
+    shadow: Tensor | None
 
 
 def labelled_rows(labels: Tensor, *hidden_states: Tensor) -> tuple[Tensor, ...]:
@@ -45,7 +45,7 @@ def labelled_rows(labels: Tensor, *hidden_states: Tensor) -> tuple[Tensor, ...]:
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy of (N, V) logits against (N,) targets, in float32, summed and divided by the number of items.
+    """Cross-entropy of (N, V) logits against (N,) targets, at least in float32, summed, over the number of items.
 
     Args:
         num_items_in_batch: labelled tokens of the whole optimizer step, over all its micro-batches and processes; by
@@ -55,12 +55,8 @@ def token_cross_entropy(logits: Tensor, targets: Tensor, num_items_in_batch: Ten
     Returns:
         A scalar; exactly zero, with a gradient of zero, when no position is labelled.
     """
-    total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    if num_items_in_batch is None:
-        count = (targets != IGNORE_INDEX).sum().clamp(min=1)
-    else:
-        count = torch.as_tensor(num_items_in_batch, device=total.device)
-    return total / count
+    total = F.cross_entropy(_at_least_float32(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return _share(total, (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def joint_causal_loss(
@@ -82,7 +78,7 @@ def joint_causal_loss(
     targets, h, s = labelled_rows(labels, hidden_states, initial_states)
     base = token_cross_entropy(head(h), targets, num_items_in_batch)
     if shadow_loss_weight == 0:  # the product with the vocabulary is half of the cost: skip what is not trained
-        return JointLoss(base, base, torch.zeros_like(base))
+        return JointLoss(base, base, None)
     shadow = token_cross_entropy(head(s.to(h.dtype)), targets, num_items_in_batch)
     return JointLoss(base + shadow_loss_weight * shadow, base, shadow)
 
@@ -97,20 +93,30 @@ def classification_loss(
         labels: (B,) integers for one class of C; numbers for regression; (B, C) zeros and ones for several classes.
         problem_type: "regression", "single_label_classification", "multi_label_classification", or None to tell by
             C and the dtype of the labels.
-        num_items_in_batch: rows of the whole optimizer step; by default those of this call.
+        num_items_in_batch: labels (B, or B * C) of the whole optimizer step; by default those of this call.
 
     Returns:
-        A scalar: the mean over rows (and, but for cross-entropy, over C).
+        A scalar: the mean over the labels.
     """
     if problem_type is None:
         whole = labels.dtype in (torch.long, torch.int)
         problem_type = "single_label_classification" if whole else "multi_label_classification"
         problem_type = "regression" if logits.shape[-1] == 1 else problem_type
-    count = labels.shape[0] if num_items_in_batch is None else num_items_in_batch
+    count = labels.numel() if num_items_in_batch is None else num_items_in_batch
+    wide = _at_least_float32(logits)
     if problem_type == "single_label_classification":
-        total = F.cross_entropy(logits.float(), labels.view(-1), reduction="sum")
+        total = F.cross_entropy(wide, labels.view(-1), reduction="sum")
     elif problem_type == "regression":
-        total = F.mse_loss(logits.float().squeeze(-1), labels.float().squeeze(-1), reduction="sum") / logits.shape[-1]
+        total = F.mse_loss(wide, labels.to(wide.dtype).view_as(wide), reduction="sum")
     else:
-        total = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum") / logits.shape[-1]
-    return total / torch.as_tensor(count, device=total.device)
+        total = F.binary_cross_entropy_with_logits(wide, labels.to(wide.dtype), reduction="sum")
+    return _share(total, count)
+
+
+def _share(total: Tensor, count: Tensor | int) -> Tensor:
+    """``total`` over ``count``; 0 of 0 is 0."""
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

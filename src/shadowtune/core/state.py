@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from shadowtune.core.boundary import Boundaries
+from shadowtune.errors import AttachError
 
 
 class ShadowState:
@@ -12,17 +13,41 @@ class ShadowState:
     threads do not mix, an exception leaves nothing behind, and the call alone chooses which shadow it runs with.
     """
 
-    __slots__ = ("boundaries", "initial", "value")
+    __slots__ = ("boundaries", "depth", "initial", "value")
 
     def __init__(self, boundaries: Boundaries, initial: Tensor) -> None:
         self.boundaries = boundaries
         self.initial = initial
         self.value = initial
+        self.depth = -1
+        """The block that the state has been brought to; -1 before the first."""
 
     def enter(self, depth: int, hidden_states: Tensor) -> Tensor:
-        """Refine the state before block ``depth`` (from 0) and return that block's input, same shape and dtype."""
+        """Refine the state before block ``depth`` (from 0) and return that block's input, same shape and dtype.
+
+        Entering the same block again changes nothing: several owners may have their hooks on one base.
+
+        Raises:
+            AttachError: if the blocks do not run in order, each once.
+        """
+        if depth == self.depth:
+            return hidden_states
+        if depth != self.depth + 1:
+            raise AttachError(
+                f"block {depth} ran after block {self.depth}: something runs the base's blocks out of order or again; "
+                "to recompute them in the backward pass use model.activation_checkpointing_enable()"
+            )
+        self.depth = depth
         index = depth if self.boundaries.config.inject_first else depth - 1
         if index < 0:
             return hidden_states
         hidden_states, self.value = self.boundaries(index, hidden_states, self.value)
         return hidden_states
+
+    def check_arrival(self, blocks: int) -> None:
+        """Raise AttachError unless the state has reached the last of so many blocks."""
+        if self.depth != blocks - 1:
+            raise AttachError(
+                f"the shadow reached {self.depth + 1} of {blocks} blocks: this base does not hand unknown keywords "
+                "down to its blocks, or skips some of them (layer dropout)"
+            )

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shadowtune.attach.architectures import ARCHITECTURES, architecture_of
 from shadowtune.config.shadow import ShadowConfig
@@ -18,17 +18,24 @@ from shadowtune.errors import ConfigError
 
 
 class FrozenEmbedding(nn.Module):
-    """A token embedding that is saved with the shadow but not trained; weight (V, d_s), input (B, T) ids."""
+    """The token embedding of a pretrained backbone, saved with the shadow but not trained.
+
+    Args:
+        config: the backbone's.
+        weight: (V, d_s); None leaves room for one that is loaded later.
+    """
 
     weight: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, config: PreTrainedConfig, weight: Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.detach().clone())
+        rows = torch.empty(config.vocab_size, config.hidden_size) if weight is None else weight.detach().clone()
+        self.register_buffer("weight", rows)
+        self.scale = config.hidden_size**0.5 if architecture_of(config).scales_embeddings else 1.0
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the rows (B, T, d_s) of the given ids."""
-        return F.embedding(input_ids, self.weight)
+        """Return the rows (B, T, d_s) of the given ids, as the backbone expects them."""
+        return F.embedding(input_ids, self.weight) * torch.tensor(self.scale, dtype=self.weight.dtype)
 
 
 def mirror_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedConfig:
@@ -40,15 +47,20 @@ def mirror_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedCon
     text = base.get_text_config(decoder=True)
     mirror = copy.deepcopy(text)
     mirror.num_hidden_layers = config.num_shadow_layers
-    overrides: dict[str, Any] = dict(ARCHITECTURES[text.model_type].mirror)
+    vars(mirror).pop("quantization_config", None)
+    mirror.name_or_path = ""
+    architecture = ARCHITECTURES[text.model_type]
+    overrides: dict[str, Any] = dict(architecture.mirror)
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         value = getattr(config, name)
         if value is not None:
-            overrides[_config_name(mirror, name)] = value
+            overrides[_config_name(mirror, architecture.names.get(name, name))] = value
     if isinstance(mirror.to_dict().get("layer_types"), list):
         overrides["layer_types"] = ["full_attention"] * config.num_shadow_layers
     for name, value in overrides.items():
         setattr(mirror, name, value)
+    for name in architecture.follow_width:
+        setattr(mirror, name, mirror.hidden_size)
     heads, kv_heads = mirror.num_attention_heads, mirror.to_dict().get("num_key_value_heads")
     if kv_heads is not None and heads % kv_heads:
         raise ConfigError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
@@ -67,9 +79,12 @@ def _config_name(config: PreTrainedConfig, name: str) -> str:
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the network of a mirror's config, randomly initialized, without token embeddings."""
-    backbone = AutoModel.from_config(copy.deepcopy(config))
+    """Build the network of a backbone's config, randomly initialized, without token embeddings."""
+    small = copy.deepcopy(config)
+    small.vocab_size, small.pad_token_id = 1, None  # embedding and head are thrown away: do not draw them
+    backbone = architecture_of(config).decoder_of(AutoModelForCausalLM.from_config(small))
     backbone.set_input_embeddings(cast(nn.Module, None))  # never called: inputs_embeds are passed
+    backbone.config.vocab_size, backbone.config.pad_token_id = config.vocab_size, config.pad_token_id
     return backbone
 
 
@@ -90,9 +105,12 @@ def load_pretrained_backbone(
     """Load a pretrained causal language model as a backbone; return its network and its frozen embedding.
 
     Raises:
-        ConfigError: if its vocabulary has another size than the base's.
+        ConfigError: if it cannot be loaded, or its vocabulary has another size than the base's.
     """
-    model = AutoModelForCausalLM.from_pretrained(path_or_id, **kwargs)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path_or_id, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the backbone {path_or_id}: {str(error).splitlines()[0]}") from None
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     own_size = embedding.weight.shape[0]
     if own_size != vocab_size:
@@ -101,7 +119,6 @@ def load_pretrained_backbone(
             "a shadow reads the same tokens as its base"
         )
     network = architecture_of(model.config).decoder_of(model)
-    assert isinstance(network, PreTrainedModel)
-    frozen = FrozenEmbedding(embedding.weight)
+    frozen = FrozenEmbedding(network.config, embedding.weight)
     network.set_input_embeddings(cast(nn.Module, None))
     return network, frozen

@@ -1,5 +1,6 @@
 """``ShadowForCausalLM``: a frozen base and its shadow as one transformers model."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from shadowtune.core.losses import joint_causal_loss
 from shadowtune.model.configuration import ShadowModelConfig
@@ -21,9 +23,9 @@ class ShadowCausalLMOutput(CausalLMOutputWithPast):
     """What a forward call returns: the usual fields, and the two terms of the joint loss."""
 
     base_loss: Tensor | None = None
-    """CE of the attached model, a scalar; with labels only."""
+    """CE of the attached model, a scalar; with labels, in mode "attached"."""
     shadow_loss: Tensor | None = None
-    """CE of the detached shadow, a scalar, not yet weighted by lambda; with labels only."""
+    """CE of the detached shadow, a scalar, not yet weighted by lambda; with labels, unless lambda is 0."""
 
 
 class ShadowForCausalLM(ShadowPair, GenerationMixin):
@@ -37,9 +39,10 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
 
     def __init__(self, config: ShadowModelConfig, base: PreTrainedModel | None = None, shadow: Any = None) -> None:
         super().__init__(config, base, shadow)
-        self.generation_config = self.base.generation_config
+        self.generation_config = copy.deepcopy(self.base.generation_config)
         carry_shadow_loss(self)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -77,7 +80,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
                 **({} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}),
                 **kwargs,
             )
-        hidden_states, state, cache = self.encode(
+        output, state = self.encode(
             input_ids,
             attention_mask,
             position_ids,
@@ -86,18 +89,28 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             use_cache if labels is None else False,
             **kwargs,
         )
+        hidden_states = output.last_hidden_state
+        assert hidden_states is not None
         loss = base_loss = shadow_loss = None
         if labels is not None:
-            weight = 0.0 if self.mode == "detached" else self.config.shadow_config.shadow_loss_weight
+            weight = 0.0 if self.mode == "detached" else self.shadow.config.shadow_loss_weight
             loss, base_loss, shadow_loss = joint_causal_loss(
                 self.logits_of, hidden_states, state.initial, labels, weight, num_items_in_batch
             )
+            if self.mode == "detached":
+                base_loss, shadow_loss = None, loss
         logits = None
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits_of(hidden_states[:, kept])
         return ShadowCausalLMOutput(
-            loss=loss, logits=logits, past_key_values=cache, base_loss=base_loss, shadow_loss=shadow_loss
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            base_loss=base_loss,
+            shadow_loss=shadow_loss,
         )
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
@@ -109,6 +122,8 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with everything transformers offers, in the current mode (GenerationMixin.generate)."""
         if self.mode == "base":
+            if len(args) < 2:
+                kwargs.setdefault("generation_config", self.generation_config)
             return cast(GenerationMixin, self.base).generate(*args, **kwargs)  # type: ignore[misc]
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
@@ -124,3 +139,6 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """Leave the (B, T) mask as it is: the two networks may attend differently and each makes its own from it."""
         return attention_mask
+
+    def _get_static_cache_init_shape(self) -> None:
+        """The two networks' key shapes and dtypes may differ, so a static cache is filled in on first use."""

@@ -1,9 +1,11 @@
 """Files of a shadow: whole or absent, and checked when read.
 
 A directory holds ``config.json`` and ``model.safetensors`` (in shards when large) with the trained tensors alone. Each
-file is written beside its place, flushed and renamed over it. Each tensor file carries a SHA-256 of its contents.
+file is written beside its place, flushed and renamed over it. Each tensor file carries a SHA-256 of its contents, and
+the index of a sharded save those of its shards, so that shards of two saves are never mixed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,48 +35,66 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_size
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
+    checksums = {}
     for name, keys in plan.filename_to_tensors.items():
         shard = {key: tensors[key] for key in keys}
-        save_file(shard, directory / name, metadata={"format": "pt", CHECKSUM: tensor_checksum(shard)})
+        checksums[name] = tensor_checksum(shard)
+        file = directory / name
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(shard, file, metadata={"format": "pt", CHECKSUM: checksums[name]})
+        file.chmod(mode)  # safetensors writes for the owner alone; others may have to serve it
     if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        index = {"metadata": {**plan.metadata, CHECKSUM: checksums}, "weight_map": plan.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-class writing_into:  # noqa: N801 - used like a function
-    """Context: collect files in a staging folder, then move each into ``directory``, ``config.json`` last.
+@contextlib.contextmanager
+def writing_into(directory: Path) -> Iterator[Path]:
+    """Collect files in the staging folder that this context gives, then move each into ``directory``.
 
-    If anything fails before the moves, ``directory`` is as it was and the staging folder is gone.
+    If anything fails before the moves, ``directory`` is as it was and the staging folder is gone. New tensors replace
+    those of an earlier save, sharded or not, and ``config.json`` is moved last.
+
+    Raises:
+        CheckpointError: if something cannot be written.
     """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as staging:
+            yield Path(staging)
+            _move(Path(staging), directory)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"cannot write to {directory}: {reason}") from None
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
 
-    def __enter__(self) -> Path:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._staging = tempfile.TemporaryDirectory(prefix=".saving-", dir=self.directory)
-        except OSError as error:
-            raise CheckpointError(f"cannot write to {self.directory}: {error.strerror or error}") from None
-        return Path(self._staging.name)
+def _move(staging: Path, directory: Path) -> None:
+    files = sorted(staging.iterdir(), key=lambda path: (path.name == "config.json", path.name == INDEX))
+    for path in files:
+        _sync(path)
+    names = {path.name for path in files}
+    stale: list[Path] = []
+    if not names.isdisjoint({WEIGHTS, INDEX}):  # the index comes first: with it gone, its shards are read by nobody
+        old = [directory / INDEX, *directory.glob("model*.safetensors")]
+        stale = [path for path in old if path.name not in names]
+    for path in files:
+        if path.name == "config.json":
+            for gone in stale:
+                gone.unlink(missing_ok=True)
+        os.replace(path, directory / path.name)
+    _sync(directory)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            if kind is None:
-                self._move()
-        except OSError as problem:
-            raise CheckpointError(f"cannot write to {self.directory}: {problem.strerror or problem}") from None
-        finally:
-            self._staging.cleanup()
-        if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, CheckpointError):
-            raise CheckpointError(f"cannot write to {self.directory}: {error}") from None
 
-    def _move(self) -> None:
-        files = sorted(Path(self._staging.name).iterdir(), key=lambda path: path.name == "config.json")
-        for path in files:
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(path, self.directory / path.name)
+def _sync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def trained_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -85,10 +105,10 @@ def trained_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def tensor_checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and bytes of CPU tensors, in the order of their names."""
+    """SHA-256 over names, dtypes, shapes and bytes of CPU tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)}:".encode())
         digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -103,23 +123,21 @@ def read_tensors(path_or_id: str, **hub: Any) -> dict[str, Tensor]:
     Raises:
         CheckpointError: naming the file, if it is missing, damaged, a pickle or not safetensors.
     """
-    index = _find(path_or_id, INDEX, **hub)
-    if index is None:
-        names: list[str] = [WEIGHTS]
-    else:
-        names = sorted(set(_shards_of(index)))
+    index = find_file(path_or_id, INDEX, **hub)
+    checksums: dict[str, str | None] = {WEIGHTS: None} if index is None else _shards_of(index)
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        file = _find(path_or_id, name, **hub)
+    for name, checksum in checksums.items():
+        file = find_file(path_or_id, name, **hub)
         if file is None:
-            pickles = [pickle for pickle in PICKLES if _find(path_or_id, pickle, **hub) is not None]
+            pickles = [pickle for pickle in PICKLES if find_file(path_or_id, pickle, **hub) is not None]
             hint = f"; {pickles[0]} is a pickle, which is not read because it can run code" if pickles else ""
             raise CheckpointError(f"{path_or_id} has no {name}{hint}; is it a shadow saved by save_pretrained?")
-        tensors.update(_read_file(file))
+        tensors.update(_read_file(file, checksum))
     return tensors
 
 
-def _find(path_or_id: str, name: str, **hub: Any) -> str | None:
+def find_file(path_or_id: str, name: str, **hub: Any) -> str | None:
+    """Return the local path of a file in a directory or Hub repository, None if it has no such file."""
     return cached_file(
         path_or_id,
         name,
@@ -129,23 +147,29 @@ def _find(path_or_id: str, name: str, **hub: Any) -> str | None:
     )
 
 
-def _shards_of(index: str) -> Iterator[str]:
+def _shards_of(index: str) -> dict[str, str | None]:
+    """Names of the shards, each with its checksum."""
     try:
-        weight_map = json.loads(Path(index).read_text())["weight_map"]
-        yield from weight_map.values()
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged: {error}") from None
+        content = json.loads(Path(index).read_text())
+        return {name: content["metadata"][CHECKSUM][name] for name in sorted(set(content["weight_map"].values()))}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged or not one of a shadow: {error!r}") from None
 
 
-def _read_file(file: str) -> dict[str, Tensor]:
+def _read_file(file: str, expected: str | None) -> dict[str, Tensor]:
+    """Read one tensor file and check it against its own checksum and, if given, the one ``expected`` by the index."""
     try:
         with safe_open(file, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
-            expected = (handle.metadata() or {}).get(CHECKSUM)
+            own = (handle.metadata() or {}).get(CHECKSUM)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from None
-    if expected is None:
+    if own is None:
         raise CheckpointError(f"{file} carries no checksum, so it was not saved as a shadow by this library")
-    if tensor_checksum(tensors) != expected:
+    if tensor_checksum(tensors) != own:
         raise CheckpointError(f"{file} is damaged: its contents do not match their checksum; copy it again")
+    if expected not in (None, own):
+        raise CheckpointError(
+            f"{file} belongs to another save than {INDEX} beside it; save or copy the directory again"
+        )
     return tensors

@@ -1,5 +1,6 @@
 """``ShadowForSequenceClassification``: a frozen base classifier and its shadow."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.utils import can_return_tuple
 
 from shadowtune.core.losses import classification_loss
 from shadowtune.model.configuration import ShadowModelConfig
@@ -20,7 +22,7 @@ class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
     """The usual fields, and the two terms of the joint loss."""
 
     base_loss: Tensor | None = None
-    """Loss of the attached classifier, a scalar; with labels only."""
+    """Loss of the attached classifier, a scalar; with labels, in mode "attached"."""
     shadow_loss: Tensor | None = None
     """Loss of the detached shadow, a scalar, not yet weighted by lambda; with labels only."""
 
@@ -41,29 +43,26 @@ def last_token(attention_mask: Tensor | None, input_ids: Tensor | None, pad_toke
 class ShadowForSequenceClassification(ShadowPair):
     """A sequence classifier made of a frozen base and a trainable shadow.
 
-    Both have a head on the last real token, ``base.score`` and ``shadow_score``, and both heads are trained.
+    ``model.score`` on the attached states and ``model.shadow_score`` on the shadow's, both of the last real token, start
+    as copies of the base's own head and are trained, in the precision of the shadow. The base's head stays as it is.
     """
 
     auto_base = AutoModelForSequenceClassification
 
     def __init__(self, config: ShadowModelConfig, base: PreTrainedModel | None = None, shadow: Any = None) -> None:
         super().__init__(config, base, shadow)
-        score = self.base.get_submodule("score")
-        assert isinstance(score, nn.Linear)
-        self.shadow_score = nn.Linear(score.in_features, score.out_features, bias=False)
-        self.shadow_score.to(device=score.weight.device, dtype=score.weight.dtype)
-        self.shadow_score.load_state_dict(score.state_dict())
-        score.requires_grad_(True)
-        self.num_labels = score.out_features
+        head = self.base.get_submodule("score")
+        assert isinstance(head, nn.Linear)
+        dtype = self.shadow.boundaries.injection_downs.dtype
+        self.score = copy.deepcopy(head).to(dtype).requires_grad_(True)
+        self.shadow_score = copy.deepcopy(self.score)
+        self.num_labels = head.out_features
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Return what is trained and saved, by its path in the model."""
-        return {
-            **super().trained_modules(),
-            "base.score": self.base.get_submodule("score"),
-            "shadow_score": self.shadow_score,
-        }
+        return {**super().trained_modules(), "score": self.score, "shadow_score": self.shadow_score}
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -81,7 +80,7 @@ class ShadowForSequenceClassification(ShadowPair):
         Args:
             input_ids: (B, T), padded on either side.
             labels: (B,) classes; (B,) or (B, C) numbers for regression; (B, C) zeros and ones for several classes.
-            num_items_in_batch: labelled rows in the whole optimizer step; both loss terms are divided by it.
+            num_items_in_batch: labels in the whole optimizer step; both loss terms are divided by it.
         """
         if self.mode == "base":
             return self.base(
@@ -94,23 +93,35 @@ class ShadowForSequenceClassification(ShadowPair):
                 use_cache=use_cache,
                 **kwargs,
             )
-        hidden_states, state, cache = self.encode(
+        output, state = self.encode(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
         )
+        hidden_states = output.last_hidden_state
+        assert hidden_states is not None
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
         last = last_token(attention_mask, input_ids, self.base.config.pad_token_id, hidden_states.shape[1])
-        shadow_logits = self.shadow_score(state.initial[rows, last].to(self.shadow_score.weight.dtype))
+        # As transformers does, the head sees every position: of one row alone it rounds its products differently.
+        dtype = self.score.weight.dtype
+        shadow_logits = self.shadow_score(state.initial.to(dtype))[rows, last]
         logits = shadow_logits
         if self.mode == "attached":
-            logits = self.base.get_submodule("score")(hidden_states[rows, last])
+            logits = self.score(hidden_states.to(dtype))[rows, last]
         loss = base_loss = shadow_loss = None
         if labels is not None:
-            loss = base_loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
+            loss = shadow_loss = classification_loss(
+                shadow_logits, labels, self.config.problem_type, num_items_in_batch
+            )
             if self.mode == "attached":
-                shadow_loss = classification_loss(shadow_logits, labels, self.config.problem_type, num_items_in_batch)
-                loss = base_loss + self.config.shadow_config.shadow_loss_weight * shadow_loss
+                base_loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
+                loss = base_loss + self.shadow.config.shadow_loss_weight * shadow_loss
         return ShadowClassifierOutput(
-            loss=loss, logits=logits, past_key_values=cache, base_loss=base_loss, shadow_loss=shadow_loss
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            base_loss=base_loss,
+            shadow_loss=shadow_loss,
         )
 
     def detached(self) -> PreTrainedModel:

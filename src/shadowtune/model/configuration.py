@@ -66,12 +66,18 @@ class ShadowModelConfig(PreTrainedConfig):
         base = self.base_config.get_text_config(decoder=True)
         backbone = self.backbone_config.get_text_config(decoder=True)
         both = copy.deepcopy(base)
-        types = [layer for config in (backbone, base) for layer in get_layer_types_and_kwargs(config)[0]]
+        types = [*_cache_types(backbone), *get_layer_types_and_kwargs(base)[0]]
         both.num_hidden_layers = len(types)
         both.layer_types = types
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(both, name, getattr(self, name))
         return both
+
+
+def _cache_types(backbone: PreTrainedConfig) -> list[str]:
+    """What the backbone's blocks store; a sliding window needs no less than all, and the base may have none."""
+    types = get_layer_types_and_kwargs(backbone)[0]
+    return ["full_attention" if "sliding" in kind or "chunked" in kind else kind for kind in types]
 
 
 def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:

@@ -32,7 +32,8 @@ def detached_causal_lm(base: PreTrainedModel, shadow: Shadow) -> PreTrainedModel
             f"a {shadow.backbone.config.model_type} shadow of a {base_config.model_type} base has no plain form: the "
             "two architectures treat logits differently"
         )
-    plain = _plain(AutoModelForCausalLM, base, shadow, tie_word_embeddings=False)
+    settings = {name: vars(base_config)[name] for name in architecture.logit_settings}
+    plain = _plain(AutoModelForCausalLM, base, shadow, tie_word_embeddings=False, **settings)
     _fold_head(plain.get_output_embeddings(), base.get_output_embeddings(), shadow)
     plain.generation_config = copy.deepcopy(base.generation_config)
     return plain
@@ -41,10 +42,9 @@ def detached_causal_lm(base: PreTrainedModel, shadow: Shadow) -> PreTrainedModel
 @torch.no_grad()
 def detached_classifier(base: PreTrainedModel, shadow: Shadow, score: nn.Linear) -> PreTrainedModel:
     """Build the sequence classifier that the detached shadow with its head ``score`` (d -> classes) is."""
-    plain = _plain(AutoModelForSequenceClassification, base, shadow, num_labels=score.out_features)
-    plain.config.pad_token_id = base.config.pad_token_id
-    plain.config.id2label = copy.deepcopy(base.config.id2label)
-    plain.config.label2id = copy.deepcopy(base.config.label2id)
+    names = ("pad_token_id", "problem_type", "id2label", "label2id")
+    settings = {name: copy.deepcopy(vars(base.config)[name]) for name in names}
+    plain = _plain(AutoModelForSequenceClassification, base, shadow, **settings)
     _fold_head(plain.get_submodule("score"), score, shadow)
     return plain
 
@@ -52,10 +52,11 @@ def detached_classifier(base: PreTrainedModel, shadow: Shadow, score: nn.Linear)
 def _plain(auto: Any, base: PreTrainedModel, shadow: Shadow, **changes: Any) -> PreTrainedModel:
     """The backbone's network and embeddings in a fresh task model, whose head is still random."""
     config = copy.deepcopy(shadow.backbone.config)
+    config.name_or_path = ""
     config.vocab_size = base.config.get_text_config(decoder=True).vocab_size
     for name, value in changes.items():
         setattr(config, name, value)
-    plain = auto.from_config(config).to(shadow.boundaries.injection_downs.dtype).eval()
+    plain = auto.from_config(config, dtype=shadow.boundaries.injection_downs.dtype).to(base.device).eval()
     missing = architecture_of(config).decoder_of(plain).load_state_dict(shadow.backbone.state_dict(), strict=False)
     assert not missing.unexpected_keys
     plain.get_input_embeddings().weight.copy_(_embedding_rows(base, shadow))

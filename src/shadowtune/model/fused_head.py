@@ -26,10 +26,10 @@ class Trunk(nn.Module):
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
         """Return the last hidden states before the head, (B, T, d)."""
         slot = kwargs.pop(SLOT, None)
-        hidden_states, state, cache = self.model.encode(input_ids, **kwargs)
+        output, state = self.model.encode(input_ids, **kwargs)
         if slot is not None:
             slot.append(state.initial)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
+        return output
 
 
 def carry_shadow_loss(model: Any) -> None:
@@ -45,7 +45,7 @@ def _offer_slot(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _add_shadow_gradient(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    weight = model.config.shadow_config.shadow_loss_weight
+    weight = model.shadow.config.shadow_loss_weight
     if not kwargs.get(SLOT) or weight == 0:
         return output
     if kwargs.get("shift_labels") is not None:

@@ -1,15 +1,14 @@
 """From a saved directory back to a model: the base it names, the check that it is that base, the shadow's tensors."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from shadowtune.errors import CheckpointError
-from shadowtune.model.checkpoint import read_tensors
+from shadowtune.model.checkpoint import find_file, read_tensors
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint
 from shadowtune.models import resolve
@@ -28,8 +27,11 @@ def read_config(path_or_id: str, **hub: Any) -> ShadowModelConfig:
             raise
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"cannot read config.json of {path_or_id}: {reason}") from None
-    if kind != "shadow" or config.base_config is None or config.backbone_config is None:
+    if kind != "shadow":
         raise CheckpointError(f"{path_or_id} is not a shadow: its config.json has model_type {kind!r}, not 'shadow'")
+    if config.base_config is None or config.backbone_config is None:
+        missing = "base_config" if config.base_config is None else "backbone_config"
+        raise CheckpointError(f"config.json of {path_or_id} is damaged: it has no {missing}")
     return config
 
 
@@ -104,17 +106,28 @@ def _few(names: list[str]) -> str:
 def load_pair(cls: Any, path_or_id: str, base: PreTrainedModel | str | None, check_weights: bool, **kwargs: Any) -> Any:
     """Do the work of ``from_pretrained``: config, base, check, tensors, generation config; return it in eval mode."""
     hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if kwargs.get(name) is not None}
-    for name in (*HUB_KEYWORDS, *AUTO_KEYWORDS, "config"):
+    asked = kwargs.pop("config", None)  # into which the Auto classes put attn_implementation
+    if asked is not None and asked._attn_implementation is not None:
+        kwargs.setdefault("attn_implementation", asked._attn_implementation)
+    for name in (*HUB_KEYWORDS, *AUTO_KEYWORDS):
         kwargs.pop(name, None)
     config = read_config(path_or_id, **hub)
     tensors = read_tensors(path_or_id, **hub)
     shared = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
     loaded = load_base(cls.auto_base, config, base, **shared, **kwargs)
     check_base(config, loaded, check_weights)
+    assert config.backbone_config is not None
+    config.backbone_config._attn_implementation = loaded.config._attn_implementation
     model = cls(config, loaded)
-    dtype = tensors.get("shadow.boundaries.injection_downs", torch.empty(0)).dtype
-    model.shadow.to(device=loaded.device, dtype=dtype)
+    for prefix, module in model.trained_modules().items():
+        for name, tensor in module.state_dict(keep_vars=True).items():  # each keeps the dtype it was saved with
+            tensor.data = tensor.data.to(tensors.get(f"{prefix}.{name}", tensor).dtype)
+        module.to(loaded.device)
     load_tensors(model.trained_modules(), tensors, path_or_id)
-    if Path(path_or_id, "generation_config.json").is_file() or not Path(path_or_id).exists():
-        model.generation_config = GenerationConfig.from_pretrained(path_or_id, **hub)
+    if model.can_generate() and find_file(path_or_id, GENERATION_CONFIG_NAME, **hub) is not None:
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path_or_id, **hub)
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{GENERATION_CONFIG_NAME} of {path_or_id} is damaged: {reason}") from None
     return model.eval()

@@ -4,17 +4,30 @@ A base goes in, a model with the right parameters trainable comes out; what is t
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
 from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.classifier import ShadowForSequenceClassification
+from shadowtune.model.objective import (
+    Objective,
+    causal_objective,
+    class_objective,
+    joint_causal_objective,
+    joint_class_objective,
+)
 from shadowtune.models import resolve
 
 Method = Literal["shadow", "lora", "dora", "full"]
@@ -57,7 +70,7 @@ def make_trainable(
     if method == "shadow":
         return PAIRS[task].from_base(base, shadow, dtype=dtype)
     if method == "full":
-        return base.to(dtype).requires_grad_(True)
+        return cast(nn.Module, base).to(dtype).requires_grad_(True)
     lora = lora or LoraConfig()
     peft = _peft()
     settings = peft.LoraConfig(
@@ -68,7 +81,18 @@ def make_trainable(
         target_modules=lora.target_modules,
         use_dora=method == "dora",
     )
-    return peft.get_peft_model(base, settings, autocast_adapter_dtype=dtype == torch.float32)
+    model = peft.get_peft_model(base, settings)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # PEFT chooses float32 or the base's dtype
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def objective_of(method: Method, task: Task) -> Objective:
+    """Return what training with a method minimizes."""
+    if method == "shadow":
+        return joint_causal_objective if task == "causal_lm" else joint_class_objective
+    return causal_objective if task == "causal_lm" else class_objective
 
 
 def load_trained(
@@ -88,7 +112,16 @@ def load_trained(
         )
     if method == "full":
         return load_base(directory, task, **kwargs).eval()
+    if task == "classification":  # the base may have no head, or one for other classes
+        kwargs |= {"config": _saved_config(directory), "ignore_mismatched_sizes": True}
     return _peft().PeftModel.from_pretrained(load_base(base_name, task, **kwargs), directory).eval()
+
+
+def _saved_config(directory: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read config.json of {directory}: {str(error).splitlines()[0]}") from None
 
 
 def _peft() -> Any:
@@ -97,6 +130,14 @@ def _peft() -> Any:
     except ImportError:
         raise ShadowtuneError("methods lora and dora need Hugging Face PEFT: pip install 'shadowtune[peft]'") from None
     return peft
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return how many positions a model has; None if its config knows no limit."""
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    name = "max_position_embeddings"
+    return vars(text).get(text.attribute_map.get(name, name))
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import weakref
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -9,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from typing_extensions import Self
 
-from shadowtune.attach.architectures import architecture_of
-from shadowtune.attach.attachment import check_fit, has_hooks, install_hooks
-from shadowtune.attach.cache import split_cache
+from shadowtune.attach.architectures import Architecture, architecture_of
+from shadowtune.attach.cache import check_same_past, split_cache
+from shadowtune.attach.hooks import check_fit, install_hooks
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.state import ShadowState
-from shadowtune.errors import AttachError, ConfigError
+from shadowtune.errors import ConfigError
 from shadowtune.model.backbone import copy_position_embeddings, load_pretrained_backbone, mirror_config
 from shadowtune.model.checkpoint import trained_tensors, write_tensors, writing_into
 from shadowtune.model.configuration import ShadowModelConfig
@@ -24,6 +26,7 @@ from shadowtune.model.fingerprint import base_fingerprint
 from shadowtune.model.fused_head import Trunk
 from shadowtune.model.loading import load_pair
 from shadowtune.model.shadow import Shadow
+from shadowtune.models import NAMED, resolve
 
 Mode = Literal["attached", "detached", "base"]
 
@@ -46,17 +49,15 @@ class ShadowPair(PreTrainedModel):
     def __init__(self, config: ShadowModelConfig, base: PreTrainedModel | None = None, shadow: Any = None) -> None:
         super().__init__(config)
         assert config.base_config is not None and config.backbone_config is not None
-        self.architecture = architecture_of(config.base_config)
         self.base = self.auto_base.from_config(copy.deepcopy(config.base_config)) if base is None else base
-        if has_hooks(self.base):
-            raise AttachError("a shadow is attached to this base already; call detach() on its handle first")
         if shadow is None:
             shadow = Shadow(config.shadow_config, config.base_config, config.backbone_config)
         check_fit(self.base, shadow.boundaries)
         self.base.requires_grad_(False)
         self.shadow: Shadow = shadow
         self.mode: Mode = "attached"
-        self._hooks = install_hooks(self.base)
+        for handle in install_hooks(self.base):
+            weakref.finalize(self, handle.remove).atexit = False
 
     @classmethod
     def from_base(
@@ -65,14 +66,13 @@ class ShadowPair(PreTrainedModel):
         """Give a base a new shadow.
 
         Args:
-            base: a pretrained model; it is frozen, and otherwise left as it is.
+            base: a pretrained model; it is frozen, and otherwise left as it is. Several shadows may share one.
             config: the shadow's settings; by default the paper's.
             dtype: of the shadow's parameters. float32 beside a bfloat16 base is the usual choice.
 
         Raises:
             UnsupportedArchitectureError: if the base's architecture has no row in the table.
-            ConfigError: if the shadow's sizes do not fit.
-            AttachError: if the base has a shadow already.
+            ConfigError: if the shadow's sizes do not fit, or its pretrained backbone does not load.
         """
         config = config or ShadowConfig()
         architecture_of(base.config)
@@ -82,18 +82,18 @@ class ShadowPair(PreTrainedModel):
             shadow = Shadow(config, base.config, backbone_config)
             copy_position_embeddings(shadow.backbone, base)
         else:
-            backbone, embedding = load_pretrained_backbone(config.backbone, text.vocab_size)
+            backbone, embedding = load_pretrained_backbone(resolve(config.backbone), text.vocab_size)
             backbone_config = backbone.config
             shadow = Shadow(config, base.config, backbone_config, backbone, embedding)
         model_config = ShadowModelConfig(
             shadow=config.to_dict(),
             base_config=base.config,
             backbone_config=backbone_config,
-            base_name_or_path=base.config.name_or_path or "",
+            base_name_or_path=_lasting_name(base.config.name_or_path or ""),
             base_revision=vars(base.config).get("_commit_hash"),
             base_fingerprint=base_fingerprint(base),
         )
-        return cls(model_config, base, shadow.to(device=base.device, dtype=dtype))
+        return cls(model_config, base, shadow.cast(dtype).to(base.device))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -151,7 +151,7 @@ class ShadowPair(PreTrainedModel):
         with writing_into(directory) as staging:
             write_tensors(staging, tensors, max_shard_size)
             self.config.to_json_file(staging / "config.json", use_diff=False)
-            if self.generation_config is not None:
+            if self.can_generate():
                 self.generation_config.to_json_file(staging / "generation_config.json")
         if push_to_hub:
             self.push_to_hub(kwargs.get("repo_id", directory.name))
@@ -159,6 +159,11 @@ class ShadowPair(PreTrainedModel):
     def trained_modules(self) -> dict[str, nn.Module]:
         """Return what is trained and saved, by its path in the model."""
         return {"shadow": self.shadow}
+
+    @property
+    def architecture(self) -> Architecture:
+        """The base's row in the table of architectures."""
+        return architecture_of(self.base.config)
 
     def set_mode(self, mode: Mode) -> Self:
         """Choose what calls compute: "attached", "detached" or "base". Returns the model."""
@@ -176,11 +181,12 @@ class ShadowPair(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, ShadowState, Cache | None]:
+    ) -> tuple[BaseModelOutputWithPast, ShadowState]:
         """Run the shadow backbone and, when attached, the base's blocks beside it.
 
         Returns:
-            The last hidden states before the head, (B, T, d) (s0 itself when detached); the state; the cache.
+            The base's output, whose ``last_hidden_state`` (B, T, d) goes to the head and is s0 itself when detached,
+            with the whole cache; and the state. Other keywords go to both networks.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds")
@@ -189,14 +195,16 @@ class ShadowPair(PreTrainedModel):
         cache = past_key_values
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        depth = len(self.architecture.blocks_of(self.base))
         shadow_cache = base_cache = None
         if cache is not None:
-            depth = len(self.architecture.blocks_of(self.base))
             shadow_cache, base_cache = split_cache(cache, self.shadow.num_cache_layers, depth)
+            if self.mode == "attached":
+                check_same_past(shadow_cache, base_cache)
         embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        state = self.shadow.begin(input_ids, embeds, attention_mask, position_ids, shadow_cache, use_cache)
+        state = self.shadow.begin(input_ids, embeds, attention_mask, position_ids, shadow_cache, use_cache, **kwargs)
         if self.mode == "detached":
-            return state.initial, state, cache
+            return BaseModelOutputWithPast(last_hidden_state=state.initial, past_key_values=cache), state
         output = self.architecture.decoder_of(self.base)(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -207,7 +215,9 @@ class ShadowPair(PreTrainedModel):
             shadow=state,
             **kwargs,
         )
-        return output.last_hidden_state, state, cache
+        state.check_arrival(depth)
+        output.past_key_values = cache
+        return output, state
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the base's token embedding."""
@@ -224,6 +234,36 @@ class ShadowPair(PreTrainedModel):
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """The base ties its own weights; the shadow has none to tie."""
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the base's vocabulary (``PreTrainedModel.resize_token_embeddings``) and keep the new rows frozen.
+
+        A save holds the shadow alone: save the resized base as well and load with ``base=``.
+
+        Raises:
+            ConfigError: if the shadow's pretrained backbone has an embedding of its own.
+        """
+        if self.shadow.embedding is not None:
+            raise ConfigError("this shadow's backbone has its own token embedding; resize the base before from_base()")
+        embedding = self.base.resize_token_embeddings(*args, **kwargs)
+        embedding.requires_grad_(False)
+        if self.base.get_output_embeddings() is not None:
+            self.base.get_output_embeddings().requires_grad_(False)
+        assert self.config.base_config is not None
+        self.config.vocab_size = embedding.num_embeddings
+        self.config.base_config.get_text_config(decoder=True).vocab_size = embedding.num_embeddings
+        self.config.base_fingerprint = base_fingerprint(self.base)
+        return embedding
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: below the first boundary there is nothing to learn, and the shadow sees to its own input."""
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        """Checkpoint all blocks but those that no gradient reaches."""
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        if not self.shadow.config.inject_first:
+            first: Any = self.architecture.blocks_of(self.base)[0]
+            first.gradient_checkpointing = False
+
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: base and shadow are initialized where they are built."""
 
@@ -231,3 +271,8 @@ class ShadowPair(PreTrainedModel):
     def trunk(self) -> nn.Module:
         """The model without its head; what trainers with a head of their own call ``base_model``."""
         return Trunk(self)
+
+
+def _lasting_name(name: str) -> str:
+    """The name of a base as saved: a directory by its absolute path, which holds in every working directory."""
+    return os.path.abspath(name) if name and name not in NAMED and os.path.isdir(name) else name

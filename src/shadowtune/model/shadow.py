@@ -43,7 +43,7 @@ class Shadow(nn.Module):
         self.config = config
         self.backbone = build_backbone(backbone_config) if backbone is None else backbone
         if embedding is None and config.backbone != "mirror":
-            embedding = FrozenEmbedding(torch.empty(text.vocab_size, shadow_width))
+            embedding = FrozenEmbedding(backbone_config)
         self.embedding = embedding
         self.input_projection: nn.Module = nn.Identity()
         self.projection: nn.Module = nn.Identity()
@@ -54,6 +54,13 @@ class Shadow(nn.Module):
         count = text.num_hidden_layers - (0 if config.inject_first else 1)
         self.boundaries = Boundaries(count, width, config)
         self.requires_grad_(True)
+
+    def cast(self, dtype: torch.dtype) -> "Shadow":
+        """Bring all that is saved to ``dtype``. What is not, such as RoPE frequencies, stays as exact as it is."""
+        for tensor in self.state_dict(keep_vars=True).values():
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+        return self
 
     @property
     def num_cache_layers(self) -> int:
@@ -89,7 +96,9 @@ class Shadow(nn.Module):
                 raise ShadowtuneError("this shadow's backbone has its own embedding: pass input_ids, not inputs_embeds")
             embeds = self.embedding(input_ids)
         else:
-            embeds = self.input_projection(inputs_embeds.to(self.boundaries.injection_downs.dtype))
+            embeds = self.input_projection(inputs_embeds.to(self.backbone.dtype))
+        if self._needs_grad_input(embeds):
+            embeds = embeds.detach().requires_grad_()
         output = self.backbone(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
@@ -99,3 +108,13 @@ class Shadow(nn.Module):
             **kwargs,
         )
         return ShadowState(self.boundaries, self.projection(output.last_hidden_state))
+
+    def _needs_grad_input(self, embeds: Tensor) -> bool:
+        """Whether a checkpointed backbone would learn nothing from these embeddings, which are frozen.
+
+        Reentrant checkpointing drops the gradients of a block's parameters unless its input requires a gradient.
+        """
+        checkpointed = self.training and self.backbone.is_activation_checkpointing
+        return (
+            checkpointed and torch.is_grad_enabled() and not embeds.requires_grad and not torch.compiler.is_compiling()
+        )

@@ -1,23 +1,23 @@
-"""A thin ``transformers.Trainer``: our loss, two learning rates, whole checkpoints, and a stop at numbers that are none."""
+"""A thin ``transformers.Trainer``: our loss, two learning rates, whole checkpoints, a stop at losses that are NaN."""
 
-import os
-import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from shadowtune.errors import TrainingError
+from shadowtune.errors import ConfigError, TrainingError
 from shadowtune.model.checkpoint import read_tensors
 from shadowtune.model.loading import load_tensors
+from shadowtune.model.objective import Objective, is_finite
 from shadowtune.model.pair import ShadowPair
-from shadowtune.training.objective import causal_loss, is_finite
+from shadowtune.training.checkpoints import Progress, read_progress, whole_directory, write_progress
+from shadowtune.training.metrics import LeaveOutNonfinite
 
-STAGING = ".saving"
 BACKBONE_PARTS = ("shadow.backbone.", "shadow.projection.", "shadow.input_projection.")
 
 
@@ -25,33 +25,58 @@ class ShadowTrainer(Trainer):
     """Trains every method: shadow, lora, dora and full.
 
     Args:
+        objective: what is minimized; see ``shadowtune.model.objective``.
         backbone_learning_rate: of the shadow's backbone and projections; None means the common one.
-        skip_nonfinite: whether a batch whose loss is no number is left out (and counted) instead of stopping.
+        skip_nonfinite: whether a step with a gradient that is no number is left out (and counted) instead of stopping.
         keep_checkpoints: how many of the latest checkpoints stay on disk.
-        **kwargs: as for ``transformers.Trainer``. Batches may carry "rows" (B,), the numbers of their rows, for messages.
+        **kwargs: as for ``transformers.Trainer``. Batches may carry "rows" (B,), their rows' numbers, for messages.
+            Evaluation measures the loss alone.
     """
 
     def __init__(
         self,
         *,
+        objective: Objective,
         backbone_learning_rate: float | None = None,
         skip_nonfinite: bool = False,
         keep_checkpoints: int = 2,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self._objective = objective
         self.backbone_learning_rate = backbone_learning_rate
         self.skip_nonfinite = skip_nonfinite
         self.keep_checkpoints = keep_checkpoints
-        self.skipped_batches = 0
-        self._terms: dict[str, list[Tensor]] = {}
-        self._staging: str | None = None
+        self.model_accepts_loss_kwargs = True  # every objective divides by the labels of the whole step
+        self._left_out = LeaveOutNonfinite()
+        if skip_nonfinite:
+            self.add_callback(self._left_out)
+        self._before = Progress()
+        self._started = time.perf_counter()
+        self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self._terms: dict[str, Tensor] = {}
+        self._terms_since = 0
+        self._staging: Path | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as ``transformers.Trainer`` does, and keep the time."""
+        self._started = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def progress(self) -> Progress:
+        """Return what the run has cost so far, parts before a resumption included. Every process must call it."""
+        return Progress(
+            seconds=self._before.seconds + time.perf_counter() - self._started,
+            tokens=self._before.tokens + int(self.accelerator.gather(self._tokens).sum()),
+            skipped_steps=self._before.skipped_steps + self._left_out.steps,
+            processes=self.accelerator.num_processes,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make AdamW with four groups: (common, backbone) x (with, without weight decay); empty ones are left out."""
         if self.optimizer is not None:
             return self.optimizer
-        trained = self.model if model is None else model
+        trained = cast(Any, self.model if model is None else model)
         decayed = set(self.get_decay_parameter_names(trained))
         common = self.args.learning_rate
         rates = {False: common, True: common if self.backbone_learning_rate is None else self.backbone_learning_rate}
@@ -69,10 +94,11 @@ class ShadowTrainer(Trainer):
         return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices decay; vectors (norms, biases, scales), stacked or not, do not."""
-        vectors = ("bias", "biases", "norm_weight", "boundary_scales")
+        """Matrices decay; vectors (norms, biases, scales) do not, nor do biases stacked to a matrix."""
         return [
-            name for name, parameter in model.named_parameters() if parameter.ndim >= 2 and not name.endswith(vectors)
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim >= 2 and not name.endswith(("bias", "biases"))
         ]
 
     def compute_loss(
@@ -82,108 +108,102 @@ class ShadowTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of one batch; in training, check that it is a number."""
+        """Return the loss of one batch; in training, check that it is a number and add up what is logged."""
         inputs = dict(inputs)
         rows = inputs.pop("rows", None)
-        plain = self.accelerator.unwrap_model(model)
-        if return_outputs or isinstance(plain, ShadowPair) or inputs["labels"].ndim == 1:
-            outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-            loss = outputs.loss
-            if model.training:
-                self._note_terms(outputs)
-        else:
-            outputs, loss = None, causal_loss(model, inputs, num_items_in_batch)
+        terms = self._objective(model, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # data parallelism averages gradients, the loss is a sum
-        if model.training and not is_finite(loss):
-            loss = self._refuse(loss, rows)
-        return (loss, outputs) if return_outputs else loss
+            # Losses are shares of a sum over all processes, but data parallelism averages the gradients.
+            terms = {name: term * self.accelerator.num_processes for name, term in terms.items()}
+        if model.training:
+            if not self.skip_nonfinite and not is_finite(terms["loss"]):
+                raise TrainingError(self._nonfinite(terms["loss"], rows))
+            self._tokens += inputs["attention_mask"].sum()
+            self._add_up(terms)
+        return (terms["loss"], terms) if return_outputs else terms["loss"]
 
-    def _note_terms(self, outputs: Any) -> None:
-        for name in ("base_loss", "shadow_loss"):
-            if outputs.get(name) is not None:
-                self._terms.setdefault(name, []).append(outputs[name].detach())
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one batch forward and backward; the returned loss, which is for the log, is a number in any case."""
+        return torch.nan_to_num(super().training_step(*args, **kwargs), 0.0, 0.0, 0.0)
 
-    def _refuse(self, loss: Tensor, rows: Tensor | None) -> Tensor:
-        """Leave the batch out, or stop with its name."""
-        where = f"step {self.state.global_step + 1}"
-        if rows is not None:
-            where += f", training rows {', '.join(str(int(row)) for row in rows)}"
-        if self.skip_nonfinite and self.accelerator.num_processes == 1:
-            self.skipped_batches += 1
-            return torch.zeros((), device=loss.device, requires_grad=True)
-        raise TrainingError(
-            f"the loss became {loss.item()} at {where}; the last checkpoint is untouched. Lower the learning rate, or set "
-            "nonfinite_loss=skip to leave such batches out"
-        )
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the validation rows, without a trace in the random numbers that training will draw."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the two terms of the joint loss to each training log line, averaged since the last one."""
+        """Add the two terms of the joint loss to each training log line, as means over the steps since the last one."""
         if "loss" in logs:
-            steps = self.args.gradient_accumulation_steps
-            for name, values in self._terms.items():
-                logs[name] = torch.stack(values).mean().item() * steps
+            steps = self.state.global_step - self._terms_since
+            for name, total in self._terms.items():
+                logs[name] = self.accelerator.gather(total).mean().item() / steps
             self._terms = {}
-            if self.skipped_batches:
-                logs["skipped_batches"] = float(self.skipped_batches)
+            if self.skip_nonfinite:
+                logs["skipped_steps"] = self._before.skipped_steps + self._left_out.steps
         super().log(logs, *args, **kwargs)
 
+    def _nonfinite(self, loss: Tensor, rows: Tensor | None) -> str:
+        where = f"step {self.state.global_step + 1}"
+        if rows is not None:
+            where += f", training rows {', '.join(str(row) for row in rows.tolist())}"
+        return (
+            f"the loss became {loss.item()} at {where}; the last checkpoint is untouched. Lower the learning rate, or "
+            "set nonfinite_loss=skip to leave such steps out"
+        )
+
+    def _add_up(self, terms: dict[str, Tensor]) -> None:
+        if not self._terms:
+            self._terms_since = self.state.global_step
+        for name, term in terms.items():
+            if name != "loss":
+                number = torch.nan_to_num(term.detach(), 0.0, 0.0, 0.0)
+                self._terms[name] = self._terms[name] + number if name in self._terms else number
+
     def _get_output_dir(self, trial: Any) -> str:
-        run = super()._get_output_dir(trial)
-        return run if self._staging is None else os.path.join(run, self._staging)
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place and rename it, so that every checkpoint directory is whole.
 
         Raises:
             TrainingError: if a trained parameter is no number; the previous checkpoint stays the last one.
+            CheckpointError: if the files cannot be written; likewise.
         """
-        for name, parameter in self.model.named_parameters():
+        step = self.state.global_step
+        for name, parameter in cast(nn.Module, self.model).named_parameters():
             if parameter.requires_grad and not is_finite(parameter):
-                raise TrainingError(f"{name} holds NaN or infinite values at step {self.state.global_step}; not saved")
-        run = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                raise TrainingError(f"{name} holds NaN or infinite values at step {step}; not saved")
+        directory, progress = Path(super()._get_output_dir(trial)), self.progress()
+        with whole_directory(directory / f"{PREFIX_CHECKPOINT_DIR}-{step}", self.accelerator) as staging:
+            self._staging = staging.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if self.args.should_save:
+                write_progress(staging, progress)
         if self.args.should_save:
-            shutil.rmtree(run / STAGING, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = STAGING
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            for path in (run / STAGING / name).rglob("*"):
-                _sync(path)
-            shutil.rmtree(run / name, ignore_errors=True)
-            os.replace(run / STAGING / name, run / name)
-            _sync(run)
-            shutil.rmtree(run / STAGING, ignore_errors=True)
-            rotate_checkpoints(output_dir=str(run), save_total_limit=self.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+            rotate_checkpoints(output_dir=str(directory), save_total_limit=self.keep_checkpoints)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if isinstance(self.model, ShadowPair):
+        self._before = read_progress(Path(resume_from_checkpoint))
+        before, now = self._before.processes, self.accelerator.num_processes
+        if before != now:
+            raise ConfigError(
+                f"{resume_from_checkpoint} was written by {before} process(es) and cannot be resumed with {now}: every "
+                f"step would see other rows; start {before}"
+            )
+        if isinstance(self.model, ShadowPair) and not self.is_fsdp_enabled:
             load_tensors(self.model.trained_modules(), read_tensors(resume_from_checkpoint), resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def with_row_numbers(collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """Let a collator pass on each example's "row", its number in the data set, as a tensor "rows" (B,)."""
 
+    def collate_numbered(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**collate(examples), "rows": torch.tensor([example["row"] for example in examples])}
 
-def with_rows(collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]) -> Callable[[list[Any]], dict[str, Any]]:
-    """Let a collator pass on each example's "row", its number in the data set, as a tensor (B,)."""
-
-    def collate_rows(examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = dict(collate([{k: v for k, v in e.items() if k != "row"} for e in examples]))
-        batch["rows"] = torch.tensor([example["row"] for example in examples])
-        return batch
-
-    return collate_rows
+    return collate_numbered

@@ -1,0 +1,131 @@
+"""Ours and what a user would take instead, each as its own users build it.
+
+Defaults are each package's or paper's own: LoRA and DoRA on all linear layers with dropout 0.05 and alpha 32, the
+shadows with rank 16, update width 8, dropout 0.2 and the auxiliary loss. One size of each is free: by it budgets are
+made equal.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from shadowtune.benchmark.bases import shapeless_base
+from shadowtune.benchmark.budget import Growth
+from shadowtune.config.checking import nearest
+from shadowtune.config.shadow import ShadowConfig
+from shadowtune.config.training import LoraConfig
+from shadowtune.errors import ConfigError, ShadowtuneError
+from shadowtune.model.methods import make_trainable, trainable_parameters
+
+INSTALL = "pip install 'shadowtune[bench]'"
+RANK, UPDATE_WIDTH = 16, 8
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to adapt a base."""
+
+    build: Callable[[PreTrainedModel, int | None], nn.Module]
+    """(frozen base, size) -> model to train; for ours, size None means the default."""
+    size_name: str | None
+    """What is free, for instance ``rank``; None if nothing is trained."""
+    step: int = 1
+    """The size is a multiple of this."""
+    package: str | None = None
+    """What has to be installed, as it is imported."""
+
+
+def _shadow(base: PreTrainedModel, size: int | None) -> nn.Module:
+    config = ShadowConfig(rank=RANK, update_width=UPDATE_WIDTH, intermediate_size=size)
+    return make_trainable(base, "shadow", shadow=config)
+
+
+def _lora(base: PreTrainedModel, size: int | None) -> nn.Module:
+    assert size is not None
+    return make_trainable(base, "lora", lora=LoraConfig(rank=size))
+
+
+def _dora(base: PreTrainedModel, size: int | None) -> nn.Module:
+    assert size is not None
+    return make_trainable(base, "dora", lora=LoraConfig(rank=size))
+
+
+def _peft_shadow(base: PreTrainedModel, size: int | None) -> nn.Module:
+    try:
+        from peft import ShadowConfig as PeftShadowConfig
+        from peft import get_peft_model
+    except ImportError:
+        raise ShadowtuneError(f"peer peft-shadow needs peft 0.21 or later: {INSTALL}") from None
+    config = PeftShadowConfig(
+        task_type="CAUSAL_LM", r=RANK, update_hidden_size=UPDATE_WIDTH, shadow_intermediate_size=size
+    )
+    return get_peft_model(base, config)
+
+
+def _shadow_peft(base: PreTrainedModel, size: int | None) -> nn.Module:
+    import shadow_peft
+
+    config = shadow_peft.ShadowConfig(
+        injection_hidden_size=RANK, gate_hidden_size=UPDATE_WIDTH, shadow_intermediate_size=size
+    )
+    model = shadow_peft.ShadowForCausalLM(shadow_peft.get_shadow_model(base, config))
+    return model.to(base.dtype)  # it raises on a bfloat16 base until its user casts it
+
+
+def _base(base: PreTrainedModel, size: int | None) -> nn.Module:
+    return base
+
+
+OURS = "shadow"
+PEERS: dict[str, Contender] = {
+    "lora": Contender(_lora, "rank", package="peft"),
+    "dora": Contender(_dora, "rank", package="peft"),
+    "peft-shadow": Contender(_peft_shadow, "intermediate_size", step=8, package="peft"),
+    "shadow-peft": Contender(_shadow_peft, "intermediate_size", step=8, package="shadow_peft"),
+    "base": Contender(_base, None),
+}
+"""What ours can be measured against; "base" is the bare base, whose forward pass is the floor."""
+CONTENDERS = {OURS: Contender(_shadow, "intermediate_size", step=8), **PEERS}
+
+
+def check_peers(names: Sequence[str]) -> None:
+    """Raise ConfigError on unknown peers or none, ShadowtuneError if the package of one is not installed."""
+    if not names:
+        raise ConfigError(f"no peer to compare with; choose from {', '.join(PEERS)}")
+    for name in names:
+        if name not in PEERS:
+            raise ConfigError(f"unknown peer {name!r}{nearest(name, PEERS)}; peers: {', '.join(PEERS)}")
+    for name in names:
+        package = PEERS[name].package
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise ShadowtuneError(f"peer {name} needs {package.replace('_', '-')}, which is not installed: {INSTALL}")
+
+
+def count_parameters(name: str, config: PreTrainedConfig, size: int | None) -> int:
+    """Count what ``name`` would train on a base of this config, without making any weights.
+
+    Raises:
+        ShadowtuneError: if a package refuses the architecture.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what packages warn of when they build a model says nothing about its size
+        base = shapeless_base(config)
+        try:
+            return trainable_parameters(CONTENDERS[name].build(base, size))
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, ShadowtuneError):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ShadowtuneError(f"{name} does not work on {config.model_type}: {reason}; leave it out") from None
+
+
+def growth_of(name: str, config: PreTrainedConfig) -> Growth:
+    """Find out how the trainable parameters of ``name`` grow with its size: linearly, so two counts tell."""
+    step = CONTENDERS[name].step
+    first, second = (count_parameters(name, config, size) for size in (step, 2 * step))
+    return Growth(fixed=2 * first - second, per_step=second - first, step=step)

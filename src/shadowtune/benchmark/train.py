@@ -1,0 +1,157 @@
+"""``bench train``: a whole training step - forward, backward, AdamW, zero_grad - in tokens per second, and its memory.
+
+Ours computes logits at labelled positions only; each peer runs its own forward pass with labels, as its users would.
+The peer "base" runs the bare base's forward pass with labels and trains nothing: that is what the model itself costs.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shadowtune.benchmark.bases import base_config, real_base
+from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, numbers, option, words
+from shadowtune.benchmark.budget import equal_sizes
+from shadowtune.benchmark.memory import MemoryMeter
+from shadowtune.benchmark.peers import CONTENDERS, OURS, PEERS, check_peers, count_parameters, growth_of
+from shadowtune.core.losses import IGNORE_INDEX
+from shadowtune.errors import ConfigError
+from shadowtune.model.methods import trainable_parameters
+
+SAMPLE_SECONDS = 0.1
+"""A sample takes as many steps as fit into this time, at least one: the clock is coarse."""
+
+
+@dataclass(frozen=True)
+class TrainSettings(Settings):
+    """Settings of ``bench train``."""
+
+    model: str = option("smollm2-135m", "the base: smollm2-135m, tiny, a directory or a Hub id")
+    peers: tuple[str, ...] = option(tuple(PEERS), "what ours is compared with", words)
+    labelled: tuple[float, ...] = option(
+        (1.0, 0.25, 0.02), "shares of the tokens that have a label, each a case", numbers
+    )
+    batch: int = option(4, "rows of a batch", int)
+    length: int = option(256, "tokens of a row", int)
+    parameters: int | None = option(None, "trainable parameters of each; default: those of the default shadow", int)
+    bounds = {**Settings.bounds, "batch": (1, None), "length": (2, None), "parameters": (1, None)}
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        if not self.labelled or not all(0 < share <= 1 for share in self.labelled):
+            raise ConfigError(f"labelled must be shares above 0 and up to 1, got {self.labelled}")
+
+
+def plan(settings: TrainSettings) -> Plan:
+    """Choose sizes that make the budgets equal; a case for each share of labelled tokens.
+
+    Raises:
+        ShadowtuneError: one of its kinds, if a peer is unknown or not installed, the base cannot be found or is too
+            short, or there are no equal budgets.
+    """
+    check_peers(settings.peers)
+    config = base_config(settings.model)
+    positions = vars(config.get_text_config(decoder=True)).get("max_position_embeddings")
+    if positions is not None and settings.length > positions:
+        raise ConfigError(f"length {settings.length} exceeds the {positions} positions of {settings.model}")
+    wanted = settings.parameters or count_parameters(OURS, config, None)
+    growths = {name: growth_of(name, config) for name in settings.peers if CONTENDERS[name].size_name is not None}
+    sizes = equal_sizes(wanted, OURS, growth_of(OURS, config), growths)
+    subjects = {name: {"size": sizes.get(name)} for name in (OURS, *settings.peers)}
+    return Plan(subjects, tuple(Case(f"labelled={share:g}", {"labelled": share}) for share in settings.labelled))
+
+
+class TrainSubject:
+    """A model and its optimizer, stepping over one random batch."""
+
+    def __init__(self, settings: TrainSettings, name: str, size: int | None) -> None:
+        torch.manual_seed(0)
+        contender = CONTENDERS[name]
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        base = real_base(settings.model, vars(torch)[settings.dtype], self.device)
+        self.vocabulary = base.config.get_text_config(decoder=True).vocab_size
+        self.model = contender.build(base, size).to(self.device)
+        self.size = None if size is None else f"{contender.size_name} {size}"
+        self.trainable_parameters = trainable_parameters(self.model)
+        self.model.train(self.trainable_parameters > 0)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+        for parameter in self.model.parameters():
+            parameter.sum()  # weights mapped from a file are resident only when read, and would count as the step's
+        self.memory = MemoryMeter(self.device)
+        self.memory.restart()
+        self.loaded_mb = self.memory.current_mb()
+        self.batch: dict[str, torch.Tensor] = {}
+        self.steps = 1
+
+    def prepare(self, values: Mapping[str, Any]) -> float:
+        """Label the last share ``labelled`` of each row, as a completion is; warm up; return the step's peak MB."""
+        shape = (self.settings.batch, self.settings.length)
+        ids = torch.randint(self.vocabulary, shape, generator=torch.Generator().manual_seed(0))
+        labels = ids.clone()
+        labels[:, : -max(1, round(values["labelled"] * self.settings.length))] = IGNORE_INDEX
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        self.memory.restart()
+        self._time(self.settings.warm_up)
+        self.steps = max(1, round(SAMPLE_SECONDS / self._time(1)))
+        peak = self.memory.peak_mb()
+        self.memory.give_back()
+        return max(0.0, peak - self.loaded_mb)
+
+    def measure(self) -> float:
+        """Tokens per second, those without a label included.
+
+        The memory of a step is given back after each sample, else six subjects that wait hold 20 GB; the steps of the
+        warm-up take it again, untimed.
+        """
+        self._time(self.settings.warm_up)
+        seconds = self._time(self.steps)
+        self.memory.give_back()
+        return self.settings.batch * self.settings.length * self.steps / seconds
+
+    def _time(self, steps: int) -> float:
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._step()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _step(self) -> None:
+        if self.optimizer is None:
+            with torch.no_grad():
+                self.model(**self.batch, use_cache=False)
+            return
+        self.model(**self.batch, use_cache=False).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def open_subject(settings: TrainSettings, name: str, **arguments: Any) -> TrainSubject:
+    """Load a subject of ``bench train``."""
+    return TrainSubject(settings, name, **arguments)
+
+
+TRAIN = Bench(
+    name="train",
+    help="a full training step: tokens per second and peak memory",
+    unit="tokens_per_second",
+    settings=TrainSettings,
+    context=("model", "device", "dtype", "batch", "length", "warm_up"),
+    plan=plan,
+    open=open_subject,
+    examples="""examples:
+  shadowtune bench train --model tiny            under a minute: a random base, to see how it works
+  shadowtune bench train --peers lora,peft-shadow --labelled 0.02 --json result.json
+  shadowtune bench train --model path/or/hub-id --device cuda --dtype bfloat16
+""",
+)

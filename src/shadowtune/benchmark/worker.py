@@ -1,0 +1,69 @@
+"""The process of one subject: reads requests from standard input, a line of JSON each, and answers each with a line.
+
+A request is ``[method, {arguments}]``, an answer ``{"result": ...}`` or ``{"error": "one line"}``. Between requests the
+process waits and uses no processor, so that the others are measured alone.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import IO, Any
+
+from shadowtune.benchmark.bench import Subject
+from shadowtune.benchmark.registry import BENCHES
+from shadowtune.config.checking import from_mapping
+from shadowtune.errors import ShadowtuneError
+
+
+class Service:
+    """What can be asked of a worker, by the name of the method."""
+
+    def __init__(self) -> None:
+        self._subject: Subject | None = None
+
+    def open(self, bench: str, settings: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Load a subject and say how large it is."""
+        definition = BENCHES[bench]
+        self._subject = definition.open(from_mapping(definition.settings, settings, where=""), name, **arguments)
+        return {"size": self._subject.size, "trainable_parameters": self._subject.trainable_parameters}
+
+    def prepare(self, values: dict[str, Any]) -> float:
+        """Make the subject ready for a case; return its peak memory in MB."""
+        assert self._subject is not None
+        return self._subject.prepare(values)
+
+    def measure(self) -> float:
+        """Take one sample."""
+        assert self._subject is not None
+        return self._subject.measure()
+
+
+def serve(requests: Iterable[str], answers: IO[str]) -> None:
+    """Answer requests until there are no more. An error that no user can cause ends the process, as it should."""
+    service = Service()
+    methods: dict[str, Callable[..., Any]] = {
+        "open": service.open,
+        "prepare": service.prepare,
+        "measure": service.measure,
+    }
+    for line in requests:
+        method, arguments = json.loads(line)
+        answer: dict[str, Any]
+        try:
+            answer = {"result": methods[method](**arguments)}
+        except ShadowtuneError as error:
+            answer = {"error": str(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    """Serve; what libraries print goes to standard error, out of the way of the answers."""
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        serve(sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Storey 5: parse, call one function, print. No logic."""

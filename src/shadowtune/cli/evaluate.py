@@ -1,0 +1,79 @@
+"""``shadowtune evaluate``."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+from shadowtune.cli.command import Command, add_json
+from shadowtune.cli.output import ProgressBar, check_json_target, print_table, write_json
+
+EPILOG = """examples:
+  shadowtune evaluate runs/clinc150
+  shadowtune evaluate runs/clinc150 --mode all --json result.json
+  shadowtune evaluate runs/mine --data held-out.jsonl --predictions answers.jsonl
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("run", help="run directory of shadowtune train")
+    parser.add_argument("--mode", default="all", choices=("attached", "detached", "base", "all"), help="default: all")
+    parser.add_argument("--data", help="held-out rows; default: the data set of the run")
+    parser.add_argument("--split", default="test", help="split of a shipped or Hub data set (default: test)")
+    parser.add_argument("--limit", type=int, help="use only the first so many rows")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, help="default: enough for the longest true answer")
+    parser.add_argument("--ignore-base-weights", action="store_true", help="accept a base with other weights")
+    parser.add_argument("--predictions", metavar="FILE", help="write each row's answers as JSONL")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate each mode, print one table."""
+    check_json_target(arguments.json)
+    check_json_target(arguments.predictions)
+    from shadowtune.evaluation.run import FinishedRun
+
+    finished = FinishedRun.open(arguments.run, not arguments.ignore_base_weights)
+    modes = finished.modes if arguments.mode == "all" else (arguments.mode,)
+    rows: list[dict[str, Any]] = []
+    answers: dict[str, list[str]] = {}
+    for mode in modes:
+        result = _evaluate(finished, mode, arguments)
+        answers[mode] = result.predictions
+        fields = {name: value for name, value in vars(result).items() if name != "predictions"}
+        rows.append({"run": arguments.run, "method": finished.config.method, "mode": mode, **fields})
+    print_table(f"Evaluated: {arguments.run}", rows)
+    write_json(arguments.json, "evaluate", rows)
+    if arguments.predictions:
+        _write_predictions(arguments.predictions, answers)
+    return 0
+
+
+def _evaluate(finished: Any, mode: str, arguments: argparse.Namespace) -> Any:
+    with ProgressBar(arguments.quiet) as bar:
+        return finished.evaluate(
+            mode,
+            arguments.data,
+            arguments.split,
+            arguments.limit,
+            arguments.batch_size,
+            arguments.max_new_tokens,
+            partial(bar.show, f"evaluate {mode}"),
+        )
+
+
+def _write_predictions(file: str, answers: dict[str, list[str]]) -> None:
+    import json
+    from pathlib import Path
+
+    modes = list(answers)
+    lines = [
+        json.dumps({"row": i, **dict(zip(modes, row, strict=True))})
+        for i, row in enumerate(zip(*answers.values(), strict=True))
+    ]
+    Path(file).write_text("".join(f"{line}\n" for line in lines))
+
+
+COMMAND = Command("evaluate", "measure a trained run on held-out rows", add_arguments, run, EPILOG)

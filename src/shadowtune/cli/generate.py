@@ -1,0 +1,56 @@
+"""``shadowtune generate``."""
+
+import argparse
+import sys
+
+from shadowtune.cli.command import Command, add_json
+from shadowtune.cli.output import check_json_target, write_json
+
+EPILOG = """examples:
+  shadowtune generate runs/clinc150 "wake me at six"
+  shadowtune generate runs/clinc150 --mode detached --max-new-tokens 8 < request.txt
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("run", help="run directory of shadowtune train")
+    parser.add_argument("prompt", nargs="*", help="one or more prompts; read from standard input if there is none")
+    parser.add_argument("--mode", default="attached", choices=("attached", "detached", "base"))
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) chooses the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--num-beams", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--raw", action="store_true", help="do not put prompts into the run's template")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer each prompt, streaming as the tokens come."""
+    check_json_target(arguments.json)
+    prompts = arguments.prompt or [sys.stdin.read()]
+    from shadowtune.evaluation.answering import Sampling, answer
+    from shadowtune.evaluation.run import FinishedRun
+
+    sampling = Sampling(
+        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.num_beams, arguments.seed
+    )
+    finished = FinishedRun.open(arguments.run)
+    rows = []
+    with finished.mode(arguments.mode) as model:
+        for prompt in prompts:
+            text = prompt if arguments.raw else finished.prompt(prompt)
+            answered = answer(model, finished.tokenizer, text, sampling, finished.config.data.chat_template, _write)
+            _write("\n")
+            rows.append({"mode": arguments.mode, "prompt": text, **vars(answered)})
+    write_json(arguments.json, "generate", rows)
+    return 0
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+COMMAND = Command("generate", "answer prompts with a trained run", add_arguments, run, EPILOG)

@@ -1,0 +1,31 @@
+"""``shadowtune info``."""
+
+import argparse
+from typing import Any
+
+from shadowtune.cli.command import Command, add_json
+from shadowtune.cli.output import check_json_target, print_table, write_json
+
+EPILOG = """examples:
+  shadowtune info runs/clinc150
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("run", help="run directory of shadowtune train, or a saved shadow")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print settings, sizes and what training cost."""
+    check_json_target(arguments.json)
+    from shadowtune.evaluation.inspection import describe
+
+    facts: dict[str, Any] = describe(arguments.run)
+    print_table(arguments.run, [{"what": key, "value": value} for key, value in facts.items()])
+    write_json(arguments.json, "info", [facts])
+    return 0
+
+
+COMMAND = Command("info", "say what a run directory or saved shadow holds", add_arguments, run, EPILOG)

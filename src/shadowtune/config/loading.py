@@ -1,0 +1,136 @@
+"""Read settings from a YAML file and ``key=value`` arguments, and write the resolved ones."""
+
+import contextlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from shadowtune.config.checking import from_mapping
+from shadowtune.errors import ConfigError
+
+Settings = TypeVar("Settings")
+
+
+_BOOL, _TIMESTAMP = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which off, no and dates are text, as in YAML 1.2, and a key given twice is an error.
+
+    The plain loader reads ``gradient_checkpointing: off`` as False, and silently keeps the last of two equal keys.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _TIMESTAMP)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]) -> Settings:
+    """Read settings from a YAML file and apply overrides.
+
+    Args:
+        kind: the dataclass to build.
+        path: a YAML file holding a mapping. Paths in it are relative to the current directory.
+        overrides: ``key=value`` arguments with dotted keys and YAML values; the last one wins. An empty value is
+            YAML's null, which resets an optional setting.
+
+    Raises:
+        ConfigError: one line naming the file and what is wrong with it; all wrong keys and values at once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}, line {line}: not UTF-8 text") from None
+    values = _parse(text, str(path))
+    if values is None:
+        raise ConfigError(f"{path} is empty; it must hold settings as key: value lines")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold settings as key: value lines, not a {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return from_mapping(kind, values, where="")
+    except ConfigError as error:
+        raise ConfigError(_one_line(f"{path}: {error}")) from None
+
+
+def dump_config(config: Any, path: str | Path) -> None:
+    """Write a settings dataclass as YAML, whole or not at all; ``load_config`` makes an equal one of it.
+
+    Raises:
+        ConfigError: if the file cannot be written; an old one is left as it was.
+    """
+    target = Path(path)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with scratch.open("w", encoding="utf-8") as handle:
+            yaml.safe_dump(asdict(config), handle, sort_keys=False, width=120)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(scratch, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _parse(text: str, where: str) -> Any:
+    """Parse one YAML document; ``where`` names it in errors."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        fault = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(_one_line(f"{where}{line}: {fault}")) from None
+    except yaml.reader.ReaderError as error:
+        number = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{where}, line {number}: character U+{error.character:04X} is not allowed") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply") from None
+    except (ValueError, LookupError, AttributeError) as error:  # PyYAML's, at 2024-13-45 and values like !!bool x
+        raise ConfigError(_one_line(f"{where}: a value does not fit its YAML type ({error})")) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Put the value of ``a.b.c=value`` into nested mappings, making those that are missing."""
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"{override!r} is not of the form key=value, such as optimizer.learning_rate=1e-3")
+    value = _parse(text, f"in {override!r}")
+    place = values
+    for depth, name in enumerate(names[:-1], start=1):
+        if place.get(name) is None:
+            place[name] = {}
+        place = place[name]
+        if not isinstance(place, dict):
+            raise ConfigError(f"cannot set {key}: {'.'.join(names[:depth])} is {place!r} and has no parts")
+    place[names[-1]] = value
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

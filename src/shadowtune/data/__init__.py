@@ -1,0 +1,1 @@
+"""Storey 3: text in, tensors out."""

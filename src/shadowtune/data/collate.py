@@ -1,0 +1,60 @@
+"""From encoded rows to padded batches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowtune.data.tokens import IGNORED
+
+
+@dataclass(frozen=True)
+class CausalCollator:
+    """Pads rows for causal language modelling on the right."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return "input_ids", "attention_mask" (0 at padding) and "labels" (-100 at padding), all (B, T) int64."""
+        batch = _pad_right(rows, self.pad_token_id)
+        batch["labels"] = _stack([row["labels"] for row in rows], IGNORED)
+        return batch
+
+
+@dataclass(frozen=True)
+class ClassificationCollator:
+    """Pads rows for classification on the right."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return "input_ids" and "attention_mask" (0 at padding), both (B, T), and "labels" (B,), all int64."""
+        return _pad_right(rows, self.pad_token_id) | {"labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad prompts on the left, so that generation goes on at the end of each.
+
+    Returns:
+        "input_ids" and "attention_mask" (0 at padding), both (B, T) int64.
+    """
+    return {
+        "input_ids": _stack(prompts, pad_token_id, left=True),
+        "attention_mask": _stack([[1] * len(prompt) for prompt in prompts], 0, left=True),
+    }
+
+
+def _pad_right(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    return {
+        "input_ids": _stack([row["input_ids"] for row in rows], pad_token_id),
+        "attention_mask": _stack([[1] * len(row["input_ids"]) for row in rows], 0),
+    }
+
+
+def _stack(rows: Sequence[Sequence[int]], filler: int, left: bool = False) -> Tensor:
+    width = max(len(row) for row in rows)
+    fill = [[filler] * (width - len(row)) for row in rows]
+    pairs = zip(fill, rows, strict=True) if left else zip(rows, fill, strict=True)
+    return torch.tensor([[*first, *second] for first, second in pairs])

@@ -1,0 +1,1 @@
+"""Storey 4: how good a model is, by generation and by loss."""

@@ -1,0 +1,106 @@
+"""A comparison as people look at it: one picture, and one HTML page that needs nothing beside it."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shadowtune.errors import ShadowtuneError
+from shadowtune.model.checkpoint import writing_into
+from shadowtune.tables import format_value
+
+COLORS = {"base": "#9aa0a6", "lora": "#e8913a", "shadow": "#3b6fd4", "shadow-detached": "#7fb2f0"}
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; width: 100%; margin: 1rem 0 } img { max-width: 100% }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child { text-align: left }
+"""
+
+
+def read_losses(metrics_file: Path) -> list[tuple[int, float]]:
+    """Return (step, training loss) from a run's ``metrics.jsonl``; for a shadow, the loss of the attached model."""
+    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    return [(line["step"], line.get("base_loss", line["loss"])) for line in lines if "loss" in line]
+
+
+def draw(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
+    """Draw accuracy with 95 % intervals, training time and training loss side by side; return a PNG.
+
+    Args:
+        rows: flat rows with ``method``, ``accuracy``, ``accuracy_low``, ``accuracy_high`` and ``train_seconds``.
+        curves: for each trained method its (step, loss) pairs.
+
+    Raises:
+        ShadowtuneError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ShadowtuneError("the picture needs matplotlib: pip install 'shadowtune[plot]'") from None
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    bars, times, losses = figure.subplots(1, 3)
+    names = [row["method"] for row in rows]
+    heights = [100 * row["accuracy"] for row in rows]
+    spread = [
+        [100 * (row["accuracy"] - row["accuracy_low"]) for row in rows],
+        [100 * (row["accuracy_high"] - row["accuracy"]) for row in rows],
+    ]
+    drawn = bars.bar(names, heights, yerr=spread, capsize=4, color=[COLORS.get(name, "#888888") for name in names])
+    bars.bar_label(drawn, fmt="%.1f", padding=2)
+    bars.set(title="accuracy on held-out requests, %", ylim=(0, 112))
+    trained = [row for row in rows if row["method"] in curves]
+    methods = [row["method"] for row in trained]
+    drawn = times.barh(
+        methods, [row["train_seconds"] for row in trained], color=[COLORS.get(name, "#888888") for name in methods]
+    )
+    times.bar_label(drawn, fmt="%.0f s", padding=2)
+    times.set(title="training time")
+    times.margins(x=0.2)
+    for name, points in curves.items():
+        losses.plot(*zip(*points, strict=True), label=name, color=COLORS.get(name))
+    losses.set(title="training loss", xlabel="step", yscale="log")
+    losses.legend()
+    for axes in (bars, times, losses):
+        axes.spines[["top", "right"]].set_visible(False)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    return stream.getvalue()
+
+
+def page(
+    title: str, rows: Sequence[Mapping[str, Any]], examples: Sequence[Mapping[str, Any]], picture: bytes, note: str
+) -> str:
+    """Write the HTML page: picture, table of results, example answers, and a note on how they were made.
+
+    Args:
+        rows: flat rows with the same keys, the first of which names the row.
+        examples: flat rows with the same keys: a request, the expected answer, what each model answered.
+    """
+    image = base64.b64encode(picture).decode()
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>"
+        f'<img alt="accuracy, training time and training loss" src="data:image/png;base64,{image}">'
+        f"{_table(rows)}<h2>Examples</h2>{_table(examples)}"
+        f"<p>{html.escape(note)}</p></html>\n"
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    header = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in rows[0])
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(format_value(value))}</td>' for value in row.values())}</tr>" for row in rows
+    )
+    return f"<table><tr>{header}</tr>{body}</table>"
+
+
+def write_page(directory: Path, picture: bytes, text: str) -> None:
+    """Write ``report.png`` and ``report.html`` into ``directory``, whole or not at all."""
+    with writing_into(directory) as staging:
+        (staging / "report.png").write_bytes(picture)
+        (staging / "report.html").write_text(text)

@@ -1,0 +1,75 @@
+"""What training minimizes, one function per kind of model; every head runs at labelled positions only.
+
+All have the signature ``objective(model, inputs, num_items_in_batch) -> {"loss": scalar, ...}``. ``inputs`` is a batch
+with labels. ``num_items_in_batch`` counts the labels of the whole optimizer step, over its micro-batches and processes;
+losses are sums divided by it, so they add up to the loss of one large batch. None divides by this batch's own count.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shadowtune.core.losses import IGNORE_INDEX, classification_loss, token_cross_entropy
+
+Objective = Callable[[nn.Module, dict[str, Any], Tensor | int | None], dict[str, Tensor]]
+"""Signature of the functions below."""
+
+
+def joint_causal_objective(
+    model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+) -> dict[str, Tensor]:
+    """Joint loss of a ``ShadowForCausalLM``, with its two terms (Eq. 8-9)."""
+    return _joint(model(**inputs, logits_to_keep=1, num_items_in_batch=num_items_in_batch))
+
+
+def joint_class_objective(
+    model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+) -> dict[str, Tensor]:
+    """Joint loss of a ``ShadowForSequenceClassification``, with its two terms."""
+    return _joint(model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch))
+
+
+def causal_objective(
+    model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+) -> dict[str, Tensor]:
+    """Cross-entropy of a plain causal language model (lora, dora, full)."""
+    return {"loss": causal_loss(model, inputs, num_items_in_batch)}
+
+
+def class_objective(
+    model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+) -> dict[str, Tensor]:
+    """Loss of a plain sequence classifier (lora, dora, full).
+
+    Its own ``loss`` is not asked for: transformers averages it over each micro-batch, whatever the step's count is.
+    """
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")
+    logits = model(**inputs, use_cache=False).logits
+    return {"loss": classification_loss(logits, labels, None, num_items_in_batch)}
+
+
+def causal_loss(model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Cross-entropy of any causal language model's logits, a scalar.
+
+    The model computes logits at those positions of the sequence that have a label in some row, which for prompt and
+    completion is a small part of them. ``inputs`` holds ``input_ids``, ``attention_mask`` and ``labels``, each (B, T).
+    """
+    inputs = dict(inputs)
+    targets = inputs.pop("labels")[:, 1:]
+    kept = (targets != IGNORE_INDEX).any(0).nonzero().squeeze(1)
+    logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
+    targets = targets[:, kept].reshape(-1)
+    return token_cross_entropy(logits.flatten(0, 1), targets, num_items_in_batch)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is a number one can train on."""
+    return bool(torch.isfinite(tensor.detach()).all())
+
+
+def _joint(outputs: Any) -> dict[str, Tensor]:
+    terms = {name: outputs.get(name) for name in ("loss", "base_loss", "shadow_loss")}
+    return {name: term for name, term in terms.items() if term is not None}  # lambda 0 has no shadow_loss

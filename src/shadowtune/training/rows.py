@@ -1,0 +1,107 @@
+"""The rows that a run learns from, encoded and checked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from shadowtune.config.training import TrainConfig
+from shadowtune.data.checks import check_encoded
+from shadowtune.data.collate import CausalCollator, ClassificationCollator
+from shadowtune.data.encoding import EncodingReport, encode_classification, encode_rows
+from shadowtune.data.prompts import FieldNames
+from shadowtune.data.sources import load_rows
+from shadowtune.errors import CheckpointError, DataError
+from shadowtune.model.methods import context_length
+from shadowtune.models import resolve
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
+"""From encoded rows to a batch."""
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Encoded rows and what they were encoded with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    collate: Collator
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]] | None
+    num_labels: int | None
+    """Classes; None for causal language modelling."""
+    report: EncodingReport
+    """What became of the training rows."""
+
+
+def load_training_rows(config: TrainConfig) -> TrainingRows:
+    """Load and encode the training and validation rows of a run.
+
+    Raises:
+        DataError: if a data set is missing, malformed, or has classes out of range.
+        CheckpointError: if the model has no tokenizer.
+    """
+    tokenizer = load_tokenizer(config.model, config.revision)
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int)
+    train, report = _load_split(config, tokenizer, config.data.train, config.data.train_split, config.data.limit)
+    validation = None
+    if config.data.validation is not None:
+        validation, _ = _load_split(config, tokenizer, config.data.validation, config.data.validation_split, None)
+    if config.task == "causal_lm":
+        return TrainingRows(tokenizer, CausalCollator(pad), train, validation, None, report)
+    num_labels = _count_classes([*train, *(validation or [])], config.num_labels)
+    return TrainingRows(tokenizer, ClassificationCollator(pad), train, validation, num_labels, report)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can pad; raises CheckpointError if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load a tokenizer from {name}: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(f"the tokenizer of {name} has neither a padding nor an end token; give it a pad_token")
+    return tokenizer
+
+
+def check_rows(rows: TrainingRows, model: nn.Module) -> None:
+    """Check that the rows fit the model and have something to learn, and tell the model how they are padded.
+
+    Raises:
+        DataError: naming the first rows at fault.
+    """
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    for split in (rows.train, rows.validation):
+        if split is not None:
+            check_encoded(split, text.vocab_size, context_length(model))
+    if text.pad_token_id is None:
+        config.pad_token_id = rows.tokenizer.pad_token_id
+
+
+def _load_split(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: str, split: str, limit: int | None
+) -> tuple[list[dict[str, Any]], EncodingReport]:
+    data = config.data
+    rows = load_rows(source, split, limit)
+    fields = FieldNames.from_config(data)
+    if config.task == "classification":
+        return encode_classification(rows, tokenizer, fields, data.max_length, data.overlong)
+    return encode_rows(
+        rows, tokenizer, fields, data.max_length, data.overlong, data.completion_only, data.chat_template
+    )
+
+
+def _count_classes(rows: list[dict[str, Any]], num_labels: int | None) -> int:
+    """Return how many classes there are; raises DataError if a row has one beyond ``num_labels``."""
+    highest = max(rows, key=lambda row: row["labels"])
+    if num_labels is not None and highest["labels"] >= num_labels:
+        raise DataError(
+            f"row {highest['row']} has class {highest['labels']}, but num_labels={num_labels} allows only 0 to "
+            f"{num_labels - 1}"
+        )
+    return num_labels or 1 + int(highest["labels"])

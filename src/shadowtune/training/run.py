@@ -1,0 +1,165 @@
+"""``train``: from settings to a run directory."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from shadowtune.config.training import TrainConfig
+from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.methods import (
+    load_base,
+    make_trainable,
+    objective_of,
+    parameter_table,
+    trainable_parameters,
+)
+from shadowtune.provenance import peak_memory_mb
+from shadowtune.training.arguments import training_arguments
+from shadowtune.training.checkpoints import whole_directory
+from shadowtune.training.metrics import MetricsFile
+from shadowtune.training.rows import TrainingRows, check_rows, load_training_rows
+from shadowtune.training.run_dir import RunDirectory
+from shadowtune.training.trainer import ShadowTrainer, with_row_numbers
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a run cost."""
+
+    method: str
+    trainable_parameters: int
+    steps: int
+    train_seconds: float
+    """Wall-clock time of the training loop, validation and checkpoints included; of all parts of a resumed run."""
+    tokens_per_second: float
+    """Tokens that went through the model, padding left out, on all processes together, per second of that time."""
+    peak_memory_mb: float
+    """Of this process, the model's loading included."""
+    final_loss: float
+    """The last training loss in the log: a mean over ``logging_steps`` steps."""
+    skipped_steps: int
+    """Optimizer steps left out because a gradient was no number."""
+
+
+def train(
+    config: TrainConfig,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+    quiet: bool = False,
+) -> TrainSummary | None:
+    """Train as ``config`` says and leave a run directory.
+
+    Args:
+        config: the settings.
+        resume: go on from the last checkpoint of ``config.output``, to the same result as an uninterrupted run; start
+            anew if there is none, and do nothing if the run has finished.
+        overwrite: replace the run that is there.
+        report: called with lines for the user: data, parameters.
+        quiet: whether to show no progress bar.
+
+    Returns:
+        What it cost; None in all but the first of the processes that torchrun or accelerate started.
+
+    Raises:
+        ShadowtuneError: one of its kinds, with one line that says what is wrong.
+    """
+    run = RunDirectory(config.output)
+    arguments = training_arguments(config, run.checkpoints, quiet)
+    main = arguments.process_index == 0
+    resume = resume and not overwrite
+    if resume and run.is_finished(config):
+        return TrainSummary(**json.loads(run.summary_file.read_text())) if main else None
+    with run.locked() if main else contextlib.nullcontext():
+        if main:
+            run.check(config, resume, overwrite)
+        rows = load_training_rows(config)
+        if main:
+            report(f"data: {rows.report}")
+        model = build_model(config, rows.num_labels)
+        check_rows(rows, model)
+        if main:
+            for part, total, trained in parameter_table(model):
+                report(f"parameters: {part}: {total:,} of which trainable {trained:,}")
+        with arguments.main_process_first(local=False):
+            if main:
+                run.begin(config, resume)
+        trainer = make_trainer(config, run, arguments, model, rows)
+        output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
+        return _finish(config, run, trainer, output.training_loss)
+
+
+def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module:
+    """Load the base of a run and make it trainable with the run's method, seeded."""
+    kwargs: dict[str, Any] = {"dtype": vars(torch)[config.base_dtype]}
+    if config.revision is not None:
+        kwargs["revision"] = config.revision
+    if num_labels is not None:
+        kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a head for other classes starts anew
+    set_seed(config.seed)
+    base = load_base(config.model, config.task, **kwargs)
+    dtype = vars(torch)[config.trainable_dtype]
+    return make_trainable(base, config.method, config.task, config.shadow, config.lora, dtype)
+
+
+def make_trainer(
+    config: TrainConfig, run: RunDirectory, arguments: TrainingArguments, model: nn.Module, rows: TrainingRows
+) -> ShadowTrainer:
+    """Put model, rows and settings into a Trainer that writes into the run directory."""
+    callbacks: list[TrainerCallback] = [MetricsFile(run.metrics_file)]
+    if config.tensorboard and arguments.process_index == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
+    trainer = ShadowTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows.train,
+        eval_dataset=rows.validation,
+        data_collator=with_row_numbers(rows.collate),
+        processing_class=rows.tokenizer,
+        callbacks=callbacks,
+        objective=objective_of(config.method, config.task),
+        backbone_learning_rate=config.optimizer.backbone_learning_rate,
+        skip_nonfinite=config.nonfinite_loss == "skip",
+        keep_checkpoints=config.keep_checkpoints,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _finish(
+    config: TrainConfig, run: RunDirectory, trainer: ShadowTrainer, training_loss: float
+) -> TrainSummary | None:
+    """Write the trained model and then, as the sign that the run has finished, the summary."""
+    model: Any = trainer.model
+    progress = trainer.progress()
+    with whole_directory(run.model, trainer.accelerator) as staging:
+        trainer.save_model(str(staging))
+        if trainer.args.should_save:
+            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+            if config.method in ("lora", "dora"):  # PEFT writes none, but a classifier's head needs one
+                model.config.save_pretrained(staging)
+    if trainer.args.process_index != 0:
+        return None
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    summary = TrainSummary(
+        method=config.method,
+        trainable_parameters=trainable_parameters(model),
+        steps=trainer.state.global_step,
+        train_seconds=progress.seconds,
+        tokens_per_second=progress.tokens / progress.seconds,
+        peak_memory_mb=peak_memory_mb(),
+        final_loss=losses[-1] if losses else training_loss,
+        skipped_steps=progress.skipped_steps,
+    )
+    with writing_into(run.path) as staging:
+        (staging / run.summary_file.name).write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    return summary

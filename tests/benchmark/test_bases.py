@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from shadowtune.benchmark.bases import base_config, real_base, shapeless_base
+from shadowtune.errors import CheckpointError
+from tests.support.bases import tiny_base
+
+CPU = torch.device("cpu")
+
+
+def test_the_tiny_base_is_the_same_each_time_and_frozen():
+    torch.manual_seed(0)
+    first = real_base("tiny", torch.float32, CPU)
+    torch.manual_seed(0)
+    second = real_base("tiny", torch.float32, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+
+
+def test_a_directory_is_loaded_in_the_precision_that_was_asked_for(tmp_path):
+    base = tiny_base("qwen2")
+    base.save_pretrained(tmp_path)
+    loaded = real_base(str(tmp_path), torch.bfloat16, CPU)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.config.model_type == base_config(str(tmp_path)).model_type == "qwen2"
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_base_that_is_not_there_is_named():
+    with pytest.raises(CheckpointError, match=r"cannot load the model \./nowhere"):
+        base_config("./nowhere")
+
+
+def test_a_shapeless_base_has_every_parameter_and_no_memory():
+    with torch.device("meta"):
+        shapeless = shapeless_base(base_config("tiny"))
+    real = real_base("tiny", torch.float32, CPU)
+    assert {parameter.device.type for parameter in shapeless.parameters()} == {"meta"}
+    assert shapeless.num_parameters() == real.num_parameters()

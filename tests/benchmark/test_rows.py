@@ -1,0 +1,57 @@
+import pytest
+
+from shadowtune.benchmark.registry import BENCHES
+from shadowtune.benchmark.rows import Measured, comparison, for_people, markdown_table, title
+
+TRAIN = BENCHES["train"]
+CONTEXT = {"model": "m", "device": "cpu", "dtype": "float32", "batch": 4, "length": 256, "warm_up": 1}
+OURS = Measured("shadow", 1_000, "intermediate_size 8", 30.0, [10.0, 40.0, 20.0])
+LORA = Measured("lora", 1_010, "rank 3", 60.0, [5.0, 10.0, 20.0])
+
+
+def test_a_row_holds_ratios_medians_memory_and_budgets():
+    row = comparison(TRAIN, "labelled=1", OURS, LORA, CONTEXT)
+    assert row == {
+        "bench": "train",
+        "case": "labelled=1",
+        "subject": "shadow",
+        "peer": "lora",
+        "ratio": 2.0,
+        "ratio_low": pytest.approx(1.2),
+        "ratio_high": pytest.approx(3.6),
+        "n": 3,
+        "unit": "tokens_per_second",
+        "tokens_per_second": 20.0,
+        "peer_tokens_per_second": 10.0,
+        "memory_ratio": 0.5,
+        "peak_memory_mb": 30.0,
+        "peer_peak_memory_mb": 60.0,
+        "trainable_parameters": 1_000,
+        "peer_trainable_parameters": 1_010,
+        "size": "intermediate_size 8",
+        "peer_size": "rank 3",
+        **CONTEXT,
+    }
+    assert list(row)[:8] == ["bench", "case", "subject", "peer", "ratio", "ratio_low", "ratio_high", "n"]
+
+
+def test_a_peer_without_measurable_memory_has_no_memory_ratio():
+    base = Measured("base", 0, None, 0.0, [1.0, 1.0, 1.0])
+    assert comparison(TRAIN, "labelled=1", OURS, base, CONTEXT)["memory_ratio"] is None
+
+
+def test_readers_get_the_ratio_its_spread_and_both_sides():
+    rows = [comparison(TRAIN, "labelled=1", OURS, LORA, CONTEXT)]
+    shown = for_people(TRAIN, rows)[0]
+    assert (shown["peer"], shown["ratio"], shown["10-90 %"]) == ("lora", 2.0, "1.20-3.60")
+    assert (shown["ours"], shown["theirs"], shown["our MB"], shown["their MB"]) == (20.0, 10.0, 30.0, 60.0)
+    assert title(TRAIN, rows) == (
+        "train (model m, device cpu, dtype float32, batch 4, length 256, warm-up 1): tokens per second, median of 3; "
+        "we train 1,000 parameters"
+    )
+
+
+def test_markdown_has_a_head_a_rule_and_a_line_for_each_row():
+    assert markdown_table([{"case": "a", "peer": "b", "ratio": 2.0}, {"case": "a", "peer": "c", "ratio": None}]) == (
+        "| case | peer | ratio |\n| --- | --- | --: |\n| a | b | 2.000 |\n| a | c | - |\n"
+    )

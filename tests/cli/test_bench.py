@@ -1,0 +1,131 @@
+import csv
+import json
+import sys
+
+import pytest
+
+from shadowtune.benchmark import runner
+from shadowtune.benchmark.peers import PEERS
+from shadowtune.cli.main import main
+from tests.benchmark.in_process import LocalWorker
+
+SMALL = ("--model", "tiny", "--batch", "2", "--length", "16", "--repeats", "2", "--quiet")
+
+
+def bench(tmp_path, *arguments):
+    files = ("--out", str(tmp_path / "results"), "--json", str(tmp_path / "result.json"))
+    code = main(["bench", "train", *SMALL, *files, *arguments])
+    return code, json.loads((tmp_path / "result.json").read_text()) if code == 0 else None
+
+
+def test_processes_measure_ours_against_a_peer_and_the_base(tmp_path, capsys):
+    code, result = bench(tmp_path, "--peers", "lora,base", "--labelled", "1.0,0.25")
+    assert code == 0
+    assert (result["schema"], result["command"]) == (1, "bench")
+    assert {"commit", "date", "versions", "processor", "threads"} <= set(result["provenance"])
+    assert [(row["case"], row["peer"]) for row in result["rows"]] == [
+        ("labelled=1", "lora"),
+        ("labelled=1", "base"),
+        ("labelled=0.25", "lora"),
+        ("labelled=0.25", "base"),
+    ]
+    for row in result["rows"]:
+        assert list(row)[:8] == ["bench", "case", "subject", "peer", "ratio", "ratio_low", "ratio_high", "n"]
+        assert (row["bench"], row["subject"], row["n"]) == ("train", "shadow", 2)
+        assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert row["tokens_per_second"] > 0
+        assert row["peak_memory_mb"] > 0
+        assert not any(isinstance(value, (dict, list)) for value in row.values())
+    assert "labelled=0.25" in capsys.readouterr().out
+
+
+@pytest.fixture
+def local(monkeypatch):
+    monkeypatch.setattr(runner, "WorkerProcess", LocalWorker)
+
+
+@pytest.mark.usefixtures("local")
+def test_every_peer_is_measured_at_an_equal_budget_and_kept(tmp_path):
+    code, result = bench(tmp_path, "--labelled", "0.25")
+    assert code == 0
+    assert [row["peer"] for row in result["rows"]] == list(PEERS)
+    for row in result["rows"]:
+        if row["peer"] != "base":
+            assert row["peer_trainable_parameters"] == pytest.approx(row["trainable_parameters"], rel=0.03)
+    with (tmp_path / "results" / "train.csv").open(newline="") as file:
+        kept = list(csv.DictReader(file))
+    assert [row["peer"] for row in kept] == list(PEERS)
+    assert [float(row["ratio"]) for row in kept] == [row["ratio"] for row in result["rows"]]
+
+
+@pytest.mark.usefixtures("local")
+def test_a_second_run_adds_to_the_first(tmp_path):
+    bench(tmp_path, "--peers", "base", "--labelled", "1.0")
+    before = {path: path.read_text() for path in (tmp_path / "results").iterdir()}
+    bench(tmp_path, "--peers", "base", "--labelled", "1.0")
+    assert {path.name for path in before} == {"train.csv", "train.md"}
+    for path, text in before.items():
+        assert path.read_text().startswith(text)
+        assert len(path.read_text()) > len(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--peers", "lora,peft-shadw"), "unknown peer 'peft-shadw' (did you mean peft-shadow?)"),
+        (("--parameters", "10"), "shadow cannot have 10 trainable parameters"),
+        (("--labelled", "2"), "labelled must be shares above 0 and up to 1"),
+        (("--repeats", "0"), "repeats must be at least 1"),
+        (("--model", "./nowhere"), "cannot load the model ./nowhere"),
+        (("--length", "100000"), "length 100000 exceeds"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_and_leaves_no_file(tmp_path, capsys, arguments, said):
+    assert bench(tmp_path, *arguments)[0] == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_that_a_peer_cannot_meet_is_refused_with_the_counts(tmp_path, capsys):
+    assert bench(tmp_path, "--peers", "lora,base", "--parameters", "26500")[0] == 2
+    assert "shadow has 25,920 trainable parameters, but lora 24,320; more than 3% apart" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_one_line_that_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shadow_peft", None)
+    assert bench(tmp_path, "--peers", "shadow-peft")[0] == 2
+    assert "pip install 'shadowtune[bench]'" in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_kept_stop_it_before_the_work(tmp_path, capsys):
+    (tmp_path / "results").write_text("")
+    assert bench(tmp_path, "--peers", "base")[0] == 2
+    assert "cannot write results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["trian", "decode"])
+def test_an_unknown_benchmark_names_those_that_there_are(capsys, wrong):
+    assert main(["bench", wrong]) == 2
+    assert "bench train" in capsys.readouterr().err
+
+
+def test_help_tells_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "train", "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for option in (
+        "--model",
+        "--peers",
+        "--labelled",
+        "--batch",
+        "--length",
+        "--repeats",
+        "--device",
+        "--dtype",
+        "--out",
+    ):
+        assert option in text
+    assert "(default: 1.0,0.25,0.02)" in text

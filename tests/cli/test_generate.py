@@ -1,0 +1,46 @@
+import io
+import json
+
+import pytest
+
+from shadowtune.cli.main import main
+
+
+def test_answers_are_printed_and_measured(shadow_run, tmp_path, capsys):
+    command = ["generate", str(shadow_run), "say one", "say ten", "--max-new-tokens", "5"]
+    assert main([*command, "--json", str(tmp_path / "r.json")]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["prompt"] for row in rows] == ["say one", "say ten"]
+    assert all(1 <= row["new_tokens"] <= 5 and row["tokens_per_second"] > 0 for row in rows)
+    assert capsys.readouterr().out == "".join(row["answer"] + "\n" for row in rows)
+
+
+def test_prompts_come_from_standard_input(shadow_run, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", io.StringIO("say red"))
+    command = ["generate", str(shadow_run), "--mode", "detached", "--max-new-tokens", "3"]
+    assert main([*command, "--json", str(tmp_path / "r.json")]) == 0
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert (row["prompt"], row["mode"]) == ("say red", "detached")
+
+
+def test_sampling_repeats_with_its_seed(shadow_run, tmp_path):
+    answers = []
+    for seed in ("1", "1", "2"):
+        command = ["generate", str(shadow_run), "say red", "--temperature", "1.5", "--seed", seed]
+        assert main([*command, "--max-new-tokens", "12", "--json", str(tmp_path / "r.json")]) == 0
+        answers.append(json.loads((tmp_path / "r.json").read_text())["rows"][0]["answer"])
+    assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([""], "the prompt is empty"),
+        (["say one " * 40], "positions"),
+        (["hi", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["hi", "--temperature", "-1"], "temperature"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_line(arguments, said, shadow_run, capsys):
+    assert main(["generate", str(shadow_run), *arguments]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,52 @@
+import subprocess
+import sys
+
+import pytest
+
+from shadowtune.cli.main import commands, main
+
+
+def test_every_verb_has_help_with_examples(capsys):
+    for command in commands():
+        with pytest.raises(SystemExit) as stop:
+            main([command.name, "--help"])
+        assert stop.value.code == 0
+        assert "examples:" in capsys.readouterr().out
+
+
+def test_unknown_verb_names_the_nearest(capsys):
+    assert main(["trian"]) == 2
+    assert "did you mean train" in capsys.readouterr().err
+
+
+def test_unknown_option_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["info", "x", "--frobnicate"])
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("shadowtune 0.")
+
+
+def test_ctrl_c_is_a_line_and_code_130(monkeypatch, capsys):
+    from shadowtune.cli import info
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "COMMAND", info.Command("info", "h", info.add_arguments, interrupted))
+    assert main(["info", "x"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "shadowtune", "info", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("shadowtune: error: ")
+    assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,88 @@
+import dataclasses
+
+import pytest
+
+from shadowtune import ShadowConfig
+from shadowtune.errors import ConfigError
+
+
+def test_defaults_are_the_papers():
+    config = ShadowConfig()
+    assert config.update and config.update_norm and config.transform_dropout
+    assert not config.update_bias and not config.inject_first
+    assert (config.depth_sharing, config.activation, config.dropout_position) == ("backbone", "silu", "rank")
+    assert (config.backbone, config.num_shadow_layers, config.hidden_size) == ("mirror", 1, None)
+    assert config.shadow_loss_weight == 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [
+        ("rank", 0, 1),
+        ("update_width", 0, 1),
+        ("alpha", -0.1, 0.0),
+        ("alpha", float("nan"), 0.0),
+        ("dropout", 1.0, 0.999),
+        ("dropout", -0.1, 0.0),
+        ("shadow_loss_weight", -0.1, 0.0),
+        ("shadow_loss_weight", float("inf"), 10.0),
+        ("num_shadow_layers", 0, 1),
+        ("hidden_size", 0, 1),
+        ("intermediate_size", 0, 1),
+        ("num_attention_heads", 0, 1),
+        ("num_key_value_heads", 0, 1),
+        ("head_dim", 0, 1),
+        ("init_std", -1.0, 0.0),
+        ("depth_sharing", "none", "full"),
+        ("activation", "relu", "gelu"),
+        ("dropout_position", "before", "hidden"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(name, bad, good):
+    with pytest.raises(ConfigError, match=rf"^{name} must be"):
+        ShadowConfig(**{name: bad})
+    assert vars(ShadowConfig(**{name: good}))[name] == good
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(ConfigError, match=r"rank.*; dropout"):
+        ShadowConfig(rank=0, dropout=1.5)
+
+
+def test_to_dict_and_from_dict_are_inverse_for_every_field():
+    config = ShadowConfig(
+        rank=3,
+        update_width=5,
+        alpha=0.7,
+        dropout=0.1,
+        shadow_loss_weight=0.3,
+        backbone="some/model",
+        num_shadow_layers=2,
+        hidden_size=24,
+        intermediate_size=40,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=8,
+        update=False,
+        depth_sharing="full",
+        update_norm=False,
+        update_bias=True,
+        activation="gelu",
+        transform_dropout=False,
+        inject_first=True,
+        dropout_position="hidden",
+        init_std=0.5,
+    )
+    defaults = ShadowConfig()
+    assert all(vars(config)[f.name] != vars(defaults)[f.name] for f in dataclasses.fields(config)), "change every field"
+    assert ShadowConfig.from_dict(config.to_dict()) == config
+
+
+def test_from_dict_refuses_unknown_keys_and_names_the_part():
+    with pytest.raises(ConfigError, match=r"unknown key shadow\.rnak \(did you mean rank\?\)"):
+        ShadowConfig.from_dict({"rnak": 3})
+
+
+def test_settings_cannot_be_changed_later():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ShadowConfig().rank = 3

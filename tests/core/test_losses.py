@@ -1,0 +1,150 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shadowtune.core import reference
+from shadowtune.core.losses import classification_loss, joint_causal_loss, labelled_rows, token_cross_entropy
+
+VOCABULARY, WIDTH = 11, 6
+
+
+def example(rows: int = 3, length: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Head (V, d), hidden states and s0 (B, T, d), labels (B, T) of which some are ignored, the first column too."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(VOCABULARY, WIDTH, dtype=torch.float64, generator=generator)
+    h, s = torch.randn(2, rows, length, WIDTH, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
+    labels[torch.rand(rows, length, generator=generator) < 0.4] = -100
+    labels[0] = -100
+    labels[1, 0] = 3
+    return head, h.requires_grad_(), s.requires_grad_(), labels
+
+
+def test_labelled_rows_are_shifted_and_in_order():
+    labels = torch.tensor([[5, -100, 7], [-100, -100, -100], [-100, 8, 9]])
+    hidden = torch.arange(9.0).view(3, 3, 1)
+    targets, rows = labelled_rows(labels, hidden)
+    assert targets.tolist() == [7, 8, 9]
+    assert rows.flatten().tolist() == [1.0, 6.0, 7.0]
+
+
+@pytest.mark.parametrize("weight", [0.05, 1.0])
+def test_joint_loss_and_its_gradients_equal_the_reference(weight):
+    head, h, s, labels = example()
+    total, base, shadow = joint_causal_loss(lambda x: x @ head.T, h, s, labels, weight)
+    expected = (reference.cross_entropy(h @ head.T, labels), reference.cross_entropy(s @ head.T, labels))
+    slow = expected[0] + weight * expected[1]
+    for ours, truth in ((total, slow), (base, expected[0]), (shadow, expected[1])):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
+    gradients = zip(torch.autograd.grad(total, (h, s)), torch.autograd.grad(slow, (h, s)), strict=True)
+    for ours, truth in gradients:
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
+
+
+def test_compiled_rows_of_fixed_number_give_the_same_loss():
+    head, h, s, labels = example()
+    loss = torch.compile(joint_causal_loss, backend="eager", fullgraph=True)
+    compiled = loss(lambda x: x @ head.T, h, s, labels, 0.3)
+    eager = joint_causal_loss(lambda x: x @ head.T, h, s, labels, 0.3)
+    torch.testing.assert_close(torch.stack(compiled), torch.stack(eager), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor])
+def test_both_terms_are_divided_by_the_items_of_the_whole_step(kind):
+    head, h, s, labels = example()
+    whole = joint_causal_loss(lambda x: x @ head.T, h, s, labels, 0.3)
+    count = int((labels[:, 1:] != -100).sum())
+    parts = [
+        joint_causal_loss(lambda x: x @ head.T, h[i : i + 1], s[i : i + 1], labels[i : i + 1], 0.3, kind(count))
+        for i in range(3)
+    ]
+    for term in range(3):
+        torch.testing.assert_close(sum(part[term] for part in parts), whole[term], rtol=1e-6, atol=1e-6)
+
+
+def test_without_a_weight_the_shadows_loss_is_not_computed():
+    head, h, s, labels = example()
+    calls = []
+
+    def count(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return x @ head.T
+
+    total, base, shadow = joint_causal_loss(count, h, s, labels, 0.0)
+    assert shadow is None
+    assert total is base
+    assert calls == [int((labels[:, 1:] != -100).sum())]
+
+
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0.0), 7])
+def test_without_any_label_loss_and_gradient_are_exactly_zero(items):
+    head, h, s, labels = example()
+    total, base, shadow = joint_causal_loss(lambda x: x @ head.T, h, s, torch.full_like(labels, -100), 0.5, items)
+    assert (total.item(), base.item(), shadow.item()) == (0.0, 0.0, 0.0)
+    for gradient in torch.autograd.grad(total, (h, s)):
+        assert not gradient.any()
+
+
+def test_a_label_in_the_first_column_predicts_nothing():
+    head, h, s, labels = example()
+    labels[:] = -100
+    labels[:, 0] = 4
+    assert joint_causal_loss(lambda x: x @ head.T, h, s, labels, 0.5).total == 0
+
+
+def test_cross_entropy_of_half_precision_logits_is_computed_in_float32():
+    logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    targets = torch.arange(200) % 50
+    loss = token_cross_entropy(logits, targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(logits.float(), targets))
+
+
+def test_head_states_reach_the_head_in_the_dtype_of_the_hidden_states():
+    seen = []
+
+    def head(x: Tensor) -> Tensor:
+        seen.append(x.dtype)
+        return x.float() @ torch.ones(WIDTH, VOCABULARY)
+
+    _, h, s, labels = example()
+    joint_causal_loss(head, h.to(torch.bfloat16), s.float(), labels, 0.5)
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+CLASSES = {
+    "one_class": ((5, 3), torch.tensor([0, 2, 1, 1, 0]), "single_label_classification"),
+    "regression": ((5, 1), torch.tensor([0.5, 2, -1, 1, 0]), "regression"),
+    "regression_of_integers": ((5, 1), torch.tensor([1, 2, 0, 1, 0]), "regression"),
+    "several_numbers": ((5, 3), torch.randn(5, 3, generator=torch.Generator().manual_seed(1)), "regression"),
+    "several_classes": ((5, 3), torch.eye(5, 3), "multi_label_classification"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_classification_losses_are_transformers_own(case):
+    from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+    shape, labels, problem_type = CLASSES[case]
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    class Config:
+        num_labels = shape[1]
+
+    Config.problem_type = problem_type
+    expected = ForSequenceClassificationLoss(labels.float() if "regression" in case else labels, logits, Config)
+    torch.testing.assert_close(classification_loss(logits, labels, problem_type), expected)
+    if case != "several_numbers":  # which transformers, too, takes for several classes unless told
+        torch.testing.assert_close(classification_loss(logits, labels), expected)
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_micro_batches_of_classes_add_up_to_the_whole(case):
+    shape, labels, problem_type = CLASSES[case]
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    parts = [
+        classification_loss(logits[i : i + 1], labels[i : i + 1], problem_type, labels.numel())
+        for i in range(len(labels))
+    ]
+    torch.testing.assert_close(sum(parts), classification_loss(logits, labels, problem_type))

@@ -1,0 +1,103 @@
+"""The storey rule: imports go down, siblings never meet, third-party packages stay behind their fences."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "shadowtune"
+STOREYS = [
+    {"errors", "tables"},
+    {"config"},
+    {"core", "provenance"},
+    {"attach", "models"},
+    {"model", "data"},
+    {"training", "evaluation", "benchmark"},
+    {"__init__"},
+    {"cli"},
+    {"__main__"},
+]
+STOREY = {part: number for number, parts in enumerate(STOREYS) for part in parts}
+ALLOWED = {  # third-party package -> parts of ours that may import it
+    "torch": set(STOREY) - {"config", "errors", "tables"},
+    "transformers": {"attach", "models", "model", "data", "training", "evaluation", "benchmark", "__init__"},
+    "accelerate": {"training"},
+    "peft": {"model", "benchmark"},
+    "shadow_peft": {"benchmark"},
+    "datasets": {"data"},
+    "matplotlib": {"evaluation", "benchmark"},
+    "rich": {"cli"},
+    "tqdm": set(),
+    "yaml": {"config"},
+    "safetensors": {"model", "models", "training"},
+    "huggingface_hub": {"model"},
+    "tokenizers": {"models"},
+    "filelock": {"models", "training"},
+    "psutil": set(),
+    "trl": set(),
+}
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(SOURCE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> list[tuple[int, str]]:
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            names += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return names
+
+
+def faults(path: Path, text: str) -> list[str]:
+    part, found = part_of(path), []
+    for line, name in imported(ast.parse(text)):
+        package, *rest = name.split(".")
+        where = f"{path.relative_to(SOURCE.parent)}:{line}: "
+        if package == "shadowtune":
+            target = rest[0] if rest and rest[0] in STOREY else "__init__"
+            if target != part and STOREY[target] >= STOREY[part]:
+                found.append(f"{where}{part} (storey {STOREY[part]}) imports {target} (storey {STOREY[target]})")
+        elif package in ALLOWED and part not in ALLOWED[package]:
+            found.append(f"{where}{package} is not allowed in {part}")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_go_down_and_third_parties_stay_behind_their_fences(path):
+    assert not faults(path, path.read_text()), "\n".join(faults(path, path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("core/x.py", "from shadowtune.attach import attach"),
+        ("model/x.py", "import shadowtune.data.sources"),
+        ("training/x.py", "from shadowtune.evaluation.run import FinishedRun"),
+        ("config/x.py", "import torch"),
+        ("evaluation/x.py", "def f():\n    import peft"),
+    ],
+)
+def test_the_rule_sees_what_breaks_it(place, line):
+    assert faults(SOURCE / place, line)
+
+
+def test_every_part_of_the_package_stands_on_a_storey():
+    parts = {part_of(path) for path in SOURCE.rglob("*.py")}
+    assert parts == set(STOREY)
+
+
+def test_nothing_below_the_command_line_prints_or_reads_arguments():
+    for path in SOURCE.rglob("*.py"):
+        if part_of(path) in ("cli", "__main__"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "print", f"{path}:{node.lineno}"
+            if isinstance(node, ast.Import):
+                assert all(alias.name != "argparse" for alias in node.names), f"{path}:{node.lineno}"

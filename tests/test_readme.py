@@ -1,0 +1,64 @@
+"""Every command of the README runs, and says what the README says it does."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for kind, body in BLOCKS
+    if kind == "bash"
+    for line in body.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith("#")
+]
+LONG = ("shadowtune demo", "shadowtune bench", "accelerate launch")
+"""Commands that are run elsewhere, smaller: tests/cli/test_demo.py, tests/benchmark, tests/training."""
+
+
+def test_the_first_command_comes_within_twenty_lines():
+    assert README[: README.index("```bash")].count("\n") <= 20
+
+
+def test_every_make_target_exists():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = [command.split()[1] for command in COMMANDS if command.startswith("make ")]
+    assert named
+    assert set(named) <= set(targets)
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.model
+def test_the_commands_of_the_readme_run_one_after_another(tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    run = [command for command in COMMANDS if command.startswith("shadowtune ") and not command.startswith(LONG)]
+    assert len(run) >= 4
+    for command in run:
+        arguments = [sys.executable, "-m", *shlex.split(command)]
+        result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+
+
+@pytest.mark.model
+def test_the_python_of_the_readme_runs(tmp_path):
+    python = [body for kind, body in BLOCKS if kind == "python"]
+    assert python
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    for body in python:
+        result = subprocess.run(
+            [sys.executable, "-c", body], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, f"{body}\n{result.stderr}"

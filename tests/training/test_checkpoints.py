@@ -1,0 +1,144 @@
+import resource
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from shadowtune.errors import CheckpointError
+from shadowtune.training.checkpoints import (
+    Progress,
+    check_checkpoint,
+    read_progress,
+    whole_directory,
+    write_progress,
+)
+from tests.support.runs import arguments, causal_rows, trainer_of
+from tests.support.shadows import perturbed_model
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def fill(directory, text):
+    (directory / "inner").mkdir()
+    (directory / "inner" / "file").write_text(text)
+
+
+def test_a_directory_appears_when_it_is_whole(accelerator, tmp_path):
+    with whole_directory(tmp_path / "target", accelerator) as staging:
+        fill(staging, "new")
+        assert not (tmp_path / "target").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert (tmp_path / "target" / "inner" / "file").read_text() == "new"
+
+
+def test_the_old_directory_is_replaced_as_a_whole(accelerator, tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "stale").write_text("old")
+    with whole_directory(tmp_path / "target", accelerator) as staging:
+        fill(staging, "new")
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["inner"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+def test_after_a_failure_the_old_directory_is_what_it_was_and_the_space_is_free_again(error, accelerator, tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "kept").write_text("old")
+    with (  # noqa: PT012 - the block is what fails
+        pytest.raises(CheckpointError, match=r"cannot write .*target: "),
+        whole_directory(tmp_path / "target", accelerator) as staging,
+    ):
+        fill(staging, "new")
+        raise error
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "kept"]
+
+
+def test_leftovers_of_a_killed_save_are_cleared_away(accelerator, tmp_path):
+    (tmp_path / ".saving" / "other").mkdir(parents=True)
+    with whole_directory(tmp_path / "target", accelerator) as staging:
+        fill(staging, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("limit", [2_000, 60_000])
+def test_running_out_of_space_while_saving_keeps_the_last_checkpoint(limit, tmp_path):
+    """The limit on file sizes stands in for the disk: the first breaks the weights, the second the optimizer."""
+    trainer = trainer_of(
+        perturbed_model(), arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=1), causal_rows()
+    )
+    trainer.train()
+    model, last = trainer.model, tmp_path / "out" / "checkpoint-3"
+    trainer.state.global_step = 4
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot write "):
+            trainer._save_checkpoint(model, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(path.name for path in last.parent.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    check_checkpoint(last)
+
+
+def test_progress_is_read_as_it_was_written(tmp_path):
+    progress = Progress(seconds=1.5, tokens=7, skipped_steps=2, processes=3)
+    write_progress(tmp_path, progress)
+    assert read_progress(tmp_path) == progress
+
+
+def test_missing_progress_names_the_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"progress.json is damaged .*delete"):
+        read_progress(tmp_path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer_of(perturbed_model(), args, causal_rows()).train()
+    return tmp_path / "out" / "checkpoint-1"
+
+
+def test_a_whole_checkpoint_passes(checkpoint):
+    check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_file_that_was_cut_off_is_named(name, checkpoint):
+    file = checkpoint / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged .*; delete {checkpoint} to resume from the one"):
+        check_checkpoint(checkpoint)
+
+
+def test_a_flipped_bit_in_the_optimizers_state_is_found(checkpoint):
+    file = checkpoint / "optimizer.pt"
+    contents = bytearray(file.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    file.write_bytes(contents)
+    with pytest.raises(CheckpointError, match=r"optimizer.pt is damaged"):
+        check_checkpoint(checkpoint)
+
+
+def test_a_flipped_bit_in_a_shadows_weights_is_found_on_resuming(checkpoint, tmp_path):
+    file = checkpoint / "model.safetensors"
+    contents = bytearray(file.read_bytes())
+    contents[-5] ^= 1
+    file.write_bytes(contents)
+    trainer = trainer_of(perturbed_model(), arguments(tmp_path, max_steps=2), causal_rows())
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_resuming_restores_weights_and_optimizer(checkpoint, tmp_path):
+    whole = trainer_of(perturbed_model(), arguments(tmp_path / "b", max_steps=2), causal_rows())
+    whole.train()
+    resumed = trainer_of(perturbed_model(seed=9), arguments(tmp_path, max_steps=2), causal_rows())
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name, tensor in whole.model.shadow.state_dict().items():
+        torch.testing.assert_close(resumed.model.shadow.state_dict()[name], tensor, rtol=0, atol=0)

@@ -1,0 +1,80 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from shadowtune.config.training import DataConfig
+from shadowtune.data.collate import CausalCollator, ClassificationCollator
+from shadowtune.errors import CheckpointError, DataError
+from shadowtune.training.rows import check_rows, load_tokenizer, load_training_rows
+from tests.support.bases import tiny_base
+from tests.support.runs import rows_file, run_config
+from tests.support.tokenizers import tiny_tokenizer
+
+
+def test_rows_of_both_splits_are_encoded(tmp_path):
+    config = run_config(tmp_path)
+    config = replace(config, data=replace(config.data, validation=rows_file(tmp_path / "v.jsonl", count=3), limit=5))
+    rows = load_training_rows(config)
+    assert (len(rows.train), len(rows.validation), rows.num_labels) == (5, 3, None)
+    assert isinstance(rows.collate, CausalCollator)
+    assert rows.report.rows == 5
+    answer = [label for label in rows.train[4]["labels"] if label != -100]
+    assert rows.tokenizer.decode(answer) == "20<|im_end|>"
+
+
+@pytest.mark.parametrize(("num_labels", "expected"), [(None, 3), (5, 5)])
+def test_classes_are_counted_unless_told(num_labels, expected, tmp_path):
+    rows = load_training_rows(run_config(tmp_path, "classification", num_labels=num_labels))
+    assert rows.num_labels == expected
+    assert isinstance(rows.collate, ClassificationCollator)
+
+
+def test_the_settings_of_the_data_arrive(tmp_path):
+    config = run_config(tmp_path)
+    data = DataConfig(train=config.data.train, completion_only=False, chat_template=False, template="{prompt}:")
+    rows = load_training_rows(replace(config, data=data))
+    assert rows.train[3]["labels"] == rows.train[3]["input_ids"]
+    assert rows.tokenizer.decode(rows.train[3]["input_ids"]) == "add 3 and 9: 12<|im_end|>"
+
+
+def test_too_long_rows_are_an_error_if_asked(tmp_path):
+    config = run_config(tmp_path)
+    with pytest.raises(DataError, match=r"line 1: .* data.max_length allows 8"):
+        load_training_rows(replace(config, data=replace(config.data, max_length=8, overlong="error")))
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == tokenizer.eos_token
+
+
+def test_a_tokenizer_with_neither_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="neither a padding nor an end token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_model_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=f"cannot load a tokenizer from {tmp_path}"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_model_that_knows_no_padding_learns_it_from_the_tokenizer(tmp_path):
+    rows = load_training_rows(run_config(tmp_path))
+    model = tiny_base(pad_token_id=None)
+    check_rows(rows, model)
+    assert model.config.pad_token_id == rows.tokenizer.pad_token_id
+
+
+def test_rows_without_labels_are_named_in_either_split(tmp_path):
+    rows = load_training_rows(run_config(tmp_path))
+    bad = [dict(row, labels=[-100] * len(row["labels"])) for row in rows.train[:2]]
+    for broken in (replace(rows, train=bad), replace(rows, validation=bad)):
+        with pytest.raises(DataError, match=r"2 of 2 rows \(1, 2\) have no labels"):
+            check_rows(broken, tiny_base())
+    assert torch.is_tensor(rows.collate(rows.train[:2])["labels"])
