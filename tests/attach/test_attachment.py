@@ -294,6 +294,15 @@ def test_the_bases_own_generate_equals_the_pairs(base, pair, settings):
     assert torch.equal(*generated)
 
 
+def test_a_left_padded_batch_generates_what_the_pair_does(base, pair):
+    ids = tokens(2, 9)
+    mask = torch.ones_like(ids)
+    ids[0, :4], mask[0, :4] = 0, 0
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    with attach(base, pair.shadow):
+        assert torch.equal(base.generate(ids, **settings), pair.generate(ids, **settings))
+
+
 def test_a_classifier_can_be_attached_to(pair):
     base = tiny_classifier()
     plain = logits(base)

@@ -29,7 +29,7 @@ def test_train_leaves_a_run_directory_and_one_json_object(base, data, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["shadow.rnak=4"], "shadow.rank"),
+        (["shadow.rnak=4"], "unknown key shadow.rnak (did you mean rank?)"),
         (["shadow.rank=0"], "rank must be at least 1, got 0"),
         (["shadow.dropout=1.5"], "dropout must be at least 0 and below 1, got 1.5"),
         (["shadow.alpha=-1"], "alpha"),

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.core import reference
-from shadowtune.errors import ShadowtuneError
-from tests.support.bases import tiny_base
+from shadowtune.errors import ConfigError, ShadowtuneError
+from tests.support.bases import tiny_base, tiny_classifier
 from tests.support.shadows import perturb, perturbed_model, tokens
 
 MODES = ("attached", "detached", "base")
@@ -178,6 +178,11 @@ def test_a_backbone_with_its_own_embedding_needs_token_ids(tmp_path):
     model = perturbed_model(backbone=str(tmp_path))
     with pytest.raises(ShadowtuneError, match="pass input_ids, not inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 2, 32))
+
+
+def test_a_base_without_a_language_model_head_is_an_error():
+    with pytest.raises(ConfigError, match="LlamaForSequenceClassification has no language model head"):
+        ShadowForCausalLM.from_base(tiny_classifier())
 
 
 def test_learning_lowers_both_losses():

@@ -3,8 +3,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from shadowtune import ShadowConfig, ShadowForSequenceClassification
+from shadowtune.errors import ConfigError
 from shadowtune.model.classifier import last_token
-from tests.support.bases import CONFIGS, tiny_classifier, tiny_config
+from tests.support.bases import CONFIGS, tiny_base, tiny_classifier, tiny_config
 from tests.support.shadows import perturb, tokens
 
 KNOWN = [
@@ -131,6 +132,11 @@ def test_last_token():
     assert last_token(None, torch.tensor([[5, 6, 0], [0, 7, 8], [5, 0, 6]]), 0, 3).tolist() == [1, 2, 2]
     assert last_token(None, torch.tensor([[5, 0]]), None, 2) == -1
     assert last_token(None, None, 0, 2) == -1
+
+
+def test_a_base_without_a_classification_head_is_an_error():
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no linear head 'score'"):
+        ShadowForSequenceClassification.from_base(tiny_base())
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from shadowtune import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassif
 from shadowtune.errors import CheckpointError
 from shadowtune.model.checkpoint import WEIGHTS, read_tensors, write_tensors
 from shadowtune.model.loading import load_tensors
-from tests.support.bases import tiny_base, tiny_classifier
-from tests.support.shadows import perturb, tokens
+from tests.support.bases import CONFIGS, tiny_base, tiny_classifier
+from tests.support.shadows import perturb, perturbed_model, tokens
 from tests.support.tokenizers import tiny_tokenizer
 
 MODES = ("attached", "detached", "base")
@@ -58,6 +58,13 @@ def test_what_is_loaded_computes_what_was_saved(base_directory, tmp_path, varian
     model = made(base_directory, **VARIANTS[variant])
     model.save_pretrained(tmp_path)
     assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_architecture_is_saved_and_loaded(kind, tmp_path):
+    model = perturbed_model(kind, num_shadow_layers=2)
+    model.save_pretrained(tmp_path)
+    assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path, base=tiny_base(kind)))
 
 
 @pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float32])

@@ -140,6 +140,32 @@ def test_what_was_saved_is_loaded_into_another_copy_of_the_base(method, tmp_path
         assert not torch.allclose(tiny_base()(input_ids=ids).logits, expected, atol=1e-2)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "shape"])
+def test_damaged_files_are_one_line_that_names_the_directory(damage, method, tmp_path):
+    tiny_base().save_pretrained(tmp_path / "base")
+    make_trainable(load_base(str(tmp_path / "base")), method).save_pretrained(tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:500])
+    elif damage == "missing":
+        file.unlink()
+    else:
+        make_trainable(tiny_base(hidden_size=16), method).save_pretrained(tmp_path / "other")
+        (tmp_path / "other" / file.name).replace(file)
+    with pytest.raises(CheckpointError, match=f"cannot load .*{tmp_path / 'model'}") as caught:
+        load_trained(tmp_path / "model", method, "causal_lm", str(tmp_path / "base"))
+    assert "\n" not in str(caught.value)
+
+
+def test_adapters_of_a_classifier_without_a_config_are_refused(tmp_path):
+    tiny_classifier().save_pretrained(tmp_path / "base")
+    base = load_base(str(tmp_path / "base"), "classification")
+    make_trainable(base, "lora", "classification").save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"cannot read config\.json of"):
+        load_trained(tmp_path / "model", "lora", "classification", str(tmp_path / "base"))
+
+
 def test_lora_without_peft_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ShadowtuneError, match=r"pip install 'shadowtune\[peft\]'"):

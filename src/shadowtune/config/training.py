@@ -157,7 +157,7 @@ class TrainConfig:
     tensorboard: bool = False
     """Also write TensorBoard files (extra: tensorboard)."""
     nonfinite_loss: Literal["stop", "skip"] = "stop"
-    """What to do with a batch whose loss is NaN or infinite."""
+    """What to do where the loss is NaN or infinite: stop with the rows named, or leave that optimizer step out."""
 
     def __post_init__(self) -> None:
         """Check the ranges and what does not go together."""

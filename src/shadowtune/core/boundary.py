@@ -13,13 +13,17 @@ and does not exist. Shapes: h, s are (..., d); W_down (d, r), W_up (r, d); T and
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shadowtune.config.shadow import ShadowConfig
+from shadowtune.core.fused import BoundaryParameters, fused_boundary
 
+Kernel = Literal["auto", "reference"]
+"""How boundaries are computed: by the fastest operation that fits, or step by step."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
@@ -39,6 +43,7 @@ class Boundaries(nn.Module):
         super().__init__()
         self.config = config
         self.count = count
+        self.kernel: Kernel = "auto"
         d, r, k = hidden_size, config.rank, config.update_width
         shared = config.depth_sharing == "full"
         injections = min(count, 1) if shared else count
@@ -96,11 +101,52 @@ class Boundaries(nn.Module):
         Returns:
             h' in the dtype of ``hidden_states`` and s' in the dtype of the parameters, both (..., d).
         """
+        if index > 0 and self._fuses(hidden_states):
+            return self._cross_fused(index, hidden_states, shadow_states.to(self.injection_downs.dtype))
         h = hidden_states.to(self.injection_downs.dtype)
         s = shadow_states.to(self.injection_downs.dtype)
         if index > 0 and self.transform_downs is not None:
             s = self._update(0 if len(self.transform_downs) == 1 else index - 1, h, s)
         return hidden_states + self._correction(index, h, s).to(hidden_states.dtype), s
+
+    def _fuses(self, hidden_states: Tensor) -> bool:
+        """Whether the fused operation computes this call: it knows the paper's variant, and decides dtypes itself."""
+        c = self.config
+        paper = c.update_norm and not c.update_bias and c.activation == "silu" and c.dropout_position == "rank"
+        plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(hidden_states.device.type)
+        return self.kernel != "reference" and paper and plain and self.transform_downs is not None
+
+    def _cross_fused(self, index: int, hidden_states: Tensor, shadow_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Boundary ``index`` as one operation on (N, d) rows."""
+        assert self.transform_downs is not None and self.transform_ups is not None
+        assert self.gate_downs is not None and self.gate_ups is not None
+        assert self.norm_weight is not None and self.norm_bias is not None
+        update = 0 if len(self.transform_downs) == 1 else index - 1
+        slot = 0 if len(self.injection_downs) == 1 else index
+        up = self.injection_ups[slot]
+        parameters = BoundaryParameters(
+            self.transform_downs[update],
+            self.transform_ups[update],
+            self.gate_downs[update],
+            self.gate_ups[update],
+            self.norm_weight,
+            self.norm_bias,
+            self.injection_downs[slot],
+            up if self.boundary_scales is None else self.boundary_scales[index] * up,
+        )
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        states = shadow_states.reshape(rows.shape)
+        dropped = self.training and self.config.dropout > 0
+        transform_mask = (
+            self._mask(states, self.config.update_width) if dropped and self.config.transform_dropout else None
+        )
+        injection_mask = self._mask(states, self.config.rank) if dropped else None
+        h, s = fused_boundary(rows, states, parameters, self.config.alpha, transform_mask, injection_mask)
+        return h.view(hidden_states.shape), s.view(shadow_states.shape)
+
+    def _mask(self, rows: Tensor, width: int) -> Tensor:
+        """What dropout multiplies (N, width) numbers by."""
+        return F.dropout(rows.new_ones(rows.shape[0], width), self.config.dropout, True)
 
     def _update(self, slot: int, h: Tensor, s: Tensor) -> Tensor:
         """Eq. 5-7 with the parameters of ``slot``."""

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100
-"""The label of a position that carries no loss, as everywhere in transformers."""
+from shadowtune.core.head_loss import IGNORE_INDEX, head_cross_entropy
 
 
 class JointLoss(NamedTuple):
@@ -65,21 +64,28 @@ def joint_causal_loss(
     initial_states: Tensor,
     labels: Tensor,
     shadow_loss_weight: float,
+    vocab_size: int,
     num_items_in_batch: Tensor | int | None = None,
+    frozen_head: bool = True,
 ) -> JointLoss:
     """Eq. 8-9 for causal language modelling.
 
     Args:
-        head: maps (N, d) to (N, V) logits; the base's own, frozen.
+        head: maps (N, d) to (N, V) logits; the base's own.
         hidden_states: (B, T, d), the attached model's last hidden states, after the final norm.
         initial_states: s0, (B, T, d).
         labels: (B, T), unshifted.
+        shadow_loss_weight: lambda.
+        vocab_size: V.
+        num_items_in_batch: labelled tokens of the whole optimizer step; by default those of this call.
+        frozen_head: whether the head's weights want no gradient, so that (N, V) logits need never exist.
     """
     targets, h, s = labelled_rows(labels, hidden_states, initial_states)
-    base = token_cross_entropy(head(h), targets, num_items_in_batch)
+    count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+    base = _share(head_cross_entropy(head, h, targets, vocab_size, frozen_head), count)
     if shadow_loss_weight == 0:  # the product with the vocabulary is half of the cost: skip what is not trained
         return JointLoss(base, base, None)
-    shadow = token_cross_entropy(head(s.to(h.dtype)), targets, num_items_in_batch)
+    shadow = _share(head_cross_entropy(head, s.to(h.dtype), targets, vocab_size, frozen_head), count)
     return JointLoss(base + shadow_loss_weight * shadow, base, shadow)
 
 

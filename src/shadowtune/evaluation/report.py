@@ -62,9 +62,10 @@ def draw(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[tuple[
     times.set(title="training time")
     times.margins(x=0.2)
     for name, points in curves.items():
-        losses.plot(*zip(*points, strict=True), label=name, color=COLORS.get(name))
+        losses.plot([step for step, _ in points], [loss for _, loss in points], label=name, color=COLORS.get(name))
     losses.set(title="training loss", xlabel="step", yscale="log")
-    losses.legend()
+    if curves:
+        losses.legend()
     for axes in (bars, times, losses):
         axes.spines[["top", "right"]].set_visible(False)
     stream = io.BytesIO()

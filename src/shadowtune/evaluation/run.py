@@ -71,9 +71,10 @@ class FinishedRun:
             raise ConfigError(f"a {self.config.method} run has no mode {mode!r}; it has {', '.join(self.modes)}")
         if self.config.method == "shadow":
             before = self.model.mode
-            self.model.set_mode(mode)
-            yield self.model
-            self.model.set_mode(before)
+            try:
+                yield self.model.set_mode(mode)
+            finally:
+                self.model.set_mode(before)
         elif mode == "base":
             with self.model.disable_adapter():
                 yield self.model

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from shadowtune.core.losses import joint_causal_loss
+from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
 from shadowtune.model.fused_head import carry_shadow_loss
@@ -39,6 +40,10 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
 
     def __init__(self, config: ShadowModelConfig, base: PreTrainedModel | None = None, shadow: Any = None) -> None:
         super().__init__(config, base, shadow)
+        if self.base.get_output_embeddings() is None:
+            raise ConfigError(
+                f"{type(self.base).__name__} has no language model head; load the base with AutoModelForCausalLM"
+            )
         self.generation_config = copy.deepcopy(self.base.generation_config)
         carry_shadow_loss(self)
 
@@ -95,7 +100,14 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         if labels is not None:
             weight = 0.0 if self.mode == "detached" else self.shadow.config.shadow_loss_weight
             loss, base_loss, shadow_loss = joint_causal_loss(
-                self.logits_of, hidden_states, state.initial, labels, weight, num_items_in_batch
+                self.logits_of,
+                hidden_states,
+                state.initial,
+                labels,
+                weight,
+                self.base.get_output_embeddings().out_features,
+                num_items_in_batch,
+                frozen_head=not any(p.requires_grad for p in self.base.get_output_embeddings().parameters()),
             )
             if self.mode == "detached":
                 base_loss, shadow_loss = None, loss

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
 from shadowtune.core.losses import classification_loss
+from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_classifier
 from shadowtune.model.pair import ShadowPair
@@ -43,16 +44,20 @@ def last_token(attention_mask: Tensor | None, input_ids: Tensor | None, pad_toke
 class ShadowForSequenceClassification(ShadowPair):
     """A sequence classifier made of a frozen base and a trainable shadow.
 
-    ``model.score`` on the attached states and ``model.shadow_score`` on the shadow's, both of the last real token, start
-    as copies of the base's own head and are trained, in the precision of the shadow. The base's head stays as it is.
+    ``model.score`` on the attached states and ``model.shadow_score`` on the shadow's, both of the last real token,
+    start as copies of the base's own head and are trained, in the precision of the shadow. The base keeps its head.
     """
 
     auto_base = AutoModelForSequenceClassification
 
     def __init__(self, config: ShadowModelConfig, base: PreTrainedModel | None = None, shadow: Any = None) -> None:
         super().__init__(config, base, shadow)
-        head = self.base.get_submodule("score")
-        assert isinstance(head, nn.Linear)
+        head = dict(self.base.named_children()).get("score")
+        if not isinstance(head, nn.Linear):
+            raise ConfigError(
+                f"{type(self.base).__name__} has no linear head 'score'; load the base with "
+                "AutoModelForSequenceClassification"
+            )
         dtype = self.shadow.boundaries.injection_downs.dtype
         self.score = copy.deepcopy(head).to(dtype).requires_grad_(True)
         self.shadow_score = copy.deepcopy(self.score)

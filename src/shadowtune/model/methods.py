@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -35,6 +36,8 @@ Task = Literal["causal_lm", "classification"]
 
 AUTO: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 PAIRS: dict[str, Any] = {"causal_lm": ShadowForCausalLM, "classification": ShadowForSequenceClassification}
+UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
+"""What transformers and PEFT raise for files that are missing, damaged, or of another shape than their config says."""
 PEFT_TASKS = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
 
@@ -46,10 +49,10 @@ def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedM
     """
     try:
         base = AUTO[task].from_pretrained(resolve(name), **kwargs)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         if isinstance(error, ShadowtuneError):
             raise
-        raise CheckpointError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"cannot load the model {name}: {_reason(error)}") from None
     base.config.name_or_path = name
     return base
 
@@ -114,14 +117,24 @@ def load_trained(
         return load_base(directory, task, **kwargs).eval()
     if task == "classification":  # the base may have no head, or one for other classes
         kwargs |= {"config": _saved_config(directory), "ignore_mismatched_sizes": True}
-    return _peft().PeftModel.from_pretrained(load_base(base_name, task, **kwargs), directory).eval()
+    base = load_base(base_name, task, **kwargs)
+    try:
+        return _peft().PeftModel.from_pretrained(base, directory).eval()
+    except UNREADABLE as error:
+        if isinstance(error, ShadowtuneError):
+            raise
+        raise CheckpointError(f"cannot load the adapters in {directory}: {_reason(error)}") from None
 
 
 def _saved_config(directory: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read config.json of {directory}: {str(error).splitlines()[0]}") from None
+    except UNREADABLE as error:
+        raise CheckpointError(f"cannot read config.json of {directory}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _peft() -> Any:

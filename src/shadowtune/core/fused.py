@@ -1,0 +1,136 @@
+r"""A boundary as one autograd operation: few passes over (N, d), only low-rank intermediates kept.
+
+ShadowPEFT (https://arxiv.org/abs/2604.19254), Eq. 2-7, for N tokens, with A = [T_down | G_down] (d, 2k):
+
+    u  = LN(h) A                                      (N, 2k)
+    t  = silu(u_T) T_up,  g = sigmoid(silu(u_G) G_up)
+    s' = s + g * (t - s)
+    p  = (h - s') W_down                              (N, r)
+    h' = h + alpha * p W_up
+
+What makes it cheap:
+- T and G read LN(h) in one product; the norm's weight and bias fold into it: LN(h) A = n (w * A) + b A with n the
+  normalized h.
+- Kept for the backward pass are h, s, s' (which the next boundary keeps anyway), u, p, and two numbers a token. t and
+  g are computed again from u; t - s is not needed, for g (t - s) = s' - s.
+- The norm's backward needs the means of dn and of n * dn over d. Both are low-rank: dn = du (w * A)^T, so they are
+  du colmean(w * A) and <du, u - b A> / d, and n is never formed again.
+- All products that land in dh are one product.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPSILON = 1e-5
+"""Of the LayerNorm, as ``torch.nn.functional.layer_norm`` has it."""
+
+
+class BoundaryParameters(NamedTuple):
+    """Parameters of one boundary: T and G (d, k) down and (k, d) up, the norm (d,), the injection (d, r) and (r, d)."""
+
+    transform_down: Tensor
+    transform_up: Tensor
+    gate_down: Tensor
+    gate_up: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    injection_down: Tensor
+    injection_up: Tensor
+
+
+def fused_boundary(
+    hidden_states: Tensor,
+    shadow_states: Tensor,
+    parameters: BoundaryParameters,
+    alpha: float,
+    transform_mask: Tensor | None = None,
+    injection_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross a boundary: update of the state, then injection.
+
+    Args:
+        hidden_states: h (N, d).
+        shadow_states: s (N, d), of the same dtype as the parameters.
+        parameters: of this boundary; SiLU, no biases.
+        alpha: scale of the injection.
+        transform_mask: dropout of T's hidden layer, already scaled, (N, k), or None.
+        injection_mask: dropout of the injection's bottleneck, already scaled, (N, r), or None.
+
+    Returns:
+        h' in the dtype of h and s' in that of s, (N, d).
+    """
+    crossed: tuple[Tensor, Tensor] = _FusedBoundary.apply(
+        hidden_states, shadow_states, *parameters, alpha, transform_mask, injection_mask
+    )
+    return crossed
+
+
+class _FusedBoundary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, s: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        p, (alpha, transform_mask, injection_mask) = BoundaryParameters(*rest[:8]), rest[8:]
+        k = p.gate_up.shape[0]
+        wide = h.to(s.dtype)
+        n, mean, rstd = torch.native_layer_norm(wide, wide.shape[-1:], None, None, EPSILON)
+        a = torch.cat((p.transform_down, p.gate_down), 1)
+        u = torch.addmm(p.norm_bias @ a, n, a * p.norm_weight.unsqueeze(1))
+        inner = F.silu(u)
+        g = torch.mm(inner[:, k:], p.gate_up, out=n).sigmoid_()  # n is spent: use its memory
+        t = torch.mm(_masked(inner[:, :k], transform_mask), p.transform_up)
+        refined = torch.lerp(s, t, g)
+        bottleneck = torch.sub(wide, refined, out=t) @ p.injection_down
+        crossed = torch.addmm(wide, _masked(bottleneck, injection_mask), p.injection_up, alpha=alpha)
+        ctx.save_for_backward(h, s, refined, u, bottleneck, mean, rstd, transform_mask, injection_mask, *p)
+        ctx.alpha = alpha
+        return crossed.to(h.dtype), refined
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        h, s, refined, u, bottleneck, mean, rstd, transform_mask, injection_mask, *rest = ctx.saved_tensors
+        p = BoundaryParameters(*rest)
+        d, k = p.gate_down.shape
+        d_crossed, d_state = gradients[0].to(s.dtype), gradients[1]
+        wide = h.to(s.dtype)
+
+        # injection (Eq. 2-4)
+        d_up = ctx.alpha * (d_crossed.t() @ _masked(bottleneck, injection_mask)).t()
+        d_bottleneck = _masked(ctx.alpha * (d_crossed @ p.injection_up.t()), injection_mask)
+        d_refined = torch.addmm(d_state, d_bottleneck, p.injection_down.t(), alpha=-1)
+
+        # gate and lerp (Eq. 7): dt = g ds', ds = (1 - g) ds', dz = g (1 - g) (t - s) ds' = (s' - s) ds
+        inner = F.silu(u)
+        hidden_t, hidden_g = _masked(inner[:, :k], transform_mask), inner[:, k:]
+        d_t = torch.mm(hidden_g, p.gate_up).sigmoid_().mul_(d_refined)
+        d_s = d_refined.sub_(d_t)
+        d_z = torch.sub(refined, s).mul_(d_s)
+        d_transform_up = (d_t.t() @ hidden_t).t()
+        d_gate_up = (d_z.t() @ hidden_g).t()
+        d_inner = torch.cat((_masked(d_t @ p.transform_up.t(), transform_mask), d_z @ p.gate_up.t()), 1)
+        sigma = torch.sigmoid(u)
+        d_u = d_inner * sigma * (1 + u * (1 - sigma))
+
+        # T and G's way down, and the norm: dh = rstd (dn - mean(dn) - n mean(n dn))
+        a = torch.cat((p.transform_down, p.gate_down), 1)
+        scaled = a * p.norm_weight.unsqueeze(1)
+        mean_dn = (d_u @ scaled.mean(0)).unsqueeze(1)
+        mean_ndn = (d_u * (u - p.norm_bias @ a)).sum(1, keepdim=True) / d
+        slope = -(rstd**2) * mean_ndn
+        left = torch.cat((rstd * d_u, d_bottleneck, -rstd * mean_dn - slope * mean), 1)
+        right = torch.cat((scaled, p.injection_down, torch.ones_like(scaled[:, :1])), 1)
+        d_h = torch.addmm(d_crossed, left, right.t()).addcmul_(wide, slope)
+
+        across = wide.t() @ left[:, :-1]
+        d_scaled = across[:, : 2 * k] - (mean * left[:, : 2 * k]).sum(0)
+        d_down = across[:, 2 * k :] - refined.t() @ d_bottleneck
+        total = d_u.sum(0)
+        d_a = d_scaled * p.norm_weight.unsqueeze(1) + torch.outer(p.norm_bias, total)
+        d_norm = ((d_scaled * a).sum(1), a @ total)
+        d_updates = (d_a[:, :k], d_transform_up, d_a[:, k:], d_gate_up)
+        return d_h.to(h.dtype), d_s, *d_updates, *d_norm, d_down, d_up, None, None, None
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask

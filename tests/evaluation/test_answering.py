@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from shadowtune.data.encoding import prompt_ids
+from shadowtune.errors import ConfigError, DataError
+from shadowtune.evaluation.answering import Sampling, answer
+from tests.support.shadows import perturbed_model
+from tests.support.tokenizers import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return perturbed_model()
+
+
+def test_the_streamed_pieces_are_the_answer_and_the_answer_is_greedy(model):
+    tokenizer, pieces = tiny_tokenizer(), []
+    result = answer(model, tokenizer, "say one", Sampling(max_new_tokens=7), stream=pieces.append)
+    ids = torch.tensor([prompt_ids("say one", tokenizer)])
+    expected = model.generate(input_ids=ids, max_new_tokens=7, do_sample=False)[0, ids.shape[1] :]
+    assert result.answer == tokenizer.decode(expected, skip_special_tokens=True) == "".join(pieces)
+    assert result.new_tokens == len(expected)
+    assert result.seconds > 0
+
+
+def test_beams_are_handed_over_whole(model):
+    pieces = []
+    result = answer(model, tiny_tokenizer(), "say one", Sampling(5, num_beams=3), stream=pieces.append)
+    assert pieces == [result.answer]
+
+
+def test_a_seed_repeats_a_sampled_answer(model):
+    texts = [answer(model, tiny_tokenizer(), "say", Sampling(12, 1.5, seed=s)).answer for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_refused(model, prompt):
+    with pytest.raises(DataError, match="empty"):
+        answer(model, tiny_tokenizer(), prompt, Sampling())
+
+
+def test_a_prompt_beyond_the_positions_is_refused_with_both_numbers(model):
+    with pytest.raises(DataError, match=r"answer \(120\) exceed the model's 128"):
+        answer(model, tiny_tokenizer(), "say one", Sampling(120))
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 1.5}, {"num_beams": 0}])
+def test_sampling_out_of_range_is_refused(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        Sampling(**settings)

@@ -1,0 +1,38 @@
+import json
+
+from shadowtune.evaluation.report import draw, page, read_losses, write_page
+
+ROWS = [
+    {"method": "base", "accuracy": 0.1, "accuracy_low": 0.05, "accuracy_high": 0.2, "train_seconds": None},
+    {"method": "shadow", "accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95, "train_seconds": 12.5},
+]
+
+
+def test_losses_are_the_attached_models_where_both_are_logged(tmp_path):
+    lines = [{"step": 1, "loss": 3.0, "base_loss": 2.0}, {"step": 1, "eval_loss": 9.0}, {"step": 2, "loss": 1.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_losses(tmp_path / "metrics.jsonl") == [(1, 2.0), (2, 1.5)]
+
+
+def test_the_picture_is_a_png_and_changes_with_the_numbers():
+    first = draw(ROWS, {"shadow": [(1, 2.0), (2, 1.0)]})
+    other = draw([ROWS[0], {**ROWS[1], "accuracy": 0.5, "accuracy_low": 0.4}], {"shadow": [(1, 2.0), (2, 1.0)]})
+    assert first.startswith(b"\x89PNG")
+    assert first != other
+
+
+def test_the_page_shows_rows_examples_and_picture_and_escapes_what_it_is_given():
+    example = {"request": "<b>hi</b>", "expected": "greeting", "attached": "greeting", "attached_seconds": 0.25}
+    text = page("a & b", ROWS, [example], b"picture", "note")
+    assert "a &amp; b" in text
+    assert "&lt;b&gt;hi&lt;/b&gt;" in text
+    assert "<b>" not in text
+    assert "cGljdHVyZQ==" in text
+    assert "<td>0.250</td>" in text
+    assert "<td>-</td>" in text
+
+
+def test_the_files_are_written_together(tmp_path):
+    write_page(tmp_path / "new", b"picture", "text")
+    assert (tmp_path / "new" / "report.png").read_bytes() == b"picture"
+    assert (tmp_path / "new" / "report.html").read_text() == "text"
