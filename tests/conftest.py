@@ -1,4 +1,5 @@
-"""Settings of every test process: no network, one thread (two processes share the cores)."""
+"""Settings of every test process: no network, one thread (two processes share the cores), CUDA
+kernels through Triton's interpreter where there is no GPU."""
 
 import os
 
@@ -7,5 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)

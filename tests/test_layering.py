@@ -21,6 +21,7 @@ STOREY = {part: number for number, parts in enumerate(STOREYS) for part in parts
 ALLOWED = {  # third-party package -> parts of ours that may import it
     "torch": set(STOREY) - {"config", "errors", "tables"},
     "transformers": {"attach", "models", "model", "data", "training", "evaluation", "benchmark", "__init__"},
+    "triton": {"core"},
     "accelerate": {"training"},
     "peft": {"model", "benchmark"},
     "shadow_peft": {"benchmark"},

@@ -266,6 +266,9 @@ def test_inputs_reach_an_attached_base_in_every_form(base, pair):
             {"input_ids": ids, "use_cache": False},
         ):
             torch.testing.assert_close(base(**call).logits, expected, rtol=0, atol=1e-6)
+        packed = torch.cat([torch.arange(4), torch.arange(5)]).expand(2, -1)
+        assert torch.equal(base(ids, position_ids=packed).logits, pair(ids, position_ids=packed).logits)
+        assert not torch.equal(base(ids, position_ids=packed).logits, expected)
         torch.testing.assert_close(base.model(ids)[0], base.model(input_ids=ids).last_hidden_state, rtol=0, atol=0)
         with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
             base()

@@ -49,6 +49,12 @@ def test_num_labels_needs_classification():
         TrainConfig(data=DATA, num_labels=0, task="classification")
 
 
+def test_padding_free_needs_a_language_model():
+    with pytest.raises(ConfigError, match="padding_free=true needs task=causal_lm, but task is classification"):
+        TrainConfig(data=DATA, task="classification", padding_free=True)
+    assert TrainConfig(data=DATA, padding_free=True).padding_free
+
+
 @pytest.mark.parametrize("other", ["prompt_field", "text_field"])
 def test_a_template_and_the_field_it_replaces_do_not_go_together(other):
     with pytest.raises(ConfigError, match="template replaces prompt_field and text_field"):

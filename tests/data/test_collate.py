@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shadowtune.data.collate import CausalCollator, ClassificationCollator, left_pad
+from shadowtune.data.collate import CausalCollator, ClassificationCollator, PackedCollator, left_pad
 from tests.support.properties import property_test
 
 PAD = 5
@@ -17,6 +17,28 @@ def test_rows_are_padded_on_the_right():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_packed_rows_follow_each_other_and_positions_start_anew_with_each():
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "row": 1}, {"input_ids": [4, 6], "labels": [4, 6]}]
+    batch = PackedCollator()(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 6]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, 6]]
+    assert set(batch) == {"input_ids", "position_ids", "labels"}  # a mask would end the detection of documents
+
+
+@property_test
+@given(st.lists(ids, min_size=1, max_size=5))
+def test_packing_and_padding_hold_the_same_tokens_and_the_same_labels_that_can_be_predicted(rows):
+    encoded = [{"input_ids": row, "labels": [-100, *row[1:]] if row[0] % 2 else row} for row in rows]
+    packed, padded = PackedCollator()(encoded), CausalCollator(PAD)(encoded)
+    assert packed["input_ids"][0].tolist() == padded["input_ids"][padded["attention_mask"].bool()].tolist()
+    for labels in (packed["labels"], padded["labels"]):
+        shifted = labels[:, 1:]
+        assert shifted[shifted != -100].tolist() == [token for row in rows for token in row[1:]]
+    assert (packed["position_ids"] == 0).sum() == len(rows)
+    assert all(tensor.dtype == torch.int64 for tensor in packed.values())
 
 
 def test_classes_are_one_number_a_row():

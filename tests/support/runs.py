@@ -61,10 +61,12 @@ def trainer_of(
     rows: list[dict[str, Any]],
     method: Any = "shadow",
     task: Any = "causal_lm",
+    collate: Any = None,
     **settings: Any,
 ) -> ShadowTrainer:
-    """A trainer over encoded rows."""
-    collate = ClassificationCollator(0) if task == "classification" else CausalCollator(0)
+    """A trainer over encoded rows, which it pads unless there is another collator."""
+    if collate is None:
+        collate = ClassificationCollator(0) if task == "classification" else CausalCollator(0)
     return ShadowTrainer(
         model=model,
         args=args,

@@ -26,6 +26,7 @@ def test_every_setting_arrives(tmp_path):
         max_steps=7,
         batch_size=3,
         gradient_accumulation_steps=5,
+        group_by_length=True,
         autocast=True,
         gradient_checkpointing="reentrant",
         compile=True,
@@ -40,6 +41,7 @@ def test_every_setting_arrives(tmp_path):
     assert found.lr_scheduler_type == "constant_with_warmup"
     assert (found.num_train_epochs, found.max_steps) == (1.5, 7)
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (3, 5)
+    assert found.train_sampling_strategy == "group_by_length"
     assert found.bf16
     assert found.activation_checkpointing
     assert found.activation_checkpointing_kwargs == {"use_reentrant": True}
@@ -55,6 +57,7 @@ def test_the_defaults_save_and_measure_after_each_epoch(tmp_path):
     found = training_arguments(CONFIG, tmp_path)
     assert (found.save_strategy, found.eval_strategy, found.max_steps) == ("epoch", "no", -1)
     assert not found.activation_checkpointing
+    assert found.train_sampling_strategy == "random"
     with_validation = replace(CONFIG, data=DataConfig(train="a.jsonl", validation="b.jsonl"))
     assert training_arguments(with_validation, tmp_path).eval_strategy == "epoch"
 

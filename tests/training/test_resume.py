@@ -93,9 +93,19 @@ def test_a_run_that_was_killed_while_saving_resumes_to_the_same_trajectory(tmp_p
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-6", "checkpoint-8"]
 
 
-@pytest.mark.parametrize(("method", "stop"), [("shadow", 4), ("shadow", 5), ("lora", 5), ("full", 3)])
-def test_a_run_that_stopped_anywhere_resumes_to_the_same_trajectory(method, stop, tmp_path, monkeypatch):
-    config = replace(eventful_config(tmp_path), method=method)
+@pytest.mark.parametrize(
+    ("stop", "settings"),
+    [
+        (4, {}),
+        (5, {}),
+        (5, {"method": "lora"}),
+        (3, {"method": "full"}),
+        (5, {"group_by_length": True}),
+        (7, {"group_by_length": True, "padding_free": True}),
+    ],
+)
+def test_a_run_that_stopped_anywhere_resumes_to_the_same_trajectory(stop, settings, tmp_path, monkeypatch):
+    config = replace(eventful_config(tmp_path), **settings)
     whole = replace(config, output=str(tmp_path / "whole"))
     train(whole, quiet=True)
     step = ShadowTrainer.training_step

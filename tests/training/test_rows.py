@@ -3,9 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from shadowtune import ShadowConfig
+from shadowtune.attach import ARCHITECTURES
 from shadowtune.config.training import DataConfig
-from shadowtune.data.collate import CausalCollator, ClassificationCollator
-from shadowtune.errors import CheckpointError, DataError
+from shadowtune.data.collate import CausalCollator, ClassificationCollator, PackedCollator
+from shadowtune.errors import CheckpointError, ConfigError, DataError
+from shadowtune.model.methods import make_trainable
 from shadowtune.training.rows import check_rows, load_tokenizer, load_training_rows
 from tests.support.bases import tiny_base
 from tests.support.runs import rows_file, run_config
@@ -69,6 +72,31 @@ def test_a_model_that_knows_no_padding_learns_it_from_the_tokenizer(tmp_path):
     model = tiny_base(pad_token_id=None)
     check_rows(rows, model)
     assert model.config.pad_token_id == rows.tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("method", ["shadow", "lora", "full"])
+def test_rows_are_packed_if_asked_and_the_model_keeps_documents_apart(method, tmp_path):
+    rows = load_training_rows(run_config(tmp_path, padding_free=True))
+    assert isinstance(rows.collate, PackedCollator)
+    check_rows(rows, make_trainable(tiny_base(), method))
+    with pytest.raises(ConfigError, match=r"^padding_free=true does not work with qwen3_next, .*padding_free=false$"):
+        check_rows(rows, make_trainable(tiny_base("qwen3_next"), method))
+
+
+def test_packing_is_refused_for_a_shadow_whose_own_backbone_mixes_documents(tmp_path):
+    rows = load_training_rows(run_config(tmp_path, padding_free=True))
+    tiny_base("opt").save_pretrained(tmp_path / "small")
+    model = make_trainable(tiny_base(), "shadow", shadow=ShadowConfig(backbone=str(tmp_path / "small")))
+    with pytest.raises(ConfigError, match="padding_free=true does not work with opt"):
+        check_rows(rows, model)
+    check_rows(replace(rows, collate=CausalCollator(0)), model)
+
+
+def test_packing_is_refused_for_an_unknown_architecture(tmp_path, monkeypatch):
+    rows = load_training_rows(run_config(tmp_path, padding_free=True))
+    monkeypatch.delitem(ARCHITECTURES, "llama")
+    with pytest.raises(ConfigError, match="padding_free=true does not work with llama"):
+        check_rows(rows, tiny_base())
 
 
 def test_rows_without_labels_are_named_in_either_split(tmp_path):

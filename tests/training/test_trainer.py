@@ -6,7 +6,7 @@ from transformers import Trainer
 
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.config.training import LoraConfig
-from shadowtune.data.collate import CausalCollator, ClassificationCollator
+from shadowtune.data.collate import CausalCollator, ClassificationCollator, PackedCollator
 from shadowtune.errors import CheckpointError, ConfigError, TrainingError
 from shadowtune.model.methods import make_trainable, objective_of
 from tests.support.bases import tiny_base, tiny_classifier
@@ -78,6 +78,34 @@ def test_accumulated_batches_give_the_loss_and_gradients_of_one(method, task, ac
     trainer.train()
     assert_same(gradients.first, expected)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_batches_train_as_padded_ones_do(method, tmp_path):
+    rows, runs = causal_rows(20), []
+    for collate in (CausalCollator(0), PackedCollator()):
+        model = model_of(method)
+        args = arguments(
+            tmp_path,
+            max_steps=3,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-3,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=3,
+        )
+        trainer = trainer_of(model, args, rows, method, collate=collate, eval_dataset=rows[:3])
+        trainer.train()
+        names = ("loss", "base_loss", "shadow_loss", "eval_loss", "grad_norm")
+        log = [{name: line[name] for name in names if name in line} for line in trainer.state.log_history]
+        runs.append((log, trainer.progress().tokens, snapshot(model)))
+    (padded_log, padded_tokens, padded), (packed_log, packed_tokens, packed) = runs
+    assert packed_tokens == padded_tokens
+    for packed_line, padded_line in zip(packed_log, padded_log, strict=True):
+        assert packed_line == pytest.approx(padded_line, rel=1e-5)
+    assert [line for line in packed_log if "eval_loss" in line]
+    for name, tensor in padded.items():
+        assert (packed[name] - tensor).abs().max() <= 1e-5, name
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

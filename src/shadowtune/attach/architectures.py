@@ -50,6 +50,9 @@ class Architecture:
     """The config's own words for sizes of ``ShadowConfig``, where transformers does not translate them."""
     follow_width: tuple[str, ...] = ()
     """Config values that a mirror of another width must set to its width too."""
+    packs: bool = False
+    """Whether documents in one row stay apart where position ids start anew. They do not where a recurrence runs on
+    (qwen3_next), or where the attention mask is made without looking at the positions (opt, gpt_oss)."""
 
     def decoder_of(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the headless model inside a causal LM or a sequence classifier.
@@ -77,8 +80,10 @@ def _part(model: nn.Module, path: str) -> nn.Module:
         ) from None
 
 
-_LLAMA_LIKE = Architecture("model", "layers")
-_GEMMA_LIKE = Architecture("model", "layers", _softcapped, ("final_logit_softcapping",), scales_embeddings=True)
+_LLAMA_LIKE = Architecture("model", "layers", packs=True)
+_GEMMA_LIKE = Architecture(
+    "model", "layers", _softcapped, ("final_logit_softcapping",), scales_embeddings=True, packs=True
+)
 _DENSE = MappingProxyType({"decoder_sparse_step": 1_000_000})
 # The fewest experts whose router learns: the share of a single one is always 1.
 _TWO_EXPERTS = MappingProxyType({"num_local_experts": 2, "num_experts_per_tok": 2})
@@ -93,9 +98,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": _LLAMA_LIKE,
     "gemma2": _GEMMA_LIKE,
     "gemma3_text": _GEMMA_LIKE,
-    "granite": Architecture("model", "layers", _scaled_down, ("logits_scaling",)),
-    "gpt2": Architecture("transformer", "h", position_embeddings="wpe", names={"intermediate_size": "n_inner"}),
-    "gpt_neox": Architecture("gpt_neox", "layers"),
+    "granite": Architecture("model", "layers", _scaled_down, ("logits_scaling",), packs=True),
+    "gpt2": Architecture(
+        "transformer", "h", position_embeddings="wpe", names={"intermediate_size": "n_inner"}, packs=True
+    ),
+    "gpt_neox": Architecture("gpt_neox", "layers", packs=True),
     "opt": Architecture(
         "model.decoder",
         "layers",
@@ -103,9 +110,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         names={"intermediate_size": "ffn_dim"},
         follow_width=("word_embed_proj_dim",),
     ),
-    "mixtral": Architecture("model", "layers", mirror=_TWO_EXPERTS),
+    "mixtral": Architecture("model", "layers", mirror=_TWO_EXPERTS, packs=True),
     "gpt_oss": Architecture("model", "layers", mirror=_TWO_EXPERTS),
-    "qwen3_moe": Architecture("model", "layers", mirror=_DENSE),
+    "qwen3_moe": Architecture("model", "layers", mirror=_DENSE, packs=True),
     "qwen3_next": Architecture("model", "layers", mirror=_DENSE),
 }
 """Supported bases by the ``model_type`` of their text config."""

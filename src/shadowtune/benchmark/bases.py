@@ -1,17 +1,52 @@
-"""The bases that benchmarks run on: any causal language model, or ``tiny``, which needs no file and no time."""
+"""The bases that benchmarks run on: any causal language model, or a shape with random weights, which needs no file.
 
+``NAME:4`` is the base NAME cut to its first 4 blocks, to see how costs grow with the depth.
+"""
+
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from shadowtune.errors import CheckpointError, ShadowtuneError
+from shadowtune.errors import CheckpointError, ConfigError, ShadowtuneError
 from shadowtune.model.methods import load_base
 from shadowtune.models import resolve
 
 TINY = "tiny"
-"""Name of the base that is made on the spot, with random weights."""
+"""Name of the smallest base that is made on the spot."""
+
+
+def _tiny() -> PreTrainedConfig:
+    return LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+
+
+def _qwen3_8b() -> PreTrainedConfig:
+    return Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=False,
+    )
+
+
+RANDOM: dict[str, Callable[[], PreTrainedConfig]] = {TINY: _tiny, "qwen3-8b-random": _qwen3_8b}
+"""Bases with random weights, made on the spot: they say how fast a shape is, not how good a model."""
+
+MODEL_HELP = "the base: smollm2-135m, tiny, qwen3-8b-random, a directory or a Hub id; NAME:4 keeps its first 4 blocks"
 
 
 def base_config(name: str) -> PreTrainedConfig:
@@ -19,34 +54,57 @@ def base_config(name: str) -> PreTrainedConfig:
 
     Raises:
         CheckpointError: if there is no such model.
+        ConfigError: if it is to be cut to more blocks than it has, or to none.
     """
-    if name == TINY:
-        return LlamaConfig(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    try:
-        return AutoConfig.from_pretrained(resolve(name))
-    except (OSError, ValueError) as error:
-        if isinstance(error, ShadowtuneError):
-            raise
-        raise CheckpointError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
+    whole, blocks = _split(name)
+    if whole in RANDOM:
+        config = RANDOM[whole]()
+    else:
+        try:
+            config = AutoConfig.from_pretrained(resolve(whole))
+        except (OSError, ValueError) as error:
+            if isinstance(error, ShadowtuneError):
+                raise
+            raise CheckpointError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
+    return config if blocks is None else _cut(config, whole, blocks)
 
 
 def real_base(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load a base, or make the tiny one; its weights are frozen."""
-    if name == TINY:
-        base = AutoModelForCausalLM.from_config(base_config(name), dtype=dtype)
+    """Load a base, or make one with random weights, right on the device; its weights are frozen."""
+    whole, blocks = _split(name)
+    if whole in RANDOM:
+        with device:
+            base = AutoModelForCausalLM.from_config(base_config(name), dtype=dtype)
     else:
-        base = load_base(name, dtype=dtype)
-    cast(nn.Module, base).to(device)
+        cut = {} if blocks is None else {"config": base_config(name)}
+        base = load_base(whole, dtype=dtype, **cut)
+        cast(nn.Module, base).to(device)
     return base.requires_grad_(False)
 
 
 def shapeless_base(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a base that has shapes but no weights, to count parameters with. Call under ``torch.device("meta")``."""
     return AutoModelForCausalLM.from_config(config).requires_grad_(False)
+
+
+def check_length(config: PreTrainedConfig, length: int, model: str) -> None:
+    """Raise ConfigError if a row of ``length`` tokens has more than the base has positions for."""
+    positions = vars(config.get_text_config(decoder=True)).get("max_position_embeddings")
+    if positions is not None and length > positions:
+        raise ConfigError(f"length {length} exceeds the {positions} positions of {model}")
+
+
+def _split(name: str) -> tuple[str, int | None]:
+    whole, _, blocks = name.rpartition(":")
+    return (whole, int(blocks)) if whole and blocks.isdecimal() else (name, None)
+
+
+def _cut(config: PreTrainedConfig, name: str, blocks: int) -> PreTrainedConfig:
+    text = config.get_text_config(decoder=True)
+    if not 2 <= blocks <= text.num_hidden_layers:
+        raise ConfigError(f"{name} has {text.num_hidden_layers} blocks; it cannot be cut to {blocks} (2 or more)")
+    kinds = vars(text).get("layer_types")
+    text.num_hidden_layers = blocks
+    if kinds is not None:
+        text.layer_types = kinds[:blocks]
+    return config

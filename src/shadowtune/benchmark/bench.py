@@ -29,6 +29,11 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(float(word) for word in words(text)))
 
 
+def integers(text: str) -> tuple[int, ...]:
+    """Split ``1,8``; a number that comes twice counts once."""
+    return tuple(dict.fromkeys(int(word) for word in words(text)))
+
+
 @dataclass(frozen=True)
 class Settings:
     """What every benchmark can be told. The settings of one are a subclass; they are plain values, ready for JSON.

@@ -7,7 +7,7 @@ made equal.
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadowtune.benchmark.bases import shapeless_base
-from shadowtune.benchmark.budget import Growth
+from shadowtune.benchmark.budget import Growth, equal_sizes
 from shadowtune.config.checking import nearest
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
@@ -38,6 +38,10 @@ class Contender:
     """The size is a multiple of this."""
     package: str | None = None
     """What has to be installed, as it is imported."""
+
+    def describe(self, size: int | None) -> str | None:
+        """Word a size for the rows, for instance ``rank 15``."""
+        return None if size is None else f"{self.size_name} {size}"
 
 
 def _shadow(base: PreTrainedModel, size: int | None) -> nn.Module:
@@ -93,15 +97,15 @@ PEERS: dict[str, Contender] = {
 CONTENDERS = {OURS: Contender(_shadow, "intermediate_size", step=8), **PEERS}
 
 
-def check_peers(names: Sequence[str]) -> None:
+def check_peers(names: Sequence[str], peers: Mapping[str, Contender] = PEERS) -> None:
     """Raise ConfigError on unknown peers or none, ShadowtuneError if the package of one is not installed."""
     if not names:
-        raise ConfigError(f"no peer to compare with; choose from {', '.join(PEERS)}")
+        raise ConfigError(f"no peer to compare with; choose from {', '.join(peers)}")
     for name in names:
-        if name not in PEERS:
-            raise ConfigError(f"unknown peer {name!r}{nearest(name, PEERS)}; peers: {', '.join(PEERS)}")
+        if name not in peers:
+            raise ConfigError(f"unknown peer {name!r}{nearest(name, peers)}; peers: {', '.join(peers)}")
     for name in names:
-        package = PEERS[name].package
+        package = peers[name].package
         if package is not None and importlib.util.find_spec(package) is None:
             raise ShadowtuneError(f"peer {name} needs {package.replace('_', '-')}, which is not installed: {INSTALL}")
 
@@ -129,3 +133,24 @@ def growth_of(name: str, config: PreTrainedConfig) -> Growth:
     step = CONTENDERS[name].step
     first, second = (count_parameters(name, config, size) for size in (step, 2 * step))
     return Growth(fixed=2 * first - second, per_step=second - first, step=step)
+
+
+def equal_budgets(config: PreTrainedConfig, names: Iterable[str], parameters: int | None) -> dict[str, int | None]:
+    """Choose sizes at which ours and each contender train equally many parameters, within 3 %.
+
+    Args:
+        config: of the base.
+        names: the peers.
+        parameters: how many to aim at; None for those of the default shadow.
+
+    Returns:
+        The size of ours first, then that of each peer; None where nothing is trained.
+
+    Raises:
+        ShadowtuneError: if a package refuses the architecture, or no such sizes exist.
+    """
+    wanted = parameters or count_parameters(OURS, config, None)
+    peers = [name for name in names if name != OURS]
+    growths = {name: growth_of(name, config) for name in peers if CONTENDERS[name].size_name is not None}
+    sizes = equal_sizes(wanted, OURS, growth_of(OURS, config), growths)
+    return {name: sizes.get(name) for name in (OURS, *peers)}

@@ -73,7 +73,9 @@ def title(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> str:
     first = rows[0]
     settings = ", ".join(f"{name.replace('_', '-')} {first[name]}" for name in bench.context)
     measured = f"{bench.unit.replace('_', ' ')}, median of {first['n']}"
-    return f"{bench.name} ({settings}): {measured}; we train {first['trainable_parameters']:,} parameters"
+    trained = first["trainable_parameters"]
+    budget = f"; we train {trained:,} parameters" if trained else ""
+    return f"{bench.name} ({settings}): {measured}{budget}"
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,31 +4,26 @@ Ours computes logits at labelled positions only; each peer runs its own forward 
 The peer "base" runs the bare base's forward pass with labels and trains nothing: that is what the model itself costs.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from shadowtune.benchmark.bases import base_config, real_base
+from shadowtune.benchmark.bases import MODEL_HELP, base_config, check_length, real_base
 from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, numbers, option, words
-from shadowtune.benchmark.budget import equal_sizes
-from shadowtune.benchmark.memory import MemoryMeter
-from shadowtune.benchmark.peers import CONTENDERS, OURS, PEERS, check_peers, count_parameters, growth_of
+from shadowtune.benchmark.peers import CONTENDERS, PEERS, check_peers, equal_budgets
+from shadowtune.benchmark.timing import DTYPES, TimedSubject
 from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.errors import ConfigError
 from shadowtune.model.methods import trainable_parameters
-
-SAMPLE_SECONDS = 0.1
-"""A sample takes as many steps as fit into this time, at least one: the clock is coarse."""
 
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
     """Settings of ``bench train``."""
 
-    model: str = option("smollm2-135m", "the base: smollm2-135m, tiny, a directory or a Hub id")
+    model: str = option("smollm2-135m", MODEL_HELP)
     peers: tuple[str, ...] = option(tuple(PEERS), "what ours is compared with", words)
     labelled: tuple[float, ...] = option(
         (1.0, 0.25, 0.02), "shares of the tokens that have a label, each a case", numbers
@@ -54,39 +49,30 @@ def plan(settings: TrainSettings) -> Plan:
     """
     check_peers(settings.peers)
     config = base_config(settings.model)
-    positions = vars(config.get_text_config(decoder=True)).get("max_position_embeddings")
-    if positions is not None and settings.length > positions:
-        raise ConfigError(f"length {settings.length} exceeds the {positions} positions of {settings.model}")
-    wanted = settings.parameters or count_parameters(OURS, config, None)
-    growths = {name: growth_of(name, config) for name in settings.peers if CONTENDERS[name].size_name is not None}
-    sizes = equal_sizes(wanted, OURS, growth_of(OURS, config), growths)
-    subjects = {name: {"size": sizes.get(name)} for name in (OURS, *settings.peers)}
+    check_length(config, settings.length, settings.model)
+    sizes = equal_budgets(config, settings.peers, settings.parameters)
+    subjects = {name: {"size": size} for name, size in sizes.items()}
     return Plan(subjects, tuple(Case(f"labelled={share:g}", {"labelled": share}) for share in settings.labelled))
 
 
-class TrainSubject:
+class TrainSubject(TimedSubject):
     """A model and its optimizer, stepping over one random batch."""
 
     def __init__(self, settings: TrainSettings, name: str, size: int | None) -> None:
+        super().__init__(settings)
         torch.manual_seed(0)
         contender = CONTENDERS[name]
         self.settings = settings
-        self.device = torch.device(settings.device)
-        base = real_base(settings.model, vars(torch)[settings.dtype], self.device)
+        base = real_base(settings.model, DTYPES[settings.dtype], self.device)
         self.vocabulary = base.config.get_text_config(decoder=True).vocab_size
         self.model = contender.build(base, size).to(self.device)
-        self.size = None if size is None else f"{contender.size_name} {size}"
+        self.size = contender.describe(size)
         self.trainable_parameters = trainable_parameters(self.model)
         self.model.train(self.trainable_parameters > 0)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-        for parameter in self.model.parameters():
-            parameter.sum()  # weights mapped from a file are resident only when read, and would count as the step's
-        self.memory = MemoryMeter(self.device)
-        self.memory.restart()
-        self.loaded_mb = self.memory.current_mb()
+        self.mark_loaded(self.model)
         self.batch: dict[str, torch.Tensor] = {}
-        self.steps = 1
 
     def prepare(self, values: Mapping[str, Any]) -> float:
         """Label the last share ``labelled`` of each row, as a completion is; warm up; return the step's peak MB."""
@@ -96,31 +82,11 @@ class TrainSubject:
         labels[:, : -max(1, round(values["labelled"] * self.settings.length))] = IGNORE_INDEX
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        self.memory.restart()
-        self._time(self.settings.warm_up)
-        self.steps = max(1, round(SAMPLE_SECONDS / self._time(1)))
-        peak = self.memory.peak_mb()
-        self.memory.give_back()
-        return max(0.0, peak - self.loaded_mb)
+        return self.warm()
 
     def measure(self) -> float:
-        """Tokens per second, those without a label included.
-
-        The memory of a step is given back after each sample, else six subjects that wait hold 20 GB; the steps of the
-        warm-up take it again, untimed.
-        """
-        self._time(self.settings.warm_up)
-        seconds = self._time(self.steps)
-        self.memory.give_back()
-        return self.settings.batch * self.settings.length * self.steps / seconds
-
-    def _time(self, steps: int) -> float:
-        self._wait()
-        start = time.perf_counter()
-        for _ in range(steps):
-            self._step()
-        self._wait()
-        return time.perf_counter() - start
+        """Tokens per second, those without a label included."""
+        return self.settings.batch * self.settings.length * self.steps_per_second()
 
     def _step(self) -> None:
         if self.optimizer is None:
@@ -130,10 +96,6 @@ class TrainSubject:
         self.model(**self.batch, use_cache=False).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def open_subject(settings: TrainSettings, name: str, **arguments: Any) -> TrainSubject:
@@ -153,5 +115,6 @@ TRAIN = Bench(
   shadowtune bench train --model tiny            under a minute: a random base, to see how it works
   shadowtune bench train --peers lora,peft-shadow --labelled 0.02 --json result.json
   shadowtune bench train --model path/or/hub-id --device cuda --dtype bfloat16
+  shadowtune bench train --model smollm2-135m:10 --peers lora     its first 10 blocks: how costs grow with the depth
 """,
 )

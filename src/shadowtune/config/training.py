@@ -134,6 +134,11 @@ class TrainConfig:
     """Rows a device takes at a time."""
     gradient_accumulation_steps: int = 1
     """Batches per optimizer step; the loss is the mean over all their labelled tokens."""
+    group_by_length: bool = False
+    """Whether a batch gets rows of similar length, so that it needs less padding."""
+    padding_free: bool = False
+    """Whether the rows of a batch are put one behind the other, as documents that do not see each other, instead of
+    being padded; for causal_lm. The loss is the same."""
     base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the frozen base."""
     trainable_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -176,6 +181,11 @@ class TrainConfig:
         )
         if not self.epochs > 0:
             raise ConfigError(f"epochs must be above 0, got {self.epochs!r}")
+        if self.padding_free and self.task != "causal_lm":
+            raise ConfigError(
+                f"padding_free=true needs task=causal_lm, but task is {self.task}; set padding_free=false, or "
+                "group_by_length=true to save padding"
+            )
         if self.num_labels is not None and self.task != "classification":
             raise ConfigError(
                 f"num_labels is set to {self.num_labels}, but task is {self.task}; set task=classification"

@@ -12,6 +12,8 @@ The first boundary only injects: no state has been refined before it. The update
 and does not exist. Shapes: h, s are (..., d); W_down (d, r), W_up (r, d); T and G have the hidden width k.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Literal
 
@@ -22,8 +24,10 @@ from torch import Tensor, nn
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.fused import BoundaryParameters, fused_boundary
 
-Kernel = Literal["auto", "reference"]
-"""How boundaries are computed: by the fastest operation that fits, or step by step."""
+Kernel = Literal["auto", "reference", "fused", "triton"]
+"""How boundaries are computed: by the fastest operation that fits, step by step, or by the one named."""
+Crossing = Callable[..., tuple[Tensor, Tensor]]
+"""A fast operation, called like ``fused_boundary``."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
@@ -141,7 +145,9 @@ class Boundaries(nn.Module):
             self._mask(states, self.config.update_width) if dropped and self.config.transform_dropout else None
         )
         injection_mask = self._mask(states, self.config.rank) if dropped else None
-        h, s = fused_boundary(rows, states, parameters, self.config.alpha, transform_mask, injection_mask)
+        kernel = self.kernel if self.kernel != "auto" else _fastest(rows.device.type)
+        cross = CROSSINGS[kernel]()
+        h, s = cross(rows, states, parameters, self.config.alpha, transform_mask, injection_mask)
         return h.view(hidden_states.shape), s.view(shadow_states.shape)
 
     def _mask(self, rows: Tensor, width: int) -> Tensor:
@@ -177,6 +183,20 @@ class Boundaries(nn.Module):
         if self.boundary_scales is not None:
             inner = inner * self.boundary_scales[index]
         return scale * (inner @ self.injection_ups[slot])
+
+
+def _triton() -> Crossing:
+    from shadowtune.core.triton_boundary import triton_boundary  # needs Triton, which CPU builds of torch lack
+
+    return triton_boundary
+
+
+CROSSINGS: dict[str, Callable[[], Crossing]] = {"fused": lambda: fused_boundary, "triton": _triton}
+
+
+@functools.cache
+def _fastest(device_type: str) -> str:
+    return "triton" if device_type == "cuda" and importlib.util.find_spec("triton") is not None else "fused"
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

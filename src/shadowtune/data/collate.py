@@ -1,4 +1,4 @@
-"""From encoded rows to padded batches."""
+"""From encoded rows to batches, padded or packed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +21,24 @@ class CausalCollator:
         batch = _pad_right(rows, self.pad_token_id)
         batch["labels"] = _stack([row["labels"] for row in rows], IGNORED)
         return batch
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Puts rows for causal language modelling one behind the other into a single row, without padding.
+
+    Positions start anew with each document; without a mask and a cache, transformers keeps attention inside of it.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return "input_ids", "position_ids" and "labels" (-100 at each first token), all (1, total tokens) int64."""
+        packed = {
+            "input_ids": [token for row in rows for token in row["input_ids"]],
+            "position_ids": [position for row in rows for position in range(len(row["input_ids"]))],
+            # No token of its own document predicts the first one.
+            "labels": [label for row in rows for label in (IGNORED, *row["labels"][1:])],
+        }
+        return {name: torch.tensor([values]) for name, values in packed.items()}
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,46 @@
-"""From a saved directory back to a model: the base it names, the check that it is that base, the shadow's tensors."""
+"""From a model to a directory and back: the base it names, the check that it is that base, the shadow's tensors."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from shadowtune.errors import CheckpointError
-from shadowtune.model.checkpoint import find_file, read_tensors
+from shadowtune.model.checkpoint import find_file, read_tensors, trained_tensors, write_tensors, writing_into
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint
-from shadowtune.models import resolve
+from shadowtune.models import NAMED, resolve
 
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 AUTO_KEYWORDS = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "code_revision", "use_safetensors")
+
+
+def lasting_name(name: str) -> str:
+    """Return the name of a base as it is saved: a directory by its absolute path, which holds from everywhere."""
+    return os.path.abspath(name) if name and name not in NAMED and os.path.isdir(name) else name
+
+
+def save_pair(model: Any, directory: Path, state_dict: Mapping[str, Tensor] | None, max_shard_size: str | int) -> None:
+    """Do the work of ``save_pretrained``; the trained tensors come from ``state_dict`` if it is given.
+
+    Raises:
+        CheckpointError: if the directory cannot be written.
+    """
+    if state_dict is None:
+        tensors = trained_tensors(model.trained_modules())
+    else:
+        prefixes = tuple(f"{name}." for name in model.trained_modules())
+        tensors = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefixes)}
+    model.config.architectures = [type(model).__name__]
+    with writing_into(directory) as staging:
+        write_tensors(staging, tensors, max_shard_size)
+        model.config.to_json_file(staging / CONFIG_NAME, use_diff=False)
+        if model.can_generate():
+            model.generation_config.to_json_file(staging / GENERATION_CONFIG_NAME)
 
 
 def read_config(path_or_id: str, **hub: Any) -> ShadowModelConfig:

@@ -20,13 +20,12 @@ from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.state import ShadowState
 from shadowtune.errors import ConfigError
 from shadowtune.model.backbone import copy_position_embeddings, load_pretrained_backbone, mirror_config
-from shadowtune.model.checkpoint import trained_tensors, write_tensors, writing_into
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint
 from shadowtune.model.fused_head import Trunk
-from shadowtune.model.loading import load_pair
+from shadowtune.model.loading import lasting_name, load_pair, save_pair
 from shadowtune.model.shadow import Shadow
-from shadowtune.models import NAMED, resolve
+from shadowtune.models import resolve
 
 Mode = Literal["attached", "detached", "base"]
 
@@ -89,7 +88,7 @@ class ShadowPair(PreTrainedModel):
             shadow=config.to_dict(),
             base_config=base.config,
             backbone_config=backbone_config,
-            base_name_or_path=_lasting_name(base.config.name_or_path or ""),
+            base_name_or_path=lasting_name(base.config.name_or_path or ""),
             base_revision=vars(base.config).get("_commit_hash"),
             base_fingerprint=base_fingerprint(base),
         )
@@ -142,17 +141,7 @@ class ShadowPair(PreTrainedModel):
         if not is_main_process:
             return
         directory = Path(save_directory)
-        if state_dict is None:
-            tensors = trained_tensors(self.trained_modules())
-        else:
-            prefixes = tuple(f"{name}." for name in self.trained_modules())
-            tensors = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefixes)}
-        self.config.architectures = [type(self).__name__]
-        with writing_into(directory) as staging:
-            write_tensors(staging, tensors, max_shard_size)
-            self.config.to_json_file(staging / "config.json", use_diff=False)
-            if self.can_generate():
-                self.generation_config.to_json_file(staging / "generation_config.json")
+        save_pair(self, directory, state_dict, max_shard_size)
         if push_to_hub:
             self.push_to_hub(kwargs.get("repo_id", directory.name))
 
@@ -271,8 +260,3 @@ class ShadowPair(PreTrainedModel):
     def trunk(self) -> nn.Module:
         """The model without its head; what trainers with a head of their own call ``base_model``."""
         return Trunk(self)
-
-
-def _lasting_name(name: str) -> str:
-    """The name of a base as saved: a directory by its absolute path, which holds in every working directory."""
-    return os.path.abspath(name) if name and name not in NAMED and os.path.isdir(name) else name

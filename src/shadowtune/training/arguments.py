@@ -30,6 +30,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, quiet: bool = Fal
             per_device_train_batch_size=config.batch_size,
             per_device_eval_batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
+            train_sampling_strategy="group_by_length" if config.group_by_length else "random",
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
             learning_rate=optimizer.learning_rate,

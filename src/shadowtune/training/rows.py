@@ -7,14 +7,16 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from shadowtune.attach.architectures import ARCHITECTURES
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.checks import check_encoded
-from shadowtune.data.collate import CausalCollator, ClassificationCollator
+from shadowtune.data.collate import CausalCollator, ClassificationCollator, PackedCollator
 from shadowtune.data.encoding import EncodingReport, encode_classification, encode_rows
 from shadowtune.data.prompts import FieldNames
 from shadowtune.data.sources import load_rows
-from shadowtune.errors import CheckpointError, DataError
+from shadowtune.errors import CheckpointError, ConfigError, DataError
 from shadowtune.model.methods import context_length
+from shadowtune.model.pair import ShadowPair
 from shadowtune.models import resolve
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -50,7 +52,8 @@ def load_training_rows(config: TrainConfig) -> TrainingRows:
     if config.data.validation is not None:
         validation, _ = _load_split(config, tokenizer, config.data.validation, config.data.validation_split, None)
     if config.task == "causal_lm":
-        return TrainingRows(tokenizer, CausalCollator(pad), train, validation, None, report)
+        collate = PackedCollator() if config.padding_free else CausalCollator(pad)
+        return TrainingRows(tokenizer, collate, train, validation, None, report)
     num_labels = _count_classes([*train, *(validation or [])], config.num_labels)
     return TrainingRows(tokenizer, ClassificationCollator(pad), train, validation, num_labels, report)
 
@@ -73,7 +76,10 @@ def check_rows(rows: TrainingRows, model: nn.Module) -> None:
 
     Raises:
         DataError: naming the first rows at fault.
+        ConfigError: if rows are packed and the model would let documents see each other.
     """
+    if isinstance(rows.collate, PackedCollator):
+        _check_packing(model)
     config: Any = model.config
     text = config.get_text_config(decoder=True)
     for split in (rows.train, rows.validation):
@@ -81,6 +87,21 @@ def check_rows(rows: TrainingRows, model: nn.Module) -> None:
             check_encoded(split, text.vocab_size, context_length(model))
     if text.pad_token_id is None:
         config.pad_token_id = rows.tokenizer.pad_token_id
+
+
+def _check_packing(model: nn.Module) -> None:
+    """Check that each network of the model keeps packed documents apart."""
+    configs: list[Any] = [model.config]
+    if isinstance(model, ShadowPair):
+        configs.append(model.shadow.backbone.config)
+    packing = {name for name, architecture in ARCHITECTURES.items() if architecture.packs}
+    for config in configs:
+        model_type = config.get_text_config(decoder=True).model_type
+        if model_type not in packing:
+            raise ConfigError(
+                f"padding_free=true does not work with {model_type}, which is not known to keep the documents of a row "
+                f"apart, as {', '.join(sorted(packing))} do; set padding_free=false"
+            )
 
 
 def _load_split(

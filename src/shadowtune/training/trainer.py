@@ -7,7 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from shadowtune.errors import ConfigError, TrainingError
@@ -17,6 +19,7 @@ from shadowtune.model.objective import Objective, is_finite
 from shadowtune.model.pair import ShadowPair
 from shadowtune.training.checkpoints import Progress, read_progress, whole_directory, write_progress
 from shadowtune.training.metrics import LeaveOutNonfinite
+from shadowtune.training.sampling import EpochSampler
 
 BACKBONE_PARTS = ("shadow.backbone.", "shadow.projection.", "shadow.input_projection.")
 
@@ -118,7 +121,8 @@ class ShadowTrainer(Trainer):
         if model.training:
             if not self.skip_nonfinite and not is_finite(terms["loss"]):
                 raise TrainingError(self._nonfinite(terms["loss"], rows))
-            self._tokens += inputs["attention_mask"].sum()
+            mask = inputs.get("attention_mask")
+            self._tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
             self._add_up(terms)
         return (terms["loss"], terms) if return_outputs else terms["loss"]
 
@@ -142,6 +146,13 @@ class ShadowTrainer(Trainer):
             if self.skip_nonfinite:
                 logs["skipped_steps"] = self._before.skipped_steps + self._left_out.steps
         super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Let seed and epoch alone decide the order of rows, whatever was drawn before and in which process."""
+        order = super()._get_train_sampler(train_dataset)
+        if not isinstance(order, RandomSampler | LengthGroupedSampler):
+            return order
+        return EpochSampler(order, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def _nonfinite(self, loss: Tensor, rows: Tensor | None) -> str:
         where = f"step {self.state.global_step + 1}"
