@@ -25,6 +25,8 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "accelerate": {"training"},
     "peft": {"model", "benchmark"},
     "shadow_peft": {"benchmark"},
+    "torchao": {"model"},
+    "bitsandbytes": {"model"},
     "datasets": {"data"},
     "matplotlib": {"evaluation", "benchmark"},
     "rich": {"cli"},

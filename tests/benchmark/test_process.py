@@ -22,7 +22,7 @@ def test_a_subject_works_in_its_own_process_until_the_end():
         assert worker.call("prepare", values={"labelled": 1.0}) > 0
         assert worker.call("measure") > 0
         with pytest.raises(
-            ShadowtuneError, match=r"the process of base ended: KeyError: 'dance'; leave it out"
+            ShadowtuneError, match=r"the process of base ended: KeyError: 'dance'; try a smaller"
         ) as died:
             worker.call("dance")
         assert "\n" not in str(died.value)

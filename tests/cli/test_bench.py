@@ -1,4 +1,5 @@
 import csv
+import gc
 import json
 import sys
 
@@ -12,36 +13,87 @@ from tests.benchmark.in_process import LocalWorker
 SMALL = ("--model", "tiny", "--batch", "2", "--length", "16", "--repeats", "2", "--quiet")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    """Each sample collects garbage; what was imported before need not be gone through each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def local(monkeypatch):
+    monkeypatch.setattr(runner, "WorkerProcess", LocalWorker)
+
+
 def bench(tmp_path, *arguments):
     files = ("--out", str(tmp_path / "results"), "--json", str(tmp_path / "result.json"))
     code = main(["bench", "train", *SMALL, *files, *arguments])
     return code, json.loads((tmp_path / "result.json").read_text()) if code == 0 else None
 
 
-def test_processes_measure_ours_against_a_peer_and_the_base(tmp_path, capsys):
+def check_rows(rows):
+    for row in rows:
+        assert list(row)[:8] == ["bench", "case", "subject", "peer", "ratio", "ratio_low", "ratio_high", "n"]
+        assert (row["subject"], row["n"]) == ("shadow", 2)
+        assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert row[row["unit"]] > 0
+        assert not any(isinstance(value, (dict, list)) for value in row.values())
+
+
+def test_processes_measure_ours_against_the_base(tmp_path):
+    code, result = bench(tmp_path, "--peers", "base", "--labelled", "0.25")
+    assert code == 0
+    assert [(row["case"], row["peer"]) for row in result["rows"]] == [("labelled=0.25", "base")]
+    check_rows(result["rows"])
+    assert result["rows"][0]["peak_memory_mb"] > 0
+
+
+@pytest.mark.usefixtures("local")
+def test_each_case_has_a_row_for_each_peer(tmp_path, capsys):
     code, result = bench(tmp_path, "--peers", "lora,base", "--labelled", "1.0,0.25")
     assert code == 0
     assert (result["schema"], result["command"]) == (1, "bench")
     assert {"commit", "date", "versions", "processor", "threads"} <= set(result["provenance"])
-    assert [(row["case"], row["peer"]) for row in result["rows"]] == [
-        ("labelled=1", "lora"),
-        ("labelled=1", "base"),
-        ("labelled=0.25", "lora"),
-        ("labelled=0.25", "base"),
+    assert [(row["bench"], row["case"], row["peer"]) for row in result["rows"]] == [
+        ("train", "labelled=1", "lora"),
+        ("train", "labelled=1", "base"),
+        ("train", "labelled=0.25", "lora"),
+        ("train", "labelled=0.25", "base"),
     ]
-    for row in result["rows"]:
-        assert list(row)[:8] == ["bench", "case", "subject", "peer", "ratio", "ratio_low", "ratio_high", "n"]
-        assert (row["bench"], row["subject"], row["n"]) == ("train", "shadow", 2)
-        assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
-        assert row["tokens_per_second"] > 0
-        assert row["peak_memory_mb"] > 0
-        assert not any(isinstance(value, (dict, list)) for value in row.values())
+    check_rows(result["rows"])
     assert "labelled=0.25" in capsys.readouterr().out
 
 
-@pytest.fixture
-def local(monkeypatch):
-    monkeypatch.setattr(runner, "WorkerProcess", LocalWorker)
+@pytest.mark.usefixtures("local")
+@pytest.mark.parametrize(
+    ("arguments", "unit", "compared", "trained"),
+    [
+        (
+            ("boundary", "--tokens", "8", "--width", "16"),
+            "operations_per_second",
+            [(f"{way} tokens=8", peer) for way in ("forward", "forward+backward") for peer in ("reference", "copy")],
+            False,
+        ),
+        (
+            ("decode", "--model", "tiny", "--prompt", "4", "--new", "2", "--batch", "1,2", "--peers", "base"),
+            "tokens_per_second",
+            [("batch=1", "base"), ("batch=2", "base")],
+            True,
+        ),
+    ],
+)
+def test_boundaries_and_decoding_are_measured_and_kept(tmp_path, capsys, arguments, unit, compared, trained):
+    files = ("--out", str(tmp_path), "--json", str(tmp_path / "result.json"))
+    assert main(["bench", *arguments, "--repeats", "2", "--quiet", *files]) == 0
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [(row["case"], row["peer"]) for row in rows] == compared
+    check_rows(rows)
+    assert {row["unit"] for row in rows} == {unit}
+    assert all((row["trainable_parameters"] > 0) == trained for row in rows)
+    assert ("we train" in " ".join(capsys.readouterr().out.split())) == trained
+    with (tmp_path / f"{arguments[0]}.csv").open(newline="") as file:
+        assert [(row["case"], row["peer"]) for row in csv.DictReader(file)] == compared
 
 
 @pytest.mark.usefixtures("local")
@@ -105,7 +157,7 @@ def test_results_that_cannot_be_kept_stop_it_before_the_work(tmp_path, capsys):
     assert "cannot write results" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", ["trian", "decode"])
+@pytest.mark.parametrize("wrong", ["trian", "memory"])
 def test_an_unknown_benchmark_names_those_that_there_are(capsys, wrong):
     assert main(["bench", wrong]) == 2
     assert "bench train" in capsys.readouterr().err

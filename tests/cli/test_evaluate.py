@@ -82,3 +82,20 @@ def test_classification_run_is_evaluated_by_its_classes(base, tmp_path):
     rows = rows_of(tmp_path / "r.json")
     assert [row["mode"] for row in rows] == ["attached", "detached", "base"]
     assert all(row["rows"] == 3 for row in rows)
+
+
+def test_a_trained_run_is_measured_beside_a_quantized_base(shadow_run, data, tmp_path):
+    pytest.importorskip("torchao")
+    losses = {}
+    for quantization in ("none", "int8"):
+        command = ["evaluate", str(shadow_run), "--mode", "attached", "--data", str(data), "--quiet"]
+        assert main([*command, "--quantization", quantization, "--json", str(tmp_path / "r.json")]) == 0
+        losses[quantization] = rows_of(tmp_path / "r.json")[0]["loss"]
+    assert losses["int8"] != losses["none"]
+    assert losses["int8"] == pytest.approx(losses["none"], rel=0.05)
+
+
+def test_a_base_that_cannot_be_quantized_so_is_one_line(shadow_run, data, capsys):
+    pytest.importorskip("torchao")
+    assert main(["evaluate", str(shadow_run), "--data", str(data), "--quiet", "--quantization", "int4"]) == 2
+    assert "cannot load the" in capsys.readouterr().err.splitlines()[-1]

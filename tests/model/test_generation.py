@@ -33,7 +33,8 @@ def endless(model):
 @pytest.fixture(scope="module")
 def models():
     """A model of each kind of attention: full, sliding, mixed, learned positions, hybrid with linear attention."""
-    settings = {"llama": {"hidden_size": 16, "num_shadow_layers": 2}}
+    narrow = {"hidden_size": 16, "num_shadow_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    settings = {"llama": narrow}
     kinds = ("llama", "mistral", "gemma2", "opt", "gpt_oss", "qwen3_next")
     return {kind: endless(perturbed_model(kind, **settings.get(kind, {}))) for kind in kinds}
 
@@ -111,7 +112,7 @@ def test_a_quantized_cache_stays_near(llama):
     llama(ids[:, :8], past_key_values=cache, use_cache=True)
     near = llama(ids[:, 8:], past_key_values=cache, use_cache=True).logits[:, 0]
     assert not torch.equal(near, exact[:, 8])
-    assert (near - exact[:, 8]).abs().max() < 0.1 * exact.std()
+    assert (near - exact[:, 8]).abs().max() < 0.3 * exact.std()
     assert [layer.get_seq_length() for layer in cache.layers] == [9] * 6
     quantized = generate(llama, ids, cache_implementation="quantized", cache_config={"backend": "fp8"})
     assert quantized.shape == (2, 9 + NEW)

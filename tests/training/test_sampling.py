@@ -49,7 +49,7 @@ def test_a_trainer_draws_the_order_of_the_epoch_it_is_in(kind, tmp_path):
 
 
 def padding_of(path, **settings):
-    rows = causal_rows(40)
+    rows = causal_rows(200)
     trainer = trainer_of(tiny_base(), arguments(path, per_device_train_batch_size=4, **settings), rows, "full")
     batches = list(trainer.get_train_dataloader())
     assert sorted(int(row) for batch in batches for row in batch["rows"]) == [row["row"] for row in rows]

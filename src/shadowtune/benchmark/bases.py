@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -76,7 +76,7 @@ def real_base(name: str, dtype: torch.dtype, device: torch.device) -> PreTrained
         with device:
             base = AutoModelForCausalLM.from_config(base_config(name), dtype=dtype)
     else:
-        cut = {} if blocks is None else {"config": base_config(name)}
+        cut: dict[str, Any] = {} if blocks is None else {"config": base_config(name)}
         base = load_base(whole, dtype=dtype, **cut)
         cast(nn.Module, base).to(device)
     return base.requires_grad_(False)

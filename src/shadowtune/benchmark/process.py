@@ -50,7 +50,7 @@ class WorkerProcess:
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
         reason = "killed, perhaps for want of memory" if code == -9 else (lines[-1] if lines else f"exit code {code}")
-        return ShadowtuneError(f"the process of {self.name} ended: {reason}; leave it out of --peers, or measure less")
+        return ShadowtuneError(f"the process of {self.name} ended: {reason}; try a smaller --batch, or other --peers")
 
     def __enter__(self) -> "WorkerProcess":
         return self

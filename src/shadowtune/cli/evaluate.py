@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, help="default: enough for the longest true answer")
     parser.add_argument("--ignore-base-weights", action="store_true", help="accept a base with other weights")
+    parser.add_argument(
+        "--quantization", choices=("none", "int8", "int4", "nf4"), help="of the base; default: as trained"
+    )
     parser.add_argument("--predictions", metavar="FILE", help="write each row's answers as JSONL")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_json(parser)
@@ -35,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_json_target(arguments.predictions)
     from shadowtune.evaluation.run import FinishedRun
 
-    finished = FinishedRun.open(arguments.run, not arguments.ignore_base_weights)
+    finished = FinishedRun.open(arguments.run, not arguments.ignore_base_weights, arguments.quantization)
     modes = finished.modes if arguments.mode == "all" else (arguments.mode,)
     rows: list[dict[str, Any]] = []
     answers: dict[str, list[str]] = {}

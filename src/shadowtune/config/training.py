@@ -141,6 +141,8 @@ class TrainConfig:
     being padded; for causal_lm. The loss is the same."""
     base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the frozen base."""
+    base_quantization: Literal["none", "int8", "int4", "nf4"] = "none"
+    """Store the frozen base's weights in 8 or 4 bits (extra: quant); not for method full."""
     trainable_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the trained parameters."""
     autocast: bool = False
@@ -186,6 +188,8 @@ class TrainConfig:
                 f"padding_free=true needs task=causal_lm, but task is {self.task}; set padding_free=false, or "
                 "group_by_length=true to save padding"
             )
+        if self.base_quantization != "none" and self.method == "full":
+            raise ConfigError(f"base_quantization={self.base_quantization} freezes the base, which method=full trains")
         if self.num_labels is not None and self.task != "classification":
             raise ConfigError(
                 f"num_labels is set to {self.num_labels}, but task is {self.task}; set task=classification"

@@ -19,6 +19,7 @@ from shadowtune.data.sources import has_splits, load_rows
 from shadowtune.errors import CheckpointError, ConfigError, DataError
 from shadowtune.evaluation.runner import Evaluation, Progress, evaluate_classes, evaluate_generation
 from shadowtune.model.methods import load_trained
+from shadowtune.model.quantization import Quantization, quantization_arguments
 
 MODES = {
     "shadow": ("attached", "detached", "base"),
@@ -39,17 +40,25 @@ class FinishedRun:
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def open(cls, path: str | Path, check_base_weights: bool = True) -> "FinishedRun":
-        """Load a run; raises CheckpointError if the directory is none, or has not finished."""
+    def open(
+        cls, path: str | Path, check_base_weights: bool = True, quantization: Quantization | None = None
+    ) -> "FinishedRun":
+        """Load a run.
+
+        Args:
+            path: the run directory.
+            check_base_weights: whether a base with other weights than in training is refused.
+            quantization: of the base; by default as in training.
+
+        Raises:
+            CheckpointError: if the directory is no run, or has not finished.
+        """
         path = Path(path)
         config = read_run_config(path)
+        dtype = vars(torch)[config.base_dtype]
+        quantized = quantization_arguments(quantization or config.base_quantization, dtype)
         model = load_trained(
-            path / "model",
-            config.method,
-            config.task,
-            config.model,
-            check_base_weights,
-            dtype=vars(torch)[config.base_dtype],
+            path / "model", config.method, config.task, config.model, check_base_weights, dtype=dtype, **quantized
         )
         if torch.cuda.is_available():
             model.to("cuda")

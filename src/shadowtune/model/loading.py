@@ -79,7 +79,7 @@ def load_base(auto: Any, config: ShadowModelConfig, base: PreTrainedModel | str 
         kwargs.setdefault("num_labels", config.base_config.num_labels)
     try:
         return auto.from_pretrained(resolve(name), **kwargs)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: weights that do not fit, or cannot be quantized
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"cannot load the base {name}: {reason}; pass base=... if it has moved") from None
 

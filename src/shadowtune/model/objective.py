@@ -55,7 +55,8 @@ def causal_loss(model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Te
     """Cross-entropy of any causal language model's logits, a scalar.
 
     The model computes logits at those positions of the sequence that have a label in some row, which for prompt and
-    completion is a small part of them. ``inputs`` holds ``input_ids``, ``labels`` and either ``attention_mask`` or, when packed, ``position_ids``; each (B, T).
+    completion is a small part of them. ``inputs`` holds ``input_ids``, ``labels`` and ``attention_mask``, each (B, T);
+    packed rows have ``position_ids`` instead of a mask.
     """
     inputs = dict(inputs)
     targets = inputs.pop("labels")[:, 1:]

@@ -20,6 +20,7 @@ from shadowtune.model.methods import (
     parameter_table,
     trainable_parameters,
 )
+from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import peak_memory_mb
 from shadowtune.training.arguments import training_arguments
 from shadowtune.training.checkpoints import whole_directory
@@ -98,15 +99,16 @@ def train(
 
 def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module:
     """Load the base of a run and make it trainable with the run's method, seeded."""
-    kwargs: dict[str, Any] = {"dtype": vars(torch)[config.base_dtype]}
+    dtype = vars(torch)[config.base_dtype]
+    kwargs: dict[str, Any] = {"dtype": dtype, **quantization_arguments(config.base_quantization, dtype)}
     if config.revision is not None:
         kwargs["revision"] = config.revision
     if num_labels is not None:
         kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a head for other classes starts anew
     set_seed(config.seed)
     base = load_base(config.model, config.task, **kwargs)
-    dtype = vars(torch)[config.trainable_dtype]
-    return make_trainable(base, config.method, config.task, config.shadow, config.lora, dtype)
+    trained_in = vars(torch)[config.trainable_dtype]
+    return make_trainable(base, config.method, config.task, config.shadow, config.lora, trained_in)
 
 
 def make_trainer(

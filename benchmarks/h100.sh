@@ -1,0 +1,27 @@
+#!/bin/sh
+# The GPU rows of docs/results.md: boundary, prompt, training and decoding on the shapes of Qwen3-8B with random
+# weights. Under 8 minutes on one H100 with 80 GB, no network; adds to benchmarks/results.
+#
+#   benchmarks/h100.sh
+#   MODEL=tiny DEVICE=cpu DTYPE=float32 TOKENS=64 LENGTH=64 WIDTH=64 benchmarks/h100.sh      the same path on any CPU
+#
+# Peers train in pairs and at 2,048 tokens: each process holds a base of its own, and LoRA's step needs 20 GB more.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+export PYTHONPATH=src
+: "${PYTHON:=python3}" "${MODEL:=qwen3-8b-random}" "${DEVICE:=cuda}" "${DTYPE:=bfloat16}"
+: "${TOKENS:=8192}" "${LENGTH:=2048}" "${WIDTH:=4096}" "${REPEATS:=3}" "${OUT:=benchmarks/results}"
+
+failed=0
+bench() {
+    "$PYTHON" -m shadowtune bench "$@" --repeats "$REPEATS" --device "$DEVICE" --dtype "$DTYPE" --out "$OUT" --quiet ||
+        failed=1 # one that does not fit must not cost the others
+}
+
+bench boundary --tokens "$TOKENS" --width "$WIDTH" --adapter-dtype "$DTYPE"
+bench train --model "$MODEL" --batch 1 --length "$LENGTH" --labelled 1.0 --peers lora
+bench train --model "$MODEL" --batch 1 --length "$LENGTH" --labelled 1.0 --peers peft-shadow
+bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --prompt "$TOKENS" --new 2 --peers base
+bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --peers base,lora
+bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --subject shadow-compiled --peers base-compiled
+exit "$failed"
