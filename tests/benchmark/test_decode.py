@@ -27,6 +27,15 @@ def test_every_subject_generates_so_many_tokens_for_every_row(name):
     assert one.measure() > 0
 
 
+def test_what_the_first_call_builds_counts_for_no_step(monkeypatch):
+    one = subject("base")
+    done = []
+    monkeypatch.setattr(one, "_step", lambda: done.append("step"))
+    monkeypatch.setattr(one, "mark_loaded", lambda model: done.append("loaded"))
+    one.prepare({"batch": 2})
+    assert done == ["step", "loaded", "step"]
+
+
 def test_a_sample_counts_the_new_tokens_of_all_rows(monkeypatch):
     one = subject("base")
     one.prepare({"batch": 2})

@@ -64,7 +64,10 @@ def main() -> None:
     gc.freeze()  # the libraries' objects stay: to go through them in each collection takes longer than many a step
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        serve(sys.stdin, answers)
+        try:
+            serve(sys.stdin, answers)
+        finally:
+            gc.unfreeze()  # else some of them complain, below the error, of what was not taken down
 
 
 if __name__ == "__main__":

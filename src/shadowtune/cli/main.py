@@ -2,7 +2,9 @@
 
 import argparse
 import itertools
+import logging
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
@@ -58,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
         typed = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), argv[:2])) or argv[0]
         near = nearest(typed, names) or nearest(argv[0], names)
         return _fail(f"unknown verb {typed!r}{near}; verbs: {', '.join(names)}")
+    _quiet_libraries()
     arguments = build_parser(command).parse_intermixed_args(argv[command.words :])
     try:
         return command.run(arguments)
@@ -67,8 +70,15 @@ def main(argv: Sequence[str]) -> int:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}")
     except KeyboardInterrupt:
-        print("\nshadowtune: interrupted; finished checkpoints are kept, --resume goes on from them", file=sys.stderr)
+        print("\nshadowtune: interrupted; finished checkpoints are kept, --resume uses them", file=sys.stderr)
         return 130
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries' notes to their own developers off the terminal; their errors stay."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for name in ("transformers", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _fail(message: str) -> int:
