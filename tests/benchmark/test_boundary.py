@@ -38,10 +38,11 @@ def test_only_ours_takes_the_fast_operation(monkeypatch):
     def refuse(*arguments):
         raise RuntimeError("fast")
 
-    monkeypatch.setattr("shadowtune.core.boundary.Boundaries._cross_fused", refuse)
-    crossing("reference", FORWARD)
+    monkeypatch.setattr("shadowtune.core.crossing.fused_boundary", refuse)
+    monkeypatch.setattr("shadowtune.core.crossing.FEW_TOKENS", 1)
+    crossing("reference", BACKWARD)
     with pytest.raises(RuntimeError, match="fast"):
-        crossing("shadow", FORWARD)
+        crossing("shadow", BACKWARD)
 
 
 def test_the_boundary_refines_the_state_and_injects():

@@ -37,7 +37,7 @@ def states(*shape, dtype=torch.float64):
 def test_fused_equals_step_by_step_with_every_gradient(shape, sharing):
     settings = {"depth_sharing": sharing, "dropout": 0.0}
     pairs = zip(
-        crossed(boundaries("auto", **settings), *states(*shape)),
+        crossed(boundaries("fused", **settings), *states(*shape)),
         crossed(boundaries("reference", **settings), *states(*shape)),
         strict=True,
     )
@@ -45,16 +45,27 @@ def test_fused_equals_step_by_step_with_every_gradient(shape, sharing):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
 
 
-def test_it_is_the_fused_operation_that_runs():
-    out = boundaries("auto")(1, *states(4))[0]
-    assert "FusedBoundary" in type(out.grad_fn).__name__ or "FusedBoundary" in str(out.grad_fn.next_functions)
-    out = boundaries("reference")(1, *states(4))[0]
-    assert "FusedBoundary" not in type(out.grad_fn).__name__ + str(out.grad_fn.next_functions)
+def runs_fused(made, h, s):
+    out = made(1, h, s)[0]
+    names = [type(out.grad_fn).__name__, *(type(node).__name__ for node, _ in out.grad_fn.next_functions)]
+    return any("FusedBoundary" in name for name in names)
+
+
+def test_training_on_enough_tokens_takes_the_fused_operation_by_itself():
+    assert runs_fused(boundaries("auto"), *states(64))
+    assert not runs_fused(boundaries("auto"), *states(63))
+    assert not runs_fused(boundaries("reference"), *states(64))
+    assert runs_fused(boundaries("fused"), *states(1))
+
+
+@pytest.mark.parametrize("setting", [{"activation": "gelu"}, {"update_bias": True}, {"update_norm": False}])
+def test_other_variants_go_step_by_step(setting):
+    assert not runs_fused(boundaries("fused", **setting), *states(64))
 
 
 def test_dropout_multiplies_both_bottlenecks_and_its_gradient():
     # with the gradient of a loss in float64, compare against finite differences under the same masks
-    made = boundaries("auto", dropout=0.4).train()
+    made = boundaries("fused", dropout=0.4).train()
     h, s = states(5)
 
     def run(*changed):
@@ -71,7 +82,7 @@ def test_dropout_multiplies_both_bottlenecks_and_its_gradient():
 def test_lower_precision_stays_near_float64(dtype, tolerance):
     settings = {"dropout": 0.0}
     pairs = zip(
-        crossed(boundaries("auto", dtype, **settings), *states(63, dtype=dtype)),
+        crossed(boundaries("fused", dtype, **settings), *states(63, dtype=dtype)),
         crossed(boundaries("reference", **settings), *states(63)),
         strict=True,
     )
@@ -82,7 +93,7 @@ def test_lower_precision_stays_near_float64(dtype, tolerance):
 
 def test_16_bit_states_beside_float32_parameters_keep_their_dtypes():
     h, s = states(7)
-    out = boundaries("auto", torch.float32)(1, h.bfloat16(), s.float())
+    out = boundaries("fused", torch.float32)(1, h.bfloat16(), s.float())
     assert (out[0].dtype, out[1].dtype) == (torch.bfloat16, torch.float32)
 
 
@@ -90,7 +101,7 @@ def test_strided_and_expanded_states():
     h, s = states(8, 2)
     h, s = h[:, 1], s[:1, 1].expand(8, WIDTH)
     pairs = zip(
-        crossed(boundaries("auto", dropout=0.0), h, s),
+        crossed(boundaries("fused", dropout=0.0), h, s),
         crossed(boundaries("reference", dropout=0.0), h, s),
         strict=True,
     )

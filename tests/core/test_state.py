@@ -16,8 +16,11 @@ class Recorder(Boundaries):
         super().__init__(BLOCKS if inject_first else BLOCKS - 1, 2, ShadowConfig(rank=1, inject_first=inject_first))
         self.crossed: list[int] = []
 
-    def forward(self, index, hidden_states, shadow_states):
-        self.crossed.append(index)
+    def split(self):
+        return list(range(self.count))
+
+    def cross(self, parameters, hidden_states, shadow_states):
+        self.crossed.append(parameters)
         return hidden_states + 1, shadow_states + 10
 
 

@@ -12,23 +12,11 @@ The first boundary only injects: no state has been refined before it. The update
 and does not exist. Shapes: h, s are (..., d); W_down (d, r), W_up (r, d); T and G have the hidden width k.
 """
 
-import functools
-import importlib.util
-from collections.abc import Callable
-from typing import Literal
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.core.fused import BoundaryParameters, fused_boundary
-
-Kernel = Literal["auto", "reference", "fused", "triton"]
-"""How boundaries are computed: by the fastest operation that fits, step by step, or by the one named."""
-Crossing = Callable[..., tuple[Tensor, Tensor]]
-"""A fast operation, called like ``fused_boundary``."""
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+from shadowtune.core.crossing import BoundaryParameters, Kernel, Mlp, cross
 
 
 class Boundaries(nn.Module):
@@ -105,104 +93,47 @@ class Boundaries(nn.Module):
         Returns:
             h' in the dtype of ``hidden_states`` and s' in the dtype of the parameters, both (..., d).
         """
-        if index > 0 and self._fuses(hidden_states):
-            return self._cross_fused(index, hidden_states, shadow_states.to(self.injection_downs.dtype))
-        h = hidden_states.to(self.injection_downs.dtype)
-        s = shadow_states.to(self.injection_downs.dtype)
-        if index > 0 and self.transform_downs is not None:
-            s = self._update(0 if len(self.transform_downs) == 1 else index - 1, h, s)
-        return hidden_states + self._correction(index, h, s).to(hidden_states.dtype), s
+        return self.cross(self.split()[index], hidden_states, shadow_states)
 
-    def _fuses(self, hidden_states: Tensor) -> bool:
-        """Whether the fused operation computes this call: it knows the paper's variant, and decides dtypes itself."""
-        c = self.config
-        paper = c.update_norm and not c.update_bias and c.activation == "silu" and c.dropout_position == "rank"
-        plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(hidden_states.device.type)
-        return self.kernel != "reference" and paper and plain and self.transform_downs is not None
+    def cross(
+        self, parameters: BoundaryParameters, hidden_states: Tensor, shadow_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cross the boundary with these parameters, one of ``split``; arguments and result as in ``forward``."""
+        return cross(hidden_states, shadow_states, parameters, self.config, self.kernel, self.training)
 
-    def _cross_fused(self, index: int, hidden_states: Tensor, shadow_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Boundary ``index`` as one operation on (N, d) rows."""
-        assert self.transform_downs is not None and self.transform_ups is not None
-        assert self.gate_downs is not None and self.gate_ups is not None
-        assert self.norm_weight is not None and self.norm_bias is not None
-        update = 0 if len(self.transform_downs) == 1 else index - 1
-        slot = 0 if len(self.injection_downs) == 1 else index
-        up = self.injection_ups[slot]
-        parameters = BoundaryParameters(
-            self.transform_downs[update],
-            self.transform_ups[update],
-            self.gate_downs[update],
-            self.gate_ups[update],
-            self.norm_weight,
-            self.norm_bias,
-            self.injection_downs[slot],
-            up if self.boundary_scales is None else self.boundary_scales[index] * up,
+    def split(self) -> list[BoundaryParameters]:
+        """Return each boundary's parameters, views of the stacks.
+
+        To be called once for all boundaries of a pass: a stack's gradient is then put together once. Slicing the stack
+        at each boundary would make a gradient as large as the whole stack each time.
+        """
+        injections = _mlps(self.injection_downs, self.injection_ups)
+        transforms = _mlps(
+            self.transform_downs, self.transform_ups, self.transform_down_biases, self.transform_up_biases
         )
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        states = shadow_states.reshape(rows.shape)
-        dropped = self.training and self.config.dropout > 0
-        transform_mask = (
-            self._mask(states, self.config.update_width) if dropped and self.config.transform_dropout else None
-        )
-        injection_mask = self._mask(states, self.config.rank) if dropped else None
-        kernel = self.kernel if self.kernel != "auto" else _fastest(rows.device.type)
-        cross = CROSSINGS[kernel]()
-        h, s = cross(rows, states, parameters, self.config.alpha, transform_mask, injection_mask)
-        return h.view(hidden_states.shape), s.view(shadow_states.shape)
-
-    def _mask(self, rows: Tensor, width: int) -> Tensor:
-        """What dropout multiplies (N, width) numbers by."""
-        return F.dropout(rows.new_ones(rows.shape[0], width), self.config.dropout, True)
-
-    def _update(self, slot: int, h: Tensor, s: Tensor) -> Tensor:
-        """Eq. 5-7 with the parameters of ``slot``."""
-        assert self.transform_downs is not None and self.transform_ups is not None
-        assert self.gate_downs is not None and self.gate_ups is not None
-        n = h
-        if self.norm_weight is not None:
-            n = F.layer_norm(h, h.shape[-1:], self.norm_weight, self.norm_bias)
-        activation = ACTIVATIONS[self.config.activation]
-        inner = activation(_affine(n, self.transform_downs[slot], _at(self.transform_down_biases, slot)))
-        if self.config.transform_dropout:
-            inner = F.dropout(inner, self.config.dropout, self.training)
-        t = _affine(inner, self.transform_ups[slot], _at(self.transform_up_biases, slot))
-        inner = activation(_affine(n, self.gate_downs[slot], _at(self.gate_down_biases, slot)))
-        g = torch.sigmoid(_affine(inner, self.gate_ups[slot], _at(self.gate_up_biases, slot)))
-        return torch.lerp(s, t.to(s.dtype), g.to(s.dtype))
-
-    def _correction(self, index: int, h: Tensor, s: Tensor) -> Tensor:
-        """Alpha * Drop((h - s) W_down) W_up of Eq. 2-4."""
-        slot = 0 if len(self.injection_downs) == 1 else index
-        delta = h - s
-        if self.config.dropout_position == "hidden":
-            delta = F.dropout(delta, self.config.dropout, self.training)
-        inner = delta @ self.injection_downs[slot]
-        if self.config.dropout_position == "rank":
-            inner = F.dropout(inner, self.config.dropout, self.training)
-        scale = self.config.alpha
-        if self.boundary_scales is not None:
-            inner = inner * self.boundary_scales[index]
-        return scale * (inner @ self.injection_ups[slot])
+        gates = _mlps(self.gate_downs, self.gate_ups, self.gate_down_biases, self.gate_up_biases)
+        scales = None if self.boundary_scales is None else self.boundary_scales.unbind()
+        norm = None if self.norm_weight is None or self.norm_bias is None else (self.norm_weight, self.norm_bias)
+        boundaries = []
+        for index in range(self.count):
+            injection = injections[index if scales is None else 0]
+            if scales is not None:
+                injection = injection._replace(up=scales[index] * injection.up)
+            if index == 0 or not transforms:
+                boundaries.append(BoundaryParameters(injection))
+            else:
+                slot = index - 1 if scales is None else 0
+                boundaries.append(BoundaryParameters(injection, transforms[slot], gates[slot], norm))
+        return boundaries
 
 
-def _triton() -> Crossing:
-    from shadowtune.core.triton_boundary import triton_boundary  # needs Triton, which CPU builds of torch lack
-
-    return triton_boundary
-
-
-CROSSINGS: dict[str, Callable[[], Crossing]] = {"fused": lambda: fused_boundary, "triton": _triton}
-
-
-@functools.cache
-def _fastest(device_type: str) -> str:
-    return "triton" if device_type == "cuda" and importlib.util.find_spec("triton") is not None else "fused"
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """X W (+ b), with W stored (inputs, outputs)."""
-    return x @ weight if bias is None else x @ weight + bias
-
-
-def _at(stack: Tensor | None, slot: int) -> Tensor | None:
-    return None if stack is None else stack[slot]
+def _mlps(
+    downs: Tensor | None, ups: Tensor | None, down_biases: Tensor | None = None, up_biases: Tensor | None = None
+) -> list[Mlp]:
+    """Unbind stacks into one ``Mlp`` for each boundary; none if there are no stacks."""
+    if downs is None or ups is None:
+        return []
+    if down_biases is None or up_biases is None:
+        return [Mlp(*weights) for weights in zip(downs.unbind(), ups.unbind(), strict=True)]
+    stacks = (downs, ups, down_biases, up_biases)
+    return [Mlp(*weights) for weights in zip(*(stack.unbind() for stack in stacks), strict=True)]

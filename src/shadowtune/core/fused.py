@@ -28,7 +28,7 @@ EPSILON = 1e-5
 """Of the LayerNorm, as ``torch.nn.functional.layer_norm`` has it."""
 
 
-class BoundaryParameters(NamedTuple):
+class FusedParameters(NamedTuple):
     """Parameters of one boundary: T and G (d, k) down and (k, d) up, the norm (d,), the injection (d, r) and (r, d)."""
 
     transform_down: Tensor
@@ -44,7 +44,7 @@ class BoundaryParameters(NamedTuple):
 def fused_boundary(
     hidden_states: Tensor,
     shadow_states: Tensor,
-    parameters: BoundaryParameters,
+    parameters: FusedParameters,
     alpha: float,
     transform_mask: Tensor | None = None,
     injection_mask: Tensor | None = None,
@@ -71,7 +71,7 @@ def fused_boundary(
 class _FusedBoundary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, s: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        p, (alpha, transform_mask, injection_mask) = BoundaryParameters(*rest[:8]), rest[8:]
+        p, (alpha, transform_mask, injection_mask) = FusedParameters(*rest[:8]), rest[8:]
         k = p.gate_up.shape[0]
         wide = h.to(s.dtype)
         n, mean, rstd = torch.native_layer_norm(wide, wide.shape[-1:], None, None, EPSILON)
@@ -90,7 +90,7 @@ class _FusedBoundary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         h, s, refined, u, bottleneck, mean, rstd, transform_mask, injection_mask, *rest = ctx.saved_tensors
-        p = BoundaryParameters(*rest)
+        p = FusedParameters(*rest)
         d, k = p.gate_down.shape
         d_crossed, d_state = gradients[0].to(s.dtype), gradients[1]
         wide = h.to(s.dtype)

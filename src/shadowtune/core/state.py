@@ -13,10 +13,11 @@ class ShadowState:
     threads do not mix, an exception leaves nothing behind, and the call alone chooses which shadow it runs with.
     """
 
-    __slots__ = ("boundaries", "depth", "initial", "value")
+    __slots__ = ("boundaries", "depth", "initial", "parameters", "value")
 
     def __init__(self, boundaries: Boundaries, initial: Tensor) -> None:
         self.boundaries = boundaries
+        self.parameters = boundaries.split()
         self.initial = initial
         self.value = initial
         self.depth = -1
@@ -41,7 +42,7 @@ class ShadowState:
         index = depth if self.boundaries.config.inject_first else depth - 1
         if index < 0:
             return hidden_states
-        hidden_states, self.value = self.boundaries(index, hidden_states, self.value)
+        hidden_states, self.value = self.boundaries.cross(self.parameters[index], hidden_states, self.value)
         return hidden_states
 
     def check_arrival(self, blocks: int) -> None:

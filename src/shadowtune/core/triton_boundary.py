@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from shadowtune.core.fused import EPSILON, BoundaryParameters
+from shadowtune.core.fused import EPSILON, FusedParameters
 from shadowtune.core.triton_kernels import backward_tokens, backward_weights, forward
 
 TOKENS = 32
@@ -20,7 +20,7 @@ PARTS = 16
 def triton_boundary(
     hidden_states: Tensor,
     shadow_states: Tensor,
-    parameters: BoundaryParameters,
+    parameters: FusedParameters,
     alpha: float,
     transform_mask: Tensor | None = None,
     injection_mask: Tensor | None = None,
@@ -36,7 +36,7 @@ class _TritonBoundary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, s: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         h, s = _rows(h), _rows(s)
-        p = BoundaryParameters(*(parameter.contiguous() for parameter in rest[:8]))
+        p = FusedParameters(*(parameter.contiguous() for parameter in rest[:8]))
         alpha, transform_mask, injection_mask = rest[8:]
         n, d = h.shape
         k, r = p.gate_up.shape[0], p.injection_up.shape[0]
@@ -54,7 +54,7 @@ class _TritonBoundary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         h, s, refined, u, bottleneck, mean, rstd, transform_mask, injection_mask, *rest = ctx.saved_tensors
-        p = BoundaryParameters(*rest)
+        p = FusedParameters(*rest)
         n, d = h.shape
         k, r = p.gate_up.shape[0], p.injection_up.shape[0]
         d_crossed, d_refined = gradients[0].contiguous(), gradients[1].contiguous()
@@ -78,7 +78,7 @@ class _TritonBoundary(torch.autograd.Function):
         total = d_u.sum(0)
         d_a = d_normed * p.norm_weight.unsqueeze(1) + torch.outer(p.norm_bias.float(), total)
         d_norm = (d_normed * a).sum(1), a @ total
-        by_name = BoundaryParameters(d_a[:, :k], d_transform_up, d_a[:, k:], d_gate_up, *d_norm, d_down, d_up)
+        by_name = FusedParameters(d_a[:, :k], d_transform_up, d_a[:, k:], d_gate_up, *d_norm, d_down, d_up)
         d_parameters = (gradient.to(own.dtype) for gradient, own in zip(by_name, p, strict=True))
         return d_h, d_s, *d_parameters, None, None, None
 
@@ -88,7 +88,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _constants(p: BoundaryParameters, transform_mask: Any, injection_mask: Any, h: Tensor) -> dict[str, Any]:
+def _constants(p: FusedParameters, transform_mask: Any, injection_mask: Any, h: Tensor) -> dict[str, Any]:
     return {
         "MASK_T": transform_mask is not None,
         "MASK_P": injection_mask is not None,
