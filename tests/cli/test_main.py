@@ -57,5 +57,5 @@ def test_the_module_runs_as_a_program(tmp_path):
     command = [sys.executable, "-m", "shadowtune", "info", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr.startswith("shadowtune: error: ")
-    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.splitlines()[-1].startswith("shadowtune: error: ")  # torchao, where installed, speaks first
+    assert "Traceback" not in result.stderr

@@ -48,6 +48,7 @@ def overview(verbs: Iterable[Command]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
+    _quiet_libraries()
     verbs = commands()
     if not argv or argv[0] in ("-h", "--help", "--version"):
         import shadowtune
@@ -60,7 +61,6 @@ def main(argv: Sequence[str]) -> int:
         typed = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), argv[:2])) or argv[0]
         near = nearest(typed, names) or nearest(argv[0], names)
         return _fail(f"unknown verb {typed!r}{near}; verbs: {', '.join(names)}")
-    _quiet_libraries()
     arguments = build_parser(command).parse_intermixed_args(argv[command.words :])
     try:
         return command.run(arguments)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 def _quiet_libraries() -> None:
     """Keep libraries' notes to their own developers off the terminal; their errors stay."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for name in ("transformers", "torchao", "torch.utils._pytree"):
+    for name in ("transformers", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -42,7 +42,7 @@ def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
 
     table = Table(title=title, title_justify="left")
     for index, key in enumerate(rows[0]):
-        table.add_column(key.replace("_", " "), justify="left" if index == 0 else "right")
+        table.add_column(key.replace("_", " "), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(format_value(value) for value in row.values()))
     console = Console(width=None if sys.stdout.isatty() else 120)

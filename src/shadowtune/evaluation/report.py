@@ -50,7 +50,8 @@ def draw(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[tuple[
         [100 * (row["accuracy"] - row["accuracy_low"]) for row in rows],
         [100 * (row["accuracy_high"] - row["accuracy"]) for row in rows],
     ]
-    drawn = bars.bar(names, heights, yerr=spread, capsize=4, color=[COLORS.get(name, "#888888") for name in names])
+    labels = [name.replace("-", "\n") for name in names]
+    drawn = bars.bar(labels, heights, yerr=spread, capsize=4, color=[COLORS.get(name, "#888888") for name in names])
     bars.bar_label(drawn, fmt="%.1f", padding=2)
     bars.set(title="accuracy on held-out requests, %", ylim=(0, 112))
     trained = [row for row in rows if row["method"] in curves]
