@@ -16,6 +16,8 @@ What makes it cheap:
 - The norm's backward needs the means of dn and of n * dn over d. Both are low-rank: dn = du (w * A)^T, so they are
   du colmean(w * A) and <du, u - b A> / d, and n is never formed again.
 - All products that land in dh are one product.
+- On a processor a fresh (N, d) array costs more than a pass over one at hand, and a product with the short side first
+  less than its transpose: spent arrays are written over, and every sum over tokens is (short x N) (N x d).
 """
 
 from typing import Any, NamedTuple
@@ -82,7 +84,7 @@ class _FusedBoundary(torch.autograd.Function):
         t = torch.mm(_masked(inner[:, :k], transform_mask), p.transform_up)
         refined = torch.lerp(s, t, g)
         bottleneck = torch.sub(wide, refined, out=t) @ p.injection_down
-        crossed = torch.addmm(wide, _masked(bottleneck, injection_mask), p.injection_up, alpha=alpha)
+        crossed = torch.addmm(wide, _masked(bottleneck, injection_mask), p.injection_up, alpha=alpha, out=t)
         ctx.save_for_backward(h, s, refined, u, bottleneck, mean, rstd, transform_mask, injection_mask, *p)
         ctx.alpha = alpha
         return crossed.to(h.dtype), refined
@@ -96,7 +98,7 @@ class _FusedBoundary(torch.autograd.Function):
         wide = h.to(s.dtype)
 
         # injection (Eq. 2-4)
-        d_up = ctx.alpha * (d_crossed.t() @ _masked(bottleneck, injection_mask)).t()
+        d_up = ctx.alpha * (_masked(bottleneck, injection_mask).t() @ d_crossed)
         d_bottleneck = _masked(ctx.alpha * (d_crossed @ p.injection_up.t()), injection_mask)
         d_refined = torch.addmm(d_state, d_bottleneck, p.injection_down.t(), alpha=-1)
 
@@ -105,10 +107,11 @@ class _FusedBoundary(torch.autograd.Function):
         hidden_t, hidden_g = _masked(inner[:, :k], transform_mask), inner[:, k:]
         d_t = torch.mm(hidden_g, p.gate_up).sigmoid_().mul_(d_refined)
         d_s = d_refined.sub_(d_t)
-        d_z = torch.sub(refined, s).mul_(d_s)
-        d_transform_up = (d_t.t() @ hidden_t).t()
-        d_gate_up = (d_z.t() @ hidden_g).t()
-        d_inner = torch.cat((_masked(d_t @ p.transform_up.t(), transform_mask), d_z @ p.gate_up.t()), 1)
+        d_transform_up = hidden_t.t() @ d_t
+        d_inner_t = _masked(d_t @ p.transform_up.t(), transform_mask)
+        d_z = torch.sub(refined, s, out=d_t).mul_(d_s)
+        d_gate_up = hidden_g.t() @ d_z
+        d_inner = torch.cat((d_inner_t, d_z @ p.gate_up.t()), 1)
         sigma = torch.sigmoid(u)
         d_u = d_inner * sigma * (1 + u * (1 - sigma))
 
@@ -122,9 +125,9 @@ class _FusedBoundary(torch.autograd.Function):
         right = torch.cat((scaled, p.injection_down, torch.ones_like(scaled[:, :1])), 1)
         d_h = torch.addmm(d_crossed, left, right.t()).addcmul_(wide, slope)
 
-        across = wide.t() @ left[:, :-1]
+        across = (left[:, :-1].t() @ wide).t()
         d_scaled = across[:, : 2 * k] - (mean * left[:, : 2 * k]).sum(0)
-        d_down = across[:, 2 * k :] - refined.t() @ d_bottleneck
+        d_down = across[:, 2 * k :] - (d_bottleneck.t() @ refined).t()
         total = d_u.sum(0)
         d_a = d_scaled * p.norm_weight.unsqueeze(1) + torch.outer(p.norm_bias, total)
         d_norm = ((d_scaled * a).sum(1), a @ total)
