@@ -2,9 +2,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shadowtune.core.head_loss import IGNORE_INDEX
 from shadowtune.data import tokens
 from shadowtune.data.rendering import Piece
-from shadowtune.data.tokens import IGNORED, TokenizedPieces, begin_tokens, tokenize, tokenize_pieces
+from shadowtune.data.tokens import TokenizedPieces, begin_tokens, tokenize, tokenize_pieces
 from shadowtune.errors import DataError
 from tests.support.properties import property_test
 from tests.support.tokenizers import BOS, tiny_tokenizer
@@ -27,7 +28,7 @@ def test_labels_are_the_answers_and_their_end_and_nothing_else():
     result = encode("a", " b", " c", " d", tokenizer=BEGINNING)
     a, b, c, d = (TOKENIZER(text)["input_ids"] for text in ("a", " b", " c", " d"))
     assert result.ids == [1, *a, *b, EOS, *c, *d, EOS]
-    assert result.labels == [IGNORED, *[IGNORED] * len(a), *b, EOS, *[IGNORED] * len(c), *d, EOS]
+    assert result.labels == [IGNORE_INDEX, *[IGNORE_INDEX] * len(a), *b, EOS, *[IGNORE_INDEX] * len(c), *d, EOS]
     assert result.prompt_length == 1 + len(a) + len(b) + 1 + len(c)
 
 
@@ -45,7 +46,7 @@ def test_plain_text_has_no_prompt_and_is_learned_whole():
     result = next(tokenize_pieces(BEGINNING, [[Piece("the cat", True, opens=True, closes=True)]]))
     assert result.prompt_length == 0
     assert result.ids == [1, *TOKENIZER("the cat")["input_ids"], EOS]
-    assert result.labels == [IGNORED, *result.ids[1:]]
+    assert result.labels == [IGNORE_INDEX, *result.ids[1:]]
 
 
 def test_an_end_that_the_tokenizer_lacks_is_refused():
@@ -93,17 +94,17 @@ def test_rows_together_are_rows_alone_and_every_prompt_is_a_prefix(rows):
         prompt = [1, *TOKENIZER(row[0])["input_ids"]]
         assert result.ids[: len(prompt)] == prompt
         assert len(result.labels) == len(result.ids)
-        assert all(label in (IGNORED, token) for label, token in zip(result.labels, result.ids, strict=True))
+        assert all(label in (IGNORE_INDEX, token) for label, token in zip(result.labels, result.ids, strict=True))
         assert result.labels.count(EOS) == len(row) // 2
-        assert all(label == IGNORED for label in result.labels[: len(prompt)])
-        assert IGNORED not in result.labels[result.prompt_length :]
+        assert all(label == IGNORE_INDEX for label in result.labels[: len(prompt)])
+        assert IGNORE_INDEX not in result.labels[result.prompt_length :]
         plain = [token for token in result.ids[1:] if token != EOS]
         assert TOKENIZER.decode(plain) == TOKENIZER.decode(TOKENIZER("".join(row))["input_ids"])
 
 
 def sample(prompt, answer):
     ids = list(range(10, 10 + prompt + answer))
-    return TokenizedPieces(ids, [IGNORED] * prompt + ids[prompt:], prompt)
+    return TokenizedPieces(ids, [IGNORE_INDEX] * prompt + ids[prompt:], prompt)
 
 
 @property_test
@@ -119,7 +120,7 @@ def test_truncation_keeps_the_answer_and_the_end_of_the_prompt(prompt, answer, l
     result.truncate(length, begin)
     assert len(result.ids) == len(result.labels) == length
     assert result.ids[result.prompt_length :] == before.ids[prompt:] == result.labels[result.prompt_length :]
-    assert result.labels[: result.prompt_length] == [IGNORED] * result.prompt_length
+    assert result.labels[: result.prompt_length] == [IGNORE_INDEX] * result.prompt_length
     kept = result.ids[: result.prompt_length]
     if begins and len(kept) > 1:
         assert kept[0] == begin
@@ -128,9 +129,9 @@ def test_truncation_keeps_the_answer_and_the_end_of_the_prompt(prompt, answer, l
 
 
 def test_plain_text_keeps_its_start():
-    result = TokenizedPieces([1, 2, 3, 4], [IGNORED, 2, 3, 4], 0)
+    result = TokenizedPieces([1, 2, 3, 4], [IGNORE_INDEX, 2, 3, 4], 0)
     result.truncate(3, 1)
-    assert (result.ids, result.labels) == ([1, 2, 3], [IGNORED, 2, 3])
+    assert (result.ids, result.labels) == ([1, 2, 3], [IGNORE_INDEX, 2, 3])
 
 
 def test_the_begin_token_is_one_token():

@@ -35,7 +35,7 @@ def head_cross_entropy(
         A scalar. Its second derivative is not available where ``frozen``.
     """
     if not frozen or torch.compiler.is_compiling():
-        return _sum(head(rows), targets)
+        return summed_cross_entropy(head(rows), targets)
     total: Tensor = _ChunkedSum.apply(head, rows, targets, max(1, CHUNK_ELEMENTS // vocab_size))
     return total
 
@@ -50,7 +50,7 @@ class _ChunkedSum(torch.autograd.Function):
             part = slice(start, start + size)
             with torch.set_grad_enabled(wanted):
                 chunk = rows[part].detach().requires_grad_(wanted)
-                loss = _sum(head(chunk), targets[part])
+                loss = summed_cross_entropy(head(chunk), targets[part])
             if gradient is not None:
                 gradient[part] = torch.autograd.grad(loss, chunk)[0]
             total += loss.detach()
@@ -63,6 +63,11 @@ class _ChunkedSum(torch.autograd.Function):
         return None, None if gradient is None else gradient * gradients[0].to(gradient.dtype), None, None
 
 
-def _sum(logits: Tensor, targets: Tensor) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies of (N, V) logits against (N,) targets, at least in float32."""
+    return F.cross_entropy(at_least_float32(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen 16-bit numbers, leave float64 alone."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shadowtune.core.head_loss import IGNORE_INDEX, head_cross_entropy
+from shadowtune.core.head_loss import IGNORE_INDEX, at_least_float32, head_cross_entropy, summed_cross_entropy
 
 
 class JointLoss(NamedTuple):
@@ -54,7 +54,7 @@ def token_cross_entropy(logits: Tensor, targets: Tensor, num_items_in_batch: Ten
     Returns:
         A scalar; exactly zero, with a gradient of zero, when no position is labelled.
     """
-    total = F.cross_entropy(_at_least_float32(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    total = summed_cross_entropy(logits, targets)
     return _share(total, (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -109,7 +109,7 @@ def classification_loss(
         problem_type = "single_label_classification" if whole else "multi_label_classification"
         problem_type = "regression" if logits.shape[-1] == 1 else problem_type
     count = labels.numel() if num_items_in_batch is None else num_items_in_batch
-    wide = _at_least_float32(logits)
+    wide = at_least_float32(logits)
     if problem_type == "single_label_classification":
         total = F.cross_entropy(wide, labels.view(-1), reduction="sum")
     elif problem_type == "regression":
@@ -122,7 +122,3 @@ def classification_loss(
 def _share(total: Tensor, count: Tensor | int) -> Tensor:
     """``total`` over ``count``; 0 of 0 is 0."""
     return total / torch.as_tensor(count, device=total.device).clamp(min=1)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

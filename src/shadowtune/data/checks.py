@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shadowtune.data.tokens import IGNORED
+from shadowtune.core.head_loss import IGNORE_INDEX
 from shadowtune.errors import DataError
 
 NAMED = 5
@@ -42,4 +42,4 @@ def check_encoded(rows: Sequence[Mapping[str, Any]], vocab_size: int, max_positi
 def _learns(row: Mapping[str, Any]) -> bool:
     """Say whether a row has a class, or a label after the first token, which no token predicts."""
     labels = row["labels"]
-    return isinstance(labels, int) or any(label != IGNORED for label in labels[1:])
+    return isinstance(labels, int) or any(label != IGNORE_INDEX for label in labels[1:])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowtune.data.tokens import IGNORED
+from shadowtune.core.head_loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class CausalCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return "input_ids", "attention_mask" (0 at padding) and "labels" (-100 at padding), all (B, T) int64."""
         batch = _pad_right(rows, self.pad_token_id)
-        batch["labels"] = _stack([row["labels"] for row in rows], IGNORED)
+        batch["labels"] = _stack([row["labels"] for row in rows], IGNORE_INDEX)
         return batch
 
 
@@ -36,7 +36,7 @@ class PackedCollator:
             "input_ids": [token for row in rows for token in row["input_ids"]],
             "position_ids": [position for row in rows for position in range(len(row["input_ids"]))],
             # No token of its own document predicts the first one.
-            "labels": [label for row in rows for label in (IGNORED, *row["labels"][1:])],
+            "labels": [label for row in rows for label in (IGNORE_INDEX, *row["labels"][1:])],
         }
         return {name: torch.tensor([values]) for name, values in packed.items()}
 

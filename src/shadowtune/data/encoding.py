@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from shadowtune.core.head_loss import IGNORE_INDEX
 from shadowtune.data.prompts import Example, FieldNames, place_of, read_classified, read_example
 from shadowtune.data.rendering import render, render_prompt, target_of
 from shadowtune.data.sources import Row
-from shadowtune.data.tokens import IGNORED, TokenizedPieces, tokenize, tokenize_pieces
+from shadowtune.data.tokens import TokenizedPieces, tokenize, tokenize_pieces
 from shadowtune.errors import DataError
 
 Overlong = Literal["error", "truncate", "drop"]
@@ -93,7 +94,7 @@ def encode_rows(
             truncated += 1
         labels = tokens.labels if completion_only else tokens.ids
         fitted.append({"input_ids": tokens.ids, "labels": list(labels), "row": _number(rows[index], index)})
-    learned = sum(len(row["labels"][1:]) - row["labels"][1:].count(IGNORED) for row in fitted)
+    learned = sum(len(row["labels"][1:]) - row["labels"][1:].count(IGNORE_INDEX) for row in fitted)
     return fitted, _report(fitted, len(rows), truncated, learned, max_length)
 
 

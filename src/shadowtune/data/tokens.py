@@ -6,11 +6,10 @@ from itertools import chain, islice
 
 from transformers import PreTrainedTokenizerBase
 
+from shadowtune.core.head_loss import IGNORE_INDEX
 from shadowtune.data.rendering import Piece
 from shadowtune.errors import DataError
 
-IGNORED = -100
-"""The label of a token that is not learned."""
 CHUNK = 2048
 """Texts tokenized in one go: enough to use all cores, few enough to bound the memory of what the tokenizer returns."""
 
@@ -89,7 +88,7 @@ def tokenize_pieces(
             if piece.learned and len(pieces) > 1:
                 result.prompt_length = len(result.ids) + len(before)
             result.ids += before + fresh
-            result.labels += [IGNORED] * len(before) + (fresh if piece.learned else [IGNORED] * len(fresh))
+            result.labels += [IGNORE_INDEX] * len(before) + (fresh if piece.learned else [IGNORE_INDEX] * len(fresh))
         yield result
 
 
