@@ -4,9 +4,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shadowtune.core import reference
+from shadowtune.core.head import Head
 from shadowtune.core.losses import classification_loss, joint_causal_loss, labelled_rows, token_cross_entropy
 
 VOCABULARY, WIDTH = 11, 6
+
+
+def linear(weight: Tensor) -> Head:
+    return Head(lambda x: x @ weight.T, weight)
 
 
 def example(rows: int = 3, length: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -32,7 +37,7 @@ def test_labelled_rows_are_shifted_and_in_order():
 @pytest.mark.parametrize("weight", [0.05, 1.0])
 def test_joint_loss_and_its_gradients_equal_the_reference(weight):
     head, h, s, labels = example()
-    total, base, shadow = joint_causal_loss(lambda x: x @ head.T, h, s, labels, weight, VOCABULARY)
+    total, base, shadow, _ = joint_causal_loss(linear(head), h, s, labels, weight)
     expected = (reference.cross_entropy(h @ head.T, labels), reference.cross_entropy(s @ head.T, labels))
     slow = expected[0] + weight * expected[1]
     for ours, truth in ((total, slow), (base, expected[0]), (shadow, expected[1])):
@@ -45,20 +50,30 @@ def test_joint_loss_and_its_gradients_equal_the_reference(weight):
 def test_compiled_rows_of_fixed_number_give_the_same_loss():
     head, h, s, labels = example()
     loss = torch.compile(joint_causal_loss, backend="eager", fullgraph=True)
-    compiled = loss(lambda x: x @ head.T, h, s, labels, 0.3, VOCABULARY)
-    eager = joint_causal_loss(lambda x: x @ head.T, h, s, labels, 0.3, VOCABULARY)
+    compiled = loss(linear(head), h, s, labels, 0.3, None, 0.7, 2.0)
+    eager = joint_causal_loss(linear(head), h, s, labels, 0.3, None, 0.7, 2.0)
     torch.testing.assert_close(torch.stack(compiled), torch.stack(eager), rtol=1e-6, atol=0)
+
+
+def test_distillation_is_the_weighted_mean_divergence_of_the_attached_model_from_the_shadow():
+    head, h, s, labels = example()
+    joint = joint_causal_loss(linear(head), h, s, labels, 0.0, None, 0.7, 2.0)
+    kept = labels[:, 1:] != -100
+    p = torch.log_softmax(h[:, :-1][kept].detach() @ head.T / 2.0, -1)
+    q = torch.log_softmax(s[:, :-1][kept] @ head.T / 2.0, -1)
+    divergence = 4 * (p.exp() * (p - q)).sum(-1).mean()
+    torch.testing.assert_close(joint.distillation, divergence)
+    torch.testing.assert_close(joint.total, joint.base + 0.7 * divergence)
+    torch.testing.assert_close(torch.autograd.grad(joint.total, s)[0], torch.autograd.grad(0.7 * divergence, s)[0])
 
 
 @pytest.mark.parametrize("kind", [int, torch.tensor])
 def test_both_terms_are_divided_by_the_items_of_the_whole_step(kind):
     head, h, s, labels = example()
-    whole = joint_causal_loss(lambda x: x @ head.T, h, s, labels, 0.3, VOCABULARY)
+    whole = joint_causal_loss(linear(head), h, s, labels, 0.3)
     count = int((labels[:, 1:] != -100).sum())
     parts = [
-        joint_causal_loss(
-            lambda x: x @ head.T, h[i : i + 1], s[i : i + 1], labels[i : i + 1], 0.3, VOCABULARY, kind(count)
-        )
+        joint_causal_loss(linear(head), h[i : i + 1], s[i : i + 1], labels[i : i + 1], 0.3, kind(count))
         for i in range(3)
     ]
     for term in range(3):
@@ -73,7 +88,7 @@ def test_without_a_weight_the_shadows_loss_is_not_computed():
         calls.append(len(x))
         return x @ head.T
 
-    total, base, shadow = joint_causal_loss(count, h, s, labels, 0.0, VOCABULARY)
+    total, base, shadow, _ = joint_causal_loss(Head(count), h, s, labels, 0.0)
     assert shadow is None
     assert total is base
     assert calls == [int((labels[:, 1:] != -100).sum())]
@@ -82,9 +97,7 @@ def test_without_a_weight_the_shadows_loss_is_not_computed():
 @pytest.mark.parametrize("items", [None, 0, torch.tensor(0.0), 7])
 def test_without_any_label_loss_and_gradient_are_exactly_zero(items):
     head, h, s, labels = example()
-    total, base, shadow = joint_causal_loss(
-        lambda x: x @ head.T, h, s, torch.full_like(labels, -100), 0.5, VOCABULARY, items
-    )
+    total, base, shadow, _ = joint_causal_loss(linear(head), h, s, torch.full_like(labels, -100), 0.5, items)
     assert (total.item(), base.item(), shadow.item()) == (0.0, 0.0, 0.0)
     for gradient in torch.autograd.grad(total, (h, s)):
         assert not gradient.any()
@@ -94,7 +107,7 @@ def test_a_label_in_the_first_column_predicts_nothing():
     head, h, s, labels = example()
     labels[:] = -100
     labels[:, 0] = 4
-    assert joint_causal_loss(lambda x: x @ head.T, h, s, labels, 0.5, VOCABULARY).total == 0
+    assert joint_causal_loss(linear(head), h, s, labels, 0.5, VOCABULARY).total == 0
 
 
 def test_cross_entropy_of_half_precision_logits_is_computed_in_float32():
@@ -113,7 +126,7 @@ def test_head_states_reach_the_head_in_the_dtype_of_the_hidden_states():
         return x.float() @ torch.ones(WIDTH, VOCABULARY)
 
     _, h, s, labels = example()
-    joint_causal_loss(head, h.to(torch.bfloat16), s.float(), labels, 0.5, VOCABULARY)
+    joint_causal_loss(Head(head), h.to(torch.bfloat16), s.float(), labels, 0.5)
     assert seen == [torch.bfloat16, torch.bfloat16]
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shadowtune.core.head_loss import IGNORE_INDEX
+from shadowtune.core.head import IGNORE_INDEX
 from shadowtune.data import tokens
 from shadowtune.data.rendering import Piece
 from shadowtune.data.tokens import TokenizedPieces, begin_tokens, tokenize, tokenize_pieces

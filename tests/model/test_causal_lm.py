@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from shadowtune import ShadowConfig, ShadowForCausalLM
-from shadowtune.core import reference
+from shadowtune.core import losses, reference
+from shadowtune.core.losses import head_sums
 from shadowtune.errors import ConfigError, ShadowtuneError
 from tests.support.bases import tiny_base, tiny_classifier
 from tests.support.shadows import perturb, perturbed_model, tokens
@@ -79,15 +80,26 @@ def test_without_any_label_loss_and_gradients_are_zero(model):
     assert all(gradient is None or not gradient.any() for gradient in gradients)
 
 
-def test_in_training_only_labelled_positions_reach_the_head(model):
+def test_in_training_only_labelled_positions_reach_the_head(model, monkeypatch):
     ids, seen = tokens(3, 9), []
-    hook = model.base.lm_head.register_forward_hook(
-        lambda module, args, output: seen.append(args[0].shape[:-1].numel())
-    )
+
+    def spy(head, h, s, *rest):
+        seen.append((len(h), len(s)))
+        return head_sums(head, h, s, *rest)
+
+    monkeypatch.setattr(losses, "head_sums", spy)
+    hook = model.base.lm_head.register_forward_hook(lambda *call: seen.append(call))
     output = model.train()(ids, labels=labels_like(ids))
     hook.remove()
     assert output.logits is None
-    assert seen == [int((labels_like(ids)[:, 1:] != -100).sum())] * 2
+    assert seen == [(int((labels_like(ids)[:, 1:] != -100).sum()),) * 2]
+
+
+def test_a_head_that_is_trained_gets_its_gradient(model):
+    ids = tokens(3, 9)
+    weight = model.base.get_output_embeddings().weight.requires_grad_()
+    model.train()(ids, labels=ids).loss.backward()
+    assert weight.grad.abs().sum() > 0
 
 
 def test_in_evaluation_labels_come_with_logits(model):

@@ -14,18 +14,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadowtune.errors import UnsupportedArchitectureError
 
+Finish = Callable[[Tensor], Tensor]
+"""What a model does to each logit after its head's product."""
 
-def _plain(logits: Tensor, config: Any) -> Tensor:
-    return logits
+
+def _nothing(config: Any) -> Finish | None:
+    return None
 
 
-def _softcapped(logits: Tensor, config: Any) -> Tensor:
+def _softcap(config: Any) -> Finish | None:
     cap = config.final_logit_softcapping
-    return logits if cap is None else (logits / cap).tanh() * cap
+    return None if cap is None else lambda logits: (logits / cap).tanh() * cap
 
 
-def _scaled_down(logits: Tensor, config: Any) -> Tensor:
-    return logits / config.logits_scaling
+def _scale_down(config: Any) -> Finish | None:
+    return lambda logits: logits / config.logits_scaling
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,10 @@ class Architecture:
     """Path from the task model to the innermost headless model, whose output has ``last_hidden_state``."""
     blocks: str
     """Path from the headless model to the list of decoder blocks."""
-    finish_logits: Callable[[Tensor, Any], Tensor] = _plain
-    """What the model does to its head's output, given its text config."""
+    finish: Callable[[Any], Finish | None] = _nothing
+    """What the model does to each logit, given its text config; None if nothing."""
     logit_settings: tuple[str, ...] = ()
-    """Config values that ``finish_logits`` reads."""
+    """Config values that ``finish`` reads."""
     mirror: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Config values that keep a mirrored backbone small and made of attention blocks only."""
     position_embeddings: str | None = None
@@ -82,7 +85,7 @@ def _part(model: nn.Module, path: str) -> nn.Module:
 
 _LLAMA_LIKE = Architecture("model", "layers", packs=True)
 _GEMMA_LIKE = Architecture(
-    "model", "layers", _softcapped, ("final_logit_softcapping",), scales_embeddings=True, packs=True
+    "model", "layers", _softcap, ("final_logit_softcapping",), scales_embeddings=True, packs=True
 )
 _DENSE = MappingProxyType({"decoder_sparse_step": 1_000_000})
 # The fewest experts whose router learns: the share of a single one is always 1.
@@ -98,7 +101,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": _LLAMA_LIKE,
     "gemma2": _GEMMA_LIKE,
     "gemma3_text": _GEMMA_LIKE,
-    "granite": Architecture("model", "layers", _scaled_down, ("logits_scaling",), packs=True),
+    "granite": Architecture("model", "layers", _scale_down, ("logits_scaling",), packs=True),
     "gpt2": Architecture(
         "transformer", "h", position_embeddings="wpe", names={"intermediate_size": "n_inner"}, packs=True
     ),

@@ -1,27 +1,36 @@
 r"""Cross-entropy where there are labels, and the joint loss.
 
-ShadowPEFT (https://arxiv.org/abs/2604.19254), Eq. 8-9:  loss = CE(head(h_L), y) + lambda * CE(head(s_0), y).
+ShadowPEFT (https://arxiv.org/abs/2604.19254), Eq. 8-9:  loss = CE(head(h_L), y) + lambda * CE(head(s_0), y); and, if
+asked for, + mu * tau^2 KL(p_tau(h_L) || p_tau(s_0)), by which the detached shadow learns from the attached model.
 
 Only positions whose next token is labelled reach a head: on text with 2 % of its tokens labelled, 98 % of the
 vocabulary products would be thrown away.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shadowtune.core.head_loss import IGNORE_INDEX, at_least_float32, head_cross_entropy, summed_cross_entropy
+from shadowtune.core.head import (
+    IGNORE_INDEX,
+    Head,
+    HeadSums,
+    at_least_float32,
+    head_sums_reference,
+    summed_cross_entropy,
+)
+from shadowtune.core.vocabulary_sweep import Sweep
 
 
 class JointLoss(NamedTuple):
-    """Scalars: ``total`` = ``base`` + lambda * ``shadow``; the shadow's is None where lambda is 0."""
+    """Scalars: ``total`` = ``base`` + lambda * ``shadow`` + mu * ``distillation``; None where the weights are 0."""
 
     total: Tensor
     base: Tensor
     shadow: Tensor | None
+    distillation: Tensor | None = None
 
 
 def labelled_rows(labels: Tensor, *hidden_states: Tensor) -> tuple[Tensor, ...]:
@@ -58,35 +67,60 @@ def token_cross_entropy(logits: Tensor, targets: Tensor, num_items_in_batch: Ten
     return _share(total, (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
+def head_sums(head: Head, h: Tensor, s: Tensor | None, targets: Tensor, temperature: float | None = None) -> HeadSums:
+    """Compute the losses of both networks behind one head.
+
+    Args:
+        head: the base's. If its weight is known, one sweep over the vocabulary does it (``vocabulary_sweep.py``);
+            otherwise, and while torch compiles, all logits are made and autograd sees them.
+        h: (N, d), the attached model's last hidden states.
+        s: (N, d), the shadow's; None where it has no loss.
+        targets: (N,), IGNORE_INDEX where there is no loss.
+        temperature: of the divergence, which is left out if None.
+
+    Returns:
+        The sums. Second derivatives are not available where the weight is known.
+    """
+    if head.weight is None or torch.compiler.is_compiling():
+        return head_sums_reference(head, h, s, targets, temperature)
+    return HeadSums(*Sweep.apply(head, h, s, targets, temperature))
+
+
 def joint_causal_loss(
-    head: Callable[[Tensor], Tensor],
+    head: Head,
     hidden_states: Tensor,
     initial_states: Tensor,
     labels: Tensor,
     shadow_loss_weight: float,
-    vocab_size: int,
     num_items_in_batch: Tensor | int | None = None,
-    frozen_head: bool = True,
+    distillation_weight: float = 0.0,
+    temperature: float = 1.0,
 ) -> JointLoss:
-    """Eq. 8-9 for causal language modelling.
+    """Eq. 8-9 for causal language modelling, and the distillation of the attached model into the shadow.
 
     Args:
-        head: maps (N, d) to (N, V) logits; the base's own.
+        head: the base's own.
         hidden_states: (B, T, d), the attached model's last hidden states, after the final norm.
         initial_states: s0, (B, T, d).
         labels: (B, T), unshifted.
         shadow_loss_weight: lambda.
-        vocab_size: V.
         num_items_in_batch: labelled tokens of the whole optimizer step; by default those of this call.
-        frozen_head: whether the head's weights want no gradient, so that (N, V) logits need never exist.
+        distillation_weight: mu.
+        temperature: tau.
     """
     targets, h, s = labelled_rows(labels, hidden_states, initial_states)
     count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-    base = _share(head_cross_entropy(head, h, targets, vocab_size, frozen_head), count)
-    if shadow_loss_weight == 0:  # the product with the vocabulary is half of the cost: skip what is not trained
-        return JointLoss(base, base, None)
-    shadow = _share(head_cross_entropy(head, s.to(h.dtype), targets, vocab_size, frozen_head), count)
-    return JointLoss(base + shadow_loss_weight * shadow, base, shadow)
+    alone = shadow_loss_weight == 0 and distillation_weight == 0
+    states = None if alone else s.to(h.dtype)  # the vocabulary's product is half of the cost: skip what is not trained
+    sums = head_sums(head, h, states, targets, temperature if distillation_weight else None)
+    base, shadow, distillation = (None if each is None else _share(each, count) for each in sums)
+    assert base is not None
+    total = base
+    if shadow is not None and shadow_loss_weight:
+        total = total + shadow_loss_weight * shadow
+    if distillation is not None:
+        total = total + distillation_weight * distillation
+    return JointLoss(total, base, shadow, distillation)
 
 
 def classification_loss(

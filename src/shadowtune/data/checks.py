@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shadowtune.core.head_loss import IGNORE_INDEX
+from shadowtune.core.head import IGNORE_INDEX
 from shadowtune.errors import DataError
 
 NAMED = 5

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowtune.core.head_loss import IGNORE_INDEX
+from shadowtune.core.head import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

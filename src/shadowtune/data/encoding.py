@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from shadowtune.core.head_loss import IGNORE_INDEX
+from shadowtune.core.head import IGNORE_INDEX
 from shadowtune.data.prompts import Example, FieldNames, place_of, read_classified, read_example
 from shadowtune.data.rendering import render, render_prompt, target_of
 from shadowtune.data.sources import Row

@@ -6,7 +6,7 @@ from itertools import chain, islice
 
 from transformers import PreTrainedTokenizerBase
 
-from shadowtune.core.head_loss import IGNORE_INDEX
+from shadowtune.core.head import IGNORE_INDEX
 from shadowtune.data.rendering import Piece
 from shadowtune.errors import DataError
 

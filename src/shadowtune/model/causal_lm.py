@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from shadowtune.core.head import Head
 from shadowtune.core.losses import joint_causal_loss
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
@@ -99,15 +100,8 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         loss = base_loss = shadow_loss = None
         if labels is not None:
             weight = 0.0 if self.mode == "detached" else self.shadow.config.shadow_loss_weight
-            loss, base_loss, shadow_loss = joint_causal_loss(
-                self.logits_of,
-                hidden_states,
-                state.initial,
-                labels,
-                weight,
-                self.base.get_output_embeddings().out_features,
-                num_items_in_batch,
-                frozen_head=not any(p.requires_grad for p in self.base.get_output_embeddings().parameters()),
+            loss, base_loss, shadow_loss, _ = joint_causal_loss(
+                self.head, hidden_states, state.initial, labels, weight, num_items_in_batch
             )
             if self.mode == "detached":
                 base_loss, shadow_loss = None, loss
@@ -128,7 +122,17 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
     def logits_of(self, hidden_states: Tensor) -> Tensor:
         """Apply the base's head and whatever the architecture does after it: (..., d) -> (..., V)."""
         logits = self.base.get_output_embeddings()(hidden_states.to(self.base.dtype))
-        return self.architecture.finish_logits(logits, self.base.config.get_text_config(decoder=True))
+        finish = self.architecture.finish(self.base.config.get_text_config(decoder=True))
+        return logits if finish is None else finish(logits)
+
+    @property
+    def head(self) -> Head:
+        """The base's head as the losses want it; its weight is known if it is an ordinary one and frozen."""
+        module = self.base.get_output_embeddings()
+        if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or module.weight.requires_grad:
+            return Head(self.logits_of)
+        finish = self.architecture.finish(self.base.config.get_text_config(decoder=True))
+        return Head(self.logits_of, module.weight, module.bias, finish)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:

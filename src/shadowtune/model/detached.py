@@ -27,7 +27,7 @@ def detached_causal_lm(base: PreTrainedModel, shadow: Shadow) -> PreTrainedModel
     """
     architecture, base_config = architecture_of(base.config), base.config.get_text_config(decoder=True)
     own = architecture_of(shadow.backbone.config)
-    if own.finish_logits is not architecture.finish_logits:
+    if own.finish is not architecture.finish:
         raise ShadowtuneError(
             f"a {shadow.backbone.config.model_type} shadow of a {base_config.model_type} base has no plain form: the "
             "two architectures treat logits differently"
