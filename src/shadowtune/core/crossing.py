@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.fused import FusedParameters, fused_boundary
+from shadowtune.core.inference import inference_boundary
 
 Kernel = Literal["auto", "reference", "fused", "triton"]
 """How a boundary is crossed: by the fastest operation that fits, step by step, or by the one named."""
@@ -57,15 +58,16 @@ def cross(
         shadow_states: s (..., d).
         parameters: of this boundary, all of one dtype.
         config: the shadow's settings.
-        kernel: "auto" takes Triton on CUDA devices, the fused operation for training on others, and the steps for the
-            rest: other variants than the paper's, autocast, and while torch compiles, which fuses by itself.
+        kernel: "auto" takes Triton on CUDA devices; on others the fused operation for gradients of many tokens and
+            the one of ``inference.py`` without gradients; and the steps for the rest: other variants than the paper's,
+            autocast, and while torch compiles, which fuses by itself.
         training: whether dropout is on.
 
     Returns:
         h' in the dtype of h and s' in the dtype of the parameters, both (..., d).
     """
     dtype = parameters.injection.down.dtype
-    operation = _operation(hidden_states, parameters, config, kernel)
+    operation = _operation(hidden_states, parameters, config, kernel, training)
     if operation is not None:
         return _cross_rows(operation, hidden_states, shadow_states.to(dtype), parameters, config, training)
     h, s = hidden_states.to(dtype), shadow_states.to(dtype)
@@ -104,7 +106,9 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else x @ weight + bias
 
 
-def _operation(h: Tensor, p: BoundaryParameters, config: ShadowConfig, kernel: Kernel) -> Crossing | None:
+def _operation(
+    h: Tensor, p: BoundaryParameters, config: ShadowConfig, kernel: Kernel, training: bool
+) -> Crossing | None:
     """Choose the fast operation for a call, or None for the steps."""
     paper = not config.update_bias and config.activation == "silu" and config.dropout_position == "rank"
     if kernel == "reference" or not paper or p.norm is None or torch.compiler.is_compiling():
@@ -113,7 +117,9 @@ def _operation(h: Tensor, p: BoundaryParameters, config: ShadowConfig, kernel: K
         return None
     if kernel == "auto":
         kernel = _fastest(h.device.type)
-        if kernel == "fused" and (not torch.is_grad_enabled() or h.numel() < FEW_TOKENS * h.shape[-1]):
+        if kernel == "fused" and not torch.is_grad_enabled():
+            return None if training and config.dropout > 0 else inference_boundary
+        if kernel == "fused" and h.numel() < FEW_TOKENS * h.shape[-1]:
             return None
     return _triton() if kernel == "triton" else fused_boundary
 
