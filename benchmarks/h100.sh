@@ -21,6 +21,7 @@ bench() {
 bench boundary --tokens "$TOKENS" --width "$WIDTH" --adapter-dtype "$DTYPE"
 bench train --model "$MODEL" --batch 1 --length "$LENGTH" --labelled 1.0 --peers lora
 bench train --model "$MODEL" --batch 1 --length "$LENGTH" --labelled 1.0 --peers peft-shadow
+bench memory --model "$MODEL" --batch 1 --lengths "$LENGTH" --phases train --peers lora
 bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --prompt "$TOKENS" --new 2 --peers base
 bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --peers base,lora
 bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --subject shadow-compiled --peers base-compiled

@@ -20,7 +20,7 @@ class ScriptedWorker:
         self.log.append((method, self.name))
         if method == "open":
             return facts
-        return peak if method == "prepare" else next(self.samples)
+        return {**facts, "peak_memory_mb": peak} if method == "prepare" else next(self.samples)
 
     def __enter__(self):
         return self

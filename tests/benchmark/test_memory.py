@@ -1,45 +1,85 @@
-import sys
-
 import pytest
 import torch
 
-from shadowtune.benchmark import memory
-from shadowtune.benchmark.memory import MemoryMeter
+from shadowtune.benchmark.memory import MemorySettings, open_subject, plan
+from shadowtune.errors import ConfigError
 
-SIZE = 256 * 2**20
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak can be reset on Linux only")
-
-
-@linux
-def test_the_peak_is_counted_anew_after_a_restart():
-    meter = MemoryMeter(torch.device("cpu"))
-    meter.restart()
-    before = meter.current_mb()
-    block = torch.ones(SIZE // 4)
-    assert meter.current_mb() - before == pytest.approx(256, abs=16)
-    del block
-    assert meter.current_mb() - before == pytest.approx(0, abs=16)
-    assert meter.peak_mb() - before == pytest.approx(256, abs=16)
-    meter.restart()
-    assert meter.peak_mb() - before == pytest.approx(0, abs=16)
+SMALL = {"model": "tiny", "batch": 2, "lengths": (8, 16), "peers": ("base",)}
 
 
-@linux
-def test_what_is_freed_in_small_pieces_is_given_back():
-    meter = MemoryMeter(torch.device("cpu"))
-    blocks = [torch.ones(2**12) for _ in range(2**13)]  # 16 kB each: the allocator keeps such pieces
-    wall = torch.ones(2**12)
-    held = meter.current_mb()
-    del blocks
-    meter.give_back()
-    assert held - meter.current_mb() > 64
-    assert wall.sum() == 2**12
+def subject(name="shadow", size=16):
+    return open_subject(MemorySettings(**SMALL), name, size=size)
 
 
-def test_where_the_system_does_not_tell_the_peak_of_the_process_serves(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
-    monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path / "none")
-    meter = MemoryMeter(torch.device("cpu"))
-    meter.restart()
-    assert meter.peak_mb() >= 1
-    assert meter.current_mb() >= 1
+def values(phase, length):
+    return {"phase": phase, "rows": 2, "length": length, "labelled": 1.0}
+
+
+def test_training_steps_train_and_prompts_do_not():
+    one = subject()
+    one.prepare(values("train", 8))
+    before = [p.detach().clone() for p in one.model.parameters()]
+    assert one.measure() > 0
+    assert one.model.training
+    assert any(not torch.equal(old, new) for old, new in zip(before, one.model.parameters(), strict=True))
+    before = [p.detach().clone() for p in one.model.parameters()]
+    one.prepare(values("prompt", 16))
+    one.measure()
+    assert not one.model.training
+    assert all(torch.equal(old, new) for old, new in zip(before, one.model.parameters(), strict=True))
+    assert one.batch["input_ids"].shape == (2, 16)
+
+
+def test_the_base_never_trains():
+    one = subject("base", None)
+    one.prepare(values("train", 8))
+    assert not one.model.training
+
+
+class Meter:
+    def restart(self):
+        pass
+
+    def give_back(self):
+        pass
+
+    def peak_mb(self):
+        return 130.0
+
+
+def test_a_sample_is_the_peak_above_the_loaded_model():
+    one = subject()
+    one.make_batch(2, 8, 1.0)
+    one.memory, one.loaded_mb = Meter(), 100.0
+    assert one.measure() == 30.0
+    one.loaded_mb = 140.0
+    assert 0 < one.measure() < 0.01
+
+
+def test_a_case_for_each_phase_and_length():
+    cases = plan(MemorySettings(**SMALL)).cases
+    assert [(case.values["phase"], case.values["length"]) for case in cases] == [
+        ("train", 8),
+        ("train", 16),
+        ("prompt", 8),
+        ("prompt", 16),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"phases": ("trian",)}, "phases must be some of train, prompt, got trian"),
+        ({"phases": ()}, "got none"),
+        ({"lengths": (1,)}, "lengths must be"),
+        ({"labelled": 0.0}, "labelled must be"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(change, said):
+    with pytest.raises(ConfigError, match=said):
+        MemorySettings(**{**SMALL, **change})
+
+
+def test_rows_longer_than_the_base_reads_are_refused():
+    with pytest.raises(ConfigError, match="length 4096 exceeds"):
+        plan(MemorySettings(**{**SMALL, "lengths": (8, 4096)}))

@@ -19,7 +19,7 @@ def test_a_subject_works_in_its_own_process_until_the_end():
         assert worker.call("open", **OPEN) == {"size": None, "trainable_parameters": 0}
         with pytest.raises(ShadowtuneError, match=r"base: cannot load the model ./nowhere"):
             worker.call("open", **{**OPEN, "settings": {**SETTINGS, "model": "./nowhere"}})
-        assert worker.call("prepare", values={"labelled": 1.0}) > 0
+        assert worker.call("prepare", values={"rows": 2, "length": 16, "labelled": 1.0})["peak_memory_mb"] > 0
         assert worker.call("measure") > 0
         with pytest.raises(
             ShadowtuneError, match=r"the process of base ended: KeyError: 'dance'; try a smaller"

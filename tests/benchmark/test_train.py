@@ -5,11 +5,17 @@ from shadowtune.benchmark.bench import Case
 from shadowtune.benchmark.budget import is_equal
 from shadowtune.benchmark.peers import CONTENDERS, OURS, PEERS
 from shadowtune.benchmark.train import TrainSettings, open_subject, plan
+from shadowtune.core import losses
+from shadowtune.core.losses import head_sums
 from shadowtune.errors import CheckpointError, ConfigError, ShadowtuneError
 
 SMALL = {"model": "tiny", "batch": 2, "length": 16}
 SIZES = {name: 16 if contender.size_name else None for name, contender in CONTENDERS.items()}
 TRAINED = [name for name in CONTENDERS if SIZES[name]]
+
+
+def case(labelled):
+    return {"rows": SMALL["batch"], "length": SMALL["length"], "labelled": labelled}
 
 
 def subject(name, **settings):
@@ -23,7 +29,7 @@ def values(model):
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_step_trains_what_is_trainable_and_nothing_else(name):
     one = subject(name)
-    one.prepare({"labelled": 1.0})
+    one.prepare(case(1.0))
     before = values(one.model)
     one._step()
     for parameter_name, parameter in one.model.named_parameters():
@@ -37,7 +43,7 @@ def test_a_step_trains_what_is_trainable_and_nothing_else(name):
 def test_the_base_trains_nothing():
     one = subject("base")
     before = values(one.model)
-    one.prepare({"labelled": 0.5})
+    one.prepare(case(0.5))
     assert one.measure() > 0
     assert (one.trainable_parameters, one.size) == (0, None)
     assert all(torch.equal(before[name], parameter) for name, parameter in one.model.named_parameters())
@@ -47,17 +53,24 @@ def test_the_base_trains_nothing():
 @pytest.mark.parametrize(("share", "labels"), [(1.0, 16), (0.25, 4), (0.3, 5), (0.001, 1)])
 def test_the_end_of_each_row_is_labelled(share, labels):
     one = subject(OURS)
-    one.prepare({"labelled": share})
+    one.prepare(case(share))
     batch = one.batch
     assert torch.equal(batch["labels"][:, -labels:], batch["input_ids"][:, -labels:])
     assert (batch["labels"][:, : 16 - labels] == -100).all()
 
 
-def test_ours_computes_logits_at_labelled_positions_and_a_peer_at_all():
+def test_a_peer_computes_logits_at_all_positions_and_ours_sweeps_over_the_labelled_ones(monkeypatch):
+    swept = []
+
+    def spy(head, h, s, *rest):
+        swept.append((len(h), len(s)))
+        return head_sums(head, h, s, *rest)
+
+    monkeypatch.setattr(losses, "head_sums", spy)
     rows = {}
     for name in (OURS, "lora", "base"):
         one = subject(name)
-        one.prepare({"labelled": 0.25})
+        one.prepare(case(0.25))
         base = one.model.base if name == OURS else one.model
         seen = []
         base.get_output_embeddings().register_forward_hook(
@@ -65,14 +78,15 @@ def test_ours_computes_logits_at_labelled_positions_and_a_peer_at_all():
         )
         one._step()
         rows[name] = sum(seen)
-    assert rows == {OURS: 2 * 2 * 4, "lora": 2 * 16, "base": 2 * 16}  # ours: two heads, 4 labels in each of 2 rows
+    assert rows == {OURS: 0, "lora": 2 * 16, "base": 2 * 16}
+    assert set(swept) == {(2 * 4, 2 * 4)}
 
 
 def test_every_subject_sees_the_same_batch():
     batches = []
     for name in (OURS, "lora", "base"):
         one = subject(name)
-        one.prepare({"labelled": 0.5})
+        one.prepare(case(0.5))
         batches.append(one.batch)
     for batch in batches[1:]:
         assert all(torch.equal(batch[key], batches[0][key]) for key in batch)
@@ -82,7 +96,7 @@ def test_a_sample_counts_the_tokens_of_all_its_timed_steps(monkeypatch):
     one = subject(OURS, warm_up=3)
     timed = []
     monkeypatch.setattr(one, "_time", lambda steps: timed.append(steps) or 0.04)
-    one.prepare({"labelled": 1.0})
+    one.prepare(case(1.0))
     assert timed == [3, 1]
     assert one.steps == 2  # 0.1 seconds
     assert one.measure() == 2 * 16 * 2 / 0.04
@@ -111,25 +125,25 @@ def test_the_memory_of_a_step_is_its_peak_above_the_loaded_model_and_is_given_ba
     one = subject(OURS)
     one.memory, one.loaded_mb = Meter(), 100.0
     monkeypatch.setattr(one, "_time", lambda steps: one.memory.noted.append("step") or 1.0)
-    assert one.prepare({"labelled": 1.0}) == 30.0
+    assert one.prepare(case(1.0)) == 30.0
     assert one.memory.noted == ["restart", "step", "step", "give back"]
     one.measure()
     assert one.memory.noted[4:] == ["step", "step", "give back"]
     one.memory.peak = 90.0
-    assert one.prepare({"labelled": 1.0}) == 0.0
+    assert one.prepare(case(1.0)) == 0.0
 
 
 def test_a_slow_step_is_a_sample_of_its_own(monkeypatch):
     one = subject(OURS)
     monkeypatch.setattr(one, "_time", lambda steps: 7.0)
-    one.prepare({"labelled": 1.0})
+    one.prepare(case(1.0))
     assert one.steps == 1
 
 
 def test_a_bfloat16_base_keeps_adapters_in_float32_but_in_shadow_peft():
     for name, dtype in ((OURS, torch.float32), ("lora", torch.float32), ("shadow-peft", torch.bfloat16)):
         one = subject(name, dtype="bfloat16")
-        one.prepare({"labelled": 0.5})
+        one.prepare(case(0.5))
         assert {p.dtype for p in one.model.parameters() if p.requires_grad} == {dtype}
         assert torch.bfloat16 in {p.dtype for p in one.model.parameters() if not p.requires_grad}
 
@@ -144,7 +158,7 @@ def test_the_plan_gives_every_subject_the_same_budget():
     assert list(counts) == [OURS, *PEERS]
     assert counts.pop("base") == 0
     assert all(is_equal(counts[OURS], count) for count in counts.values())
-    assert planned.cases == (Case("labelled=1", {"labelled": 1.0}), Case("labelled=0.25", {"labelled": 0.25}))
+    assert planned.cases == (Case("labelled=1", case(1.0)), Case("labelled=0.25", case(0.25)))
 
 
 def test_the_budget_can_be_chosen():

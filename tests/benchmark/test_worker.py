@@ -22,12 +22,13 @@ def ask(*requests):
 def test_each_request_is_answered_with_one_line():
     opened, prepared, first, second = ask(
         ["open", {**OPEN, "settings": SETTINGS}],
-        ["prepare", {"values": {"labelled": 0.5}}],
+        ["prepare", {"values": {"rows": 2, "length": 16, "labelled": 0.5}}],
         ["measure", {}],
         ["measure", {}],
     )
     assert opened == {"result": {"size": "rank 2", "trainable_parameters": 2 * 4864}}
-    assert prepared["result"] >= 0
+    assert prepared["result"]["peak_memory_mb"] >= 0
+    assert prepared["result"]["size"] == opened["result"]["size"]
     assert first["result"] > 0
     assert second["result"] > 0
 

@@ -81,6 +81,23 @@ def test_each_case_has_a_row_for_each_peer(tmp_path, capsys):
             [("batch=1", "base"), ("batch=2", "base")],
             True,
         ),
+        (
+            ("memory", "--model", "tiny", "--lengths", "8,16", "--batch", "2", "--peers", "lora,base"),
+            "mb",
+            [
+                (f"{phase}, 2 x {length} tokens", peer)
+                for phase in ("train", "prompt")
+                for length in (8, 16)
+                for peer in ("lora", "base")
+            ],
+            True,
+        ),
+        (
+            ("scaling", "--model", "tiny", "--lengths", "8,16", "--depths", "2", "--ranks", "2,4", "--length", "8"),
+            "steps_per_second",
+            [(case, "lora") for case in ("tokens=8", "tokens=16", "depth=2", "rank=2", "rank=4")],
+            True,
+        ),
     ],
 )
 def test_boundaries_and_decoding_are_measured_and_kept(tmp_path, capsys, arguments, unit, compared, trained):
@@ -157,7 +174,7 @@ def test_results_that_cannot_be_kept_stop_it_before_the_work(tmp_path, capsys):
     assert "cannot write results" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", ["trian", "memory"])
+@pytest.mark.parametrize("wrong", ["trian", "latency"])
 def test_an_unknown_benchmark_names_those_that_there_are(capsys, wrong):
     assert main(["bench", wrong]) == 2
     assert "bench train" in capsys.readouterr().err

@@ -4,8 +4,9 @@ A benchmark compares subjects, ours first, in several cases. Each subject lives 
 taken of each in turn, again and again, and ours is divided by each peer's sample of the same round.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -108,5 +109,7 @@ class Bench:
     """Settings -> who is measured in which cases; checks all that can be checked before anything is loaded."""
     open: Callable[..., Subject]
     """(settings, name, **arguments of the plan) -> the subject, loaded; called in the subject's own process."""
+    draw: Callable[[Sequence[Mapping[str, Any]], Path], None] | None = None
+    """(rows, file) -> a picture of them; None if a table says enough."""
     examples: str = ""
     """Command lines for ``--help``."""

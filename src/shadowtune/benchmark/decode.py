@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from transformers import CompileConfig
 
-from shadowtune.benchmark.bases import MODEL_HELP, base_config, check_length, real_base
+from shadowtune.benchmark.bases import MODEL_HELP, base_config, check_length
 from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, integers, option, words
 from shadowtune.benchmark.peers import CONTENDERS, OURS, check_peers, equal_budgets
-from shadowtune.benchmark.timing import DTYPES, TimedSubject
+from shadowtune.benchmark.subject import ModelSubject
+from shadowtune.benchmark.timing import DTYPES
 from shadowtune.config.checking import check_choices
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.model.causal_lm import ShadowForCausalLM
-from shadowtune.model.methods import trainable_parameters
 from shadowtune.model.pair import Mode
 
 NOISE = 0.01
@@ -98,22 +98,17 @@ def plan(settings: DecodeSettings) -> Plan:
     return Plan(subjects, tuple(Case(f"batch={batch}", {"batch": batch}) for batch in settings.batch))
 
 
-class DecodeSubject(TimedSubject):
+class DecodeSubject(ModelSubject):
     """A model that generates from random prompts."""
 
     def __init__(self, settings: DecodeSettings, name: str, size: int | None) -> None:
         super().__init__(settings)
-        torch.manual_seed(0)
         decoder = DECODERS[name]
-        contender = CONTENDERS[decoder.contender]
         self.settings, self.name = settings, name
-        base = real_base(settings.model, DTYPES[settings.dtype], self.device)
-        self.vocabulary = base.config.get_text_config(decoder=True).vocab_size
-        self.model = contender.build(base, size).to(self.device).eval()
+        self.load(settings.model, CONTENDERS[decoder.contender], size)
+        self.model.eval()
         if isinstance(self.model, ShadowForCausalLM):
             self.model.set_mode(decoder.mode)
-        self.size = contender.describe(size)
-        self.trainable_parameters = trainable_parameters(self.model)
         perturb(self.model, DTYPES[settings.adapter_dtype])
         self.mark_loaded(self.model)
         self.options: dict[str, Any] = {

@@ -44,9 +44,14 @@ class Contender:
         return None if size is None else f"{self.size_name} {size}"
 
 
-def _shadow(base: PreTrainedModel, size: int | None) -> nn.Module:
-    config = ShadowConfig(rank=RANK, update_width=UPDATE_WIDTH, intermediate_size=size)
-    return make_trainable(base, "shadow", shadow=config)
+def shadow_contender(rank: int) -> Contender:
+    """Ours with an injection of this rank."""
+
+    def build(base: PreTrainedModel, size: int | None) -> nn.Module:
+        config = ShadowConfig(rank=rank, update_width=UPDATE_WIDTH, intermediate_size=size)
+        return make_trainable(base, "shadow", shadow=config)
+
+    return Contender(build, "intermediate_size", step=8)
 
 
 def _lora(base: PreTrainedModel, size: int | None) -> nn.Module:
@@ -94,7 +99,7 @@ PEERS: dict[str, Contender] = {
     "base": Contender(_base, None),
 }
 """What ours can be measured against; "base" is the bare base, whose forward pass is the floor."""
-CONTENDERS = {OURS: Contender(_shadow, "intermediate_size", step=8), **PEERS}
+CONTENDERS = {OURS: shadow_contender(RANK), **PEERS}
 
 
 def check_peers(names: Sequence[str], peers: Mapping[str, Contender] = PEERS) -> None:
@@ -110,7 +115,9 @@ def check_peers(names: Sequence[str], peers: Mapping[str, Contender] = PEERS) ->
             raise ShadowtuneError(f"peer {name} needs {package.replace('_', '-')}, which is not installed: {INSTALL}")
 
 
-def count_parameters(name: str, config: PreTrainedConfig, size: int | None) -> int:
+def count_parameters(
+    name: str, config: PreTrainedConfig, size: int | None, contenders: Mapping[str, Contender] = CONTENDERS
+) -> int:
     """Count what ``name`` would train on a base of this config, without making any weights.
 
     Raises:
@@ -120,7 +127,7 @@ def count_parameters(name: str, config: PreTrainedConfig, size: int | None) -> i
         warnings.simplefilter("ignore")  # what packages warn of when they build a model says nothing about its size
         base = shapeless_base(config)
         try:
-            return trainable_parameters(CONTENDERS[name].build(base, size))
+            return trainable_parameters(contenders[name].build(base, size))
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, ShadowtuneError):
                 raise
@@ -128,20 +135,26 @@ def count_parameters(name: str, config: PreTrainedConfig, size: int | None) -> i
             raise ShadowtuneError(f"{name} does not work on {config.model_type}: {reason}; leave it out") from None
 
 
-def growth_of(name: str, config: PreTrainedConfig) -> Growth:
+def growth_of(name: str, config: PreTrainedConfig, contenders: Mapping[str, Contender] = CONTENDERS) -> Growth:
     """Find out how the trainable parameters of ``name`` grow with its size: linearly, so two counts tell."""
-    step = CONTENDERS[name].step
-    first, second = (count_parameters(name, config, size) for size in (step, 2 * step))
+    step = contenders[name].step
+    first, second = (count_parameters(name, config, size, contenders) for size in (step, 2 * step))
     return Growth(fixed=2 * first - second, per_step=second - first, step=step)
 
 
-def equal_budgets(config: PreTrainedConfig, names: Iterable[str], parameters: int | None) -> dict[str, int | None]:
+def equal_budgets(
+    config: PreTrainedConfig,
+    names: Iterable[str],
+    parameters: int | None,
+    contenders: Mapping[str, Contender] = CONTENDERS,
+) -> dict[str, int | None]:
     """Choose sizes at which ours and each contender train equally many parameters, within 3 %.
 
     Args:
         config: of the base.
         names: the peers.
-        parameters: how many to aim at; None for those of the default shadow.
+        parameters: how many to aim at; None for those of ours at its own size.
+        contenders: who they are, ours among them.
 
     Returns:
         The size of ours first, then that of each peer; None where nothing is trained.
@@ -149,8 +162,8 @@ def equal_budgets(config: PreTrainedConfig, names: Iterable[str], parameters: in
     Raises:
         ShadowtuneError: if a package refuses the architecture, or no such sizes exist.
     """
-    wanted = parameters or count_parameters(OURS, config, None)
+    wanted = parameters or count_parameters(OURS, config, None, contenders)
     peers = [name for name in names if name != OURS]
-    growths = {name: growth_of(name, config) for name in peers if CONTENDERS[name].size_name is not None}
-    sizes = equal_sizes(wanted, OURS, growth_of(OURS, config), growths)
+    growths = {name: growth_of(name, config) for name in peers if contenders[name].size_name is not None}
+    sizes = equal_sizes(wanted, OURS, growth_of(OURS, config, contenders), growths)
     return {name: sizes.get(name) for name in (OURS, *peers)}

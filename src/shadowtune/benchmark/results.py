@@ -34,6 +34,7 @@ class ResultFiles:
         self.bench = bench
         self.csv = Path(directory) / f"{bench.name}.csv"
         self.markdown = Path(directory) / f"{bench.name}.md"
+        self.picture = Path(directory) / f"{bench.name}.png"
         try:
             self.csv.parent.mkdir(parents=True, exist_ok=True)
             for path in (self.csv, self.markdown):

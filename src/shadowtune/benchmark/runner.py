@@ -30,20 +30,20 @@ def run_bench(
     with contextlib.ExitStack() as stack:
         count = _Counter(progress, len(plan.subjects) * (1 + len(plan.cases) * (1 + settings.repeats)))
         workers = {name: stack.enter_context(WorkerProcess(name)) for name in plan.subjects}
-        facts: dict[str, dict[str, Any]] = {}
+        trained = {}
         for name, worker in workers.items():
             with count(f"load {name}"):
-                facts[name] = worker.call(
+                facts = worker.call(
                     "open", bench=bench.name, settings=asdict(settings), name=name, arguments=plan.subjects[name]
                 )
-        check_equal(ours, {name: fact["trainable_parameters"] for name, fact in facts.items()})
+            trained[name] = facts["trainable_parameters"]
+        check_equal(ours, trained)
         for case in plan.cases:
             measured = {}
             for name, worker in workers.items():
                 with count(f"{case.name}: warm up {name}"):
-                    measured[name] = Measured(
-                        name, **facts[name], peak_memory_mb=worker.call("prepare", values=dict(case.values))
-                    )
+                    measured[name] = Measured(name, **worker.call("prepare", values=dict(case.values)))
+            check_equal(ours, {name: subject.trainable_parameters for name, subject in measured.items()})
             for _ in range(settings.repeats):
                 for name, worker in workers.items():
                     with count(f"{case.name}: {name}"):

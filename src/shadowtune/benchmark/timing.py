@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shadowtune.benchmark.bench import Settings
-from shadowtune.benchmark.memory import MemoryMeter
+from shadowtune.benchmark.meter import MemoryMeter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """The precisions that the command line knows."""

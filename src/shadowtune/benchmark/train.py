@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from shadowtune.benchmark.bases import MODEL_HELP, base_config, check_length, real_base
+from shadowtune.benchmark.bases import MODEL_HELP, base_config, check_length
 from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, numbers, option, words
 from shadowtune.benchmark.peers import CONTENDERS, PEERS, check_peers, equal_budgets
-from shadowtune.benchmark.timing import DTYPES, TimedSubject
+from shadowtune.benchmark.subject import ModelSubject
 from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.errors import ConfigError
-from shadowtune.model.methods import trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -52,41 +51,44 @@ def plan(settings: TrainSettings) -> Plan:
     check_length(config, settings.length, settings.model)
     sizes = equal_budgets(config, settings.peers, settings.parameters)
     subjects = {name: {"size": size} for name, size in sizes.items()}
-    return Plan(subjects, tuple(Case(f"labelled={share:g}", {"labelled": share}) for share in settings.labelled))
+    shape = {"rows": settings.batch, "length": settings.length}
+    return Plan(
+        subjects, tuple(Case(f"labelled={share:g}", {**shape, "labelled": share}) for share in settings.labelled)
+    )
 
 
-class TrainSubject(TimedSubject):
+class TrainSubject(ModelSubject):
     """A model and its optimizer, stepping over one random batch."""
 
-    def __init__(self, settings: TrainSettings, name: str, size: int | None) -> None:
+    def __init__(self, settings: Settings, base_name: str, name: str, size: int | None) -> None:
         super().__init__(settings)
-        torch.manual_seed(0)
-        contender = CONTENDERS[name]
-        self.settings = settings
-        base = real_base(settings.model, DTYPES[settings.dtype], self.device)
-        self.vocabulary = base.config.get_text_config(decoder=True).vocab_size
-        self.model = contender.build(base, size).to(self.device)
-        self.size = contender.describe(size)
-        self.trainable_parameters = trainable_parameters(self.model)
+        self.load(base_name, CONTENDERS[name], size)
+        self.start_training()
+        self.batch: dict[str, torch.Tensor] = {}
+
+    def start_training(self) -> None:
+        """Put the model into training, with AdamW for what it trains."""
         self.model.train(self.trainable_parameters > 0)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
         self.mark_loaded(self.model)
-        self.batch: dict[str, torch.Tensor] = {}
 
     def prepare(self, values: Mapping[str, Any]) -> float:
-        """Label the last share ``labelled`` of each row, as a completion is; warm up; return the step's peak MB."""
-        shape = (self.settings.batch, self.settings.length)
-        ids = torch.randint(self.vocabulary, shape, generator=torch.Generator().manual_seed(0))
+        """Make the batch; warm up; return the step's peak MB."""
+        self.make_batch(**values)
+        return self.warm()
+
+    def make_batch(self, rows: int, length: int, labelled: float) -> None:
+        """Draw a batch; the last share ``labelled`` of each row has labels, as a completion has."""
+        ids = torch.randint(self.vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
         labels = ids.clone()
-        labels[:, : -max(1, round(values["labelled"] * self.settings.length))] = IGNORE_INDEX
+        labels[:, : -max(1, round(labelled * length))] = IGNORE_INDEX
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        return self.warm()
 
     def measure(self) -> float:
         """Tokens per second, those without a label included."""
-        return self.settings.batch * self.settings.length * self.steps_per_second()
+        return self.batch["input_ids"].numel() * self.steps_per_second()
 
     def _step(self) -> None:
         if self.optimizer is None:
@@ -100,7 +102,7 @@ class TrainSubject(TimedSubject):
 
 def open_subject(settings: TrainSettings, name: str, **arguments: Any) -> TrainSubject:
     """Load a subject of ``bench train``."""
-    return TrainSubject(settings, name, **arguments)
+    return TrainSubject(settings, settings.model, name, **arguments)
 
 
 TRAIN = Bench(

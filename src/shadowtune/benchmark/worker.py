@@ -27,17 +27,22 @@ class Service:
         """Load a subject and say how large it is."""
         definition = BENCHES[bench]
         self._subject = definition.open(from_mapping(definition.settings, settings, where=""), name, **arguments)
-        return {"size": self._subject.size, "trainable_parameters": self._subject.trainable_parameters}
+        return self._facts()
 
-    def prepare(self, values: dict[str, Any]) -> float:
-        """Make the subject ready for a case; return its peak memory in MB."""
+    def prepare(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Make the subject ready for a case; say how large it is now, and its peak memory in MB."""
         assert self._subject is not None
-        return self._subject.prepare(values)
+        peak = self._subject.prepare(values)
+        return {**self._facts(), "peak_memory_mb": peak}
 
     def measure(self) -> float:
         """Take one sample."""
         assert self._subject is not None
         return self._subject.measure()
+
+    def _facts(self) -> dict[str, Any]:
+        assert self._subject is not None
+        return {"size": self._subject.size, "trainable_parameters": self._subject.trainable_parameters}
 
 
 def serve(requests: Iterable[str], answers: IO[str]) -> None:

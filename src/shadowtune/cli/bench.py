@@ -48,6 +48,9 @@ def run(bench: Bench, arguments: argparse.Namespace) -> int:
     files.add_table(rows, origin)
     print_table(title(bench, rows), for_people(bench, rows))
     say(f"rows added to {files.csv}, a table to {files.markdown}")
+    if bench.draw is not None:
+        bench.draw(rows, files.picture)
+        say(f"a picture of this run in {files.picture}")
     write_json(arguments.json, "bench", rows)
     return 0
 
