@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 
@@ -57,6 +58,7 @@ def test_to_dict_and_from_dict_are_inverse_for_every_field():
         dropout=0.1,
         shadow_loss_weight=0.3,
         backbone="some/model",
+        init_from="some/shadow",
         num_shadow_layers=2,
         hidden_size=24,
         intermediate_size=40,
@@ -74,8 +76,37 @@ def test_to_dict_and_from_dict_are_inverse_for_every_field():
         init_std=0.5,
     )
     defaults = ShadowConfig()
-    assert all(vars(config)[f.name] != vars(defaults)[f.name] for f in dataclasses.fields(config)), "change every field"
+    names = [field.name for field in dataclasses.fields(config) if field.name != "init_layers"]  # it excludes others
+    assert all(vars(config)[name] != vars(defaults)[name] for name in names), "change every field"
     assert ShadowConfig.from_dict(config.to_dict()) == config
+    copies = ShadowConfig(init_layers=(0, -1))
+    assert ShadowConfig.from_dict(json.loads(json.dumps(copies.to_dict()))) == copies
+
+
+def test_the_copied_blocks_give_the_number_of_blocks():
+    assert ShadowConfig(init_layers=(0, -1)).num_shadow_layers == 2
+    assert ShadowConfig.from_dict({"init_layers": [3], "num_shadow_layers": 1}).init_layers == (3,)
+    assert ShadowConfig(init_layers=[0, 0, 1], num_shadow_layers=3).num_shadow_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_layers": ()}, "init_layers must name a block of the base at least, got none; leave it out"),
+        ({"backbone": "x"}, r"init_layers \[0\] copies blocks .* but backbone is 'x'; leave one of the two out"),
+        ({"init_from": "d"}, r"init_layers \[0\] and init_from 'd' both say .*; leave one of the two out"),
+        ({"num_shadow_layers": 2}, r"num_shadow_layers 2 is not the number of init_layers \[0\]; leave it out"),
+        ({"backbone": "x", "init_from": "d"}, "backbone is 'x'.*; .*init_from 'd'"),
+    ],
+)
+def test_ways_to_start_that_contradict_each_other_are_errors(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ShadowConfig(**{"init_layers": (0,), **settings})
+
+
+def test_layers_that_are_no_numbers_are_named():
+    with pytest.raises(ConfigError, match=r"shadow.init_layers\[1\] must be int, got 'last'"):
+        ShadowConfig.from_dict({"init_layers": [0, "last"]})
 
 
 def test_from_dict_refuses_unknown_keys_and_names_the_part():

@@ -5,7 +5,13 @@ from torch import Tensor
 
 from shadowtune.core import reference
 from shadowtune.core.head import Head
-from shadowtune.core.losses import classification_loss, joint_causal_loss, labelled_rows, token_cross_entropy
+from shadowtune.core.losses import (
+    LossWeights,
+    joint_causal_loss,
+    labelled_rows,
+    relative_squared_error,
+    token_cross_entropy,
+)
 
 VOCABULARY, WIDTH = 11, 6
 
@@ -37,7 +43,7 @@ def test_labelled_rows_are_shifted_and_in_order():
 @pytest.mark.parametrize("weight", [0.05, 1.0])
 def test_joint_loss_and_its_gradients_equal_the_reference(weight):
     head, h, s, labels = example()
-    total, base, shadow, _ = joint_causal_loss(linear(head), h, s, labels, weight)
+    total, base, shadow, *_ = joint_causal_loss(linear(head), h, s, labels, LossWeights(weight))
     expected = (reference.cross_entropy(h @ head.T, labels), reference.cross_entropy(s @ head.T, labels))
     slow = expected[0] + weight * expected[1]
     for ours, truth in ((total, slow), (base, expected[0]), (shadow, expected[1])):
@@ -50,14 +56,14 @@ def test_joint_loss_and_its_gradients_equal_the_reference(weight):
 def test_compiled_rows_of_fixed_number_give_the_same_loss():
     head, h, s, labels = example()
     loss = torch.compile(joint_causal_loss, backend="eager", fullgraph=True)
-    compiled = loss(linear(head), h, s, labels, 0.3, None, 0.7, 2.0)
-    eager = joint_causal_loss(linear(head), h, s, labels, 0.3, None, 0.7, 2.0)
+    compiled = loss(linear(head), h, s, labels, LossWeights(0.3, 0.7, 2.0, 0.2))
+    eager = joint_causal_loss(linear(head), h, s, labels, LossWeights(0.3, 0.7, 2.0, 0.2))
     torch.testing.assert_close(torch.stack(compiled), torch.stack(eager), rtol=1e-6, atol=0)
 
 
 def test_distillation_is_the_weighted_mean_divergence_of_the_attached_model_from_the_shadow():
     head, h, s, labels = example()
-    joint = joint_causal_loss(linear(head), h, s, labels, 0.0, None, 0.7, 2.0)
+    joint = joint_causal_loss(linear(head), h, s, labels, LossWeights(0.0, 0.7, 2.0))
     kept = labels[:, 1:] != -100
     p = torch.log_softmax(h[:, :-1][kept].detach() @ head.T / 2.0, -1)
     q = torch.log_softmax(s[:, :-1][kept] @ head.T / 2.0, -1)
@@ -67,13 +73,41 @@ def test_distillation_is_the_weighted_mean_divergence_of_the_attached_model_from
     torch.testing.assert_close(torch.autograd.grad(joint.total, s)[0], torch.autograd.grad(0.7 * divergence, s)[0])
 
 
+def test_matching_is_the_weighted_mean_of_the_relative_squared_distance_and_moves_the_shadow_alone():
+    head, h, s, labels = example()
+    joint = joint_causal_loss(linear(head), h, s, labels, LossWeights(0.0, matching=0.4))
+    kept = labels[:, 1:] != -100
+    aim, state = h[:, :-1][kept].detach(), s[:, :-1][kept]
+    distance = ((state - aim).norm(dim=-1) ** 2 / aim.norm(dim=-1) ** 2).mean()
+    torch.testing.assert_close(joint.matching, distance)
+    torch.testing.assert_close(joint.total, joint.base + 0.4 * distance)
+    assert joint.shadow is None
+    torch.testing.assert_close(
+        torch.autograd.grad(joint.total, h, retain_graph=True)[0],
+        torch.autograd.grad(joint.base, h, retain_graph=True)[0],
+    )
+    assert torch.autograd.grad(joint.matching, s)[0].abs().sum() > 0
+
+
+def test_a_row_of_zeros_to_match_gives_a_number():
+    states = torch.zeros(2, 3)
+    assert relative_squared_error(states, torch.zeros(2, 3), torch.tensor([True, True])) == 0
+
+
+def test_all_terms_are_summed_with_their_weights():
+    head, h, s, labels = example()
+    joint = joint_causal_loss(linear(head), h, s, labels, LossWeights(0.3, 0.7, 2.0, 0.2))
+    total = joint.base + 0.3 * joint.shadow + 0.7 * joint.distillation + 0.2 * joint.matching
+    torch.testing.assert_close(joint.total, total)
+
+
 @pytest.mark.parametrize("kind", [int, torch.tensor])
 def test_both_terms_are_divided_by_the_items_of_the_whole_step(kind):
     head, h, s, labels = example()
-    whole = joint_causal_loss(linear(head), h, s, labels, 0.3)
+    whole = joint_causal_loss(linear(head), h, s, labels, LossWeights(0.3))
     count = int((labels[:, 1:] != -100).sum())
     parts = [
-        joint_causal_loss(linear(head), h[i : i + 1], s[i : i + 1], labels[i : i + 1], 0.3, kind(count))
+        joint_causal_loss(linear(head), h[i : i + 1], s[i : i + 1], labels[i : i + 1], LossWeights(0.3), kind(count))
         for i in range(3)
     ]
     for term in range(3):
@@ -88,7 +122,7 @@ def test_without_a_weight_the_shadows_loss_is_not_computed():
         calls.append(len(x))
         return x @ head.T
 
-    total, base, shadow, _ = joint_causal_loss(Head(count), h, s, labels, 0.0)
+    total, base, shadow, *_ = joint_causal_loss(Head(count), h, s, labels, LossWeights(0.0))
     assert shadow is None
     assert total is base
     assert calls == [int((labels[:, 1:] != -100).sum())]
@@ -97,7 +131,9 @@ def test_without_a_weight_the_shadows_loss_is_not_computed():
 @pytest.mark.parametrize("items", [None, 0, torch.tensor(0.0), 7])
 def test_without_any_label_loss_and_gradient_are_exactly_zero(items):
     head, h, s, labels = example()
-    total, base, shadow, _ = joint_causal_loss(linear(head), h, s, torch.full_like(labels, -100), 0.5, items)
+    total, base, shadow, *_ = joint_causal_loss(
+        linear(head), h, s, torch.full_like(labels, -100), LossWeights(0.5), items
+    )
     assert (total.item(), base.item(), shadow.item()) == (0.0, 0.0, 0.0)
     for gradient in torch.autograd.grad(total, (h, s)):
         assert not gradient.any()
@@ -107,7 +143,7 @@ def test_a_label_in_the_first_column_predicts_nothing():
     head, h, s, labels = example()
     labels[:] = -100
     labels[:, 0] = 4
-    assert joint_causal_loss(linear(head), h, s, labels, 0.5, VOCABULARY).total == 0
+    assert joint_causal_loss(linear(head), h, s, labels, LossWeights(0.5)).total == 0
 
 
 def test_cross_entropy_of_half_precision_logits_is_computed_in_float32():
@@ -126,42 +162,5 @@ def test_head_states_reach_the_head_in_the_dtype_of_the_hidden_states():
         return x.float() @ torch.ones(WIDTH, VOCABULARY)
 
     _, h, s, labels = example()
-    joint_causal_loss(Head(head), h.to(torch.bfloat16), s.float(), labels, 0.5)
+    joint_causal_loss(Head(head), h.to(torch.bfloat16), s.float(), labels, LossWeights(0.5))
     assert seen == [torch.bfloat16, torch.bfloat16]
-
-
-CLASSES = {
-    "one_class": ((5, 3), torch.tensor([0, 2, 1, 1, 0]), "single_label_classification"),
-    "regression": ((5, 1), torch.tensor([0.5, 2, -1, 1, 0]), "regression"),
-    "regression_of_integers": ((5, 1), torch.tensor([1, 2, 0, 1, 0]), "regression"),
-    "several_numbers": ((5, 3), torch.randn(5, 3, generator=torch.Generator().manual_seed(1)), "regression"),
-    "several_classes": ((5, 3), torch.eye(5, 3), "multi_label_classification"),
-}
-
-
-@pytest.mark.parametrize("case", CLASSES)
-def test_classification_losses_are_transformers_own(case):
-    from transformers.loss.loss_utils import ForSequenceClassificationLoss
-
-    shape, labels, problem_type = CLASSES[case]
-    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-    class Config:
-        num_labels = shape[1]
-
-    Config.problem_type = problem_type
-    expected = ForSequenceClassificationLoss(labels.float() if "regression" in case else labels, logits, Config)
-    torch.testing.assert_close(classification_loss(logits, labels, problem_type), expected)
-    if case != "several_numbers":  # which transformers, too, takes for several classes unless told
-        torch.testing.assert_close(classification_loss(logits, labels), expected)
-
-
-@pytest.mark.parametrize("case", CLASSES)
-def test_micro_batches_of_classes_add_up_to_the_whole(case):
-    shape, labels, problem_type = CLASSES[case]
-    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    parts = [
-        classification_loss(logits[i : i + 1], labels[i : i + 1], problem_type, labels.numel())
-        for i in range(len(labels))
-    ]
-    torch.testing.assert_close(sum(parts), classification_loss(logits, labels, problem_type))

@@ -9,6 +9,7 @@ from shadowtune.model.backbone import (
     copy_position_embeddings,
     load_pretrained_backbone,
     mirror_config,
+    sizes_of,
 )
 from tests.support.bases import CONFIGS, VOCABULARY, tiny_base, tiny_config
 from tests.support.shadows import tokens
@@ -71,6 +72,38 @@ def test_a_mirror_of_a_hybrid_or_windowed_base_has_full_attention():
         assert mirror_config(tiny_config(kind), ShadowConfig(num_shadow_layers=2)).layer_types == ["full_attention"] * 2
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("gemma3_text", "layer_types", ["sliding_attention", "full_attention"]),
+        ("smollm3", "no_rope_layers", [0, 1]),
+        ("mixtral", "num_local_experts", 4),
+        ("qwen3_moe", "decoder_sparse_step", 1),
+    ],
+)
+def test_a_mirror_of_copies_is_built_as_the_blocks_it_copies(kind, name, expected):
+    base = tiny_config(kind)
+    before = base.to_dict()
+    mirror = mirror_config(base, ShadowConfig(init_layers=[-1, 2]))
+    assert mirror.num_hidden_layers == 2
+    assert getattr(mirror, name) == expected
+    assert base.to_dict() == before
+
+
+def test_sizes_have_the_names_of_our_settings():
+    sizes = {"num_shadow_layers": 4, "hidden_size": 32, "num_attention_heads": 4}
+    assert sizes_of(tiny_config("gpt2")) == {**sizes, "intermediate_size": None} | dict.fromkeys(
+        ("num_key_value_heads", "head_dim")
+    )
+    assert sizes_of(tiny_config("opt"))["intermediate_size"] == 48
+    assert sizes_of(tiny_config("qwen3")) == {
+        **sizes,
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+
+
 def test_a_mirror_of_a_quantized_base_is_not_quantized():
     base = tiny_config()
     base.quantization_config = {"quant_method": "torchao"}
@@ -92,8 +125,12 @@ def test_learned_positions_start_from_the_bases(kind, path):
 def test_a_pretrained_backbone_keeps_its_weights_and_freezes_its_embedding(tmp_path):
     source = tiny_base("qwen2", seed=5, num_hidden_layers=2, hidden_size=16)
     source.save_pretrained(tmp_path)
-    backbone, embedding = load_pretrained_backbone(str(tmp_path), VOCABULARY)
+    loaded = load_pretrained_backbone(str(tmp_path), VOCABULARY)
+    backbone, embedding = loaded.network, loaded.embedding
     assert isinstance(embedding, FrozenEmbedding)
+    assert torch.equal(loaded.head, source.lm_head.weight)
+    assert loaded.finish is None
+    assert loaded.projection is None
     assert list(embedding.parameters()) == []
     with torch.no_grad():
         expected = source.model(tokens(2, 9)).last_hidden_state

@@ -1,3 +1,6 @@
+import dataclasses
+import json
+
 import pytest
 from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, StaticLayer
@@ -5,6 +8,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from shadowtune import ShadowConfig, ShadowModelConfig
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.backbone import mirror_config
+from shadowtune.model.configuration import Initialization
 from tests.support.bases import CONFIGS, tiny_config
 
 
@@ -77,3 +81,44 @@ def test_faults_are_named():
 
 def test_it_can_be_made_empty_as_transformers_does_to_find_defaults():
     assert ShadowModelConfig().shadow_config == ShadowConfig()
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (Initialization("random"), "at random"),
+        (Initialization("random", projection="random"), "at random, projection: random"),
+        (
+            Initialization("base_layers", layers=(0, 11), projection="selection"),
+            "as copies of base blocks 0, 11, projection: selection",
+        ),
+        (
+            Initialization("pretrained", "org/small", projection="least_squares", projection_error=0.41234),
+            "from the pretrained model org/small, projection: least squares, relative error of the head 0.41",
+        ),
+        (Initialization("detached", "runs/a/model"), "from the earlier shadow runs/a/model"),
+    ],
+)
+def test_how_it_started_is_kept_and_told(tmp_path, start, words):
+    config = made()
+    config.initialization = dataclasses.asdict(start)
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).start == start
+    assert str(start) == words
+
+
+def test_a_config_of_before_loads_and_does_not_know_how_it_started(tmp_path):
+    config = made()
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    del values["initialization"], values["shadow"]["init_layers"], values["shadow"]["init_from"]
+    file.write_text(json.dumps(values))
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.start is None
+    assert loaded.shadow_config == config.shadow_config
+
+
+def test_copied_layers_survive_the_way_through_a_file(tmp_path):
+    made(init_layers=(0, -1)).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).shadow_config.init_layers == (0, -1)

@@ -100,8 +100,7 @@ def test_measuring_the_joint_loss_computes_no_other_logits_but_one_a_row(batch):
     model = perturbed_model().eval()
     counts = head_positions(model)
     joint_causal_objective(model, batch, None)
-    labels = int((batch["labels"][:, 1:] != -100).sum())
-    assert sorted(counts) == sorted([labels, labels, 4])
+    assert counts == [4]  # the losses sweep over the vocabulary without the module
 
 
 def test_the_batch_is_left_as_it_was(batch):

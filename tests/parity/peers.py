@@ -10,7 +10,14 @@ import shadow_peft
 import torch
 
 from shadowtune import ShadowConfig, ShadowForCausalLM
-from tests.parity.mapping import Entry, as_peer, peft_dead, peft_entries, shadow_peft_dead, shadow_peft_entries
+from shadowtune.model.formats.mapping import (
+    Entry,
+    as_peer,
+    peft_dead,
+    peft_entries,
+    shadow_peft_dead,
+    shadow_peft_entries,
+)
 from tests.support.bases import BLOCKS, fill, tiny_base
 from tests.support.shadows import perturb
 

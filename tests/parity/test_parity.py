@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.parity.mapping import as_peer
+from shadowtune.model.formats.mapping import as_peer
 from tests.parity.peers import Twins, peft_twins, shadow_peft_twins, smaller_model
 from tests.support.shadows import tokens
 

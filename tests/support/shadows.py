@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from shadowtune import ShadowConfig, ShadowForCausalLM
+from shadowtune import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification
 from shadowtune.model.pair import ShadowPair
-from tests.support.bases import VOCABULARY, tiny_base
+from tests.support.bases import VOCABULARY, tiny_base, tiny_classifier
 
 
 def perturb(model: ShadowPair, seed: int = 1, scale: float = 0.3) -> ShadowPair:
@@ -25,6 +25,14 @@ def perturbed_model(model_type: str = "llama", seed: int = 1, **settings: Any) -
     settings = {"rank": 4, "update_width": 3, "alpha": 0.7, **settings}
     torch.manual_seed(seed)
     model = ShadowForCausalLM.from_base(tiny_base(model_type), ShadowConfig(**settings))
+    return perturb(model, seed).eval()
+
+
+def perturbed_classifier(model_type: str = "llama", seed: int = 1, **settings: Any) -> ShadowForSequenceClassification:
+    """A tiny classifier with a perturbed shadow, in eval mode; ``settings`` are those of ``ShadowConfig``."""
+    settings = {"rank": 4, "update_width": 3, "alpha": 0.7, **settings}
+    torch.manual_seed(seed)
+    model = ShadowForSequenceClassification.from_base(tiny_classifier(model_type), ShadowConfig(**settings))
     return perturb(model, seed).eval()
 
 

@@ -232,6 +232,15 @@ def test_the_two_terms_of_the_loss_are_logged_as_means_over_the_steps(tmp_path):
         assert line["loss"] == pytest.approx(line["base_loss"] + 0.3 * line["shadow_loss"], rel=1e-4)
 
 
+def test_lambda_moves_to_its_end_over_the_steps(tmp_path):
+    model = model_of(shadow=ShadowConfig(rank=4, update_width=3, shadow_loss_weight=0.2, shadow_loss_weight_end=1.0))
+    trainer = trainer_of(model, arguments(tmp_path, max_steps=5, logging_steps=1, num_train_epochs=5), causal_rows())
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    weights = [(line["loss"] - line["base_loss"]) / line["shadow_loss"] for line in lines]
+    assert weights == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], abs=1e-4)
+
+
 def test_learning_rates_and_decay_reach_the_right_parameters(tmp_path):
     shadow = ShadowConfig(rank=4, update_width=3, hidden_size=16, update_bias=True, depth_sharing="full")
     model = model_of(shadow=shadow)

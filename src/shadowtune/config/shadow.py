@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from shadowtune.config.checking import check_choices, check_range, from_mapping
+from shadowtune.errors import ConfigError
 
 SCHEMA_VERSION = 1
 """Version of the settings as stored in an adapter's ``config.json``."""
@@ -30,10 +31,28 @@ class ShadowConfig:
     """Probability in [0, 1) of dropping an entry of the injection's bottleneck and of the transform."""
     shadow_loss_weight: float = 0.05
     """lambda of Eq. 8: the weight of the detached shadow's own loss in training. 0 leaves the shadow unsupervised."""
+    shadow_loss_weight_end: float | None = None
+    """Where lambda moves to, linearly over the training steps; None leaves it where it is."""
+    distillation_weight: float = 0.0
+    """mu: the weight of tau^2 KL(attached || detached) at labelled positions, by which the detached shadow learns from
+    the attached model, whose own gradient it leaves alone."""
+    distillation_temperature: float = 1.0
+    """tau, above 0. At 1 the divergence costs nothing; other temperatures cost a further pass over the vocabulary."""
+    matching_weight: float = 0.0
+    """nu: the weight of |s0 - h|^2 / |h|^2 at labelled positions, which draws s0 to the attached model's last hidden
+    state h, in front of the head that both share."""
 
     backbone: str = "mirror"
     """"mirror" builds a small copy of the base's architecture; anything else is the path or Hub id of a
-    pretrained causal language model with the base's vocabulary."""
+    pretrained causal language model with the base's vocabulary. Where its width differs, its projection starts by least
+    squares, so that the base's head behind it gives the model's own logits as nearly as can be."""
+    init_layers: tuple[int, ...] | None = None
+    """Blocks of the base, -1 being the last, that the blocks of a mirrored backbone start as copies of, with all their
+    experts if they have any. They set ``num_shadow_layers``. Smaller sizes below keep the copies' strongest channels,
+    heads and units. None starts the mirror at random (the paper)."""
+    init_from: str | None = None
+    """Directory of an earlier shadow whose backbone and projections this one starts with: saved by ``save_pretrained``,
+    or detached without a projection. Boundaries start anew. None starts at random, or from ``init_layers``."""
     num_shadow_layers: int = 1
     """L_s, blocks of a mirrored backbone. Ignored for a pretrained one."""
     hidden_size: int | None = None
@@ -75,6 +94,10 @@ class ShadowConfig:
             update_width=(1, None),
             alpha=(0, None),
             shadow_loss_weight=(0, None),
+            shadow_loss_weight_end=(0, None),
+            distillation_weight=(0, None),
+            distillation_temperature=(0.01, None),
+            matching_weight=(0, None),
             num_shadow_layers=(1, None),
             init_std=(0, None),
             hidden_size=(1, None),
@@ -87,6 +110,35 @@ class ShadowConfig:
         check_choices(
             self, depth_sharing=("backbone", "full"), activation=("silu", "gelu"), dropout_position=("rank", "hidden")
         )
+        if self.init_layers is not None:
+            self._check_init_layers(tuple(self.init_layers))
+
+    def _check_init_layers(self, layers: tuple[int, ...]) -> None:
+        """Refuse what contradicts ``init_layers``, and let their number be that of the shadow's blocks."""
+        faults = []
+        if not layers:
+            faults.append(
+                "init_layers must name a block of the base at least, got none; leave it out to start at random"
+            )
+        if self.backbone != "mirror":
+            faults.append(
+                f"init_layers {list(layers)} copies blocks of the base into a mirror, but backbone is "
+                f"{self.backbone!r}; leave one of the two out"
+            )
+        if self.init_from is not None:
+            faults.append(
+                f"init_layers {list(layers)} and init_from {self.init_from!r} both say how the backbone starts; "
+                "leave one of the two out"
+            )
+        if self.num_shadow_layers not in (1, len(layers)):
+            faults.append(
+                f"num_shadow_layers {self.num_shadow_layers} is not the number of init_layers {list(layers)}; "
+                "leave it out"
+            )
+        if faults:
+            raise ConfigError("; ".join(faults))
+        object.__setattr__(self, "init_layers", layers)
+        object.__setattr__(self, "num_shadow_layers", len(layers))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ShadowConfig":

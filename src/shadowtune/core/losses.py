@@ -1,7 +1,8 @@
 r"""Cross-entropy where there are labels, and the joint loss.
 
 ShadowPEFT (https://arxiv.org/abs/2604.19254), Eq. 8-9:  loss = CE(head(h_L), y) + lambda * CE(head(s_0), y); and, if
-asked for, + mu * tau^2 KL(p_tau(h_L) || p_tau(s_0)), by which the detached shadow learns from the attached model.
+asked for, + mu * tau^2 KL(p_tau(h_L) || p_tau(s_0)) + nu * |s_0 - h_L|^2 / |h_L|^2, by which the detached shadow learns
+from the attached model. h_L is constant in both.
 
 Only positions whose next token is labelled reach a head: on text with 2 % of its tokens labelled, 98 % of the
 vocabulary products would be thrown away.
@@ -10,7 +11,6 @@ vocabulary products would be thrown away.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shadowtune.core.head import (
@@ -24,13 +24,35 @@ from shadowtune.core.head import (
 from shadowtune.core.vocabulary_sweep import Sweep
 
 
+class LossWeights(NamedTuple):
+    """Weights of the shadow's terms; a term of weight 0 is not computed."""
+
+    shadow: float
+    """lambda."""
+    distillation: float = 0.0
+    """mu."""
+    temperature: float = 1.0
+    """tau."""
+    matching: float = 0.0
+    """nu."""
+
+    @property
+    def teach(self) -> bool:
+        """Whether the shadow learns from another model."""
+        return self.distillation > 0 or self.matching > 0
+
+
 class JointLoss(NamedTuple):
-    """Scalars: ``total`` = ``base`` + lambda * ``shadow`` + mu * ``distillation``; None where the weights are 0."""
+    """Scalars: ``total`` = ``base`` + lambda ``shadow`` + mu ``distillation`` + nu ``matching``.
+
+    A term is None where nothing needs it.
+    """
 
     total: Tensor
-    base: Tensor
+    base: Tensor | None
     shadow: Tensor | None
     distillation: Tensor | None = None
+    matching: Tensor | None = None
 
 
 def labelled_rows(labels: Tensor, *hidden_states: Tensor) -> tuple[Tensor, ...]:
@@ -64,7 +86,7 @@ def token_cross_entropy(logits: Tensor, targets: Tensor, num_items_in_batch: Ten
         A scalar; exactly zero, with a gradient of zero, when no position is labelled.
     """
     total = summed_cross_entropy(logits, targets)
-    return _share(total, (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
+    return share(total, (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def head_sums(head: Head, h: Tensor, s: Tensor | None, targets: Tensor, temperature: float | None = None) -> HeadSums:
@@ -91,68 +113,50 @@ def joint_causal_loss(
     hidden_states: Tensor,
     initial_states: Tensor,
     labels: Tensor,
-    shadow_loss_weight: float,
+    weights: LossWeights,
     num_items_in_batch: Tensor | int | None = None,
-    distillation_weight: float = 0.0,
-    temperature: float = 1.0,
 ) -> JointLoss:
-    """Eq. 8-9 for causal language modelling, and the distillation of the attached model into the shadow.
+    """Eq. 8-9 for causal language modelling, and what the detached shadow learns from the attached model.
 
     Args:
         head: the base's own.
         hidden_states: (B, T, d), the attached model's last hidden states, after the final norm.
         initial_states: s0, (B, T, d).
         labels: (B, T), unshifted.
-        shadow_loss_weight: lambda.
+        weights: of the shadow's terms.
         num_items_in_batch: labelled tokens of the whole optimizer step; by default those of this call.
-        distillation_weight: mu.
-        temperature: tau.
     """
     targets, h, s = labelled_rows(labels, hidden_states, initial_states)
-    count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-    alone = shadow_loss_weight == 0 and distillation_weight == 0
+    kept = targets != IGNORE_INDEX
+    count = kept.sum() if num_items_in_batch is None else num_items_in_batch
+    alone = weights.shadow == weights.distillation == 0
     states = None if alone else s.to(h.dtype)  # the vocabulary's product is half of the cost: skip what is not trained
-    sums = head_sums(head, h, states, targets, temperature if distillation_weight else None)
-    base, shadow, distillation = (None if each is None else _share(each, count) for each in sums)
+    sums = head_sums(head, h, states, targets, weights.temperature if weights.distillation else None)
+    base, shadow, distillation = (None if each is None else share(each, count) for each in sums)
+    matching = share(relative_squared_error(s, h.detach(), kept), count) if weights.matching else None
     assert base is not None
-    total = base
-    if shadow is not None and shadow_loss_weight:
-        total = total + shadow_loss_weight * shadow
-    if distillation is not None:
-        total = total + distillation_weight * distillation
-    return JointLoss(total, base, shadow, distillation)
+    return JointLoss(joined(base, shadow, distillation, matching, weights), base, shadow, distillation, matching)
 
 
-def classification_loss(
-    logits: Tensor, labels: Tensor, problem_type: str | None = None, num_items_in_batch: Tensor | int | None = None
+def relative_squared_error(states: Tensor, targets: Tensor, kept: Tensor) -> Tensor:
+    """Sum over the kept rows of |s - h|^2 / |h|^2, for states and targets (N, d) and ``kept`` (N,)."""
+    wide, aim = at_least_float32(states), at_least_float32(targets)
+    each = (wide - aim).square().sum(-1) / aim.square().sum(-1).clamp(min=torch.finfo(aim.dtype).tiny)
+    return (each * kept).sum()
+
+
+def joined(
+    base: Tensor, shadow: Tensor | None, distillation: Tensor | None, matching: Tensor | None, weights: LossWeights
 ) -> Tensor:
-    """Loss of (B, C) class logits: squared error, cross-entropy or binary cross-entropy, as transformers chooses.
-
-    Args:
-        logits: (B, C).
-        labels: (B,) integers for one class of C; numbers for regression; (B, C) zeros and ones for several classes.
-        problem_type: "regression", "single_label_classification", "multi_label_classification", or None to tell by
-            C and the dtype of the labels.
-        num_items_in_batch: labels (B, or B * C) of the whole optimizer step; by default those of this call.
-
-    Returns:
-        A scalar: the mean over the labels.
-    """
-    if problem_type is None:
-        whole = labels.dtype in (torch.long, torch.int)
-        problem_type = "single_label_classification" if whole else "multi_label_classification"
-        problem_type = "regression" if logits.shape[-1] == 1 else problem_type
-    count = labels.numel() if num_items_in_batch is None else num_items_in_batch
-    wide = at_least_float32(logits)
-    if problem_type == "single_label_classification":
-        total = F.cross_entropy(wide, labels.view(-1), reduction="sum")
-    elif problem_type == "regression":
-        total = F.mse_loss(wide, labels.to(wide.dtype).view_as(wide), reduction="sum")
-    else:
-        total = F.binary_cross_entropy_with_logits(wide, labels.to(wide.dtype), reduction="sum")
-    return _share(total, count)
+    """Add up the terms that are there, each with its weight."""
+    total = base
+    terms = ((weights.shadow, shadow), (weights.distillation, distillation), (weights.matching, matching))
+    for weight, term in terms:
+        if term is not None and weight:
+            total = total + weight * term
+    return total
 
 
-def _share(total: Tensor, count: Tensor | int) -> Tensor:
+def share(total: Tensor, count: Tensor | int) -> Tensor:
     """``total`` over ``count``; 0 of 0 is 0."""
     return total / torch.as_tensor(count, device=total.device).clamp(min=1)

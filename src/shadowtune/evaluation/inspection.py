@@ -57,6 +57,8 @@ def _describe_shadow(path: Path) -> dict[str, Any]:
         "shadow_width": config.backbone_config.hidden_size,
     }
     facts |= {name: value for name, value in config.shadow.items() if value is not None}
+    if config.start is not None:
+        facts["start"] = str(config.start)
     parts: dict[str, int] = {}
     for name, tensor in tensors.items():
         part = ".".join(name.split(".")[:2])

@@ -5,6 +5,8 @@ frozen too and therefore a buffer: every parameter of a shadow is trained.
 """
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,9 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from shadowtune.attach.architectures import ARCHITECTURES, architecture_of
+from shadowtune.attach.architectures import ARCHITECTURES, Finish, architecture_of
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.errors import ConfigError
+
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+"""Sizes of a mirror that ``ShadowConfig`` sets."""
+PER_BLOCK = ("layer_types", "no_rope_layers")
+"""Config values that are lists with an entry for each block."""
 
 
 class FrozenEmbedding(nn.Module):
@@ -46,16 +53,19 @@ def mirror_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedCon
     """
     text = base.get_text_config(decoder=True)
     mirror = copy.deepcopy(text)
+    layers = None if config.init_layers is None else blocks_to_copy(config.init_layers, text)
     mirror.num_hidden_layers = config.num_shadow_layers
     vars(mirror).pop("quantization_config", None)
     mirror.name_or_path = ""
     architecture = ARCHITECTURES[text.model_type]
-    overrides: dict[str, Any] = dict(architecture.mirror)
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+    overrides: dict[str, Any] = dict(architecture.mirror) if layers is None else {}
+    for name in SIZES:
         value = getattr(config, name)
         if value is not None:
             overrides[_config_name(mirror, architecture.names.get(name, name))] = value
-    if isinstance(mirror.to_dict().get("layer_types"), list):
+    if layers is not None:
+        overrides |= _settings_of_blocks(text, layers)
+    elif isinstance(mirror.to_dict().get("layer_types"), list):
         overrides["layer_types"] = ["full_attention"] * config.num_shadow_layers
     for name, value in overrides.items():
         setattr(mirror, name, value)
@@ -68,6 +78,40 @@ def mirror_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedCon
         raise ConfigError(f"hidden_size {mirror.hidden_size} must be a multiple of num_attention_heads {heads}")
     mirror._attn_implementation = text._attn_implementation
     return mirror
+
+
+def blocks_to_copy(layers: Sequence[int], text: PreTrainedConfig) -> tuple[int, ...]:
+    """Return ``init_layers`` counted from 0; raises ConfigError for a block that the base does not have."""
+    depth = text.num_hidden_layers
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise ConfigError(
+                f"init_layers names block {layer}, but the base has {depth}: 0 to {depth - 1}, or -{depth} to -1"
+            )
+    return tuple(layer % depth for layer in layers)
+
+
+def _settings_of_blocks(text: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
+    """What the config says block by block, for the chosen ones: windows and rotary angles stay those of the copy."""
+    settings = {name: [vars(text)[name][i] for i in layers] for name in PER_BLOCK if vars(text).get(name) is not None}
+    for layer, kind in zip(layers, settings.get("layer_types", ()), strict=False):
+        if "attention" not in kind or "linear" in kind:
+            usable = [i for i, other in enumerate(vars(text)["layer_types"]) if other == "full_attention"]
+            raise ConfigError(
+                f"init_layers names block {layer}, a {kind} block of {text.model_type}, which a shadow cannot hold "
+                f"because its cache knows no tokens; its full_attention blocks are {', '.join(map(str, usable))}"
+            )
+    return settings
+
+
+def sizes_of(config: PreTrainedConfig) -> dict[str, int | None]:
+    """Sizes of a backbone by their names in ``ShadowConfig``; None where the architecture knows no such size."""
+    values, names = config.to_dict(), ARCHITECTURES[config.model_type].names
+    sizes = {"num_shadow_layers": config.num_hidden_layers}
+    for name in SIZES:
+        name_of_its_own = names.get(name, name)
+        sizes[name] = values.get(config.attribute_map.get(name_of_its_own, name_of_its_own))
+    return sizes
 
 
 def _config_name(config: PreTrainedConfig, name: str) -> str:
@@ -99,10 +143,24 @@ def copy_position_embeddings(backbone: PreTrainedModel, base: PreTrainedModel) -
     target.load_state_dict(source.state_dict())
 
 
-def load_pretrained_backbone(
-    path_or_id: str, vocab_size: int, **kwargs: Any
-) -> tuple[PreTrainedModel, FrozenEmbedding]:
-    """Load a pretrained causal language model as a backbone; return its network and its frozen embedding.
+@dataclass(frozen=True)
+class PretrainedBackbone:
+    """The parts of a pretrained causal language model that a shadow takes over, and its head."""
+
+    network: PreTrainedModel
+    """The model without embedding and head."""
+    embedding: FrozenEmbedding
+    """Its own, of V rows."""
+    head: Tensor | None = None
+    """(V, d_s), what its logits come from; may be left out beside a projection."""
+    finish: Finish | None = None
+    """What it does to each logit after the product with its head."""
+    projection: Tensor | None = None
+    """(d, d_s), where the source comes with a projection of its own; None has it fitted."""
+
+
+def load_pretrained_backbone(path_or_id: str, vocab_size: int, **kwargs: Any) -> PretrainedBackbone:
+    """Load a pretrained causal language model as a backbone.
 
     Raises:
         ConfigError: if it cannot be loaded, or its vocabulary has another size than the base's.
@@ -118,7 +176,9 @@ def load_pretrained_backbone(
             f"the backbone {path_or_id} has a vocabulary of {own_size} tokens, the base one of {vocab_size}; "
             "a shadow reads the same tokens as its base"
         )
-    network = architecture_of(model.config).decoder_of(model)
+    architecture = architecture_of(model.config)
+    network = architecture.decoder_of(model)
     frozen = FrozenEmbedding(network.config, embedding.weight)
     network.set_input_embeddings(cast(nn.Module, None))
-    return network, frozen
+    finish = architecture.finish(model.config.get_text_config(decoder=True))
+    return PretrainedBackbone(network, frozen, model.get_output_embeddings().weight.detach(), finish)

@@ -12,22 +12,29 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from shadowtune.core.head import Head
-from shadowtune.core.losses import joint_causal_loss
+from shadowtune.core.losses import JointLoss, LossWeights, joint_causal_loss
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
 from shadowtune.model.fused_head import carry_shadow_loss
-from shadowtune.model.pair import ShadowPair
+from shadowtune.model.pair import ShadowPair, loss_terms
 
 
 @dataclass
 class ShadowCausalLMOutput(CausalLMOutputWithPast):
-    """What a forward call returns: the usual fields, and the two terms of the joint loss."""
+    """What a forward call returns: the usual fields, and the terms of the joint loss, scalars without their weights.
+
+    They come with labels, in mode "attached", where their weight is not 0.
+    """
 
     base_loss: Tensor | None = None
-    """CE of the attached model, a scalar; with labels, in mode "attached"."""
+    """CE of the attached model."""
     shadow_loss: Tensor | None = None
-    """CE of the detached shadow, a scalar, not yet weighted by lambda; with labels, unless lambda is 0."""
+    """CE of the detached shadow; in mode "detached" too."""
+    distillation_loss: Tensor | None = None
+    """Divergence of the attached model from the detached shadow."""
+    matching_loss: Tensor | None = None
+    """Relative squared distance of s0 from the last hidden state."""
 
 
 class ShadowForCausalLM(ShadowPair, GenerationMixin):
@@ -60,6 +67,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        shadow_loss_weight: float | None = None,
         **kwargs: Any,
     ) -> ShadowCausalLMOutput | CausalLMOutputWithPast:
         """Compute logits, and with labels the joint loss (Eq. 8-9).
@@ -68,7 +76,8 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             input_ids: (B, T) token ids, or give ``inputs_embeds`` (B, T, d).
             labels: (B, T), -100 where there is nothing to learn; shifted inside.
             logits_to_keep: how many last positions get logits, all if 0; or the positions themselves.
-            num_items_in_batch: labelled tokens in the whole optimizer step; both loss terms are divided by it.
+            num_items_in_batch: labelled tokens in the whole optimizer step; all loss terms are divided by it.
+            shadow_loss_weight: lambda of this call; None takes the config's.
 
         Returns:
             Logits (B, T, V); None in training with labels, where only labelled positions reach the head.
@@ -97,27 +106,41 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         )
         hidden_states = output.last_hidden_state
         assert hidden_states is not None
-        loss = base_loss = shadow_loss = None
+        joint = None
         if labels is not None:
-            weight = 0.0 if self.mode == "detached" else self.shadow.config.shadow_loss_weight
-            loss, base_loss, shadow_loss, _ = joint_causal_loss(
-                self.head, hidden_states, state.initial, labels, weight, num_items_in_batch
-            )
-            if self.mode == "detached":
-                base_loss, shadow_loss = None, loss
+            weights = self.loss_weights(shadow_loss_weight)
+            if self.mode == "detached" and self.training and weights.teach:
+                with torch.no_grad():
+                    inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+                    decoder = self.architecture.decoder_of(self.base)
+                    taught = decoder(**inputs, attention_mask=attention_mask, use_cache=False, **kwargs)
+                    hidden_states = taught.last_hidden_state
+            joint = self._joint_loss(hidden_states, state.initial, labels, weights, num_items_in_batch)
         logits = None
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits_of(hidden_states[:, kept])
         return ShadowCausalLMOutput(
-            loss=loss,
+            loss=None if joint is None else joint.total,
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            base_loss=base_loss,
-            shadow_loss=shadow_loss,
+            **loss_terms(joint),
         )
+
+    def _joint_loss(
+        self, h: Tensor, s: Tensor, labels: Tensor, weights: LossWeights, num_items_in_batch: Tensor | int | None
+    ) -> JointLoss:
+        """Eq. 8-9; of a detached shadow the terms that are its own: h is s itself, or what it is to learn from."""
+        if self.mode == "attached":
+            return joint_causal_loss(self.head, h, s, labels, weights, num_items_in_batch)
+        if h is s:
+            joint = joint_causal_loss(self.head, s, s, labels, LossWeights(0.0), num_items_in_batch)
+            return JointLoss(joint.total, None, joint.total)
+        joint = joint_causal_loss(self.head, h, s, labels, weights, num_items_in_batch)
+        assert joint.base is not None
+        return joint._replace(total=joint.total - joint.base, base=None)
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
         """Apply the base's head and whatever the architecture does after it: (..., d) -> (..., V)."""

@@ -11,21 +11,29 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
-from shadowtune.core.losses import classification_loss
+from shadowtune.core.class_losses import classification_loss, joint_classification_loss
+from shadowtune.core.losses import JointLoss
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_classifier
-from shadowtune.model.pair import ShadowPair
+from shadowtune.model.pair import ShadowPair, loss_terms
 
 
 @dataclass
 class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
-    """The usual fields, and the two terms of the joint loss."""
+    """The usual fields, and the terms of the joint loss, scalars without their weights; with labels.
+
+    All but the shadow's come in mode "attached", where their weight is not 0.
+    """
 
     base_loss: Tensor | None = None
-    """Loss of the attached classifier, a scalar; with labels, in mode "attached"."""
+    """Loss of the attached classifier."""
     shadow_loss: Tensor | None = None
-    """Loss of the detached shadow, a scalar, not yet weighted by lambda; with labels only."""
+    """Loss of the detached shadow."""
+    distillation_loss: Tensor | None = None
+    """Divergence of the attached classifier from the detached shadow."""
+    matching_loss: Tensor | None = None
+    """Relative squared distance of s0 from the last hidden state."""
 
 
 def last_token(attention_mask: Tensor | None, input_ids: Tensor | None, pad_token_id: int | None, length: int) -> Any:
@@ -78,6 +86,7 @@ class ShadowForSequenceClassification(ShadowPair):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        shadow_loss_weight: float | None = None,
         **kwargs: Any,
     ) -> ShadowClassifierOutput | SequenceClassifierOutputWithPast:
         """Compute class logits (B, C), and with labels the joint loss.
@@ -85,7 +94,8 @@ class ShadowForSequenceClassification(ShadowPair):
         Args:
             input_ids: (B, T), padded on either side.
             labels: (B,) classes; (B,) or (B, C) numbers for regression; (B, C) zeros and ones for several classes.
-            num_items_in_batch: labels in the whole optimizer step; both loss terms are divided by it.
+            num_items_in_batch: labels in the whole optimizer step; all loss terms are divided by it.
+            shadow_loss_weight: lambda of this call; None takes the config's.
         """
         if self.mode == "base":
             return self.base(
@@ -107,26 +117,31 @@ class ShadowForSequenceClassification(ShadowPair):
         last = last_token(attention_mask, input_ids, self.base.config.pad_token_id, hidden_states.shape[1])
         # As transformers does, the head sees every position: of one row alone it rounds its products differently.
         dtype = self.score.weight.dtype
-        shadow_logits = self.shadow_score(state.initial.to(dtype))[rows, last]
-        logits = shadow_logits
+        logits = shadow_logits = self.shadow_score(state.initial.to(dtype))[rows, last]
         if self.mode == "attached":
             logits = self.score(hidden_states.to(dtype))[rows, last]
-        loss = base_loss = shadow_loss = None
-        if labels is not None:
-            loss = shadow_loss = classification_loss(
-                shadow_logits, labels, self.config.problem_type, num_items_in_batch
+        joint = None
+        if labels is not None and self.mode == "detached":
+            loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
+            joint = JointLoss(loss, None, loss)
+        elif labels is not None:
+            joint = joint_classification_loss(
+                logits,
+                shadow_logits,
+                hidden_states[rows, last],
+                state.initial[rows, last],
+                labels,
+                self.loss_weights(shadow_loss_weight),
+                self.config.problem_type,
+                num_items_in_batch,
             )
-            if self.mode == "attached":
-                base_loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
-                loss = base_loss + self.shadow.config.shadow_loss_weight * shadow_loss
         return ShadowClassifierOutput(
-            loss=loss,
+            loss=None if joint is None else joint.total,
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            base_loss=base_loss,
-            shadow_loss=shadow_loss,
+            **loss_terms(joint),
         )
 
     def detached(self) -> PreTrainedModel:

@@ -1,13 +1,48 @@
 """``config.json`` of a shadow directory: the method's settings, the base it belongs to, and its backbone."""
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from shadowtune.config.checking import from_mapping
 from shadowtune.config.shadow import SCHEMA_VERSION, ShadowConfig
 from shadowtune.errors import CheckpointError
+
+ProjectionStart = Literal["none", "random", "selection", "least_squares", "copied"]
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """How a shadow's backbone and projections started; for people to read, loading does not need it."""
+
+    kind: Literal["random", "base_layers", "pretrained", "detached"]
+    """Where they came from."""
+    source: str | None = None
+    """The model or directory, of "pretrained" and "detached"."""
+    layers: tuple[int, ...] | None = None
+    """Blocks of the base that were copied, counted from 0, of "base_layers"."""
+    projection: ProjectionStart = "none"
+    """What Proj of Eq. 1 started as; "selection" puts kept channels back in their places."""
+    projection_error: float | None = None
+    """||W_head W_proj - W_small||_F / ||W_small||_F: how far the base's head behind the projection is from the
+    pretrained model's own head. 0 is exact, 1 no better than a projection of zeros."""
+
+    def __str__(self) -> str:
+        """Say it in words that follow "the shadow starts"."""
+        words = {
+            "random": "at random",
+            "base_layers": f"as copies of base blocks {', '.join(map(str, self.layers or ()))}",
+            "pretrained": f"from the pretrained model {self.source}",
+            "detached": f"from the earlier shadow {self.source}",
+        }[self.kind]
+        if self.projection != "none":
+            words += f", projection: {self.projection.replace('_', ' ')}"
+        if self.projection_error is not None:
+            words += f", relative error of the head {self.projection_error:.2g}"
+        return words
 
 
 class ShadowModelConfig(PreTrainedConfig):
@@ -29,6 +64,7 @@ class ShadowModelConfig(PreTrainedConfig):
         base_name_or_path: str = "",
         base_revision: str | None = None,
         base_fingerprint: str | None = None,
+        initialization: dict[str, Any] | None = None,
         schema_version: int = SCHEMA_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -44,6 +80,7 @@ class ShadowModelConfig(PreTrainedConfig):
         self.base_name_or_path = base_name_or_path
         self.base_revision = base_revision
         self.base_fingerprint = base_fingerprint
+        self.initialization = initialization
         if self.base_config is not None:
             text = self.base_config.get_text_config(decoder=True)
             for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"):
@@ -58,6 +95,13 @@ class ShadowModelConfig(PreTrainedConfig):
     def shadow_config(self) -> ShadowConfig:
         """The method's settings, checked."""
         return ShadowConfig.from_dict(self.shadow)
+
+    @property
+    def start(self) -> Initialization | None:
+        """How the shadow started; None if it was saved before that was recorded."""
+        if self.initialization is None:
+            return None
+        return from_mapping(Initialization, self.initialization, where="initialization")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return a copy of the base's text config, deepened by the shadow backbone's layers, which come first."""

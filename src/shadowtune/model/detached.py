@@ -6,14 +6,17 @@ into the embedding. What remains is exactly an ordinary model of the backbone's 
 
 import copy
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
 from shadowtune.errors import ShadowtuneError
+from shadowtune.model.checkpoint import WEIGHTS, write_tensors
 from shadowtune.model.shadow import Shadow
 
 
@@ -33,8 +36,10 @@ def detached_causal_lm(base: PreTrainedModel, shadow: Shadow) -> PreTrainedModel
             "two architectures treat logits differently"
         )
     settings = {name: vars(base_config)[name] for name in architecture.logit_settings}
-    plain = _plain(AutoModelForCausalLM, base, shadow, tie_word_embeddings=False, **settings)
-    _fold_head(plain.get_output_embeddings(), base.get_output_embeddings(), shadow)
+    rows, head = _embedding_rows(base, shadow), _folded_head(base.get_output_embeddings(), shadow)
+    tied = torch.equal(rows, head)  # one matrix in memory and in files, as a tied base and a mirror of its width have
+    plain = _plain(AutoModelForCausalLM, base, shadow, tie_word_embeddings=tied, **settings)
+    plain.get_output_embeddings().weight.copy_(head)
     plain.generation_config = copy.deepcopy(base.generation_config)
     return plain
 
@@ -45,8 +50,19 @@ def detached_classifier(base: PreTrainedModel, shadow: Shadow, score: nn.Linear)
     names = ("pad_token_id", "problem_type", "id2label", "label2id")
     settings = {name: copy.deepcopy(vars(base.config)[name]) for name in names}
     plain = _plain(AutoModelForSequenceClassification, base, shadow, **settings)
-    _fold_head(plain.get_submodule("score"), score, shadow)
+    cast(nn.Linear, plain.get_submodule("score")).weight.copy_(_folded_head(score, shadow))
     return plain
+
+
+def write_plain(model: PreTrainedModel, directory: Path) -> None:
+    """Write config, generation config and weights of a plain model into ``directory``; the weights with a checksum.
+
+    The tensors have the names that transformers gives them in files, and tied ones are written once.
+    """
+    model.save_pretrained(directory, max_shard_size="1TB")
+    tensors = load_file(directory / WEIGHTS)
+    (directory / WEIGHTS).unlink()  # the tensors are still mapped, and a new file takes the name
+    write_tensors(directory, tensors)
 
 
 def _plain(auto: Any, base: PreTrainedModel, shadow: Shadow, **changes: Any) -> PreTrainedModel:
@@ -63,12 +79,10 @@ def _plain(auto: Any, base: PreTrainedModel, shadow: Shadow, **changes: Any) -> 
     return plain
 
 
-def _fold_head(target: Any, head: Any, shadow: Shadow) -> None:
-    """Write W_head W_proj into ``target``."""
-    weight = head.weight.to(target.weight.dtype)
-    if isinstance(shadow.projection, nn.Linear):
-        weight = weight @ shadow.projection.weight
-    target.weight.copy_(weight)
+def _folded_head(head: Any, shadow: Shadow) -> Tensor:
+    """W_head W_proj, in the shadow's precision."""
+    weight = head.weight.to(shadow.boundaries.injection_downs.dtype)
+    return weight @ shadow.projection.weight if isinstance(shadow.projection, nn.Linear) else weight
 
 
 def _embedding_rows(base: PreTrainedModel, shadow: Shadow) -> Tensor:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from shadowtune.errors import CheckpointError
+from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import find_file, read_tensors, trained_tensors, write_tensors, writing_into
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint
+from shadowtune.model.formats.adapter import PeerAdapter
+from shadowtune.model.formats.opening import open_peer
 from shadowtune.models import NAMED, resolve
 
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -77,6 +79,10 @@ def load_base(auto: Any, config: ShadowModelConfig, base: PreTrainedModel | str 
     assert config.base_config is not None
     if auto.__name__ == "AutoModelForSequenceClassification":
         kwargs.setdefault("num_labels", config.base_config.num_labels)
+    return _load_auto(auto, name, **kwargs)
+
+
+def _load_auto(auto: Any, name: str, **kwargs: Any) -> Any:
     try:
         return auto.from_pretrained(resolve(name), **kwargs)
     except (OSError, RuntimeError) as error:  # RuntimeError: weights that do not fit, or cannot be quantized
@@ -137,10 +143,15 @@ def load_pair(cls: Any, path_or_id: str, base: PreTrainedModel | str | None, che
         kwargs.setdefault("attn_implementation", asked._attn_implementation)
     for name in (*HUB_KEYWORDS, *AUTO_KEYWORDS):
         kwargs.pop(name, None)
-    config = read_config(path_or_id, **hub)
-    tensors = read_tensors(path_or_id, **hub)
     shared = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
-    loaded = load_base(cls.auto_base, config, base, **shared, **kwargs)
+    backbone = kwargs.pop("backbone", None)
+    peer = open_peer(path_or_id, **hub)
+    if peer is not None:
+        config, tensors, loaded = _place_peer(cls.auto_base, peer, base, backbone, **shared, **kwargs)
+    else:
+        config = read_config(path_or_id, **hub)
+        tensors = read_tensors(path_or_id, **hub)
+        loaded = load_base(cls.auto_base, config, base, **shared, **kwargs)
     check_base(config, loaded, check_weights)
     assert config.backbone_config is not None
     config.backbone_config._attn_implementation = loaded.config._attn_implementation
@@ -149,6 +160,9 @@ def load_pair(cls: Any, path_or_id: str, base: PreTrainedModel | str | None, che
         for name, tensor in module.state_dict(keep_vars=True).items():  # each keeps the dtype it was saved with
             tensor.data = tensor.data.to(tensors.get(f"{prefix}.{name}", tensor).dtype)
         module.to(loaded.device)
+    if peer is not None:  # heads that another library did not train are the base's
+        heads = {name: module for name, module in model.trained_modules().items() if name != "shadow"}
+        tensors = trained_tensors(heads) | tensors
     load_tensors(model.trained_modules(), tensors, path_or_id)
     if model.can_generate() and find_file(path_or_id, GENERATION_CONFIG_NAME, **hub) is not None:
         try:
@@ -157,3 +171,28 @@ def load_pair(cls: Any, path_or_id: str, base: PreTrainedModel | str | None, che
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{GENERATION_CONFIG_NAME} of {path_or_id} is damaged: {reason}") from None
     return model.eval()
+
+
+def _place_peer(
+    auto: Any, peer: PeerAdapter, base: PreTrainedModel | str | None, backbone: Any, **kwargs: Any
+) -> tuple[ShadowModelConfig, dict[str, Tensor], Any]:
+    """Load the base of another library's adapter, and turn the adapter into a config and tensors of ours."""
+    classifies = auto.__name__ == "AutoModelForSequenceClassification"
+    if peer.classifies and not classifies:
+        raise ConfigError(f"{peer.source} is a classifier; load it with ShadowForSequenceClassification")
+    name = base or peer.base
+    if not name:
+        raise CheckpointError(f"{peer.source} does not name its base; pass base=..., a model, directory or Hub id")
+    if isinstance(name, str):
+        if base is None and peer.revision is not None:
+            kwargs.setdefault("revision", peer.revision)
+        if classifies and peer.num_labels is not None:
+            kwargs.setdefault("num_labels", peer.num_labels)
+        loaded = _load_auto(auto, name, **kwargs)
+    else:
+        loaded = name
+    config, tensors = peer.build(loaded.config, backbone)
+    config.base_name_or_path = lasting_name(loaded.config.name_or_path or "")
+    config.base_revision = vars(loaded.config).get("_commit_hash")
+    config.base_fingerprint = base_fingerprint(loaded)
+    return config, tensors, loaded

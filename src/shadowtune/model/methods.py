@@ -36,8 +36,9 @@ Task = Literal["causal_lm", "classification"]
 
 AUTO: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 PAIRS: dict[str, Any] = {"causal_lm": ShadowForCausalLM, "classification": ShadowForSequenceClassification}
-UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
-"""What transformers and PEFT raise for files that are missing, damaged, or of another shape than their config says."""
+UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
+"""What transformers and PEFT raise for files that are missing, damaged, or of another shape than their config says, or
+where a package is missing that reads or runs them."""
 PEFT_TASKS = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
 

@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shadowtune.core.losses import IGNORE_INDEX, classification_loss, token_cross_entropy
+from shadowtune.core.class_losses import classification_loss
+from shadowtune.core.head import IGNORE_INDEX
+from shadowtune.core.losses import token_cross_entropy
 
+TERMS = ("loss", "base_loss", "shadow_loss", "distillation_loss", "matching_loss")
+"""What the joint losses give, as far as it is there."""
 Objective = Callable[[nn.Module, dict[str, Any], Tensor | int | None], dict[str, Tensor]]
 """Signature of the functions below."""
 
@@ -72,5 +76,5 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _joint(outputs: Any) -> dict[str, Tensor]:
-    terms = {name: outputs.get(name) for name in ("loss", "base_loss", "shadow_loss")}
+    terms = {name: outputs.get(name) for name in TERMS}
     return {name: term for name, term in terms.items() if term is not None}  # lambda 0 has no shadow_loss

@@ -3,6 +3,7 @@
 import copy
 import os
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -17,15 +18,15 @@ from shadowtune.attach.architectures import Architecture, architecture_of
 from shadowtune.attach.cache import check_same_past, split_cache
 from shadowtune.attach.hooks import check_fit, install_hooks
 from shadowtune.config.shadow import ShadowConfig
+from shadowtune.core.losses import JointLoss, LossWeights
 from shadowtune.core.state import ShadowState
 from shadowtune.errors import ConfigError
-from shadowtune.model.backbone import copy_position_embeddings, load_pretrained_backbone, mirror_config
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint
 from shadowtune.model.fused_head import Trunk
+from shadowtune.model.initialization import start_shadow
 from shadowtune.model.loading import lasting_name, load_pair, save_pair
 from shadowtune.model.shadow import Shadow
-from shadowtune.models import resolve
 
 Mode = Literal["attached", "detached", "base"]
 
@@ -71,28 +72,21 @@ class ShadowPair(PreTrainedModel):
 
         Raises:
             UnsupportedArchitectureError: if the base's architecture has no row in the table.
-            ConfigError: if the shadow's sizes do not fit, or its pretrained backbone does not load.
+            ConfigError: if the shadow's sizes do not fit, or what it starts from does not fit or load.
         """
         config = config or ShadowConfig()
         architecture_of(base.config)
-        text = base.config.get_text_config(decoder=True)
-        if config.backbone == "mirror":
-            backbone_config = mirror_config(base.config, config)
-            shadow = Shadow(config, base.config, backbone_config)
-            copy_position_embeddings(shadow.backbone, base)
-        else:
-            backbone, embedding = load_pretrained_backbone(resolve(config.backbone), text.vocab_size)
-            backbone_config = backbone.config
-            shadow = Shadow(config, base.config, backbone_config, backbone, embedding)
+        shadow, initialization = start_shadow(base, config, dtype)
         model_config = ShadowModelConfig(
             shadow=config.to_dict(),
             base_config=base.config,
-            backbone_config=backbone_config,
+            backbone_config=shadow.backbone.config,
             base_name_or_path=lasting_name(base.config.name_or_path or ""),
             base_revision=vars(base.config).get("_commit_hash"),
             base_fingerprint=base_fingerprint(base),
+            initialization=asdict(initialization),
         )
-        return cls(model_config, base, shadow.cast(dtype).to(base.device))
+        return cls(model_config, base, shadow.to(base.device))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -208,6 +202,16 @@ class ShadowPair(PreTrainedModel):
         output.past_key_values = cache
         return output, state
 
+    def loss_weights(self, shadow_loss_weight: float | None = None) -> LossWeights:
+        """Return the weights of the shadow's terms, lambda replaced if it is given."""
+        config = self.shadow.config
+        return LossWeights(
+            config.shadow_loss_weight if shadow_loss_weight is None else shadow_loss_weight,
+            config.distillation_weight,
+            config.distillation_temperature,
+            config.matching_weight,
+        )
+
     def get_input_embeddings(self) -> nn.Module:
         """Return the base's token embedding."""
         return self.base.get_input_embeddings()
@@ -260,3 +264,8 @@ class ShadowPair(PreTrainedModel):
     def trunk(self) -> nn.Module:
         """The model without its head; what trainers with a head of their own call ``base_model``."""
         return Trunk(self)
+
+
+def loss_terms(joint: JointLoss | None) -> dict[str, Tensor | None]:
+    """Name the terms of a joint loss as the outputs of the models name them."""
+    return {} if joint is None else {f"{name}_loss": term for name, term in joint._asdict().items() if name != "total"}

@@ -114,6 +114,8 @@ class ShadowTrainer(Trainer):
         """Return the loss of one batch; in training, check that it is a number and add up what is logged."""
         inputs = dict(inputs)
         rows = inputs.pop("rows", None)
+        if model.training:
+            inputs |= self._annealed()
         terms = self._objective(model, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Losses are shares of a sum over all processes, but data parallelism averages the gradients.
@@ -153,6 +155,17 @@ class ShadowTrainer(Trainer):
         if not isinstance(order, RandomSampler | LengthGroupedSampler):
             return order
         return EpochSampler(order, self.args.seed, lambda: int(self.state.epoch or 0))
+
+    def _annealed(self) -> dict[str, float]:
+        """Lambda at this step, where it is to move: from its start at the first step to its end at the last."""
+        if not isinstance(self.model, ShadowPair):
+            return {}
+        config = self.model.shadow.config
+        if config.shadow_loss_weight_end is None:
+            return {}
+        share = self.state.global_step / max(1, self.state.max_steps - 1)
+        start, end = config.shadow_loss_weight, config.shadow_loss_weight_end
+        return {"shadow_loss_weight": start + (end - start) * min(1.0, share)}
 
     def _nonfinite(self, loss: Tensor, rows: Tensor | None) -> str:
         where = f"step {self.state.global_step + 1}"

@@ -1,0 +1,98 @@
+"""From the directory of one library to that of another."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from shadowtune.errors import CheckpointError, ConfigError
+from shadowtune.model.causal_lm import ShadowForCausalLM
+from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.classifier import ShadowForSequenceClassification
+from shadowtune.model.formats.opening import open_peer
+from shadowtune.model.formats.peft_shadow import write_peft
+from shadowtune.model.formats.projected import is_projected, plain_of, read_projected, write_plain
+from shadowtune.model.formats.shadow_peft import write_shadow_peft
+from shadowtune.model.loading import read_config
+
+Format = Literal["shadowtune", "shadow-peft", "peft", "plain"]
+WRITERS = {"shadow-peft": write_shadow_peft, "peft": write_peft}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written."""
+
+    files: tuple[str, ...]
+    """Names of the files, sorted."""
+    notes: tuple[str, ...]
+    """What the target does not keep though its outputs are the same, and what loading it needs."""
+
+
+def convert(
+    source: str,
+    target: Path,
+    format: Format,
+    base: PreTrainedModel | str | None = None,
+    backbone: str | PreTrainedConfig | None = None,
+    task: Literal["causal_lm", "classification"] | None = None,
+) -> Conversion:
+    """Read a directory of ours, of shadow-peft or of PEFT, or a projected model, and write it in a format.
+
+    Args:
+        source: directory or Hub id.
+        target: a new or empty directory.
+        format: "shadowtune", "shadow-peft", "peft", or "plain", the detached shadow as an ordinary model.
+        base: the base, where the source does not name it.
+        backbone: config of an explicit backbone, where the source does not store it.
+        task: by default what the source says.
+
+    Raises:
+        ConfigError: if the format cannot hold the source; the message names each field and its value.
+        CheckpointError: if the source is damaged or ``target`` is in use.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not an empty directory; name a new one")
+    if Path(source).is_dir() and not (Path(source) / CONFIG_NAME).exists() and is_run(Path(source)):
+        source = str(Path(source) / "model")
+    if (Path(source) / CONFIG_NAME).is_file() and is_projected(source):
+        if format != "plain":
+            raise ConfigError(
+                f"{source} is a detached model with a projection and has no boundaries to write as {format}; "
+                "use --format plain"
+            )
+        return _write(target, lambda staging: write_plain(plain_of(read_projected(source), source), staging))
+    model = _load(source, base, backbone, task)
+    if format == "plain":
+        return _write(target, lambda staging: write_plain(model.detached(), staging))
+    if format == "shadowtune":
+        return _write(target, model.save_pretrained)
+    return _write(target, lambda staging: WRITERS[format](model, staging))
+
+
+def is_run(directory: Path) -> bool:
+    """Tell whether a directory is one of ``shadowtune train``, which keeps the shadow in ``model``."""
+    return (directory / "config.yaml").is_file() and (directory / "model" / CONFIG_NAME).is_file()
+
+
+def _load(source: str, base: Any, backbone: Any, task: str | None) -> Any:
+    peer = open_peer(source)
+    if task is None:
+        classifies = (
+            peer.classifies
+            if peer is not None
+            else "ShadowForSequenceClassification" in (read_config(source).architectures or ())
+        )
+        task = "classification" if classifies else "causal_lm"
+    kind = ShadowForSequenceClassification if task == "classification" else ShadowForCausalLM
+    extra = {} if backbone is None else {"backbone": backbone}
+    return kind.from_pretrained(source, base=base, **extra)
+
+
+def _write(target: Path, write: Any) -> Conversion:
+    with writing_into(target) as staging:
+        notes = write(staging)
+        files = tuple(sorted(path.name for path in staging.iterdir()))
+    return Conversion(files, tuple(notes or ()))

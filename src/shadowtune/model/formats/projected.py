@@ -1,0 +1,131 @@
+r"""Projected causal language models: head(Proj(z)), a small network behind the head of a larger base.
+
+shadow-peft exports a detached shadow so (``model_type: causal_lm_with_hidden_projection``), and both peers start a
+shadow from one.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+
+from shadowtune.attach.architectures import architecture_of
+from shadowtune.errors import CheckpointError
+from shadowtune.model.backbone import FrozenEmbedding
+from shadowtune.model.checkpoint import INDEX, WEIGHTS, find_file
+from shadowtune.model.formats.adapter import PROJECTED, load_backbone_config, place_of, read_file, read_json
+
+NEUTRAL = {"final_logit_softcapping": None, "logits_scaling": 1.0}
+"""Values with which an architecture leaves its logits alone, as a projected model does."""
+
+
+@dataclass(frozen=True)
+class Projected:
+    """The parts of a projected causal language model."""
+
+    backbone_config: PreTrainedConfig
+    """Of width d_s."""
+    backbone_state: dict[str, Tensor]
+    """Tensors of the network without its embedding, by their names in our ``Shadow.backbone``."""
+    embedding: FrozenEmbedding
+    """(V, d_s)."""
+    projection: Tensor
+    """(d, d_s)."""
+    head: Tensor
+    """(V, d)."""
+    generation: GenerationConfig | None
+    """How it generates by default, if it says."""
+
+
+def is_projected(path_or_id: str, **hub: Any) -> bool:
+    """Tell whether a directory or Hub repository holds a projected causal language model."""
+    file = find_file(path_or_id, CONFIG_NAME, **hub)
+    return file is not None and read_json(file).get("model_type") in PROJECTED
+
+
+def read_projected(path_or_id: str, **hub: Any) -> Projected:
+    """Read a projected causal language model.
+
+    Raises:
+        CheckpointError: if a file or tensor is missing or damaged.
+        ConfigError: if the config of its network cannot be read.
+    """
+    config = load_backbone_config(path_or_id)
+    tensors = _read_all(path_or_id, **hub)
+    place = place_of(config, nested=True)
+    prefix = f"shadow_model.{place.nested}"
+    named = {
+        "projection": "shadow_hidden_projection.weight",
+        "head": "lm_head.weight",
+        "embedding": f"shadow_model.{place.embedding_key}",
+    }
+    missing = [key for key in named.values() if key not in tensors]
+    if missing:
+        raise CheckpointError(f"{path_or_id} has no {', '.join(missing)}: it is damaged")
+    state = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and name != named["embedding"]
+    }
+    has_generation = find_file(path_or_id, GENERATION_CONFIG_NAME, **hub) is not None
+    return Projected(
+        config,
+        state,
+        FrozenEmbedding(config, tensors[named["embedding"]]),
+        tensors[named["projection"]],
+        tensors[named["head"]],
+        GenerationConfig.from_pretrained(path_or_id, **hub) if has_generation else None,
+    )
+
+
+def _read_all(path_or_id: str, **hub: Any) -> dict[str, Tensor]:
+    """Read the tensors of a model of transformers, in shards or not."""
+    index, names = find_file(path_or_id, INDEX, **hub), [WEIGHTS]
+    if index is not None:
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        file = find_file(path_or_id, name, **hub)
+        if file is None:
+            raise CheckpointError(f"{path_or_id} has no {name}")
+        tensors |= read_file(file)
+    return tensors
+
+
+@torch.no_grad()
+def plain_of(projected: Projected, source: str) -> PreTrainedModel:
+    """Build the plain model with the same logits: head(Proj(z)) = (W_head W_proj) z.
+
+    Raises:
+        CheckpointError: naming ``source``, if tensors do not fit its config.
+    """
+    config = projected.backbone_config
+    architecture = architecture_of(config)
+    config.tie_word_embeddings = False
+    for name in architecture.logit_settings:
+        setattr(config, name, NEUTRAL[name])
+    plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=projected.head.dtype).eval()
+    decoder: Any = architecture.decoder_of(plain)
+    decoder.get_input_embeddings().weight.copy_(projected.embedding.weight)
+    try:
+        found = decoder.load_state_dict(projected.backbone_state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source} does not fit its config.json: {str(error).splitlines()[-1].strip()}") from None
+    embedding = place_of(config, nested=False).embedding_key
+    faults = [f"missing {name}" for name in found.missing_keys if name != embedding]
+    faults += [f"unexpected {name}" for name in found.unexpected_keys]
+    if faults:
+        raise CheckpointError(f"{source} does not fit its config.json: {'; '.join(faults[:3])}")
+    plain.get_output_embeddings().weight.copy_(projected.head.float() @ projected.projection.float())
+    if projected.generation is not None:
+        plain.generation_config = projected.generation
+    return plain
+
+
+def write_plain(model: PreTrainedModel, staging: Path) -> None:
+    """Write a plain model into an empty directory."""
+    model.save_pretrained(staging)
