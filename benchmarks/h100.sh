@@ -3,14 +3,15 @@
 # weights. Under 8 minutes on one H100 with 80 GB, no network; adds to benchmarks/results.
 #
 #   benchmarks/h100.sh
-#   MODEL=tiny DEVICE=cpu DTYPE=float32 TOKENS=64 LENGTH=64 WIDTH=64 benchmarks/h100.sh      the same path on any CPU
+#   MODEL=tiny DEVICE=cpu DTYPE=float32 TOKENS=64 LENGTH=64 WIDTH=64 VOCABULARY=64 LOSSES=all-logits \
+#       benchmarks/h100.sh      the same path on any CPU
 #
 # Peers train in pairs and at 2,048 tokens: each process holds a base of its own, and LoRA's step needs 20 GB more.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH=src
 : "${PYTHON:=python3}" "${MODEL:=qwen3-8b-random}" "${DEVICE:=cuda}" "${DTYPE:=bfloat16}"
-: "${TOKENS:=8192}" "${LENGTH:=2048}" "${WIDTH:=4096}" "${REPEATS:=3}" "${OUT:=benchmarks/results}"
+: "${TOKENS:=8192}" "${LENGTH:=2048}" "${WIDTH:=4096}" "${VOCABULARY:=151936}" "${LOSSES:=all-logits,liger}" "${REPEATS:=3}" "${OUT:=benchmarks/results}"
 
 failed=0
 bench() {
@@ -19,6 +20,7 @@ bench() {
 }
 
 bench boundary --tokens "$TOKENS" --width "$WIDTH" --adapter-dtype "$DTYPE"
+bench head --peers "$LOSSES" --rows "$LENGTH" --width "$WIDTH" --vocabulary "$VOCABULARY"
 bench train --model "$MODEL" --batch 1 --length "$LENGTH" --labelled 1.0 --peers lora
 bench train --model "$MODEL" --batch 1 --length "$LENGTH" --labelled 1.0 --peers peft-shadow
 bench memory --model "$MODEL" --batch 1 --lengths "$LENGTH" --phases train --peers lora

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from shadowtune.benchmark.bases import base_config, real_base, shapeless_base
+from shadowtune.benchmark.bases import base_config, base_tokenizer, real_base, shapeless_base
 from shadowtune.errors import CheckpointError
 from tests.support.bases import tiny_base
+from tests.support.tokenizers import tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -29,6 +30,20 @@ def test_a_directory_is_loaded_in_the_precision_that_was_asked_for(tmp_path):
 def test_a_base_that_is_not_there_is_named():
     with pytest.raises(CheckpointError, match=r"cannot load the model \./nowhere"):
         base_config("./nowhere")
+
+
+def test_a_random_base_reads_bytes():
+    tokenizer = base_tokenizer("tiny:2")
+    assert len(tokenizer) <= base_config("tiny").vocab_size
+    text = "any text: naïve  日本\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_directory_has_its_own_tokenizer_or_none(tmp_path):
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        base_tokenizer(str(tmp_path))
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert base_tokenizer(str(tmp_path)).get_vocab() == tiny_tokenizer().get_vocab()
 
 
 def test_a_shapeless_base_has_every_parameter_and_no_memory():

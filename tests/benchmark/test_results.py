@@ -1,4 +1,5 @@
 import csv
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ ORIGIN = {
     "threads": 2,
     "devices": ["gpu a", "gpu b"],
 }
+KEPT = Path(__file__).parents[2] / "benchmarks" / "results"
 ROWS = [comparison(TRAIN, case, OURS, LORA, CONTEXT) for case in ("labelled=1", "labelled=0.02")]
 
 
@@ -60,6 +62,15 @@ def test_a_file_with_other_columns_is_left_alone(tmp_path):
     with pytest.raises(ShadowtuneError, match=r"train.csv has other columns.*--out"):
         ResultFiles(tmp_path, TRAIN)
     assert (tmp_path / "train.csv").read_text() == "mine,yours\n1,2\n"
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_results_that_are_kept_can_be_added_to(name):
+    file = KEPT / f"{name}.csv"
+    if not file.exists():
+        pytest.skip("no results yet")
+    with file.open(newline="") as kept:
+        assert next(csv.reader(kept)) == columns(BENCHES[name])
 
 
 def test_a_place_that_cannot_be_written_is_one_line_before_the_work(tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from shadowtune.benchmark.registry import BENCHES
@@ -38,6 +40,21 @@ def test_a_row_holds_ratios_medians_memory_and_budgets():
 def test_a_peer_without_measurable_memory_has_no_memory_ratio():
     base = Measured("base", 0, None, 0.0, [1.0, 1.0, 1.0])
     assert comparison(TRAIN, "labelled=1", OURS, base, CONTEXT)["memory_ratio"] is None
+
+
+def test_facts_of_both_sides_stand_before_the_settings():
+    bench = replace(TRAIN, facts=("disk_mb",))
+    row = comparison(bench, "a", replace(OURS, facts={"disk_mb": 3.0}), replace(LORA, facts={"disk_mb": 5.0}), CONTEXT)
+    keys = list(comparison(TRAIN, "a", OURS, LORA, CONTEXT))
+    place = keys.index("peer_size") + 1
+    assert list(row) == [*keys[:place], "disk_mb", "peer_disk_mb", *keys[place:]]
+    shown = for_people(bench, [row])[0]
+    assert (shown["our disk MB"], shown["their disk MB"]) == (3.0, 5.0)
+
+
+def test_settings_that_are_not_set_are_not_told():
+    row = comparison(TRAIN, "a", OURS, LORA, {**CONTEXT, "model": None})
+    assert title(TRAIN, [row]).startswith("train (device cpu")
 
 
 def test_readers_get_the_ratio_its_spread_and_both_sides():

@@ -26,7 +26,7 @@ def test_each_request_is_answered_with_one_line():
         ["measure", {}],
         ["measure", {}],
     )
-    assert opened == {"result": {"size": "rank 2", "trainable_parameters": 2 * 4864}}
+    assert opened == {"result": {"size": "rank 2", "trainable_parameters": 2 * 4864, "facts": {}}}
     assert prepared["result"]["peak_memory_mb"] >= 0
     assert prepared["result"]["size"] == opened["result"]["size"]
     assert first["result"] > 0

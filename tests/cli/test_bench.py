@@ -114,6 +114,24 @@ def test_boundaries_and_decoding_are_measured_and_kept(tmp_path, capsys, argumen
 
 
 @pytest.mark.usefixtures("local")
+def test_the_detached_shadow_is_measured_with_its_sizes(tmp_path, capsys):
+    small = ("--model", "tiny", "--prompt", "4", "--new", "2", "--repeats", "2", "--warm-up", "0", "--quiet")
+    files = ("--out", str(tmp_path), "--json", str(tmp_path / "result.json"))
+    assert main(["bench", "detached", *small, "--peers", "attached,safetensors-f16", *files]) == 0
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    compared = [(phase, peer) for phase in ("prefill", "decode") for peer in ("attached", "safetensors-f16")]
+    assert [(row["case"], row["peer"]) for row in rows] == compared
+    assert {row["subject"] for row in rows} == {"detached"}
+    for row in rows:
+        assert (
+            row["peer_disk_mb"] > row["disk_mb"] if row["peer"] == "attached" else row["peer_disk_mb"] < row["disk_mb"]
+        )
+    with (tmp_path / "detached.csv").open(newline="") as file:
+        assert [float(row["peer_disk_mb"]) for row in csv.DictReader(file)] == [row["peer_disk_mb"] for row in rows]
+    assert "adapter" not in capsys.readouterr().out.split(":")[0]
+
+
+@pytest.mark.usefixtures("local")
 def test_every_peer_is_measured_at_an_equal_budget_and_kept(tmp_path):
     code, result = bench(tmp_path, "--labelled", "0.25")
     assert code == 0

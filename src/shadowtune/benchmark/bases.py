@@ -8,9 +8,20 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Tokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from shadowtune.errors import CheckpointError, ConfigError, ShadowtuneError
+from shadowtune.export.exporting import read_tokenizer
 from shadowtune.model.methods import load_base
 from shadowtune.models import resolve
 
@@ -80,6 +91,21 @@ def real_base(name: str, dtype: torch.dtype, device: torch.device) -> PreTrained
         base = load_base(whole, dtype=dtype, **cut)
         cast(nn.Module, base).to(device)
     return base.requires_grad_(False)
+
+
+def base_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base; one with random weights gets one of single bytes.
+
+    Raises:
+        CheckpointError: if it has none.
+    """
+    whole, _ = _split(name)
+    if whole not in RANDOM:
+        return read_tokenizer(resolve(whole))
+    space = bytes_to_unicode()[ord(" ")]
+    pieces = [*bytes_to_unicode().values(), 2 * space]  # llama.cpp reads no tokenizer without a merge
+    merges: Any = [(space, space)]
+    return GPT2Tokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges)
 
 
 def shapeless_base(config: PreTrainedConfig) -> PreTrainedModel:

@@ -81,6 +81,8 @@ class Plan:
 class Subject(Protocol):
     """One thing that is measured, inside a process of its own."""
 
+    facts: Mapping[str, float]
+    """What ``Bench.facts`` names, known once it is prepared."""
     size: str | None
     """What was chosen so that the budgets are equal, for instance ``rank 15``; None if nothing was."""
     trainable_parameters: int
@@ -109,6 +111,8 @@ class Bench:
     """Settings -> who is measured in which cases; checks all that can be checked before anything is loaded."""
     open: Callable[..., Subject]
     """(settings, name, **arguments of the plan) -> the subject, loaded; called in the subject's own process."""
+    facts: tuple[str, ...] = ()
+    """Names, with units, of what else the rows say of ours and, behind ``peer_``, of the peer."""
     draw: Callable[[Sequence[Mapping[str, Any]], Path], None] | None = None
     """(rows, file) -> a picture of them; None if a table says enough."""
     examples: str = ""

@@ -3,9 +3,11 @@
 from shadowtune.benchmark.bench import Bench
 from shadowtune.benchmark.boundary import BOUNDARY
 from shadowtune.benchmark.decode import DECODE
+from shadowtune.benchmark.detached import DETACHED
+from shadowtune.benchmark.head import HEAD
 from shadowtune.benchmark.memory import MEMORY
 from shadowtune.benchmark.scaling import SCALING
 from shadowtune.benchmark.train import TRAIN
 
-BENCHES: dict[str, Bench] = {bench.name: bench for bench in (TRAIN, BOUNDARY, DECODE, MEMORY, SCALING)}
+BENCHES: dict[str, Bench] = {bench.name: bench for bench in (TRAIN, BOUNDARY, HEAD, DECODE, DETACHED, MEMORY, SCALING)}
 """What ``shadowtune bench`` can measure."""

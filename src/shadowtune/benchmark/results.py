@@ -18,7 +18,7 @@ HARDWARE = ("platform", "processor", "cores", "threads", "devices")
 
 def columns(bench: Bench) -> list[str]:
     """Return the columns of a benchmark's CSV file: where the numbers come from, then a row's keys."""
-    example = Measured("", 0, None, 1.0, [1.0])
+    example = Measured("", 0, None, 1.0, [1.0], dict.fromkeys(bench.facts, 0.0))
     row = comparison(bench, "", example, example, dict.fromkeys(bench.context))
     return ["date", "commit", "python", *PACKAGES, *HARDWARE, *row]
 

@@ -21,6 +21,8 @@ class Measured:
     """Most memory of a step above that of the loaded subject."""
     samples: list[float] = field(default_factory=list)
     """One for each round, in the benchmark's unit."""
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """What ``Bench.facts`` names."""
 
 
 def comparison(bench: Bench, case: str, ours: Measured, peer: Measured, context: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,6 +31,7 @@ def comparison(bench: Bench, case: str, ours: Measured, peer: Measured, context:
     ``ratio`` is the median over the rounds of ours divided by the peer's, ``ratio_low`` and ``ratio_high`` the 10th and
     90th percentile, ``n`` the rounds. ``memory_ratio`` is ours over the peer's too, so the smaller the better.
     """
+    sides = (("", ours), ("peer_", peer))
     return {
         "bench": bench.name,
         "case": case,
@@ -45,6 +48,7 @@ def comparison(bench: Bench, case: str, ours: Measured, peer: Measured, context:
         "peer_trainable_parameters": peer.trainable_parameters,
         "size": ours.size,
         "peer_size": peer.size,
+        **{f"{prefix}{name}": side.facts[name] for name in bench.facts for prefix, side in sides},
         **context,
     }
 
@@ -63,6 +67,11 @@ def for_people(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> list[dict[str
             "our MB": row["peak_memory_mb"],
             "their MB": row["peer_peak_memory_mb"],
             "they train": row["peer_trainable_parameters"],
+            **{
+                f"{whose} {name.replace('_mb', ' MB')}": row[f"{prefix}{name}"]
+                for name in bench.facts
+                for whose, prefix in (("our", ""), ("their", "peer_"))
+            },
         }
         for row in rows
     ]
@@ -71,7 +80,8 @@ def for_people(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> list[dict[str
 def title(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> str:
     """Say under what settings the rows were measured."""
     first = rows[0]
-    settings = ", ".join(f"{name.replace('_', '-')} {first[name]}" for name in bench.context)
+    told = [name for name in bench.context if first[name] is not None]
+    settings = ", ".join(f"{name.replace('_', '-')} {first[name]}" for name in told)
     measured = f"{bench.unit.replace('_', ' ')}, median of {first['n']}"
     trained = first["trainable_parameters"]
     budget = f"; we train {trained:,} parameters" if trained else ""

@@ -1,6 +1,7 @@
 """A subject that repeats one step: warmed up, timed, its memory read, and what it holds given back between samples."""
 
 import time
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,7 @@ class TimedSubject:
     def __init__(self, settings: Settings) -> None:
         self.device = torch.device(settings.device)
         self.warm_up = settings.warm_up
+        self.facts: Mapping[str, float] = {}
         self.size: str | None = None
         self.trainable_parameters = 0
         self.memory = MemoryMeter(self.device)

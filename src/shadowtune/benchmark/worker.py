@@ -42,7 +42,11 @@ class Service:
 
     def _facts(self) -> dict[str, Any]:
         assert self._subject is not None
-        return {"size": self._subject.size, "trainable_parameters": self._subject.trainable_parameters}
+        return {
+            "size": self._subject.size,
+            "trainable_parameters": self._subject.trainable_parameters,
+            "facts": dict(self._subject.facts),
+        }
 
 
 def serve(requests: Iterable[str], answers: IO[str]) -> None:

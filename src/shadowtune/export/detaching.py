@@ -1,0 +1,100 @@
+"""From a trained shadow to a plain transformers directory that is known to compute the same."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from shadowtune.errors import ShadowtuneError
+from shadowtune.export.card import Card
+from shadowtune.export.places import check_free, staged
+from shadowtune.model.detached import write_plain
+
+BUILT_IN_PROMPTS = (
+    "The capital of France is",
+    "Request: wake me at 7 tomorrow.\nIntent:",
+    "In 1969, people first",
+    "Why is the sky blue? Because",
+)
+"""Texts to compare models on where there are no held-out rows."""
+
+EXACT, LOOSE = 1e-5, 0.05
+"""Largest difference of logits: in float32, of the largest logit; in less precision, of their standard deviation."""
+
+_AUTOS = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+
+
+def built_in_prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the token ids of the built-in prompts."""
+    return [tokenizer(text)["input_ids"] for text in BUILT_IN_PROMPTS]
+
+
+def write_detached(
+    model: Any,
+    tokenizer: Tokenizer,
+    directory: Path,
+    card: Card,
+    prompts: Sequence[list[int]],
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Write the detached shadow of ``model`` into a new directory, and return it as it was read back.
+
+    Args:
+        model: a ShadowForCausalLM or ShadowForSequenceClassification; its mode is left as it was.
+        tokenizer: written beside the weights.
+        directory: must be empty or not exist; it appears only if the check succeeds.
+        card: for README.md.
+        prompts: token ids on which detached mode, the plain model and the written files must agree.
+        dtype: of the written weights; by default the shadow's own.
+
+    Raises:
+        ShadowtuneError: if the directory is taken, or logits differ.
+    """
+    check_free(directory)
+    plain = model.detached()
+    before = model.mode
+    try:
+        _compare(
+            model.set_mode("detached"), plain, prompts, _full_precision(model), "the plain model and detached mode"
+        )
+    finally:
+        model.set_mode(before)
+    if dtype is not None:
+        for parameter in plain.parameters():  # not the rotations' frequencies, which stay float32
+            parameter.data = parameter.data.to(dtype)
+    with staged(directory) as staging:
+        write_plain(plain, staging)
+        tokenizer.save_pretrained(str(staging))
+        parameters = sum(parameter.numel() for parameter in plain.parameters())
+        (staging / "README.md").write_text(card.text(parameters, directory.name))
+        loaded: PreTrainedModel = _AUTOS[card.task].from_pretrained(staging).to(plain.device).eval()
+        _compare(plain, loaded, prompts, True, f"the files for {directory} and the model")
+    return loaded
+
+
+def _full_precision(model: Any) -> bool:
+    return all(tensor.dtype == torch.float32 for tensor in model.parameters())
+
+
+@torch.no_grad()
+def _compare(first: Any, second: Any, prompts: Sequence[list[int]], exact: bool, what: str) -> None:
+    """Raise ShadowtuneError if two models differ on any prompt."""
+    for number, prompt in enumerate(prompts, 1):
+        expected, found = _logits(first, prompt), _logits(second, prompt)
+        limit = EXACT * max(1.0, expected.abs().max().item()) if exact else LOOSE * expected.std().item()
+        difference = (found - expected).abs().max().item()
+        if not difference <= limit:  # not-a-number is a difference too
+            raise ShadowtuneError(
+                f"{what} differ by {difference:.2g} in the logits of prompt {number} (limit {limit:.2g}); "
+                "nothing is kept"
+            )
+
+
+def _logits(model: Any, prompt: list[int]) -> Tensor:
+    ids = torch.tensor([prompt], device=model.device)
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits.float()

@@ -1,0 +1,213 @@
+"""From a plain transformers directory to GGUF, ONNX or smaller safetensors, checked before it gets its name."""
+
+import copy
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from shadowtune.errors import CheckpointError, ShadowtuneError
+from shadowtune.export import gguf_file, onnx_file
+from shadowtune.export.places import check_free, staged
+from shadowtune.export.runtimes import GgufModel, OnnxModel, Runtime, TorchModel
+from shadowtune.export.verification import TIE, Agreement, compare, require_equal
+from shadowtune.model.detached import write_plain
+from shadowtune.model.quantization import quantization_arguments
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+"""Storage types that only round; all others quantize."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of file."""
+
+    quantizations: tuple[str, ...]
+    """What --quant may be; the first is taken if it is not given."""
+    packages: tuple[str, ...]
+    """Python packages that writing needs."""
+    single_file: bool
+    write: Callable[[PreTrainedModel, Tokenizer, Path, str], None]
+    """Write (model, tokenizer, file or directory, quantization)."""
+    open: Callable[[Path, int], Runtime]
+    """Open what was written, for sequences of so many tokens."""
+
+
+def _write_onnx(model: PreTrainedModel, tokenizer: Tokenizer, directory: Path, quantization: str) -> None:
+    onnx_file.write_onnx(model, directory / onnx_file.FILE, quantization)
+    model.config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(str(directory))
+
+
+def _write_safetensors(model: PreTrainedModel, tokenizer: Tokenizer, directory: Path, quantization: str) -> None:
+    tokenizer.save_pretrained(str(directory))
+    if quantization in DTYPES:
+        copied: Any = copy.deepcopy(model)
+        write_plain(copied.to(DTYPES[quantization]), directory)
+        return
+    settings = quantization_arguments("int8", torch.float32)
+    quantized = AutoModelForCausalLM.from_pretrained(str(model.config.name_or_path), dtype=torch.float32, **settings)
+    quantized.save_pretrained(directory)
+    for file in directory.glob("*.safetensors"):
+        file.chmod(0o644)
+
+
+def _open_gguf(file: Path, length: int) -> Runtime:
+    """Open in llama.cpp or, where its package is missing, through transformers' own reader."""
+    if importlib.util.find_spec("xllamacpp") is not None:
+        return GgufModel(file, max(length, 256), threads=torch.get_num_threads())
+    unpacked = GgufConfig(dequantize=True)
+    return TorchModel(file.parent, gguf_file=file.name, quantization_config=unpacked, dtype=torch.float32)
+
+
+FORMATS = {
+    "gguf": Format(tuple(gguf_file.QUANTIZATIONS), ("gguf",), True, gguf_file.write_gguf, _open_gguf),
+    "onnx": Format(
+        onnx_file.QUANTIZATIONS,
+        ("onnx", "onnxruntime"),
+        False,
+        _write_onnx,
+        lambda path, length: OnnxModel(path, torch.get_num_threads()),
+    ),
+    "safetensors": Format(
+        ("f16", "bf16", "f32", "int8"),
+        (),
+        False,
+        _write_safetensors,
+        lambda path, length: TorchModel(path, dtype=torch.float32),
+    ),
+}
+"""The formats by their names on the command line."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export came to."""
+
+    path: Path
+    bytes: int
+    """On disk, tokenizer and config included where they are files of their own."""
+    runtime: str
+    """What ran the file in the check."""
+    agreement: Agreement
+
+
+def check_export(to: str, quantization: str | None) -> str:
+    """Return the quantization to use.
+
+    Raises:
+        ShadowtuneError: if the format has no such quantization, or a package is missing.
+    """
+    chosen = FORMATS[to]
+    quantization = quantization or chosen.quantizations[0]
+    if quantization not in chosen.quantizations:
+        raise ShadowtuneError(f"--to {to} has no --quant {quantization}; it has {', '.join(chosen.quantizations)}")
+    missing = [name for name in chosen.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ShadowtuneError(f"--to {to} needs {', '.join(missing)}: pip install 'shadowtune[export]'")
+    return quantization
+
+
+def default_path(directory: Path, to: str, quantization: str) -> Path:
+    """Return where an export of ``directory`` goes if nothing else is said: beside it."""
+    directory = directory.absolute()
+    suffix = f"-{quantization}.gguf" if FORMATS[to].single_file else f"-{to}-{quantization}"
+    return directory.with_name(directory.name + suffix)
+
+
+def read_tokenizer(directory: str) -> Tokenizer:
+    """Read a tokenizer; raises CheckpointError if there is none."""
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} has no tokenizer: {str(error).splitlines()[0]}") from None
+    return tokenizer
+
+
+def read_plain(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
+    """Read a detached directory, in float32.
+
+    Raises:
+        CheckpointError: if it holds no plain causal language model with a tokenizer.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        kinds = config.architectures or []
+        if any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            raise CheckpointError(f"{directory} is a classifier; only causal language models are exported")
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        return model, AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot read {directory}: {str(error).splitlines()[0]}") from None
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    to: str,
+    quantization: str,
+    out: Path,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int = 32,
+) -> Exported:
+    """Write a model, run what was written, and keep it only if it says the same.
+
+    Args:
+        model: as ``read_plain`` gives it.
+        to: one of ``FORMATS``.
+        quantization: one of the format's.
+        out: the new file or directory.
+        prompts: token ids. In "f32", "f16" and "bf16" their greedy continuations must equal those of the model with its
+            matrices rounded likewise; otherwise the agreement with the model itself is measured.
+        max_new_tokens: of each continuation.
+
+    Raises:
+        ShadowtuneError: if ``out`` is taken, the format cannot express the model, or tokens differ.
+    """
+    kind = FORMATS[to]
+    check_free(out)
+    exact = quantization in DTYPES
+    reference = TorchModel(_rounded(model, DTYPES[quantization]) if exact else model)
+    length = max(map(len, prompts)) + max_new_tokens
+    with staged(out.parent if kind.single_file else out) as staging:
+        written = staging / out.name if kind.single_file else staging
+        kind.write(model, tokenizer, written, quantization)
+        runtime = kind.open(written, length)
+        if isinstance(runtime, GgufModel):
+            _check_tokens(runtime, tokenizer, prompts)
+        ends = set(tokenizer.all_special_ids)
+        agreement = compare(runtime, reference, prompts, max_new_tokens, ends, TIE if exact else 0.0)
+        if exact:
+            require_equal(agreement, f"{to} {quantization}")
+        files = [written] if kind.single_file else list(staging.iterdir())
+        size = sum(file.stat().st_size for file in files)
+    return Exported(out, size, type(runtime).__name__, agreement)
+
+
+def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> Any:
+    """A copy in float32 whose matrices were rounded to ``dtype``."""
+    if dtype == torch.float32:
+        return model
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(parameter.to(dtype))
+    return copied
+
+
+def _check_tokens(runtime: GgufModel, tokenizer: Tokenizer, prompts: Sequence[list[int]]) -> None:
+    """Raise ShadowtuneError if llama.cpp splits the prompts' texts in another way than the tokenizer."""
+    for prompt in prompts:
+        text = str(tokenizer.decode(prompt))
+        if runtime.tokenize(text) != tokenizer(text)["input_ids"]:
+            raise ShadowtuneError(f"llama.cpp gives {text[:60]!r} other tokens than the tokenizer; nothing is kept")

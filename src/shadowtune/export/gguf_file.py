@@ -1,0 +1,229 @@
+"""A plain model as one GGUF file, the format of llama.cpp: Llama, Mistral, Qwen2 and Qwen3."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shadowtune.errors import ShadowtuneError, UnsupportedArchitectureError
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""llama.cpp's name of each architecture, by transformers' ``model_type``."""
+
+QUANTIZATIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+"""The file type that a GGUF file names, by the word on the command line."""
+
+_MODEL_PARTS = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+}
+_BLOCK_PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_LLAMA3_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+_QWEN2_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+_BLOCK_SIZE = 32
+
+
+def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, quantization: str) -> None:
+    """Write a causal language model and its tokenizer.
+
+    Matrices whose rows are not a multiple of 32 long cannot be quantized and stay float16; vectors stay float32.
+
+    Args:
+        model: in float32.
+        tokenizer: byte-level BPE.
+        file: to create.
+        quantization: one of ``QUANTIZATIONS``.
+
+    Raises:
+        ShadowtuneError: if llama.cpp has no such architecture, attention or tokenizer.
+    """
+    import gguf
+
+    config = model.config
+    if config.model_type not in ARCHITECTURES or (
+        vars(config).get("sliding_window") and config.model_type == "mistral"
+    ):
+        raise UnsupportedArchitectureError(
+            f"GGUF export knows {', '.join(ARCHITECTURES)} with full attention, not {config.model_type!r}; "
+            "use --to safetensors"
+        )
+    writer = gguf.GGUFWriter(file, ARCHITECTURES[config.model_type])
+    _add_settings(writer, model, file.stem, gguf.LlamaFileType[QUANTIZATIONS[quantization]])
+    _add_tokenizer(writer, tokenizer, config.vocab_size, _end_token(model, tokenizer))
+    for name, tensor in _tensors(model).items():
+        kind = _kind(tensor, quantization)
+        data = gguf.quants.quantize(tensor, gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return llama.cpp's name of the rule by which a byte-level BPE tokenizer splits text before it merges.
+
+    Raises:
+        ShadowtuneError: if it is another kind of tokenizer, or splits in a way that is not known here.
+    """
+    content = _backend(tokenizer)
+    stage = content["pre_tokenizer"] or {}
+    stages = stage.get("pretokenizers", [stage])
+    kinds = [step.get("type") for step in stages]
+    if content["model"]["type"] == "BPE" and _keeps_text(content["normalizer"]):
+        if kinds == ["ByteLevel"] and stages[0]["use_regex"] and not stages[0]["add_prefix_space"]:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and stages[0]["individual_digits"]:
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"]:
+            pattern = stages[0]["pattern"].get("Regex", "")
+            for name, split in (("llama-bpe", _LLAMA3_SPLIT), ("qwen2", _QWEN2_SPLIT)):
+                if split in pattern:
+                    return name
+    raise ShadowtuneError(
+        "GGUF export knows byte-level BPE tokenizers that split as GPT-2, SmolLM2, Llama 3 or Qwen2 do; this one is "
+        f"{content['model']['type']} with {kinds}"
+    )
+
+
+def _keeps_text(normalizer: Any) -> bool:
+    """Whether a normalizer does nothing, or only composes accents (Qwen2's; llama.cpp takes text as it comes)."""
+    return not normalizer or normalizer["type"] == "NFC"
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return content
+
+
+def _end_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends generation; the first, where there are several."""
+    end = model.generation_config.eos_token_id if model.generation_config else None
+    end = model.config.eos_token_id if end is None else end
+    end = tokenizer.eos_token_id if end is None else end
+    return end[0] if isinstance(end, list) else end
+
+
+def _add_settings(writer: Any, model: PreTrainedModel, name: str, file_type: int) -> None:
+    config = model.config
+    head_width = head_width_of(config)
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_width)
+    writer.add_value_length(head_width)
+    writer.add_rope_dimension_count(head_width)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def head_width_of(config: Any) -> int:
+    """Return the width of an attention head."""
+    return vars(config).get("head_dim") or config.hidden_size // config.num_attention_heads
+
+
+def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int, end: int | None) -> None:
+    import gguf
+
+    content = _backend(tokenizer)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
+    tokens = [f"[PAD{index}]" for index in range(vocabulary)]
+    types = [gguf.TokenType.UNUSED] * vocabulary
+    for token, index in tokenizer.get_vocab().items():
+        tokens[index], types[index] = token, gguf.TokenType.NORMAL
+    for added in content["added_tokens"]:
+        types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    merges = content["model"]["merges"]
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    ids = {"bos": tokenizer.bos_token_id, "eos": end, "pad": tokenizer.pad_token_id, "unk": tokenizer.unk_token_id}
+    adders = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "pad": writer.add_pad_token_id,
+        "unk": writer.add_unk_token_id,
+    }
+    for name, index in ids.items():
+        if index is not None:
+            adders[name](index)
+    starts = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    writer.add_add_bos_token(bool(tokenizer.bos_token_id is not None and starts))
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """All tensors under llama.cpp's names, in float32."""
+    config, found = model.config, {}
+    for name, tensor in model.state_dict().items():
+        data = tensor.float().cpu().numpy()
+        if name == "lm_head.weight":
+            if not config.tie_word_embeddings:
+                found["output.weight"] = data
+            continue
+        name = name.removeprefix("model.")
+        if name in _MODEL_PARTS:
+            found[_MODEL_PARTS[name]] = data
+            continue
+        _, block, part = name.split(".", 2)
+        module, kind = part.rsplit(".", 1)
+        if ARCHITECTURES[config.model_type] == "llama" and module in ("self_attn.q_proj", "self_attn.k_proj"):
+            heads = config.num_attention_heads if module == "self_attn.q_proj" else config.num_key_value_heads
+            data = _interleave(data, heads)
+        found[f"blk.{block}.{_BLOCK_PARTS[module]}.{kind}"] = data
+    factors = _frequency_factors(model)
+    if factors is not None:
+        found["rope_freqs.weight"] = factors
+    return found
+
+
+def _interleave(data: np.ndarray, heads: int) -> np.ndarray:
+    """Put the two numbers that a rotation turns side by side, as llama.cpp's llama has them."""
+    halves = data.reshape(heads, 2, data.shape[0] // heads // 2, *data.shape[1:])
+    return halves.swapaxes(1, 2).reshape(data.shape)
+
+
+def _frequency_factors(model: PreTrainedModel) -> np.ndarray | None:
+    """By what each rotation's frequency is divided, None if by 1 everywhere."""
+    config = model.config
+    frequencies = model.get_submodule("model.rotary_emb").get_buffer("inv_freq").float()
+    width = head_width_of(config)
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2).float() / width)
+    if len(frequencies) != len(plain):
+        raise ShadowtuneError("GGUF export does not know heads of which only a part is rotated; use --to safetensors")
+    if torch.allclose(frequencies, plain, rtol=1e-5):
+        return None
+    kind = config.rope_parameters.get("rope_type")
+    if ARCHITECTURES[config.model_type] != "llama" or kind not in ("llama3", "linear"):
+        raise ShadowtuneError(f"GGUF export does not know rope type {kind!r} of {config.model_type}")
+    return (plain / frequencies).numpy()
+
+
+def _kind(tensor: np.ndarray, quantization: str) -> str:
+    """The storage type of one tensor."""
+    if tensor.ndim == 1 or quantization == "f32":
+        return "F32"
+    return "F16" if quantization == "f16" or tensor.shape[-1] % _BLOCK_SIZE else quantization.upper()

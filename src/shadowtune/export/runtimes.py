@@ -1,0 +1,146 @@
+"""One small interface to a model in torch, onnxruntime and llama.cpp: greedy tokens and next-token logits."""
+
+import json
+import time
+import urllib.request
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from shadowtune.export.onnx_file import FILE, KEEP
+
+
+class Runtime(ABC):
+    """A model that continues one sequence of tokens."""
+
+    prompt_seconds: float = 0.0
+    """How long the last ``generate`` took to read its tokens, up to where the first new one is known."""
+
+    @abstractmethod
+    def logits(self, input_ids: list[int]) -> np.ndarray:
+        """Return the logits (V,), float32, of the token after ``input_ids``; some runtimes add a constant."""
+
+    @abstractmethod
+    def generate(self, input_ids: list[int], max_new_tokens: int, ends: Collection[int] = ()) -> list[int]:
+        """Return the likeliest tokens after ``input_ids``, one after the other, until one of ``ends`` (left out)."""
+
+
+class _Stepwise(Runtime):
+    """A runtime that is given a few tokens at a time and keeps its cache in between."""
+
+    @abstractmethod
+    def _step(self, input_ids: list[int], cache: Any) -> tuple[np.ndarray, Any]:
+        """Read tokens after those in ``cache`` (None at the start); return the last logits and the longer cache."""
+
+    def logits(self, input_ids: list[int]) -> np.ndarray:
+        return self._step(input_ids, None)[0]
+
+    def generate(self, input_ids: list[int], max_new_tokens: int, ends: Collection[int] = ()) -> list[int]:
+        start = time.perf_counter()
+        logits, cache = self._step(input_ids, None)
+        self.prompt_seconds = time.perf_counter() - start
+        fresh: list[int] = []
+        while len(fresh) < max_new_tokens and (token := int(logits.argmax())) not in ends:
+            fresh.append(token)
+            if len(fresh) < max_new_tokens:
+                logits, cache = self._step([token], cache)
+        return fresh
+
+
+class TorchModel(_Stepwise):
+    """A plain transformers model, or a directory of one."""
+
+    def __init__(self, model: PreTrainedModel | str | Path, **kwargs: Any) -> None:
+        """Take a model, or load a directory with the keywords of ``from_pretrained``."""
+        loaded = model if isinstance(model, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        self.model = loaded.eval()
+
+    @torch.inference_mode()
+    def _step(self, input_ids: list[int], cache: Any) -> tuple[np.ndarray, Any]:
+        ids = torch.tensor([input_ids], device=self.model.device)
+        output = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[0, -1].float().cpu().numpy(), output.past_key_values
+
+
+class OnnxModel(_Stepwise):
+    """A directory with ``model.onnx`` and ``config.json``, in onnxruntime on the processor."""
+
+    def __init__(self, directory: str | Path, threads: int = 0) -> None:
+        """Open the directory; ``threads`` 0 leaves their number to onnxruntime."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        file = Path(directory) / FILE
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.config = AutoConfig.from_pretrained(directory)
+        self._past = [entry for entry in self.session.get_inputs() if entry.name.startswith("past_key_values.")]
+
+    def _step(self, input_ids: list[int], cache: Any) -> tuple[np.ndarray, Any]:
+        if cache is None:
+            cache = [np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32) for entry in self._past]
+        past = cache[0].shape[2]
+        feed = {
+            "input_ids": np.asarray([input_ids], np.int64),
+            "attention_mask": np.ones((1, past + len(input_ids)), np.int64),
+            "position_ids": np.arange(past, past + len(input_ids), dtype=np.int64)[None],
+            KEEP: np.asarray(1, np.int64),
+            **{entry.name: array for entry, array in zip(self._past, cache, strict=True)},
+        }
+        logits, *cache = self.session.run(None, feed)
+        return logits[0, -1], cache
+
+
+class GgufModel(Runtime):
+    """A GGUF file in llama.cpp, on the processor, by the package ``xllamacpp``."""
+
+    def __init__(self, file: str | Path, context: int = 2048, threads: int = 0) -> None:
+        """Load the file for sequences of up to ``context`` tokens; ``threads`` 0 leaves their number to llama.cpp."""
+        import xllamacpp
+
+        settings = xllamacpp.CommonParams()
+        settings.model.path = str(file)
+        settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = context, 1, 0
+        settings.warmup, settings.verbosity, settings.fit_params = False, 0, False
+        if threads:
+            settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        self.server = xllamacpp.Server(settings)  # listens on this machine alone
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return llama.cpp's own token ids of a text, special tokens in it included."""
+        return list(self._ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"])
+
+    def logits(self, input_ids: list[int]) -> np.ndarray:
+        """Return log-probabilities (V,) of the next token, -inf for those too unlikely to be told."""
+        answer = self._complete(input_ids, 1, n_probs=1_000_000)
+        likely = answer["completion_probabilities"][0]["top_logprobs"]
+        found = np.full(max(entry["id"] for entry in likely) + 1, -np.inf, np.float32)
+        for entry in likely:
+            found[entry["id"]] = entry["logprob"]
+        return found
+
+    def generate(self, input_ids: list[int], max_new_tokens: int, ends: Collection[int] = ()) -> list[int]:
+        """Return llama.cpp's likeliest tokens; it stops by itself at the ends that it knows.
+
+        Without ``ends`` it never chooses these, and goes on.
+        """
+        answer = self._complete(input_ids, max_new_tokens, ignore_eos=not ends)
+        self.prompt_seconds = answer["timings"]["prompt_ms"] / 1000
+        fresh = list(answer["tokens"])
+        return fresh[: next((index for index, token in enumerate(fresh) if token in ends), len(fresh))]
+
+    def _complete(self, input_ids: list[int], count: int, **settings: Any) -> dict[str, Any]:
+        fixed = {"temperature": 0, "samplers": ["temperature"], "cache_prompt": False, "return_tokens": True}
+        return self._ask("/completion", prompt=input_ids, n_predict=count, **fixed, **settings)
+
+    def _ask(self, path: str, **body: Any) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.server.listening_address + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request) as response:
+            answer: dict[str, Any] = json.load(response)
+        return answer
