@@ -14,7 +14,8 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
 def test_config_loads_names_its_command_and_survives_being_dumped(path, tmp_path):
     config = load_config(TrainConfig, path, [])
     head = [line for line in path.read_text().splitlines()[:5] if line.startswith("#")]
-    assert any(f"shadowtune train configs/{path.name}" in line for line in head)
+    verb = "pretrain" if config.stage == "pretrain" else "train"
+    assert any(f"shadowtune {verb} configs/{path.name}" in line for line in head)
     dump_config(config, tmp_path / "resolved.yaml")
     assert load_config(TrainConfig, tmp_path / "resolved.yaml", []) == config
 

@@ -28,6 +28,17 @@ def test_packed_rows_follow_each_other_and_positions_start_anew_with_each():
     assert set(batch) == {"input_ids", "position_ids", "labels"}  # a mask would end the detection of documents
 
 
+def test_flash_attention_is_told_where_documents_begin():
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 6], "labels": [4, 6]}]
+    batch = PackedCollator(with_bounds=True)(rows)
+    for side in ("q", "k"):
+        assert batch[f"cu_seq_lens_{side}"].tolist() == [0, 3, 5]
+        assert batch[f"cu_seq_lens_{side}"].dtype == torch.int32
+        assert batch[f"max_length_{side}"] == 3
+    plain = PackedCollator()(rows)
+    assert all(torch.equal(plain[name], batch[name]) for name in plain)
+
+
 @property_test
 @given(st.lists(ids, min_size=1, max_size=5))
 def test_packing_and_padding_hold_the_same_tokens_and_the_same_labels_that_can_be_predicted(rows):

@@ -132,10 +132,41 @@ def test_a_shipped_name_with_a_typo_gets_the_right_one():
 def test_a_directory_holds_a_file_for_each_split(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines(ROWS[:1]))
     (tmp_path / "test.json.gz").write_bytes(gzip.compress(lines(ROWS[1:])))
-    (tmp_path / "notes.txt").write_text("other files do not matter")
+    (tmp_path / "notes.md").write_text("other files do not matter")
     assert load_rows(str(tmp_path), "train") == ROWS[:1]
     assert load_rows(str(tmp_path), "test") == ROWS[1:]
     refuse(tmp_path, r"no split 'tests' \(did you mean test\?\); it has test, train$", split="tests")
+
+
+@pytest.mark.parametrize("name", ["story.txt", "story.txt.gz"])
+def test_a_plain_text_is_one_row(tmp_path, name):
+    path, text = tmp_path / name, "Once.\n\n  zwei ü\u2028{no JSON}\n"
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    (row,) = load_rows(str(path), "whatever", limit=1)
+    assert row == {"text": text}
+    assert (row.origin, row.number) == (str(path), 1)
+
+
+def test_a_plain_text_from_windows_reads_as_any_other(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\r\n")
+    assert load_rows(str(path), "train") == [{"text": "one\ntwo\rthree\n"}]
+
+
+def test_a_plain_text_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_bytes(b"one\ncaf\xe9\n")
+    assert str(path) in refuse(path, "line 2: not UTF-8 text")
+    path.write_bytes(b" \n\n")
+    assert str(path) in refuse(path, "holds no rows")
+
+
+def test_a_directory_may_hold_plain_texts(tmp_path):
+    (tmp_path / "train.txt").write_text("one")
+    (tmp_path / "test.txt.gz").write_bytes(gzip.compress(b"two"))
+    assert load_rows(str(tmp_path), "train") == [{"text": "one"}]
+    assert load_rows(str(tmp_path), "test") == [{"text": "two"}]
+    refuse(tmp_path, "it has test, train$", split="dev")
 
 
 def test_a_directory_without_rows_has_no_splits(tmp_path):
@@ -179,7 +210,7 @@ def test_what_json_writes_is_read_back(tmp_path, rows, ascii_only):
 @property_test
 @given(st.binary() | st.binary().map(lambda content: b'{"a": 1}\n' + content))
 def test_no_file_ends_in_anything_but_rows_or_a_data_error(tmp_path, content):
-    for name in ("rows.jsonl", "rows.jsonl.gz"):
+    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.txt", "rows.txt.gz"):
         path = tmp_path / name
         path.write_bytes(content)
         try:

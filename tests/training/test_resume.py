@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,18 @@ def assert_same_run(left: Path, right: Path):
     summaries = [json.loads((run / "summary.json").read_text()) for run in (left, right)]
     same = ("steps", "final_loss", "skipped_steps")
     assert [summaries[0][name] for name in same] == [summaries[1][name] for name in same]
+
+
+@pytest.mark.parametrize("steps", [8, 7])
+def test_a_run_that_was_killed_after_its_last_checkpoint_takes_no_further_step(tmp_path, steps):
+    config = replace(eventful_config(tmp_path), output=str(tmp_path / "whole"), max_steps=steps, save_steps=1)
+    train(config, quiet=True)
+    train(replace(config, output=str(tmp_path / "killed")), quiet=True)
+    (tmp_path / "killed" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "killed" / "model")
+    summary = train(replace(config, output=str(tmp_path / "killed")), resume=True, quiet=True)
+    assert summary.steps == steps
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_a_run_that_was_killed_while_saving_resumes_to_the_same_trajectory(tmp_path):

@@ -106,3 +106,25 @@ def test_rows_without_labels_are_named_in_either_split(tmp_path):
         with pytest.raises(DataError, match=r"2 of 2 rows \(1, 2\) have no labels"):
             check_rows(broken, tiny_base())
     assert torch.is_tensor(rows.collate(rows.train[:2])["labels"])
+
+
+def test_both_splits_are_cut_into_blocks_if_asked(tmp_path):
+    config = run_config(tmp_path)
+    (tmp_path / "validation.txt").write_text("one two three")
+    data = replace(config.data, validation=str(tmp_path / "validation.txt"), block_size=8)
+    with pytest.raises(DataError, match=r"line 1: no field 'text'.*data\.text_field"):
+        load_training_rows(replace(config, data=data))
+    train = rows_file(tmp_path / "texts.jsonl", task="classification")
+    rows = load_training_rows(replace(config, data=replace(data, train=train, limit=3)))
+    assert {len(row["input_ids"]) for row in rows.train[:-1]} == {8}
+    assert list(rows.validation[0]["labels"]) == rows.tokenizer("one two three")["input_ids"][:8]
+    assert str(rows.report).startswith("3 documents, ")
+    check_rows(rows, tiny_base())
+
+
+def test_blocks_beyond_the_models_positions_are_named_with_the_setting(tmp_path):
+    config = run_config(tmp_path)
+    train = rows_file(tmp_path / "texts.jsonl", task="classification")
+    rows = load_training_rows(replace(config, data=DataConfig(train=train, block_size=32)))
+    with pytest.raises(DataError, match=r"longer than the model's 16 positions; .*block_size"):
+        check_rows(rows, tiny_base(max_position_embeddings=16))

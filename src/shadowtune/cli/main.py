@@ -22,9 +22,20 @@ class _Parser(argparse.ArgumentParser):
 
 def commands() -> list[Command]:
     """Return all verbs, in the order of a user's day; some have two words."""
-    from shadowtune.cli import bench, demo, evaluate, generate, info, train
+    from shadowtune.cli import bench, convert, demo, detach, evaluate, export, generate, info, pretrain, train
 
-    return [demo.COMMAND, train.COMMAND, evaluate.COMMAND, generate.COMMAND, info.COMMAND, *bench.COMMANDS]
+    return [
+        demo.COMMAND,
+        train.COMMAND,
+        pretrain.COMMAND,
+        evaluate.COMMAND,
+        generate.COMMAND,
+        detach.COMMAND,
+        export.COMMAND,
+        convert.COMMAND,
+        info.COMMAND,
+        *bench.COMMANDS,
+    ]
 
 
 def build_parser(command: Command) -> argparse.ArgumentParser:

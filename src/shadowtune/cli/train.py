@@ -1,6 +1,7 @@
 """``shadowtune train``."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from shadowtune.cli.command import Command, add_json
@@ -26,19 +27,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train and print what it cost."""
+    return train_and_report("train", "Trained", arguments)
+
+
+def train_and_report(verb: str, title: str, arguments: argparse.Namespace, settings: Sequence[str] = ()) -> int:
+    """Train as the arguments say and print what it cost.
+
+    Args:
+        verb: as typed.
+        title: of the table.
+        arguments: those that ``add_arguments`` declares.
+        settings: ``key=value`` settings that the verb stands for.
+    """
     check_json_target(arguments.json)
     from shadowtune.config.loading import load_config
     from shadowtune.config.training import TrainConfig
 
-    config = load_config(TrainConfig, arguments.config, arguments.overrides)
+    config = load_config(TrainConfig, arguments.config, [*arguments.overrides, *settings])
     from shadowtune.training.run import train
 
     summary = train(config, arguments.resume, arguments.overwrite, say, arguments.quiet)
     if summary is None:  # this process only helped; the main one reports
         return 0
-    row = asdict(summary)
-    print_table(f"Trained: {config.output}", [row])
-    write_json(arguments.json, "train", [{"run": config.output, **row}])
+    row = {name: value for name, value in asdict(summary).items() if value is not None}
+    print_table(f"{title}: {config.output}", [row])
+    write_json(arguments.json, verb, [{"run": config.output, **row}])
     return 0
 
 

@@ -14,8 +14,8 @@ class DataConfig:
     """Where the rows come from and how they become tokens."""
 
     train: str
-    """A JSONL file (may be gzipped), a directory of such files named after splits, a data set we ship
-    ("clinc150-demo") or a Hub data set ("hub:org/name" or "hub:org/name/config")."""
+    """A JSONL file or one plain text in a .txt file (either may be gzipped), a directory of such files named after
+    splits, a data set we ship ("clinc150-demo") or a Hub data set ("hub:org/name" or "hub:org/name/config")."""
     validation: str | None = None
     """Rows whose loss is measured during training; None measures none."""
     train_split: str = "train"
@@ -42,12 +42,22 @@ class DataConfig:
     """Whether only completions (assistant turns) are learned; plain text is always learned whole."""
     chat_template: bool = True
     """Whether prompts are put into the tokenizer's chat template, if it has one."""
+    block_size: int | None = None
+    """Join the rows' plain texts, with the end-of-sequence token between them, and cut the whole into blocks of so many
+    tokens, all learned; for causal_lm. ``max_length`` and ``overlong`` do not matter then. None keeps rows apart."""
     limit: int | None = None
     """Use only the first so many training rows."""
 
     def __post_init__(self) -> None:
         """Check the ranges, the template, and what does not go together."""
-        check_range(self, max_length=(2, None), limit=(1, None))
+        check_range(self, max_length=(2, None), block_size=(2, None), limit=(1, None))
+        if self.block_size is not None:
+            for name in ("template", "prompt_field", "completion_field"):
+                if vars(self)[name] is not None:
+                    raise ConfigError(
+                        f"block_size={self.block_size} joins plain texts, which have no {name}; name their field with "
+                        "text_field, or leave block_size out"
+                    )
         if self.template is None:
             return
         parse_template(self.template)
@@ -118,6 +128,13 @@ class TrainConfig:
     """What the model predicts: the next token, or a class."""
     num_labels: int | None = None
     """Classes in classification; None counts them in the training rows."""
+    stage: Literal["task", "pretrain"] = "task"
+    """What a shadow learns: a task beside its base, or ("pretrain", set by ``shadowtune pretrain``) to be a language
+    model by itself, before any task, from the text (shadow.shadow_loss_weight) and from the base alone
+    (shadow.distillation_weight, shadow.matching_weight). Its boundaries stay as they start."""
+    projection_steps: int = 0
+    """In stage "pretrain", the steps at the beginning in which only the shadow's projections are trained; its backbone
+    joins them afterwards."""
     shadow: ShadowConfig = field(default_factory=ShadowConfig)
     """Settings of the method ``shadow``."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -139,6 +156,8 @@ class TrainConfig:
     padding_free: bool = False
     """Whether the rows of a batch are put one behind the other, as documents that do not see each other, instead of
     being padded; for causal_lm. The loss is the same."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """How both networks attend; flash attention needs its package, a GPU and 16 bits."""
     base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the frozen base."""
     base_quantization: Literal["none", "int8", "int4", "nf4"] = "none"
@@ -171,6 +190,7 @@ class TrainConfig:
         check_range(
             self,
             num_labels=(1, None),
+            projection_steps=(0, None),
             epochs=(0, None),
             max_steps=(1, None),
             batch_size=(1, None),
@@ -183,14 +203,40 @@ class TrainConfig:
         )
         if not self.epochs > 0:
             raise ConfigError(f"epochs must be above 0, got {self.epochs!r}")
+        self._check_stage()
+        if self.data.block_size is not None and self.task != "causal_lm":
+            raise ConfigError(
+                f"data.block_size={self.data.block_size} needs task=causal_lm, but task is {self.task}; leave it out"
+            )
         if self.padding_free and self.task != "causal_lm":
             raise ConfigError(
                 f"padding_free=true needs task=causal_lm, but task is {self.task}; set padding_free=false, or "
                 "group_by_length=true to save padding"
             )
+        if self.attention.startswith("flash") and self.base_dtype == "float32":
+            raise ConfigError(f"attention={self.attention} works in 16 bits; set base_dtype=bfloat16 or attention=sdpa")
         if self.base_quantization != "none" and self.method == "full":
             raise ConfigError(f"base_quantization={self.base_quantization} freezes the base, which method=full trains")
         if self.num_labels is not None and self.task != "classification":
             raise ConfigError(
                 f"num_labels is set to {self.num_labels}, but task is {self.task}; set task=classification"
+            )
+
+    def _check_stage(self) -> None:
+        """Check what goes together with pretraining."""
+        if self.stage == "task":
+            if self.projection_steps:
+                raise ConfigError(
+                    f"projection_steps={self.projection_steps} needs stage=pretrain: run shadowtune pretrain"
+                )
+            return
+        if self.method != "shadow" or self.task != "causal_lm":
+            raise ConfigError(
+                "stage=pretrain trains a shadow as a language model: it needs method=shadow and task=causal_lm, but "
+                f"method is {self.method} and task is {self.task}"
+            )
+        if self.projection_steps and self.gradient_checkpointing == "reentrant":
+            raise ConfigError(
+                "projection_steps freezes the backbone for a while, for which gradient_checkpointing=reentrant is not "
+                "made; set gradient_checkpointing=non_reentrant"
             )

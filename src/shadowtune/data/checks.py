@@ -28,7 +28,7 @@ def check_encoded(rows: Sequence[Mapping[str, Any]], vocab_size: int, max_positi
         f"hold tokens beyond the model's vocabulary of {vocab_size}; use the tokenizer that belongs to the model": (
             lambda row: max(row["input_ids"]) >= vocab_size
         ),
-        f"are longer than the model's {max_positions} positions; set data.max_length={max_positions}": (
+        f"are longer than the model's {max_positions} positions; set data.max_length={max_positions} (or block_size)": (
             lambda row: max_positions is not None and len(row["input_ids"]) > max_positions
         ),
     }

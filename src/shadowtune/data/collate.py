@@ -1,5 +1,6 @@
 """From encoded rows to batches, padded or packed."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,17 +29,32 @@ class PackedCollator:
     """Puts rows for causal language modelling one behind the other into a single row, without padding.
 
     Positions start anew with each document; without a mask and a cache, transformers keeps attention inside of it.
+
+    Args:
+        with_bounds: whether to tell flash attention where documents begin, which it would work out in each block.
     """
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return "input_ids", "position_ids" and "labels" (-100 at each first token), all (1, total tokens) int64."""
+    with_bounds: bool = False
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return "input_ids", "position_ids" and "labels" (-100 at each first token), all (1, total tokens) int64.
+
+        The bounds are "cu_seq_lens_q" and "cu_seq_lens_k", (documents + 1,) int32, and "max_length_q" and
+        "max_length_k", the tokens of the longest document.
+        """
         packed = {
             "input_ids": [token for row in rows for token in row["input_ids"]],
             "position_ids": [position for row in rows for position in range(len(row["input_ids"]))],
             # No token of its own document predicts the first one.
             "labels": [label for row in rows for label in (IGNORE_INDEX, *row["labels"][1:])],
         }
-        return {name: torch.tensor([values]) for name, values in packed.items()}
+        batch: dict[str, Any] = {name: torch.tensor([values]) for name, values in packed.items()}
+        if self.with_bounds:
+            lengths = [len(row["input_ids"]) for row in rows]
+            bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+            batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            batch |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        return batch
 
 
 @dataclass(frozen=True)

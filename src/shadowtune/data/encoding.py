@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from shadowtune.core.head import IGNORE_INDEX
 from shadowtune.data.prompts import Example, FieldNames, place_of, read_classified, read_example
 from shadowtune.data.rendering import render, render_prompt, target_of
-from shadowtune.data.sources import Row
+from shadowtune.data.sources import number_of
 from shadowtune.data.tokens import TokenizedPieces, tokenize, tokenize_pieces
 from shadowtune.errors import DataError
 
@@ -93,7 +93,7 @@ def encode_rows(
             _truncate(tokens, max_length, tokenizer, places[index])
             truncated += 1
         labels = tokens.labels if completion_only else tokens.ids
-        fitted.append({"input_ids": tokens.ids, "labels": list(labels), "row": _number(rows[index], index)})
+        fitted.append({"input_ids": tokens.ids, "labels": list(labels), "row": number_of(rows[index], index)})
     learned = sum(len(row["labels"][1:]) - row["labels"][1:].count(IGNORE_INDEX) for row in fitted)
     return fitted, _report(fitted, len(rows), truncated, learned, max_length)
 
@@ -129,7 +129,7 @@ def encode_classification(
                 raise DataError(_too_long(places[index], len(ids), max_length))
             ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
             truncated += 1
-        fitted.append({"input_ids": ids, "labels": label, "row": _number(rows[index], index)})
+        fitted.append({"input_ids": ids, "labels": label, "row": number_of(rows[index], index)})
     return fitted, _report(fitted, len(rows), truncated, len(fitted), max_length)
 
 
@@ -191,10 +191,6 @@ def _truncate(tokens: TokenizedPieces, max_length: int, tokenizer: PreTrainedTok
 
 def _too_long(place: str, length: int, max_length: int) -> str:
     return f"{place}: {length} tokens, of which data.max_length allows {max_length}; raise it, or set data.overlong"
-
-
-def _number(row: Mapping[str, Any], index: int) -> int:
-    return row.number if isinstance(row, Row) else index + 1
 
 
 def _report(

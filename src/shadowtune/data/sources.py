@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
@@ -20,8 +21,12 @@ SHIPPED = {"clinc150-demo": "clinc150"}
 """Data sets in the package: name -> folder of this package that holds SPLIT.jsonl.gz."""
 HUB = "hub:"
 """Prefix of data sets on the Hugging Face Hub."""
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-"""Files we read: one JSON object a line."""
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+"""Files of one JSON object a line."""
+TEXT_SUFFIXES = (".txt", ".txt.gz")
+"""Files that are one plain text."""
+SUFFIXES = JSON_SUFFIXES + TEXT_SUFFIXES
+"""Files we read."""
 
 
 class Row(dict[str, Any]):
@@ -38,12 +43,18 @@ class Row(dict[str, Any]):
         self.number = number
 
 
+def number_of(row: Mapping[str, Any], index: int) -> int:
+    """Return a row's line or number where it has one, else its place among the others, from 1."""
+    return row.number if isinstance(row, Row) else index + 1
+
+
 def load_rows(source: str, split: str, limit: int | None = None) -> list[Row]:
     """Load the rows of a data set.
 
     Args:
         source: a data set we ship ("clinc150-demo"), a Hub data set ("hub:org/name" or "hub:org/name/config"), a file
-            (.jsonl or .json, one object a line, may be gzipped) or a directory of such files, each named after a split.
+            (.jsonl or .json, one object a line; or .txt, which is a single row with the whole file as its "text"; may
+            be gzipped) or a directory of such files, each named after a split.
         split: "train", "validation", "test" or any other that the data set has; a single file has no splits.
         limit: load only the first so many rows.
 
@@ -57,7 +68,8 @@ def load_rows(source: str, split: str, limit: int | None = None) -> list[Row]:
         origin, rows = source, _read_hub(source, split)
     else:
         file = _find_file(source, split)
-        origin, rows = str(file), _read_lines(file)
+        read = _read_text if file.name.endswith(TEXT_SUFFIXES) else _read_objects
+        origin, rows = str(file), read(file)
     loaded = [Row(fields, origin, number) for number, fields in islice(rows, limit)]
     if not loaded:
         raise DataError(f"{origin} holds no rows")
@@ -86,7 +98,10 @@ def _find_file(source: str, split: str) -> "Traversable":
             f"({', '.join(SHIPPED)}){nearest(source, SHIPPED)}; a data set on the Hub is written hub:org/name"
         )
     if not path.name.endswith(SUFFIXES):
-        raise DataError(f"cannot read {source}: only {', '.join(SUFFIXES)} with one JSON object a line can be read")
+        raise DataError(
+            f"cannot read {source}: only {', '.join(JSON_SUFFIXES)} with one JSON object a line, and "
+            f"{', '.join(TEXT_SUFFIXES)} with plain text can be read"
+        )
     return path
 
 
@@ -95,32 +110,53 @@ def _find_split(source: str, folder: "Traversable", split: str) -> "Traversable"
     for suffix in SUFFIXES:
         if split + suffix in files:
             return files[split + suffix]
-    names = sorted({name.split(".json")[0] for name in files})
+    names = sorted({re.split(r"\.(?:json|txt)", name)[0] for name in files})
     raise DataError(f"{source} has no split {split!r}{nearest(split, names)}; it has {', '.join(names) or 'none'}")
 
 
-def _read_lines(file: "Traversable") -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_objects(file: "Traversable") -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield line numbers from 1 and the objects on those lines, blank lines left out."""
+    for number, line in _read_lines(file):
+        if line.strip():
+            yield number, _parse_line(line, f"{file}, line {number}")
+
+
+def _read_text(file: "Traversable") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the whole text as the only row, unless it is blank. Line breaks of Windows become plain ones."""
+    lines = [_decode(line, f"{file}, line {number}") for number, line in _read_lines(file)]
+    text = "".join(lines).replace("\r\n", "\n")
+    if text.strip():
+        yield 1, {"text": text}
+
+
+def _read_lines(file: "Traversable") -> Iterator[tuple[int, bytes]]:
+    """Yield line numbers from 1 and the lines."""
     number = 0
     try:
         with file.open("rb") as raw, gzip.open(raw) if file.name.endswith(".gz") else raw as lines:
             for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parse_line(line, f"{file}, line {number}")
+                yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise DataError(f"{file}, after line {number}: the gzip file is damaged or cut short") from None
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from None
 
 
-def _parse_line(line: bytes, place: str) -> dict[str, Any]:
-    """Parse the object on one line; ``place`` names it in errors."""
+def _decode(line: bytes, place: str) -> str:
+    """Decode one line; ``place`` names it in errors."""
     try:
-        fields = json.loads(line.decode("utf-8-sig"))  # files from Windows begin with a byte order mark
-        if b"\\u" in line:
-            json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair would crash the tokenizer
+        return line.decode("utf-8-sig")  # files from Windows begin with a byte order mark
     except UnicodeDecodeError:
         raise DataError(f"{place}: not UTF-8 text") from None
+
+
+def _parse_line(line: bytes, place: str) -> dict[str, Any]:
+    """Parse the object on one line; ``place`` names it in errors."""
+    text = _decode(line, place)
+    try:
+        fields = json.loads(text)
+        if b"\\u" in line:
+            json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair would crash the tokenizer
     except UnicodeEncodeError:
         raise DataError(f"{place}: holds half of a surrogate pair, which is no character") from None
     except json.JSONDecodeError as error:

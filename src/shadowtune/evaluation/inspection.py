@@ -29,6 +29,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
 def _describe_run(path: Path) -> dict[str, Any]:
     config = read_run_config(path)
     facts: dict[str, Any] = {"model": config.model, "method": config.method, "task": config.task}
+    facts["stage"] = config.stage
     facts["train_data"] = config.data.train
     summary = path / "summary.json"
     if summary.is_file():

@@ -53,6 +53,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, quiet: bool = Fal
             report_to=[],
             remove_unused_columns=False,
             use_cache=True,  # False would be written into the config that is saved; objectives ask for no cache
+            ddp_find_unused_parameters=True if config.projection_steps else None,  # the backbone, until it is freed
             ddp_broadcast_buffers=False,  # none changes, and a pretrained backbone's embedding is one
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=quiet,

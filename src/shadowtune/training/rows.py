@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shadowtune.attach.architectures import ARCHITECTURES
 from shadowtune.config.training import TrainConfig
+from shadowtune.data.blocks import BlockReport, encode_blocks
 from shadowtune.data.checks import check_encoded
 from shadowtune.data.collate import CausalCollator, ClassificationCollator, PackedCollator
 from shadowtune.data.encoding import EncodingReport, encode_classification, encode_rows
@@ -33,7 +34,7 @@ class TrainingRows:
     validation: list[dict[str, Any]] | None
     num_labels: int | None
     """Classes; None for causal language modelling."""
-    report: EncodingReport
+    report: EncodingReport | BlockReport
     """What became of the training rows."""
 
 
@@ -52,7 +53,8 @@ def load_training_rows(config: TrainConfig) -> TrainingRows:
     if config.data.validation is not None:
         validation, _ = _load_split(config, tokenizer, config.data.validation, config.data.validation_split, None)
     if config.task == "causal_lm":
-        collate = PackedCollator() if config.padding_free else CausalCollator(pad)
+        flash = config.attention.startswith("flash")
+        collate = PackedCollator(with_bounds=flash) if config.padding_free else CausalCollator(pad)
         return TrainingRows(tokenizer, collate, train, validation, None, report)
     num_labels = _count_classes([*train, *(validation or [])], config.num_labels)
     return TrainingRows(tokenizer, ClassificationCollator(pad), train, validation, num_labels, report)
@@ -106,10 +108,12 @@ def _check_packing(model: nn.Module) -> None:
 
 def _load_split(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: str, split: str, limit: int | None
-) -> tuple[list[dict[str, Any]], EncodingReport]:
+) -> tuple[list[dict[str, Any]], EncodingReport | BlockReport]:
     data = config.data
     rows = load_rows(source, split, limit)
     fields = FieldNames.from_config(data)
+    if data.block_size is not None:
+        return encode_blocks(rows, tokenizer, fields, data.block_size)
     if config.task == "classification":
         return encode_classification(rows, tokenizer, fields, data.max_length, data.overlong)
     return encode_rows(

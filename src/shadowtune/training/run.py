@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from shadowtune.provenance import peak_memory_mb
 from shadowtune.training.arguments import training_arguments
 from shadowtune.training.checkpoints import whole_directory
 from shadowtune.training.metrics import MetricsFile
+from shadowtune.training.pretraining import ProjectionsFirst, set_up_pretraining
 from shadowtune.training.rows import TrainingRows, check_rows, load_training_rows
 from shadowtune.training.run_dir import RunDirectory
 from shadowtune.training.trainer import ShadowTrainer, with_row_numbers
@@ -47,6 +49,8 @@ class TrainSummary:
     """The last training loss in the log: a mean over ``logging_steps`` steps."""
     skipped_steps: int
     """Optimizer steps left out because a gradient was no number."""
+    detached_perplexity: float | None = None
+    """exp of the detached shadow's loss on the validation rows after pretraining; None where it was not measured."""
 
 
 def train(
@@ -100,7 +104,8 @@ def train(
 def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module:
     """Load the base of a run and make it trainable with the run's method, seeded."""
     dtype = vars(torch)[config.base_dtype]
-    kwargs: dict[str, Any] = {"dtype": dtype, **quantization_arguments(config.base_quantization, dtype)}
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attention}
+    kwargs |= quantization_arguments(config.base_quantization, dtype)
     if config.revision is not None:
         kwargs["revision"] = config.revision
     if num_labels is not None:
@@ -108,7 +113,8 @@ def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module
     set_seed(config.seed)
     base = load_base(config.model, config.task, **kwargs)
     trained_in = vars(torch)[config.trainable_dtype]
-    return make_trainable(base, config.method, config.task, config.shadow, config.lora, trained_in)
+    model = make_trainable(base, config.method, config.task, config.shadow, config.lora, trained_in)
+    return set_up_pretraining(model, config.projection_steps) if config.stage == "pretrain" else model
 
 
 def make_trainer(
@@ -120,6 +126,8 @@ def make_trainer(
         from torch.utils.tensorboard import SummaryWriter
 
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
+    if config.projection_steps:
+        callbacks.append(ProjectionsFirst(model, config.projection_steps))
     trainer = ShadowTrainer(
         model=model,
         args=arguments,
@@ -151,7 +159,12 @@ def _finish(
                 model.config.save_pretrained(staging)
     if trainer.args.process_index != 0:
         return None
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    losses, measured = (
+        [line[name] for line in trainer.state.log_history if name in line] for name in ("loss", "eval_loss")
+    )
+    perplexity = None
+    if config.stage == "pretrain" and measured:  # the last one comes after the last step
+        perplexity = math.exp(min(measured[-1], 700.0))  # beyond it a float overflows
     summary = TrainSummary(
         method=config.method,
         trainable_parameters=trainable_parameters(model),
@@ -161,6 +174,7 @@ def _finish(
         peak_memory_mb=peak_memory_mb(),
         final_loss=losses[-1] if losses else training_loss,
         skipped_steps=progress.skipped_steps,
+        detached_perplexity=perplexity,
     )
     with writing_into(run.path) as staging:
         (staging / run.summary_file.name).write_text(json.dumps(asdict(summary), indent=2) + "\n")

@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from shadowtune.errors import ConfigError, TrainingError
 from shadowtune.model.checkpoint import read_tensors
@@ -61,10 +62,23 @@ class ShadowTrainer(Trainer):
         self._terms_since = 0
         self._staging: Path | None = None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as ``transformers.Trainer`` does, and keep the time."""
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as ``transformers.Trainer`` does, and keep the time.
+
+        A checkpoint of the last step is loaded and that is all: transformers would take a further step.
+        """
         self._started = time.perf_counter()
-        return super().train(*args, **kwargs)
+        if isinstance(resume_from_checkpoint, str):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            losses = [line["loss"] for line in state.log_history if "loss" in line]
+            if losses and state.global_step >= self._total_steps():
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, losses[-1], {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _total_steps(self) -> int:
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def progress(self) -> Progress:
         """Return what the run has cost so far, parts before a resumption included. Every process must call it."""
