@@ -16,7 +16,7 @@ def test_a_subject_works_in_its_own_process_until_the_end():
     with WorkerProcess("base") as worker:
         assert worker._process.pid != os.getpid()
         assert os.getsid(worker._process.pid) != os.getsid(0)  # out of reach of Ctrl-C
-        assert worker.call("open", **OPEN) == {"size": None, "trainable_parameters": 0}
+        assert worker.call("open", **OPEN) == {"size": None, "trainable_parameters": 0, "facts": {}}
         with pytest.raises(ShadowtuneError, match=r"base: cannot load the model ./nowhere"):
             worker.call("open", **{**OPEN, "settings": {**SETTINGS, "model": "./nowhere"}})
         assert worker.call("prepare", values={"rows": 2, "length": 16, "labelled": 1.0})["peak_memory_mb"] > 0

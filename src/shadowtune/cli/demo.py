@@ -84,7 +84,15 @@ def demo_configs(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "shadow": TrainConfig(
             method="shadow",
-            shadow=ShadowConfig(rank=16, update_width=8, alpha=0.5, dropout=0.0, shadow_loss_weight=0.3),
+            shadow=ShadowConfig(
+                rank=16,
+                update_width=8,
+                alpha=0.5,
+                dropout=0.0,
+                init_layers=(0,),
+                shadow_loss_weight=1.0,
+                distillation_weight=1.0,
+            ),
             optimizer=OptimizerConfig(learning_rate=3e-3),
             output=f"{arguments.output}/shadow",
             **common,

@@ -102,7 +102,7 @@ def _from_base_layers(base: PreTrainedModel, config: ShadowConfig, dtype: torch.
 def _from_pretrained(base: PreTrainedModel, config: ShadowConfig, dtype: torch.dtype) -> tuple[Shadow, Initialization]:
     text = base.config.get_text_config(decoder=True)
     place = resolve(config.backbone)
-    source = _projected(place, text) if is_projected(place) else load_pretrained_backbone(place, text.vocab_size)
+    source = _projected(place, text) if _is_projected(place) else load_pretrained_backbone(place, text.vocab_size)
     shadow = Shadow(config, base.config, source.network.config, source.network, source.embedding).cast(dtype)
     head = _head_of(base)
     if head is not None and not _is_dense(head):
@@ -113,6 +113,13 @@ def _from_pretrained(base: PreTrainedModel, config: ShadowConfig, dtype: torch.d
     projection, error = _start_projection(shadow.projection, head, architecture_of(base.config).finish(text), source)
     name = lasting_name(config.backbone)
     return shadow, Initialization("pretrained", name, projection=projection, projection_error=error)
+
+
+def _is_projected(place: str) -> bool:
+    try:
+        return is_projected(place)
+    except OSError:
+        return False  # there is no such place, and the loader of plain models says so
 
 
 def _projected(place: str, text: PreTrainedConfig) -> PretrainedBackbone:
