@@ -23,8 +23,8 @@ def inference_boundary(
     p, wide = parameters, hidden_states.to(shadow_states.dtype)
     n = F.layer_norm(wide, wide.shape[-1:], p.norm_weight, p.norm_bias)
     t = torch.mm(F.silu(torch.mm(n, p.transform_down), inplace=True), p.transform_up)
-    g = torch.mm(F.silu(torch.mm(n, p.gate_down), inplace=True), p.gate_up).sigmoid_()
+    g = torch.mm(F.silu(torch.mm(n, p.gate_down), inplace=True), p.gate_up, out=n).sigmoid_()
     refined = torch.lerp(shadow_states, t, g)
-    bottleneck = torch.mm(wide - refined, p.injection_down)
-    crossed = torch.addmm(wide, bottleneck, p.injection_up, alpha=alpha)
+    bottleneck = torch.mm(torch.sub(wide, refined, out=t), p.injection_down)
+    crossed = torch.addmm(wide, bottleneck, p.injection_up, alpha=alpha, out=t)
     return crossed.to(hidden_states.dtype), refined
