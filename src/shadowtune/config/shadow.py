@@ -37,7 +37,7 @@ class ShadowConfig:
     """mu: the weight of tau^2 KL(attached || detached) at labelled positions, by which the detached shadow learns from
     the attached model, whose own gradient it leaves alone."""
     distillation_temperature: float = 1.0
-    """tau, above 0. At 1 the divergence needs no product with the vocabulary of its own; others need a second of each."""
+    """tau, above 0. At 1 the divergence takes no product with the vocabulary of its own; others take as many again."""
     matching_weight: float = 0.0
     """nu: the weight of |s0 - h|^2 / |h|^2 at labelled positions, which draws s0 to the attached model's last hidden
     state h, in front of the head that both share."""
