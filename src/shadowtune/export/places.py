@@ -23,7 +23,6 @@ def staged(directory: Path) -> Iterator[Path]:
     try:
         with writing_into(directory) as staging:
             yield staging
-    except BaseException:
-        if made and directory.is_dir():
+    finally:
+        if made and directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
-        raise
