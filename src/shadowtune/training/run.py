@@ -25,6 +25,7 @@ from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import peak_memory_mb
 from shadowtune.training.arguments import training_arguments
 from shadowtune.training.checkpoints import whole_directory
+from shadowtune.training.interruption import StopBetweenSteps
 from shadowtune.training.metrics import MetricsFile
 from shadowtune.training.pretraining import ProjectionsFirst, set_up_pretraining
 from shadowtune.training.rows import TrainingRows, check_rows, load_training_rows
@@ -97,7 +98,10 @@ def train(
             if main:
                 run.begin(config, resume)
         trainer = make_trainer(config, run, arguments, model, rows)
-        output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
+        interrupt = StopBetweenSteps()
+        trainer.add_callback(interrupt)
+        with interrupt.watching():
+            output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
         return _finish(config, run, trainer, output.training_loss)
 
 
