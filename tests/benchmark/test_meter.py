@@ -18,6 +18,7 @@ def test_the_peak_is_counted_anew_after_a_restart():
     block = torch.ones(SIZE // 4)
     assert own.current_mb() - before == pytest.approx(256, abs=16)
     del block
+    own.give_back()  # a library in this process may have told the allocator to keep large blocks
     assert own.current_mb() - before == pytest.approx(0, abs=16)
     assert own.peak_mb() - before == pytest.approx(256, abs=16)
     own.restart()

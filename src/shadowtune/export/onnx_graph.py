@@ -1,6 +1,7 @@
 """Operators of an ONNX graph, written by name; matrices in 32, 16, 8 or 4 bits."""
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class Graph:
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
         """Return the name of a constant; equal ones are stored once."""
         array = np.asarray(value, dtype=dtype)
-        name = f"constant_{array.dtype}_{array.shape}_{array.tobytes().hex()[:64]}".replace(" ", "")
+        name = f"constant_{array.dtype}_{array.shape}_{sha256(array.tobytes()).hexdigest()[:32]}".replace(" ", "")
         self.constants.setdefault(name, array)
         return name
 
