@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 from shadowtune import ShadowConfig
 from shadowtune.config.loading import dump_config
 from shadowtune.config.training import DataConfig
-from shadowtune.errors import ConfigError, TrainingError
+from shadowtune.errors import ConfigError
 from shadowtune.model.methods import load_trained
 from shadowtune.training import run as run_module
 from shadowtune.training.pretraining import set_up_pretraining
 from shadowtune.training.run import build_model, train
-from shadowtune.training.trainer import BACKBONE_PARTS, ShadowTrainer
+from shadowtune.training.trainer import BACKBONE_PARTS
 from tests.support.runs import run_config, snapshot
 from tests.support.shadows import perturbed_model, tokens
 from tests.training.test_distributed import LAUNCH
-from tests.training.test_resume import ENVIRONMENT, assert_same_run
+from tests.training.test_resume import ENVIRONMENT, assert_resumes_after_a_stop
 
 SHADOW = {"rank": 4, "update_width": 3, "dropout": 0.0}
 TEXT = "the cat in the hat, the hat on the cat. "
@@ -108,20 +108,7 @@ def test_a_task_starts_from_the_pretrained_backbone(tmp_path):
 def test_pretraining_that_stopped_anywhere_resumes_to_the_same_trajectory(stop, tmp_path, monkeypatch):
     shadow = {"hidden_size": 16, "distillation_weight": 0.5, "shadow_loss_weight_end": 0.5}
     config = pretrain_config(tmp_path, shadow, projection_steps=3, max_steps=8, save_steps=1, eval_steps=3)
-    train(replace(config, output=str(tmp_path / "whole")), quiet=True)
-    step = ShadowTrainer.training_step
-
-    def step_or_stop(trainer, *args, **kwargs):
-        if trainer.state.global_step == stop:
-            raise TrainingError("stopped")
-        return step(trainer, *args, **kwargs)
-
-    monkeypatch.setattr(ShadowTrainer, "training_step", step_or_stop)
-    with pytest.raises(TrainingError, match="stopped"):
-        train(config, quiet=True)
-    monkeypatch.undo()
-    train(config, resume=True, quiet=True)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_resumes_after_a_stop(config, stop, tmp_path, monkeypatch)
 
 
 def test_the_projections_are_trained_first_and_the_backbone_afterwards(tmp_path, monkeypatch):

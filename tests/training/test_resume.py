@@ -76,6 +76,24 @@ def assert_same_run(left: Path, right: Path):
     assert [summaries[0][name] for name in same] == [summaries[1][name] for name in same]
 
 
+def assert_resumes_after_a_stop(config, stop, tmp_path, monkeypatch):
+    """Run to the end, and again with a stop before step ``stop`` and a resumption; both must be the same run."""
+    train(replace(config, output=str(tmp_path / "whole")), quiet=True)
+    step = ShadowTrainer.training_step
+
+    def step_or_stop(trainer, *args, **kwargs):
+        if trainer.state.global_step == stop:
+            raise TrainingError("stopped")
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(ShadowTrainer, "training_step", step_or_stop)
+    with pytest.raises(TrainingError, match="stopped"):
+        train(config, quiet=True)
+    monkeypatch.undo()
+    train(config, resume=True, quiet=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("steps", [8, 7])
 def test_a_run_that_was_killed_after_its_last_checkpoint_takes_no_further_step(tmp_path, steps):
     config = replace(eventful_config(tmp_path), output=str(tmp_path / "whole"), max_steps=steps, save_steps=1)
@@ -119,21 +137,7 @@ def test_a_run_that_was_killed_while_saving_resumes_to_the_same_trajectory(tmp_p
 )
 def test_a_run_that_stopped_anywhere_resumes_to_the_same_trajectory(stop, settings, tmp_path, monkeypatch):
     config = replace(eventful_config(tmp_path), **settings)
-    whole = replace(config, output=str(tmp_path / "whole"))
-    train(whole, quiet=True)
-    step = ShadowTrainer.training_step
-
-    def step_or_stop(trainer, *args, **kwargs):
-        if trainer.state.global_step == stop:
-            raise TrainingError("stopped")
-        return step(trainer, *args, **kwargs)
-
-    monkeypatch.setattr(ShadowTrainer, "training_step", step_or_stop)
-    with pytest.raises(TrainingError, match="stopped"):
-        train(config, quiet=True)
-    monkeypatch.undo()
-    train(config, resume=True, quiet=True)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_resumes_after_a_stop(config, stop, tmp_path, monkeypatch)
 
 
 def test_ctrl_c_ends_in_one_line_and_keeps_the_last_checkpoint(tmp_path):

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from shadowtune.benchmark.bases import MODEL_HELP, base_config, check_length
+from shadowtune.benchmark.bases import MODEL_HELP
 from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, integers, option, words
-from shadowtune.benchmark.peers import PEERS, check_peers, equal_budgets
-from shadowtune.benchmark.train import TrainSubject
+from shadowtune.benchmark.peers import PEERS
+from shadowtune.benchmark.train import TrainSubject, check_share, plan_subjects
 from shadowtune.errors import ConfigError
 
 PHASES = ("train", "prompt")
@@ -36,8 +36,7 @@ class MemorySettings(Settings):
         super().__post_init__()
         if not self.phases or not set(self.phases) <= set(PHASES):
             raise ConfigError(f"phases must be some of {', '.join(PHASES)}, got {', '.join(self.phases) or 'none'}")
-        if not 0 < self.labelled <= 1:
-            raise ConfigError(f"labelled must be a share above 0 and up to 1, got {self.labelled}")
+        check_share(self.labelled)
         if not self.lengths or min(self.lengths) < 2:
             raise ConfigError(f"lengths must be numbers of at least 2, got {self.lengths}")
 
@@ -49,10 +48,7 @@ def plan(settings: MemorySettings) -> Plan:
         ShadowtuneError: one of its kinds, if a peer is unknown or not installed, the base cannot be found or is too
             short, or there are no equal budgets.
     """
-    check_peers(settings.peers)
-    config = base_config(settings.model)
-    check_length(config, max(settings.lengths), settings.model)
-    sizes = equal_budgets(config, settings.peers, settings.parameters)
+    subjects = plan_subjects(settings.model, settings.peers, max(settings.lengths), settings.parameters)
     cases = tuple(
         Case(
             f"{phase}, {settings.batch} x {length} tokens",
@@ -61,7 +57,7 @@ def plan(settings: MemorySettings) -> Plan:
         for phase in settings.phases
         for length in settings.lengths
     )
-    return Plan({name: {"size": size} for name, size in sizes.items()}, cases)
+    return Plan(subjects, cases)
 
 
 class MemorySubject(TrainSubject):

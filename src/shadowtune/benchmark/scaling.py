@@ -19,8 +19,7 @@ from shadowtune.benchmark.peers import (
     equal_budgets,
     shadow_contender,
 )
-from shadowtune.benchmark.subject import ModelSubject
-from shadowtune.benchmark.train import TrainSubject
+from shadowtune.benchmark.train import SteppingSubject, check_share
 from shadowtune.errors import ConfigError, ShadowtuneError
 
 
@@ -46,8 +45,7 @@ class ScalingSettings(Settings):
             values = vars(self)[name]
             if values and min(values) < least:
                 raise ConfigError(f"{name} must be numbers of at least {least}, got {values}")
-        if not 0 < self.labelled <= 1:
-            raise ConfigError(f"labelled must be a share above 0 and up to 1, got {self.labelled}")
+        check_share(self.labelled)
 
 
 def plan(settings: ScalingSettings) -> Plan:
@@ -77,11 +75,11 @@ def _case(settings: ScalingSettings, axis: str, value: int, **change: Any) -> Ca
     return Case(f"{axis}={value}", {**values, **step, "sizes": sizes})
 
 
-class ScalingSubject(TrainSubject):
+class ScalingSubject(SteppingSubject):
     """A model that is made anew where a case wants another."""
 
     def __init__(self, settings: Settings, name: str) -> None:
-        ModelSubject.__init__(self, settings)
+        super().__init__(settings)
         self.name = name
         self.made: tuple[str, int | None, int | None] | None = None
 

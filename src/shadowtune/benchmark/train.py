@@ -4,7 +4,7 @@ Ours computes logits at labelled positions only; each peer runs its own forward 
 The peer "base" runs the bare base's forward pass with labels and trains nothing: that is what the model itself costs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,25 +46,34 @@ def plan(settings: TrainSettings) -> Plan:
         ShadowtuneError: one of its kinds, if a peer is unknown or not installed, the base cannot be found or is too
             short, or there are no equal budgets.
     """
-    check_peers(settings.peers)
-    config = base_config(settings.model)
-    check_length(config, settings.length, settings.model)
-    sizes = equal_budgets(config, settings.peers, settings.parameters)
-    subjects = {name: {"size": size} for name, size in sizes.items()}
+    subjects = plan_subjects(settings.model, settings.peers, settings.length, settings.parameters)
     shape = {"rows": settings.batch, "length": settings.length}
     return Plan(
         subjects, tuple(Case(f"labelled={share:g}", {**shape, "labelled": share}) for share in settings.labelled)
     )
 
 
-class TrainSubject(ModelSubject):
-    """A model and its optimizer, stepping over one random batch."""
+def check_share(labelled: float) -> None:
+    """Raise ConfigError unless a share of labelled tokens is one."""
+    if not 0 < labelled <= 1:
+        raise ConfigError(f"labelled must be a share above 0 and up to 1, got {labelled}")
 
-    def __init__(self, settings: Settings, base_name: str, name: str, size: int | None) -> None:
-        super().__init__(settings)
-        self.load(base_name, CONTENDERS[name], size)
-        self.start_training()
-        self.batch: dict[str, torch.Tensor] = {}
+
+def plan_subjects(
+    model: str, peers: Sequence[str], longest: int, parameters: int | None
+) -> dict[str, dict[str, int | None]]:
+    """Choose the sizes of ours and of peers that step over rows of up to ``longest`` tokens; raises as ``plan``."""
+    check_peers(peers)
+    config = base_config(model)
+    check_length(config, longest, model)
+    return {name: {"size": size} for name, size in equal_budgets(config, peers, parameters).items()}
+
+
+class SteppingSubject(ModelSubject):
+    """A model and its optimizer, stepping over one random batch; a subclass loads it, once or case by case."""
+
+    optimizer: torch.optim.Optimizer | None
+    batch: dict[str, torch.Tensor]
 
     def start_training(self) -> None:
         """Put the model into training, with AdamW for what it trains."""
@@ -72,11 +81,6 @@ class TrainSubject(ModelSubject):
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
         self.mark_loaded(self.model)
-
-    def prepare(self, values: Mapping[str, Any]) -> float:
-        """Make the batch; warm up; return the step's peak MB."""
-        self.make_batch(**values)
-        return self.warm()
 
     def make_batch(self, rows: int, length: int, labelled: float) -> None:
         """Draw a batch; the last share ``labelled`` of each row has labels, as a completion has."""
@@ -86,10 +90,6 @@ class TrainSubject(ModelSubject):
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def measure(self) -> float:
-        """Tokens per second, those without a label included."""
-        return self.batch["input_ids"].numel() * self.steps_per_second()
-
     def _step(self) -> None:
         if self.optimizer is None:
             with torch.no_grad():
@@ -98,6 +98,24 @@ class TrainSubject(ModelSubject):
         self.model(**self.batch, use_cache=False).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class TrainSubject(SteppingSubject):
+    """One model, loaded at once."""
+
+    def __init__(self, settings: Settings, base_name: str, name: str, size: int | None) -> None:
+        super().__init__(settings)
+        self.load(base_name, CONTENDERS[name], size)
+        self.start_training()
+
+    def prepare(self, values: Mapping[str, Any]) -> float:
+        """Make the batch; warm up; return the step's peak MB."""
+        self.make_batch(**values)
+        return self.warm()
+
+    def measure(self) -> float:
+        """Tokens per second, those without a label included."""
+        return self.batch["input_ids"].numel() * self.steps_per_second()
 
 
 def open_subject(settings: TrainSettings, name: str, **arguments: Any) -> TrainSubject:

@@ -122,7 +122,7 @@ def _sweep(head: Head, x: Tensor, n: int, temperature: float | None, expect: boo
     if temperature is not None and (temperature != 1 or head.finish is not None):
         tempered = OnlineSoftmax(x, expect)
     gap = None if temperature is None else torch.zeros_like(softmax.total[:n])
-    columns = max(NARROWEST_TILE, TILE_ELEMENTS.get(x.device.type, 2**23) // max(1, len(x)))
+    columns = max(NARROWEST_TILE, TILE_ELEMENTS.get(x.device.type, TILE_ELEMENTS["cpu"]) // max(1, len(x)))
     columns = min(columns, len(head.weight))
     buffer = x.new_empty(len(x) * columns)
     for start in range(0, len(head.weight), columns):

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from shadowtune.attach.architectures import Finish
 from shadowtune.core.head import Head
 from shadowtune.core.losses import JointLoss, LossWeights, joint_causal_loss
 from shadowtune.errors import ConfigError
@@ -145,8 +146,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
     def logits_of(self, hidden_states: Tensor) -> Tensor:
         """Apply the base's head and whatever the architecture does after it: (..., d) -> (..., V)."""
         logits = self.base.get_output_embeddings()(hidden_states.to(self.base.dtype))
-        finish = self.architecture.finish(self.base.config.get_text_config(decoder=True))
-        return logits if finish is None else finish(logits)
+        return logits if self._finish is None else self._finish(logits)
 
     @property
     def head(self) -> Head:
@@ -154,8 +154,11 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         module = self.base.get_output_embeddings()
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or module.weight.requires_grad:
             return Head(self.logits_of)
-        finish = self.architecture.finish(self.base.config.get_text_config(decoder=True))
-        return Head(self.logits_of, module.weight, module.bias, finish)
+        return Head(self.logits_of, module.weight, module.bias, self._finish)
+
+    @property
+    def _finish(self) -> Finish | None:
+        return self.architecture.finish(self.base.config.get_text_config(decoder=True))
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -39,14 +39,18 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_size
     for name, keys in plan.filename_to_tensors.items():
         shard = {key: tensors[key] for key in keys}
         checksums[name] = tensor_checksum(shard)
-        file = directory / name
-        file.touch()
-        mode = file.stat().st_mode
-        save_file(shard, file, metadata={"format": "pt", CHECKSUM: checksums[name]})
-        file.chmod(mode)  # safetensors writes for the owner alone; others may have to serve it
+        save_readable(shard, directory / name, {CHECKSUM: checksums[name]})
     if plan.is_sharded:
         index = {"metadata": {**plan.metadata, CHECKSUM: checksums}, "weight_map": plan.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def save_readable(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that everybody may read who may read new files; by itself it is the owner's alone."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
+    file.chmod(mode)
 
 
 @contextlib.contextmanager

@@ -109,3 +109,11 @@ def assert_same(actual: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
     assert (expected[0] - expected[1]).abs().max() > 1e-2
     for found, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+def small(directory, **sizes):
+    """Save a small base in ``directory`` and return its path."""
+    tiny_base(seed=5, **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, **sizes}).save_pretrained(
+        directory
+    )
+    return str(directory)

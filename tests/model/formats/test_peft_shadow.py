@@ -7,7 +7,7 @@ import torch
 from shadowtune import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.formats.conversion import convert
-from tests.model.formats.peers import assert_same, base_for, load_peft, ours, peft_adapter
+from tests.model.formats.peers import assert_same, base_for, load_peft, ours, peft_adapter, small
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturb, perturbed_model
 
@@ -20,13 +20,6 @@ PEFT_VARIANT = {
     "dropout_position": "hidden",
     "transform_dropout": False,
 }
-
-
-def small(directory, **sizes):
-    tiny_base(seed=5, **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, **sizes}).save_pretrained(
-        directory
-    )
-    return str(directory)
 
 
 @pytest.mark.parametrize("task", TASKS)

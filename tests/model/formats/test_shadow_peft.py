@@ -9,18 +9,11 @@ from transformers import AutoConfig, AutoModel
 from shadowtune import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.formats.conversion import convert
-from tests.model.formats.peers import assert_same, base_for, load_shadow_peft, ours, shadow_peft_adapter
+from tests.model.formats.peers import assert_same, base_for, load_shadow_peft, ours, shadow_peft_adapter, small
 from tests.support.bases import tiny_base, tiny_classifier
 from tests.support.shadows import perturb, perturbed_model
 
 TASKS = {"causal_lm": ShadowForCausalLM, "classification": ShadowForSequenceClassification}
-
-
-def small(directory, **sizes):
-    tiny_base(seed=5, **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, **sizes}).save_pretrained(
-        directory
-    )
-    return str(directory)
 
 
 @pytest.mark.parametrize("task", TASKS)

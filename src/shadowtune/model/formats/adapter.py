@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from shadowtune.attach.architectures import ARCHITECTURES, architecture_of
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.errors import CheckpointError, ConfigError
+from shadowtune.model.checkpoint import save_readable
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.formats.mapping import Place
 from shadowtune.model.shadow import Shadow
@@ -87,11 +87,8 @@ def read_file(file: str) -> dict[str, Tensor]:
 
 
 def write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file that everybody may read who may read new files."""
-    file.touch()
-    mode = file.stat().st_mode
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
-    file.chmod(mode)
+    """Write a safetensors file for another library."""
+    save_readable({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
 
 
 def load_backbone_config(source: "str | PreTrainedConfig") -> PreTrainedConfig:
@@ -192,6 +189,14 @@ def setting_faults(settings: ShadowConfig, needed: Mapping[str, Any]) -> list[st
     """Name the settings that a peer computes otherwise, each with its value and the peer's."""
     values = settings.to_dict()
     return [f"{name}={values[name]!r} (it has {value!r})" for name, value in needed.items() if values[name] != value]
+
+
+def projection_faults(shadow: Shadow) -> list[str]:
+    """Name the narrow mirror, which neither peer can feed with the base's embeddings."""
+    if not isinstance(shadow.input_projection, nn.Linear):
+        return []
+    width = shadow.backbone.config.hidden_size
+    return [f"hidden_size={width} of a mirror (it has no projection of the base's embeddings)"]
 
 
 def lost_settings(settings: ShadowConfig, fixed: Mapping[str, Any], absent: tuple[str, ...] = ()) -> list[str]:

@@ -25,6 +25,7 @@ from shadowtune.model.formats.adapter import (
     mirror_differences,
     peer_mirror,
     place_of,
+    projection_faults,
     read_file,
     read_json,
     setting_faults,
@@ -194,10 +195,9 @@ def write_peft(model: Any, staging: Path) -> list[str]:
         backbone, peer_mirror(text, {name: sizes[theirs] for name, theirs in SIZES.items()})
     )
     mirrors = not differences
-    faults = setting_faults(config, SETTINGS)
-    if isinstance(shadow.input_projection, nn.Linear):
-        faults.append(f"hidden_size={backbone.hidden_size} of a mirror (it has no projection of the base's embeddings)")
-    elif shadow.embedding is None:
+    narrow = projection_faults(shadow)
+    faults = setting_faults(config, SETTINGS) + narrow
+    if not narrow and shadow.embedding is None:
         faults += [f"backbone {difference}" for difference in differences]
     if faults:
         raise ConfigError(f"the Shadow tuner of PEFT cannot hold this shadow: {'; '.join(faults)}")

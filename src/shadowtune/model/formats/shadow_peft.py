@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from shadowtune.config.shadow import ShadowConfig
@@ -27,6 +27,7 @@ from shadowtune.model.formats.adapter import (
     mirror_differences,
     peer_mirror,
     place_of,
+    projection_faults,
     read_file,
     read_json,
     setting_faults,
@@ -177,8 +178,7 @@ def write_shadow_peft(model: Any, staging: Path) -> list[str]:
     faults = setting_faults(config, SETTINGS)
     if config.update_width < 2:
         faults.append("update_width=1 (it needs 2 at least)")
-    if isinstance(shadow.input_projection, nn.Linear):
-        faults.append(f"hidden_size={backbone.hidden_size} of a mirror (it has no projection of the base's embeddings)")
+    faults += projection_faults(shadow)
     if faults:
         raise ConfigError(f"shadow-peft cannot hold this shadow: {'; '.join(faults)}")
     sizes = sizes_for(backbone, text, SIZES)
