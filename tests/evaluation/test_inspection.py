@@ -1,8 +1,10 @@
 import pytest
+from safetensors.torch import load_file
 
 from shadowtune.errors import CheckpointError
 from shadowtune.evaluation.inspection import describe
 from shadowtune.training.run import train
+from tests.model.formats.peers import peft_adapter, shadow_peft_adapter
 from tests.support.runs import run_config
 from tests.support.shadows import perturbed_model
 
@@ -26,6 +28,27 @@ def test_a_run_says_whether_it_has_finished(tmp_path):
     facts = describe(config.output)
     assert facts["finished"] is False
     assert facts["last_checkpoint"].endswith("checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("save", "library", "rank"),
+    [
+        (shadow_peft_adapter, "shadow-peft", "injection_hidden_size"),
+        (
+            lambda directory, **settings: peft_adapter(directory, directory / "base", **settings),
+            "Hugging Face PEFT",
+            "r",
+        ),
+    ],
+    ids=("shadow-peft", "peft"),
+)
+def test_an_adapter_of_another_library_is_described_in_its_own_words(tmp_path, save, library, rank):
+    save(tmp_path, **{rank: 5})
+    facts = describe(tmp_path)
+    assert (facts["library"], facts["task"], facts[rank]) == (library, "causal_lm", 5)
+    (file,) = tmp_path.glob("*adapter*.safetensors")
+    assert facts["tensors_total"] == sum(tensor.numel() for tensor in load_file(file).values())
+    assert facts["tensors_total"] == sum(count for name, count in facts.items() if name.startswith("tensors_")) / 2
 
 
 def test_another_directory_is_refused(tmp_path):

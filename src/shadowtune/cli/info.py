@@ -8,12 +8,13 @@ from shadowtune.cli.output import check_json_target, print_table, write_json
 
 EPILOG = """examples:
   shadowtune info runs/clinc150
+  shadowtune info path/to/an-adapter-of-peft
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("run", help="run directory of shadowtune train, or a saved shadow")
+    parser.add_argument("run", help="run of shadowtune train, or a saved shadow: ours, shadow-peft's or PEFT's")
     add_json(parser)
 
 

@@ -1,36 +1,47 @@
 """What a directory holds, told without loading a model."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowtune.errors import CheckpointError
 from shadowtune.evaluation.run import read_run_config
 from shadowtune.model.checkpoint import read_tensors
+from shadowtune.model.formats.adapter import PeerAdapter
+from shadowtune.model.formats.opening import open_peer
 from shadowtune.model.loading import read_config
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
-    """Return flat facts about a run directory or a saved shadow.
+    """Return flat facts about a run directory, a saved shadow, or a shadow of another library.
 
     Raises:
-        CheckpointError: if it is neither, or its files are damaged.
+        CheckpointError: if it is none of them, or its files are damaged.
     """
     path = Path(directory)
     if (path / "config.yaml").is_file():
         return _describe_run(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; name a run of shadowtune train or a saved shadow")
+    if (peer := open_peer(str(path))) is not None:
+        return _describe_peer(peer)
     if (path / "config.json").is_file():
         return _describe_shadow(path)
-    raise CheckpointError(f"{path} is neither a run directory (config.yaml) nor a saved shadow (config.json)")
+    raise CheckpointError(
+        f"{path} is neither a run directory (config.yaml), nor a saved shadow (config.json), nor one of shadow-peft "
+        "(shadow_config.json) or PEFT (adapter_config.json)"
+    )
 
 
 def _describe_run(path: Path) -> dict[str, Any]:
     config = read_run_config(path)
     facts: dict[str, Any] = {"model": config.model, "method": config.method, "task": config.task}
     facts["stage"] = config.stage
-    facts["train_data"] = config.data.train
+    facts["train_data"] = config.data.source
     summary = path / "summary.json"
     if summary.is_file():
         facts |= {"finished": True, **json.loads(summary.read_text())}
@@ -60,11 +71,27 @@ def _describe_shadow(path: Path) -> dict[str, Any]:
     facts |= {name: value for name, value in config.shadow.items() if value is not None}
     if config.start is not None:
         facts["start"] = str(config.start)
+    return facts | _describe_tensors(tensors)
+
+
+def _describe_peer(peer: PeerAdapter) -> dict[str, Any]:
+    """Tell what another library saved, in its own words; base and blocks are not looked at."""
+    facts: dict[str, Any] = {
+        "library": peer.library,
+        "task": "classification" if peer.classifies else "causal_lm",
+        "base": peer.base or "not stored",
+    }
+    settings = {name: value for name, value in sorted(peer.settings.items()) if isinstance(value, int | float | str)}
+    return facts | settings | _describe_tensors(peer.tensors)
+
+
+def _describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Count the numbers in each part, a part being the first two pieces of a name."""
     parts: dict[str, int] = {}
     for name, tensor in tensors.items():
         part = ".".join(name.split(".")[:2])
         parts[part] = parts.get(part, 0) + tensor.numel()
-    facts |= {f"tensors_{part}": count for part, count in parts.items()}
+    facts: dict[str, Any] = {f"tensors_{part}": count for part, count in parts.items()}
     facts["tensors_total"] = sum(parts.values())
     facts["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     return facts

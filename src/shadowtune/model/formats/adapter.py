@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,12 @@ class PeerAdapter:
     """The base's revision."""
     num_labels: int | None = None
     """Classes of its heads, if it holds them."""
+    library: str = ""
+    """Who wrote it."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """As its config file words them."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """As its adapter file names them."""
 
 
 def read_json(file: str) -> dict[str, Any]:

@@ -103,6 +103,9 @@ def open_peft(path_or_id: str, **hub: Any) -> PeerAdapter:
         base=config.get("base_model_name_or_path") or "",
         revision=config.get("revision"),
         num_labels=None if score is None else len(score),
+        library="Hugging Face PEFT",
+        settings=config,
+        tensors=tensors,
     )
 
 

@@ -101,7 +101,15 @@ def open_shadow_peft(path_or_id: str, **hub: Any) -> PeerAdapter:
         return _build(path_or_id, config, tensors, modules, base, backbone)
 
     classifies = bool(modules) or any(name in HEADS.values() for name in listed)
-    return PeerAdapter(path_or_id, classifies, build, num_labels=classes)
+    return PeerAdapter(
+        path_or_id,
+        classifies,
+        build,
+        num_labels=classes,
+        library="shadow-peft",
+        settings=config,
+        tensors=tensors | modules,
+    )
 
 
 def _stored_config(file: str) -> PreTrainedConfig:
