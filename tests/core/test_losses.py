@@ -7,11 +7,13 @@ from shadowtune.core import reference
 from shadowtune.core.head import Head
 from shadowtune.core.losses import (
     LossWeights,
+    detached_causal_loss,
     joint_causal_loss,
     labelled_rows,
     relative_squared_error,
     token_cross_entropy,
 )
+from shadowtune.core.top_tokens import top_tokens
 
 VOCABULARY, WIDTH = 11, 6
 
@@ -71,6 +73,67 @@ def test_distillation_is_the_weighted_mean_divergence_of_the_attached_model_from
     torch.testing.assert_close(joint.distillation, divergence)
     torch.testing.assert_close(joint.total, joint.base + 0.7 * divergence)
     torch.testing.assert_close(torch.autograd.grad(joint.total, s)[0], torch.autograd.grad(0.7 * divergence, s)[0])
+
+
+def top_divergence_of(head: Tensor, h: Tensor, s: Tensor, labels: Tensor, k: int, temperature: float) -> Tensor:
+    """Mean over the labelled positions of tau^2 KL from the k most likely tokens, made to sum to 1."""
+    kept = labels[:, 1:] != -100
+    teacher, student = (x[:, :-1][kept] @ head.T / temperature for x in (h.detach(), s))
+    logits, tokens = teacher.topk(k)
+    p = torch.softmax(logits, -1)
+    return temperature**2 * (p * (p.log() - torch.log_softmax(student, -1).gather(1, tokens))).sum(-1).mean()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("shadow", [0.0, 0.3])
+def test_distillation_may_look_at_the_most_likely_tokens_alone(shadow, temperature, compiled):
+    head, h, s, labels = example()
+    weights = LossWeights(shadow, 0.7, temperature, 0.2, top_k=3)
+    loss = torch.compile(joint_causal_loss, backend="eager", fullgraph=True) if compiled else joint_causal_loss
+    joint = loss(linear(head), h, s, labels, weights)
+    divergence = top_divergence_of(head, h, s, labels, 3, temperature)
+    whole = joint_causal_loss(linear(head), h, s, labels, weights._replace(top_k=None))
+    torch.testing.assert_close(joint.distillation, divergence)
+    assert abs(whole.distillation - divergence) > 1e-3
+    torch.testing.assert_close(joint.total, whole.total + 0.7 * (divergence - whole.distillation))
+    expected = torch.autograd.grad(whole.total + 0.7 * (divergence - whole.distillation), (h, s))
+    for ours, truth in zip(torch.autograd.grad(joint.total, (h, s)), expected, strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize(
+    ("weights", "teacher"),
+    [
+        (LossWeights(1.0), None),
+        (LossWeights(0.3, 0.7, 2.0, 0.2), "states"),
+        (LossWeights(0.0, matching=0.2), "states"),
+        (LossWeights(0.3, 0.7, 2.0, 0.2, top_k=3), "states"),
+        (LossWeights(0.3, 0.7, 2.0, top_k=3), "tokens"),
+        (LossWeights(0.0, 0.7, 1.0, top_k=3), "tokens"),
+    ],
+)
+def test_alone_the_shadow_has_the_joint_loss_less_that_of_its_teacher(weights, teacher):
+    head, h, s, labels = example()
+    given = {None: None, "states": h.detach(), "tokens": top_tokens(linear(head), h, 3, weights.temperature)}[teacher]
+    alone = detached_causal_loss(linear(head), s, labels, weights, 7, given)
+    joint = joint_causal_loss(linear(head), h, s, labels, weights, 7)
+    assert alone.base is None
+    torch.testing.assert_close(alone.total, joint.total - joint.base)
+    for ours, truth in zip(alone[2:], joint[2:], strict=True):
+        assert (ours is None) == (truth is None)
+        assert ours is None or torch.isclose(ours, truth)
+    gradients = [torch.autograd.grad(loss.total, s)[0] for loss in (alone, joint)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_tokens_that_are_known_need_no_head_of_the_teacher():
+    head, h, s, labels = example()
+    top = top_tokens(linear(head), h, 3, 1.0)
+    calls = []
+    counting = Head(lambda x: calls.append(len(x)) or x @ head.T)
+    detached_causal_loss(counting, s, labels, LossWeights(0.3, 0.7, top_k=3), None, top)
+    assert calls == [int((labels[:, 1:] != -100).sum())] * 2, "cross-entropy and divergence of the student"
 
 
 def test_matching_is_the_weighted_mean_of_the_relative_squared_distance_and_moves_the_shadow_alone():

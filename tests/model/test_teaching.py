@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from shadowtune.core import reference
+from shadowtune.core.top_tokens import top_tokens
+from shadowtune.errors import ConfigError
 from tests.support.shadows import perturbed_classifier, perturbed_model, tokens
 
 TEACHING = {
@@ -99,8 +101,75 @@ def test_lambda_of_a_call_replaces_that_of_the_config(weight):
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_micro_batches_add_up():
-    model, ids = perturbed_model(**TEACHING), tokens(3, 9)
+def top_divergence(teacher, student, labels, k, temperature):
+    kept = labels[:, 1:] != -100
+    logits, chosen = teacher[:, :-1][kept].double().topk(k)
+    p = torch.softmax(logits / temperature, -1)
+    q = torch.log_softmax(student[:, :-1][kept].double() / temperature, -1).gather(1, chosen)
+    return temperature**2 * (p * (p.log() - q)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"], ids=["linear head", "softcap"])
+@pytest.mark.parametrize(("mode", "teacher"), [("attached", "attached"), ("detached", "base")])
+def test_the_teacher_may_show_its_most_likely_tokens_alone(mode, teacher, model_type):
+    model, ids = perturbed_model(model_type, **TEACHING, distillation_top_k=5), tokens(3, 9)
+    labels = labels_like(ids)
+    expected = top_divergence(logits(model, teacher, ids), logits(model, "detached", ids), labels, 5, 2.0)
+    output = model.set_mode(mode).train()(ids, labels=labels)
+    torch.testing.assert_close(output.distillation_loss.double(), expected, rtol=1e-4, atol=1e-6)
+    total = 0.3 * output.shadow_loss + 0.7 * output.distillation_loss + 0.2 * output.matching_loss
+    torch.testing.assert_close(output.loss, total if mode == "detached" else output.base_loss + total)
+
+
+def known(model, ids):
+    """The base's 5 most likely tokens at each position, as a call takes them."""
+    top = top_tokens(model.head, model.base_states(input_ids=ids).flatten(0, 1), 5, 2.0)
+    names = ("teacher_tokens", "teacher_log_probabilities")
+    return {name: part.view(*ids.shape, 5) for name, part in zip(names, top, strict=True)}
+
+
+@pytest.mark.parametrize("matching_weight", [0.0, 0.2])
+def test_tokens_that_are_known_spare_the_base_unless_its_states_are_needed(matching_weight):
+    settings = {**TEACHING, "distillation_top_k": 5, "matching_weight": matching_weight}
+    model, ids = perturbed_model(**settings).set_mode("detached").train(), tokens(3, 9)
+    labels, kept = labels_like(ids), known(model, ids)
+    fresh = model(ids, labels=labels)
+    calls = []
+    model.base.model.register_forward_hook(lambda *call: calls.append(call))
+    output = model(ids, labels=labels, **kept)
+    assert len(calls) == (1 if matching_weight else 0)
+    torch.testing.assert_close(output.loss, fresh.loss)
+    parameters = list(model.shadow.backbone.parameters())
+    pairs = zip(*(torch.autograd.grad(each.loss, parameters) for each in (output, fresh)), strict=True)
+    for ours, truth in pairs:
+        torch.testing.assert_close(ours, truth)
+
+
+def test_the_tokens_that_are_given_are_learned_from():
+    model, ids = perturbed_model(**{**TEACHING, "distillation_top_k": 5, "matching_weight": 0.0}), tokens(3, 9)
+    model.set_mode("detached").train()
+    kept = known(model, ids)
+    others = {**kept, "teacher_tokens": (kept["teacher_tokens"] + 1) % 97}
+    losses = [model(ids, labels=labels_like(ids), **each).distillation_loss for each in (kept, others)]
+    assert abs(losses[0] - losses[1]) > 1e-2
+
+
+def test_more_tokens_than_there_are_cannot_be_looked_at():
+    assert perturbed_model(distillation_top_k=97)
+    with pytest.raises(
+        ConfigError, match=r"^distillation_top_k=98 is more than the 97 tokens of the base's vocabulary"
+    ):
+        perturbed_model(distillation_top_k=98)
+
+
+def test_a_classifier_looks_at_all_classes():
+    with pytest.raises(ConfigError, match=r"^distillation_top_k=2 is for language models; .*: leave it out$"):
+        perturbed_classifier(distillation_top_k=2)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_micro_batches_add_up(top_k):
+    model, ids = perturbed_model(**TEACHING, distillation_top_k=top_k), tokens(3, 9)
     labels = labels_like(ids)
     count = int((labels[:, 1:] != -100).sum())
     for mode in ("attached", "detached"):

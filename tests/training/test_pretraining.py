@@ -14,14 +14,16 @@ from shadowtune.config.loading import dump_config
 from shadowtune.config.training import DataConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.methods import load_trained
+from shadowtune.training import pretraining, teacher_cache
 from shadowtune.training import run as run_module
 from shadowtune.training.pretraining import set_up_pretraining
 from shadowtune.training.run import build_model, train
+from shadowtune.training.teacher_cache import TaughtRows
 from shadowtune.training.trainer import BACKBONE_PARTS
-from tests.support.runs import run_config, snapshot
+from tests.support.runs import model_directory, run_config, snapshot
 from tests.support.shadows import perturbed_model, tokens
 from tests.training.test_distributed import LAUNCH
-from tests.training.test_resume import ENVIRONMENT, assert_resumes_after_a_stop
+from tests.training.test_resume import ENVIRONMENT, assert_resumes_after_a_stop, assert_same_run
 
 SHADOW = {"rank": 4, "update_width": 3, "dropout": 0.0}
 TEXT = "the cat in the hat, the hat on the cat. "
@@ -172,17 +174,125 @@ def test_without_validation_rows_and_in_a_task_there_is_no_perplexity(tmp_path):
     assert train(task, quiet=True).detached_perplexity is None
 
 
-def test_two_processes_pretrain_like_one_even_if_checkpointed(tmp_path):
-    shadow = {"hidden_size": 16, "distillation_weight": 0.5}
+TAUGHT = {"hidden_size": 16, "distillation_weight": 0.5, "distillation_temperature": 2.0, "distillation_top_k": 5}
+
+
+def cached_config(path: Path, **settings):
+    """Settings of 3 epochs of 10 rows with 3 rows to a file, in batches of 2, of which 2 make a step."""
+    common = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": None, "epochs": 3.0}
+    config = pretrain_config(path, TAUGHT, **{**common, "distillation_cache": str(path / "kept"), **settings})
+    return replace(config, data=replace(config.data, validation=None, block_size=45))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Rows of each forward pass of a base in training; files of the cache hold three rows."""
+    seen = []
+
+    def build(*args):
+        model = build_model(*args)
+        decoder = model.architecture.decoder_of(model.base)
+        decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        return model
+
+    monkeypatch.setattr(run_module, "build_model", build)
+    for module in (teacher_cache, pretraining):
+        monkeypatch.setattr(module, "ROWS", 3)
+    return seen
+
+
+@pytest.mark.parametrize("settings", [{}, {"padding_free": True}, {"group_by_length": True}], ids=str)
+def test_with_a_cache_the_loss_is_the_same_and_no_step_runs_the_base(settings, tmp_path, calls):
+    config = cached_config(tmp_path, **settings)
+    train(replace(config, distillation_cache=None, output=str(tmp_path / "fresh")), quiet=True)
+    assert len(calls) == 3 * 5
+    calls.clear()
+    lines = []
+    train(config, report=lines.append, quiet=True)
+    assert len(calls) == 2 + 2 + 2 + 1, "three rows are a batch of two and one of one"
+    assert "4 files of up to 3 rows to be filled" in "".join(lines)
+    calls.clear()
+    again = replace(config, output=str(tmp_path / "again"))
+    lines.clear()
+    train(again, report=lines.append, quiet=True)
+    assert not calls
+    assert "all known" in "".join(lines)
+    assert_same_run(tmp_path / "again", tmp_path / "run")
+    for name in ("loss", "distillation_loss", "shadow_loss"):
+        fresh, cached = (log(tmp_path / run, name) for run in ("fresh", "run"))
+        assert len(fresh) == 3 * 3
+        assert cached == pytest.approx(fresh, rel=1e-5)
+    for name, tensor in saved(tmp_path / "fresh").items():
+        torch.testing.assert_close(saved(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_pretraining_with_a_cache_resumes_to_the_same_trajectory(stop, tmp_path, monkeypatch):
+    assert_resumes_after_a_stop(cached_config(tmp_path, save_steps=1), stop, tmp_path, monkeypatch)
+
+
+def test_filling_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, calls):
+    config = cached_config(tmp_path)
+    write = TaughtRows.write
+
+    def write_or_stop(taught, first, top):
+        if first == 6:
+            raise KeyboardInterrupt
+        write(taught, first, top)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaughtRows, "write", write_or_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, quiet=True)
+    names = sorted(file.name for file in (tmp_path / "kept").iterdir())
+    assert names == ["rows-00000000.safetensors", "rows-00000003.safetensors"]
+    calls.clear()
+    train(config, resume=True, quiet=True)
+    assert calls == [2, 1, 1], "rows 6 to 9"
+
+
+def test_a_cache_serves_other_runs_of_the_same_teacher_and_rows_and_no_others(tmp_path, calls):
+    config = cached_config(tmp_path, max_steps=1)
+    train(config, quiet=True)
+    calls.clear()
+    shadow = replace(config.shadow, hidden_size=24, shadow_loss_weight=1.0, distillation_weight=0.2)
+    alike = replace(config, shadow=shadow, seed=1, batch_size=3, output=str(tmp_path / "alike"))
+    train(alike, quiet=True)
+    assert not calls
+    for changed, message in (
+        ({"shadow": replace(config.shadow, distillation_top_k=4)}, "distillation_top_k 5 and not 4"),
+        (
+            {"shadow": replace(config.shadow, distillation_temperature=1.0)},
+            r"distillation_temperature 2\.0 and not 1\.0",
+        ),
+        ({"data": replace(config.data, block_size=32)}, "rows .* and not"),
+        ({"base_dtype": "bfloat16"}, "head .*base_dtype float32 and not bfloat16"),
+        ({"autocast": True}, "autocast False and not True"),
+        ({"model": model_directory(tmp_path / "other", tie_word_embeddings=True)}, "head .* and not"),
+    ):
+        with pytest.raises(ConfigError, match=f"was filled for another run: it has {message}"):
+            train(replace(config, output=str(tmp_path / "other-run"), **changed), overwrite=True, quiet=True)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["whole vocabulary", "cache"])
+def test_two_processes_pretrain_like_one_even_if_checkpointed(kept, tmp_path):
+    shadow = {"hidden_size": 16, "distillation_weight": 0.5, "distillation_top_k": 5 if kept else None}
     one = pretrain_config(tmp_path, shadow, projection_steps=2, max_steps=4, output=str(tmp_path / "one"))
+    if kept:  # two files at least, one for each process
+        (tmp_path / "text.txt").write_text(TEXT * 50)
+        one = replace(one, data=replace(one.data, block_size=4))
     train(one, quiet=True)
     two = replace(one, batch_size=2, gradient_checkpointing="non_reentrant", output=str(tmp_path / "two"))
+    two = replace(two, distillation_cache=str(tmp_path / "kept") if kept else None)
     dump_config(two, tmp_path / "two.yaml")
     command = [*LAUNCH, "pretrain", str(tmp_path / "two.yaml"), "--quiet"]
     environment = {**os.environ, **ENVIRONMENT}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Pretrained:") == 1
+    assert done.stderr.count("teacher: 2 of 2 files") == kept
     for name in ("loss", "eval_loss"):
         assert log(tmp_path / "two", name) == pytest.approx(log(tmp_path / "one", name), rel=1e-3)
     weights, expected = saved(tmp_path / "two"), saved(tmp_path / "one")

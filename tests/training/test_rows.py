@@ -12,6 +12,7 @@ from shadowtune.model.methods import make_trainable
 from shadowtune.training.rows import check_rows, load_tokenizer, load_training_rows
 from tests.support.bases import tiny_base
 from tests.support.runs import rows_file, run_config
+from tests.support.tasks import write_task_data
 from tests.support.tokenizers import tiny_tokenizer
 
 
@@ -31,6 +32,17 @@ def test_classes_are_counted_unless_told(num_labels, expected, tmp_path):
     rows = load_training_rows(run_config(tmp_path, "classification", num_labels=num_labels))
     assert rows.num_labels == expected
     assert isinstance(rows.collate, ClassificationCollator)
+
+
+def test_a_task_gives_rows_validation_rows_and_the_number_of_classes(tmp_path):
+    write_task_data(tmp_path / "data", "sst5")
+    data = DataConfig(task="sst5", directory=str(tmp_path / "data"), limit=5, validation="task", validation_limit=2)
+    rows = load_training_rows(replace(run_config(tmp_path), data=data))
+    assert (len(rows.train), len(rows.validation), rows.num_labels) == (5, 2, None)
+    assert rows.tokenizer.decode(rows.train[0]["input_ids"]) == "Review: good film\nSentiment: positive<|im_end|>"
+    config = run_config(tmp_path, "classification")
+    assert load_training_rows(replace(config, data=data)).num_labels == 5
+    assert load_training_rows(replace(config, data=data, num_labels=9)).num_labels == 9
 
 
 def test_the_settings_of_the_data_arrive(tmp_path):

@@ -38,9 +38,17 @@ class ShadowConfig:
     the attached model, whose own gradient it leaves alone."""
     distillation_temperature: float = 1.0
     """tau, above 0. At 1 the divergence takes no product with the vocabulary of its own; others take as many again."""
+    distillation_top_k: int | None = None
+    """k: the divergence looks only at the teacher's k most likely tokens, whose probabilities are made to sum to 1
+    again. None looks at the whole vocabulary, and is all that classifiers can do."""
     matching_weight: float = 0.0
     """nu: the weight of |s0 - h|^2 / |h|^2 at labelled positions, which draws s0 to the attached model's last hidden
     state h, in front of the head that both share."""
+
+    backbone_loss: Literal["joint", "own"] = "joint"
+    """"joint": the whole joint loss trains the backbone and its projections (the paper). "own": only the shadow's own
+    terms do (lambda, mu, nu); the attached model's loss stops at s0, and its boundaries learn to use the s0 that they
+    get."""
 
     backbone: str = "mirror"
     """"mirror" builds a small copy of the base's architecture; anything else is the path or Hub id of a
@@ -97,6 +105,7 @@ class ShadowConfig:
             shadow_loss_weight_end=(0, None),
             distillation_weight=(0, None),
             distillation_temperature=(0.01, None),
+            distillation_top_k=(1, None),
             matching_weight=(0, None),
             num_shadow_layers=(1, None),
             init_std=(0, None),
@@ -108,8 +117,18 @@ class ShadowConfig:
             dropout=(0, 1),
         )
         check_choices(
-            self, depth_sharing=("backbone", "full"), activation=("silu", "gelu"), dropout_position=("rank", "hidden")
+            self,
+            depth_sharing=("backbone", "full"),
+            activation=("silu", "gelu"),
+            dropout_position=("rank", "hidden"),
+            backbone_loss=("joint", "own"),
         )
+        own = (self.shadow_loss_weight, self.shadow_loss_weight_end, self.distillation_weight, self.matching_weight)
+        if self.backbone_loss == "own" and not any(own):
+            raise ConfigError(
+                "backbone_loss own leaves the backbone nothing to learn from where shadow_loss_weight, "
+                "distillation_weight and matching_weight are 0; set one of them, or backbone_loss joint"
+            )
         if self.init_layers is not None:
             self._check_init_layers(tuple(self.init_layers))
 

@@ -2,13 +2,13 @@ r"""Cross-entropy where there are labels, and the joint loss.
 
 ShadowPEFT (https://arxiv.org/abs/2604.19254), Eq. 8-9:  loss = CE(head(h_L), y) + lambda * CE(head(s_0), y); and, if
 asked for, + mu * tau^2 KL(p_tau(h_L) || p_tau(s_0)) + nu * |s_0 - h_L|^2 / |h_L|^2, by which the detached shadow learns
-from the attached model. h_L is constant in both.
+from the attached model. h_L is constant in both. Alone, without CE(head(h_L), y), the shadow learns from the bare base.
 
 Only positions whose next token is labelled reach a head: on text with 2 % of its tokens labelled, 98 % of the
 vocabulary products would be thrown away.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from shadowtune.core.head import (
     head_sums_reference,
     summed_cross_entropy,
 )
+from shadowtune.core.top_tokens import TopTokens, top_divergence, top_tokens
 from shadowtune.core.vocabulary_sweep import Sweep
 
 
@@ -35,6 +36,8 @@ class LossWeights(NamedTuple):
     """tau."""
     matching: float = 0.0
     """nu."""
+    top_k: int | None = None
+    """How many of the teacher's most likely tokens the distillation looks at; None: all."""
 
     @property
     def teach(self) -> bool:
@@ -127,15 +130,70 @@ def joint_causal_loss(
         num_items_in_batch: labelled tokens of the whole optimizer step; by default those of this call.
     """
     targets, h, s = labelled_rows(labels, hidden_states, initial_states)
-    kept = targets != IGNORE_INDEX
-    count = kept.sum() if num_items_in_batch is None else num_items_in_batch
     alone = weights.shadow == weights.distillation == 0
     states = None if alone else s.to(h.dtype)  # the vocabulary's product is half of the cost: skip what is not trained
-    sums = head_sums(head, h, states, targets, weights.temperature if weights.distillation else None)
-    base, shadow, distillation = (None if each is None else share(each, count) for each in sums)
-    matching = share(relative_squared_error(s, h.detach(), kept), count) if weights.matching else None
-    assert base is not None
-    return JointLoss(joined(base, shadow, distillation, matching, weights), base, shadow, distillation, matching)
+    whole = weights.distillation > 0 and weights.top_k is None
+    base, shadow, divergence = head_sums(head, h, states, targets, weights.temperature if whole else None)
+    if states is not None and weights.distillation and weights.top_k is not None:
+        top = top_tokens(head, h, weights.top_k, weights.temperature)
+        divergence = top_divergence(head, states, targets, top, weights.temperature, shadow)
+    return _mean_terms(base, shadow, divergence, s, h, targets, weights, num_items_in_batch)
+
+
+def detached_causal_loss(
+    head: Head,
+    initial_states: Tensor,
+    labels: Tensor,
+    weights: LossWeights,
+    num_items_in_batch: Tensor | int | None = None,
+    teacher: Tensor | TopTokens | None = None,
+) -> JointLoss:
+    """What the shadow learns alone: from the text, and from a teacher that it does not run beside.
+
+    Args:
+        head: the base's own.
+        initial_states: s0, (B, T, d).
+        labels: (B, T), unshifted.
+        weights: of the shadow's terms; those of a teacher that is not there must be 0.
+        num_items_in_batch: labelled tokens of the whole optimizer step; by default those of this call.
+        teacher: its last hidden states (B, T, d), or its most likely tokens (B, T, k), which have nothing to match.
+    """
+    given = (teacher,) if isinstance(teacher, Tensor) else teacher or ()
+    targets, s, *rows = labelled_rows(labels, initial_states, *given)
+    h = rows[0] if isinstance(teacher, Tensor) else None
+    shadow = divergence = None
+    if weights.distillation and h is not None and weights.top_k is None:
+        _, shadow, divergence = head_sums(head, h, s.to(h.dtype), targets, weights.temperature)
+    elif weights.shadow or weights.distillation:
+        shadow = head_sums(head, s, None, targets).base
+    if weights.distillation and divergence is None:
+        k = cast(int, weights.top_k)
+        top = TopTokens(*rows) if h is None else top_tokens(head, h, k, weights.temperature)
+        divergence = top_divergence(head, s, targets, top, weights.temperature, shadow)
+    return _mean_terms(None, shadow, divergence, s, h, targets, weights, num_items_in_batch)
+
+
+def _mean_terms(
+    base: Tensor | None,
+    shadow: Tensor | None,
+    divergence: Tensor | None,
+    s: Tensor,
+    h: Tensor | None,
+    targets: Tensor,
+    weights: LossWeights,
+    num_items_in_batch: Tensor | int | None,
+) -> JointLoss:
+    """Divide sums over the labelled rows by their number, and measure how far the rows s are from h, both (N, d)."""
+    kept = targets != IGNORE_INDEX
+    count = kept.sum() if num_items_in_batch is None else num_items_in_batch
+    matching = None
+    if weights.matching:
+        assert h is not None
+        matching = relative_squared_error(s, h.detach(), kept)
+    base, shadow, divergence, matching = (
+        None if each is None else share(each, count) for each in (base, shadow, divergence, matching)
+    )
+    return JointLoss(joined(base, shadow, divergence, matching, weights), base, shadow, divergence, matching)
 
 
 def relative_squared_error(states: Tensor, targets: Tensor, kept: Tensor) -> Tensor:
@@ -146,15 +204,16 @@ def relative_squared_error(states: Tensor, targets: Tensor, kept: Tensor) -> Ten
 
 
 def joined(
-    base: Tensor, shadow: Tensor | None, distillation: Tensor | None, matching: Tensor | None, weights: LossWeights
+    base: Tensor | None,
+    shadow: Tensor | None,
+    distillation: Tensor | None,
+    matching: Tensor | None,
+    weights: LossWeights,
 ) -> Tensor:
-    """Add up the terms that are there, each with its weight."""
-    total = base
-    terms = ((weights.shadow, shadow), (weights.distillation, distillation), (weights.matching, matching))
-    for weight, term in terms:
-        if term is not None and weight:
-            total = total + weight * term
-    return total
+    """Add up the terms that are there, at least one, each with its weight."""
+    terms = ((1, base), (weights.shadow, shadow), (weights.distillation, distillation), (weights.matching, matching))
+    first, *others = (term if weight == 1 else weight * term for weight, term in terms if term is not None and weight)
+    return sum(others, first)
 
 
 def share(total: Tensor, count: Tensor | int) -> Tensor:

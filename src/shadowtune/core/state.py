@@ -19,7 +19,7 @@ class ShadowState:
         self.boundaries = boundaries
         self.parameters = boundaries.split()
         self.initial = initial
-        self.value = initial
+        self.value = initial if boundaries.config.backbone_loss == "joint" else initial.detach()
         self.depth = -1
         """The block that the state has been brought to; -1 before the first."""
 

@@ -36,7 +36,7 @@ class Sweep(torch.autograd.Function):
         """Sweep once; keep the rows' gradients."""
         expect = h.requires_grad or (s is not None and s.requires_grad)
         networks, n = (1 if s is None else 2), len(targets)
-        x = torch.cat([h] if s is None else [h, s.to(h.dtype)]).to(_product_dtype(head))
+        x = torch.cat([h] if s is None else [h, s.to(h.dtype)]).to(product_dtype(head))
         seen = _sweep(head, x, n, temperature, expect)
         kept = (targets != IGNORE_INDEX).unsqueeze(1)
         ids = targets.clamp(min=0).repeat(networks)
@@ -173,7 +173,8 @@ def _finished(raw: Tensor, finish: Callable[[Tensor], Tensor] | None) -> tuple[T
     return logits.detach(), slope
 
 
-def _product_dtype(head: Head) -> torch.dtype:
+def product_dtype(head: Head) -> torch.dtype:
+    """Return the dtype of products with the head's weight, which must be known: autocast's, or that of the weight."""
     assert head.weight is not None
     device = head.weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype

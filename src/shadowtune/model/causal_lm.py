@@ -13,7 +13,8 @@ from transformers.utils import can_return_tuple
 
 from shadowtune.attach.architectures import Finish
 from shadowtune.core.head import Head
-from shadowtune.core.losses import JointLoss, LossWeights, joint_causal_loss
+from shadowtune.core.losses import LossWeights, detached_causal_loss, joint_causal_loss
+from shadowtune.core.top_tokens import TopTokens
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
@@ -53,6 +54,13 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             raise ConfigError(
                 f"{type(self.base).__name__} has no language model head; load the base with AutoModelForCausalLM"
             )
+        top_k = self.shadow.config.distillation_top_k
+        vocabulary = self.base.config.get_text_config(decoder=True).vocab_size
+        if top_k is not None and top_k > vocabulary:
+            raise ConfigError(
+                f"distillation_top_k={top_k} is more than the {vocabulary} tokens of the base's vocabulary; leave it "
+                "out to look at all of them"
+            )
         self.generation_config = copy.deepcopy(self.base.generation_config)
         carry_shadow_loss(self)
 
@@ -69,6 +77,8 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         shadow_loss_weight: float | None = None,
+        teacher_tokens: Tensor | None = None,
+        teacher_log_probabilities: Tensor | None = None,
         **kwargs: Any,
     ) -> ShadowCausalLMOutput | CausalLMOutputWithPast:
         """Compute logits, and with labels the joint loss (Eq. 8-9).
@@ -79,6 +89,9 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             logits_to_keep: how many last positions get logits, all if 0; or the positions themselves.
             num_items_in_batch: labelled tokens in the whole optimizer step; all loss terms are divided by it.
             shadow_loss_weight: lambda of this call; None takes the config's.
+            teacher_tokens: (B, T, k), the base's most likely next tokens where they are known already. In training in
+                mode "detached", and unless ``matching_weight`` needs more of the base, they spare its forward pass.
+            teacher_log_probabilities: (B, T, k), of those tokens, as ``core/top_tokens.py`` describes them.
 
         Returns:
             Logits (B, T, V); None in training with labels, where only labelled positions reach the head.
@@ -110,13 +123,14 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         joint = None
         if labels is not None:
             weights = self.loss_weights(shadow_loss_weight)
-            if self.mode == "detached" and self.training and weights.teach:
-                with torch.no_grad():
-                    inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
-                    decoder = self.architecture.decoder_of(self.base)
-                    taught = decoder(**inputs, attention_mask=attention_mask, use_cache=False, **kwargs)
-                    hidden_states = taught.last_hidden_state
-            joint = self._joint_loss(hidden_states, state.initial, labels, weights, num_items_in_batch)
+            if self.mode == "attached":
+                joint = joint_causal_loss(self.head, hidden_states, state.initial, labels, weights, num_items_in_batch)
+            else:
+                inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+                known = (teacher_tokens, teacher_log_probabilities)
+                teacher = self._teacher(weights, known, {**inputs, "position_ids": position_ids, **kwargs})
+                weights = LossWeights(1.0) if teacher is None else weights
+                joint = detached_causal_loss(self.head, state.initial, labels, weights, num_items_in_batch, teacher)
         logits = None
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -130,18 +144,21 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             **loss_terms(joint),
         )
 
-    def _joint_loss(
-        self, h: Tensor, s: Tensor, labels: Tensor, weights: LossWeights, num_items_in_batch: Tensor | int | None
-    ) -> JointLoss:
-        """Eq. 8-9; of a detached shadow the terms that are its own: h is s itself, or what it is to learn from."""
-        if self.mode == "attached":
-            return joint_causal_loss(self.head, h, s, labels, weights, num_items_in_batch)
-        if h is s:
-            joint = joint_causal_loss(self.head, s, s, labels, LossWeights(0.0), num_items_in_batch)
-            return JointLoss(joint.total, None, joint.total)
-        joint = joint_causal_loss(self.head, h, s, labels, weights, num_items_in_batch)
-        assert joint.base is not None
-        return joint._replace(total=joint.total - joint.base, base=None)
+    def _teacher(
+        self, weights: LossWeights, known: tuple[Tensor | None, Tensor | None], inputs: dict[str, Any]
+    ) -> Tensor | TopTokens | None:
+        """What the detached shadow learns from beside the text: nothing in evaluation."""
+        if not (self.training and weights.teach):
+            return None
+        tokens, log_probabilities = known
+        if tokens is None or log_probabilities is None or weights.matching:
+            return self.base_states(**inputs)
+        return TopTokens(tokens, log_probabilities)
+
+    @torch.no_grad()
+    def base_states(self, **inputs: Any) -> Tensor:
+        """Return the last hidden states (B, T, d) of the bare base, without gradients; ``inputs`` as in ``forward``."""
+        return self.architecture.decoder_of(self.base)(**inputs, use_cache=False).last_hidden_state
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
         """Apply the base's head and whatever the architecture does after it: (..., d) -> (..., V)."""

@@ -66,6 +66,11 @@ class ShadowForSequenceClassification(ShadowPair):
                 f"{type(self.base).__name__} has no linear head 'score'; load the base with "
                 "AutoModelForSequenceClassification"
             )
+        if (top_k := self.shadow.config.distillation_top_k) is not None:
+            raise ConfigError(
+                f"distillation_top_k={top_k} is for language models; the distillation of a classifier looks at all "
+                "classes: leave it out"
+            )
         dtype = self.shadow.boundaries.injection_downs.dtype
         self.score = copy.deepcopy(head).to(dtype).requires_grad_(True)
         self.shadow_score = copy.deepcopy(self.score)

@@ -55,6 +55,25 @@ def class_objective(
     return {"loss": classification_loss(logits, labels, None, num_items_in_batch)}
 
 
+def own_causal_objective(
+    model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+) -> dict[str, Tensor]:
+    """The model's own loss, with the terms that its adapters add to it (PEFT's Shadow tuner, AdaLoRA).
+
+    Such a term is a mean over this batch, whatever the step's count is; so over several batches a step it weighs more.
+    """
+    return {"loss": model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss}
+
+
+def own_class_objective(
+    model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+) -> dict[str, Tensor]:
+    """The classifier's own loss, a mean over this batch, weighted by its share of the step's rows."""
+    count = len(inputs["labels"])
+    share = count / (count if num_items_in_batch is None else num_items_in_batch)
+    return {"loss": model(**inputs, use_cache=False).loss * share}
+
+
 def causal_loss(model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
     """Cross-entropy of any causal language model's logits, a scalar.
 

@@ -210,6 +210,7 @@ class ShadowPair(PreTrainedModel):
             config.distillation_weight,
             config.distillation_temperature,
             config.matching_weight,
+            config.distillation_top_k,
         )
 
     def get_input_embeddings(self) -> nn.Module:

@@ -9,12 +9,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shadowtune.attach.architectures import ARCHITECTURES
 from shadowtune.config.training import TrainConfig
-from shadowtune.data.blocks import BlockReport, encode_blocks
+from shadowtune.data.blocks import BlockReport
 from shadowtune.data.checks import check_encoded
 from shadowtune.data.collate import CausalCollator, ClassificationCollator, PackedCollator
-from shadowtune.data.encoding import EncodingReport, encode_classification, encode_rows
-from shadowtune.data.prompts import FieldNames
-from shadowtune.data.sources import load_rows
+from shadowtune.data.dataset import Dataset
+from shadowtune.data.encoding import EncodingReport
 from shadowtune.errors import CheckpointError, ConfigError, DataError
 from shadowtune.model.methods import context_length
 from shadowtune.model.pair import ShadowPair
@@ -43,20 +42,22 @@ def load_training_rows(config: TrainConfig) -> TrainingRows:
 
     Raises:
         DataError: if a data set is missing, malformed, or has classes out of range.
+        ConfigError: if the task is unknown, or has no classes and they are to be predicted.
         CheckpointError: if the model has no tokenizer.
     """
     tokenizer = load_tokenizer(config.model, config.revision)
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
-    train, report = _load_split(config, tokenizer, config.data.train, config.data.train_split, config.data.limit)
-    validation = None
-    if config.data.validation is not None:
-        validation, _ = _load_split(config, tokenizer, config.data.validation, config.data.validation_split, None)
-    if config.task == "causal_lm":
+    data = Dataset.open(config.data)
+    classify = config.task == "classification"
+    train, report = data.encode(data.training_rows(), tokenizer, classify, training=True)
+    held_out = data.validation_rows()
+    validation = None if held_out is None else data.encode(held_out, tokenizer, classify, training=True)[0]
+    if not classify:
         flash = config.attention.startswith("flash")
         collate = PackedCollator(with_bounds=flash) if config.padding_free else CausalCollator(pad)
         return TrainingRows(tokenizer, collate, train, validation, None, report)
-    num_labels = _count_classes([*train, *(validation or [])], config.num_labels)
+    num_labels = _count_classes([*train, *(validation or [])], config.num_labels or data.num_labels)
     return TrainingRows(tokenizer, ClassificationCollator(pad), train, validation, num_labels, report)
 
 
@@ -104,21 +105,6 @@ def _check_packing(model: nn.Module) -> None:
                 f"padding_free=true does not work with {model_type}, which is not known to keep the documents of a row "
                 f"apart, as {', '.join(sorted(packing))} do; set padding_free=false"
             )
-
-
-def _load_split(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: str, split: str, limit: int | None
-) -> tuple[list[dict[str, Any]], EncodingReport | BlockReport]:
-    data = config.data
-    rows = load_rows(source, split, limit)
-    fields = FieldNames.from_config(data)
-    if data.block_size is not None:
-        return encode_blocks(rows, tokenizer, fields, data.block_size)
-    if config.task == "classification":
-        return encode_classification(rows, tokenizer, fields, data.max_length, data.overlong)
-    return encode_rows(
-        rows, tokenizer, fields, data.max_length, data.overlong, data.completion_only, data.chat_template
-    )
 
 
 def _count_classes(rows: list[dict[str, Any]], num_labels: int | None) -> int:

@@ -27,7 +27,7 @@ from shadowtune.training.arguments import training_arguments
 from shadowtune.training.checkpoints import whole_directory
 from shadowtune.training.interruption import StopBetweenSteps
 from shadowtune.training.metrics import MetricsFile
-from shadowtune.training.pretraining import ProjectionsFirst, set_up_pretraining
+from shadowtune.training.pretraining import ProjectionsFirst, set_up_pretraining, taught_rows
 from shadowtune.training.rows import TrainingRows, check_rows, load_training_rows
 from shadowtune.training.run_dir import RunDirectory
 from shadowtune.training.trainer import ShadowTrainer, with_row_numbers
@@ -98,6 +98,10 @@ def train(
             if main:
                 run.begin(config, resume)
         trainer = make_trainer(config, run, arguments, model, rows)
+        if config.distillation_cache is not None:
+            trainer.train_dataset = taught_rows(
+                config, model, rows, trainer.accelerator, report if main else lambda line: None
+            )
         interrupt = StopBetweenSteps()
         trainer.add_callback(interrupt)
         with interrupt.watching():
@@ -117,7 +121,7 @@ def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module
     set_seed(config.seed)
     base = load_base(config.model, config.task, **kwargs)
     trained_in = vars(torch)[config.trainable_dtype]
-    model = make_trainable(base, config.method, config.task, config.shadow, config.lora, trained_in)
+    model = make_trainable(base, config.method, config.task, config.shadow, config.lora, trained_in, config.peft)
     return set_up_pretraining(model, config.projection_steps) if config.stage == "pretrain" else model
 
 
@@ -159,7 +163,7 @@ def _finish(
         trainer.save_model(str(staging))
         if trainer.args.should_save:
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-            if config.method in ("lora", "dora"):  # PEFT writes none, but a classifier's head needs one
+            if config.method in ("lora", "dora", "peft"):  # PEFT writes none, but a classifier's head needs one
                 model.config.save_pretrained(staging)
     if trainer.args.process_index != 0:
         return None
