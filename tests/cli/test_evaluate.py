@@ -3,7 +3,8 @@ import json
 import pytest
 
 from shadowtune.cli.main import main
-from tests.support.commands import ROWS, write_rows
+from tests.support.commands import ROWS, write_config, write_rows
+from tests.support.tasks import write_task_data
 
 
 def rows_of(file):
@@ -72,8 +73,6 @@ def test_unfinished_run_is_named(shadow_run, tmp_path, capsys):
 
 
 def test_classification_run_is_evaluated_by_its_classes(base, tmp_path):
-    from tests.support.commands import write_config
-
     data = write_rows(tmp_path / "rows.jsonl", [{"text": word, "label": len(word) % 3} for word in ("a", "at", "the")])
     config = write_config(tmp_path / "c.yaml", base, data, tmp_path / "run", "task: classification\n")
     assert main(["train", str(config), "--quiet"]) == 0
@@ -82,6 +81,76 @@ def test_classification_run_is_evaluated_by_its_classes(base, tmp_path):
     rows = rows_of(tmp_path / "r.json")
     assert [row["mode"] for row in rows] == ["attached", "detached", "base"]
     assert all(row["rows"] == 3 for row in rows)
+
+
+TASK = """name: teams
+rows: {source: SOURCE, test: null}
+prompt: "Ticket: {text}\\nTeam:"
+completion: "{label_name}"
+label_field: team
+labels: [help_desk, sales]
+metric: label
+max_new_tokens: 8
+chat_template: false
+"""
+
+
+@pytest.fixture
+def own_task(tmp_path):
+    """A task of a user's own: 40 rows of JSONL and nine lines of YAML."""
+    rows = [{"text": f"ticket {number}", "team": "sales" if number % 2 else "help_desk"} for number in range(40)]
+    (tmp_path / "teams.yaml").write_text(TASK.replace("SOURCE", str(write_rows(tmp_path / "tickets.jsonl", rows))))
+    return tmp_path / "teams.yaml"
+
+
+def train_on(task, base, tmp_path, *settings):
+    config = write_config(tmp_path / "c.yaml", base, "null", tmp_path / "run", "group_by_length: true\n")
+    assert main(["train", str(config), "--quiet", f"data.task={task}", *settings]) == 0
+    return str(tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "classification"])
+def test_a_task_of_ones_own_is_a_jsonl_and_ten_lines(kind, own_task, base, tmp_path):
+    run = train_on(own_task, base, tmp_path, f"task={kind}", "data.validation=task")
+    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval_loss" in line for line in losses)
+    for split, count in (("test", 4), ("validation", 4), ("train", 32)):
+        command = ["evaluate", run, "--mode", "attached", "--split", split, "--quiet"]
+        assert main([*command, "--json", str(tmp_path / "r.json")]) == 0
+        (row,) = rows_of(tmp_path / "r.json")
+        assert (row["rows"], row["task"]) == (count, "teams version 1")
+    assert main(["evaluate", run, "--limit", "3", "--quiet", "--json", str(tmp_path / "r.json")]) == 0
+    assert [row["rows"] for row in rows_of(tmp_path / "r.json")] == [3, 3, 3]
+
+
+def test_a_run_is_measured_on_tasks_of_a_directory_by_their_metrics(own_task, base, tmp_path):
+    run = train_on(own_task, base, tmp_path)
+    for name in ("squad_v2", "gsm8k"):
+        write_task_data(tmp_path / "data", name, count=3)
+    command = ["evaluate", run, "--mode", "base", "--data", str(tmp_path / "data"), "--max-new-tokens", "3", "--quiet"]
+    columns = {}
+    for name in ("squad_v2", "gsm8k"):
+        assert main([*command, "--task", name, "--json", str(tmp_path / "r.json")]) == 0
+        (columns[name],) = rows_of(tmp_path / "r.json")
+        assert (columns[name]["rows"], columns[name]["task"]) == (3, f"{name} version 1")
+    assert columns["squad_v2"].keys() - columns["gsm8k"].keys() == {"f1"}
+    assert not {"scores", "predictions", "other_scores"} & columns["squad_v2"].keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "gsm8"], "no task 'gsm8' (did you mean gsm8k?)"),
+        (["--task", "gsm8k", "--data", "nowhere"], "nowhere"),
+        (["--task", "amazon", "--data", "somewhere"], "not from a directory of data sets"),
+        (["--data", "somewhere"], "task teams has its rows from"),
+        (["--split", "dev"], "no part 'dev'"),
+    ],
+)
+def test_what_a_task_cannot_give_is_one_line(arguments, said, own_task, base, tmp_path, capsys):
+    run = train_on(own_task, base, tmp_path)
+    assert main(["evaluate", run, "--quiet", *arguments]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_trained_run_is_measured_beside_a_quantized_base(shadow_run, data, tmp_path):

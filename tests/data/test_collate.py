@@ -28,6 +28,33 @@ def test_packed_rows_follow_each_other_and_positions_start_anew_with_each():
     assert set(batch) == {"input_ids", "position_ids", "labels"}  # a mask would end the detection of documents
 
 
+def taught_rows():
+    """Two rows, 3 and 2 tokens long, with a teacher's 2 most likely tokens."""
+    return [
+        {
+            "input_ids": ids,
+            "labels": ids,
+            "teacher_tokens": torch.tensor(tokens),
+            "teacher_log_probabilities": -torch.tensor(tokens) / 10,
+        }
+        for ids, tokens in (([1, 2, 3], [[7, 8], [9, 7], [0, 0]]), ([4, 6], [[8, 9], [0, 0]]))
+    ]
+
+
+def test_what_a_teacher_predicts_is_padded_like_the_rows():
+    batch = CausalCollator(PAD)(taught_rows())
+    expected = torch.tensor([[[7, 8], [9, 7], [0, 0]], [[8, 9], [0, 0], [0, 0]]])
+    assert torch.equal(batch["teacher_tokens"], expected)
+    assert torch.equal(batch["teacher_log_probabilities"], -expected / 10)
+
+
+def test_what_a_teacher_predicts_is_packed_like_the_rows():
+    batch = PackedCollator()(taught_rows())
+    expected = torch.tensor([[[7, 8], [9, 7], [0, 0], [8, 9], [0, 0]]])
+    assert torch.equal(batch["teacher_tokens"], expected)
+    assert torch.equal(batch["teacher_log_probabilities"], -expected / 10)
+
+
 def test_flash_attention_is_told_where_documents_begin():
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 6], "labels": [4, 6]}]
     batch = PackedCollator(with_bounds=True)(rows)

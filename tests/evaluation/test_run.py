@@ -7,6 +7,7 @@ from shadowtune.errors import CheckpointError, ConfigError, DataError
 from shadowtune.evaluation.run import FinishedRun, read_run_config
 from shadowtune.training.run import train
 from tests.support.runs import run_config
+from tests.support.tasks import write_task_data
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,21 @@ def test_the_test_split_of_a_directory_is_held_out(finished, tmp_path):
     run = FinishedRun(finished.path, finished.config, finished.model, finished.tokenizer)
     result = run.evaluate("attached", source=str(tmp_path), limit=2)
     assert result.rows == 2
+
+
+def test_a_run_of_files_is_measured_on_a_task(finished, tmp_path):
+    for name in ("squad_v2", "sst5"):
+        write_task_data(tmp_path, name)
+    result = finished.evaluate("attached", source=str(tmp_path), limit=4, max_new_tokens=3, task="squad_v2")
+    assert (result.rows, len(result.scores), list(result.other_scores)) == (4, 4, ["f1"])
+    assert finished.evaluate("attached", source=str(tmp_path), split="train", max_new_tokens=3, task="sst5").rows == 12
+    with pytest.raises(DataError, match="no part 'dev'"):
+        finished.evaluate("attached", source=str(tmp_path), split="dev", task="sst5")
+
+
+def test_words_go_where_the_tasks_field_was(finished):
+    config = run_config(finished.path, data=DataConfig(task="clinc150"))
+    assert FinishedRun(finished.path, config, None, finished.tokenizer).prompt("hi") == "Request: hi\nIntent:"
 
 
 @pytest.mark.parametrize(("template", "prompt"), [(None, "hi"), ("Say {x}!", "Say hi!"), ("{{a}} {x}\n", "{a} hi\n")])

@@ -5,14 +5,22 @@ import torch
 
 from shadowtune.data.collate import CausalCollator, ClassificationCollator
 from shadowtune.errors import DataError
-from shadowtune.evaluation.runner import answer_loss, evaluate_classes, evaluate_generation, generate_answers
+from shadowtune.evaluation.agreement import top1_agreement
+from shadowtune.evaluation.runner import (
+    answer_loss,
+    end_tokens,
+    evaluate_classes,
+    evaluate_generation,
+    generate_answers,
+)
+from shadowtune.evaluation.scoring import mean_interval, score_answers
 from tests.support.bases import tiny_classifier
 from tests.support.runs import causal_rows, class_rows
 from tests.support.shadows import perturbed_model, tokens
 from tests.support.tokenizers import tiny_tokenizer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
     return perturbed_model()
 
@@ -24,13 +32,14 @@ def prompts():
 
 def test_batched_answers_are_those_of_one_at_a_time_in_the_prompts_order(model, prompts):
     tokenizer, seen = tiny_tokenizer(), []
-    together, count = generate_answers(
+    together, ids = generate_answers(
         model, tokenizer, prompts, 6, batch_size=3, progress=lambda done, total: seen.append((done, total))
     )
     alone = [generate_answers(model, tokenizer, [prompt], 6)[0][0] for prompt in prompts]
     assert together == alone
     assert len(set(together)) > 1
-    assert 1 <= count <= 6 * len(prompts)
+    assert all(1 <= len(answer) <= 6 for answer in ids)
+    assert [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in ids] == together
     assert seen == [(3, 5), (5, 5)]
 
 
@@ -55,13 +64,47 @@ def test_the_loss_is_the_mean_over_labelled_tokens_whatever_the_batches(model):
 def test_accuracy_counts_the_answers_that_are_the_targets(model, prompts):
     tokenizer, rows = tiny_tokenizer(), causal_rows(5)
     answers, _ = generate_answers(model, tokenizer, prompts, 5)
-    targets = [answers[0], answers[1], "something else", answers[3], "no"]
-    result = evaluate_generation(model, tokenizer, prompts, targets, rows, CausalCollator(0), max_new_tokens=5)
-    assert (result.rows, result.accuracy) == (5, 0.6)
+    references = [[answers[0]], ["x", answers[1]], ["something else"], [answers[3]], ["no"]]
+    result = evaluate_generation(model, tokenizer, prompts, references, rows, CausalCollator(0), max_new_tokens=5)
+    assert (result.rows, result.accuracy, result.other_scores) == (5, 0.6, {})
+    assert result.scores == [1, 1, 0, 1, 0]
     assert result.accuracy_low < 0.6 < result.accuracy_high
     assert result.predictions == answers
     assert math.isfinite(result.loss)
     assert result.tokens_per_second > 0
+
+
+def test_the_metric_scores_the_answers_and_its_other_scores_are_told(model, prompts):
+    tokenizer, rows = tiny_tokenizer(), causal_rows(5)
+    answers, _ = generate_answers(model, tokenizer, prompts, 5)
+    references = [[f"{answer} longer"] for answer in answers]
+    arguments = (model, tokenizer, prompts, references, rows, CausalCollator(0), 5)
+    result = evaluate_generation(*arguments, metric="squad")
+    expected = score_answers("squad", answers, references)
+    assert result.accuracy == 0 < expected[1]["f1"] == result.other_scores["f1"]
+    fractions = evaluate_generation(*arguments, metric="f1")
+    assert fractions.accuracy == pytest.approx(expected[1]["f1"])
+    assert (fractions.accuracy_low, fractions.accuracy_high) == mean_interval(fractions.scores)
+
+
+def test_an_answer_ends_with_the_tokenizers_end_even_if_the_model_does_not_know_it(model, prompts):
+    tokenizer = tiny_tokenizer()
+    model.generation_config.eos_token_id = None
+    for prompt in prompts:
+        inputs = torch.tensor([prompt])
+        ids = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=6)
+        first, second, *_ = ids[0, len(prompt) :].tolist()
+        if first > 3 and second not in (first, 0):  # two different tokens, neither of them special
+            break
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(second)
+    assert generate_answers(model, tokenizer, [prompt], 6) == ([tokenizer.decode([first]).strip()], [[first, second]])
+
+
+def test_the_models_own_ends_still_end_an_answer(model):
+    tokenizer = tiny_tokenizer()
+    for configured, expected in ((None, [2]), (5, [2, 5]), ([7, 2], [2, 7])):
+        model.generation_config.eos_token_id = configured
+        assert end_tokens(model, tokenizer) == expected
 
 
 def test_classes_are_the_likeliest_and_their_loss_the_mean():
@@ -71,5 +114,33 @@ def test_classes_are_the_likeliest_and_their_loss_the_mean():
     labels = torch.tensor([row["labels"] for row in rows])
     result = evaluate_classes(model, rows, ClassificationCollator(0), batch_size=3)
     assert result.accuracy == float((logits.argmax(-1) == labels).float().mean())
+    assert result.scores == (logits.argmax(-1) == labels).float().tolist()
     assert result.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
     assert result.predictions == [str(int(index)) for index in logits.argmax(-1)]
+
+
+def test_a_class_that_the_model_lacks_is_named_with_its_row():
+    rows = class_rows(3)
+    rows[1]["labels"] = 3
+    with pytest.raises(DataError, match="row 2 has class 3, but the model knows only 0 to 2"):
+        evaluate_classes(tiny_classifier(), rows, ClassificationCollator(0))
+
+
+def test_agreement_is_told_where_another_modes_answers_are_given(model, prompts):
+    tokenizer, rows = tiny_tokenizer(), causal_rows(5)
+    arguments = (model, tokenizer, prompts, [["x"]] * 5, rows, CausalCollator(0), 5)
+    attached = evaluate_generation(*arguments)
+    assert attached.agreement is None
+    assert evaluate_generation(*arguments, said=attached.answers).agreement == 1.0
+    model.set_mode("detached")
+    alone = evaluate_generation(*arguments, said=attached.answers)
+    assert alone.agreement == top1_agreement(model, prompts, attached.answers, 0) < 1
+
+
+def test_classifiers_agree_where_they_choose_the_same_class():
+    model, rows = tiny_classifier(), class_rows(7)
+    model.config.pad_token_id = 0
+    result = evaluate_classes(model, rows, ClassificationCollator(0))
+    assert [str(answer[0]) for answer in result.answers] == result.predictions
+    said = [[(answer[0] + (index < 2)) % 3] for index, answer in enumerate(result.answers)]
+    assert evaluate_classes(model, rows, ClassificationCollator(0), said=said).agreement == pytest.approx(5 / 7)

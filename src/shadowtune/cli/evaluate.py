@@ -11,18 +11,23 @@ EPILOG = """examples:
   shadowtune evaluate runs/clinc150
   shadowtune evaluate runs/clinc150 --mode all --json result.json
   shadowtune evaluate runs/mine --data held-out.jsonl --predictions answers.jsonl
+  shadowtune evaluate runs/gsm8k --split validation --limit 200
+  shadowtune evaluate runs/gsm8k --task squad_v2 --data directory-of-data-sets
 """
+LISTS = ("scores", "predictions", "answers", "other_scores")
+"""What of an evaluation is no cell of a table."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run", help="run directory of shadowtune train")
     parser.add_argument("--mode", default="all", choices=("attached", "detached", "base", "all"), help="default: all")
-    parser.add_argument("--data", help="held-out rows; default: the data set of the run")
-    parser.add_argument("--split", default="test", help="split of a shipped or Hub data set (default: test)")
-    parser.add_argument("--limit", type=int, help="use only the first so many rows")
+    parser.add_argument("--data", help="held-out rows; with a task, a directory of data sets; default: the run's")
+    parser.add_argument("--task", help="another task than that of training: a name, or a .yaml file")
+    parser.add_argument("--split", default="test", help="split of the data set, or part of the task (default: test)")
+    parser.add_argument("--limit", type=int, help="use only so many rows: the first; of a task, a random sample")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, help="default: enough for the longest true answer")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the task's, or enough for the longest true answer")
     parser.add_argument("--ignore-base-weights", action="store_true", help="accept a base with other weights")
     parser.add_argument(
         "--quantization", choices=("none", "int8", "int4", "nf4"), help="of the base; default: as trained"
@@ -33,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate each mode, print one table."""
+    """Evaluate each mode, print one table; the other modes are compared with the attached one."""
     check_json_target(arguments.json)
     check_json_target(arguments.predictions)
     from shadowtune.evaluation.run import FinishedRun
@@ -42,11 +47,19 @@ def run(arguments: argparse.Namespace) -> int:
     modes = finished.modes if arguments.mode == "all" else (arguments.mode,)
     rows: list[dict[str, Any]] = []
     answers: dict[str, list[str]] = {}
+    attached = None
     for mode in modes:
-        result = _evaluate(finished, mode, arguments)
+        result = _evaluate(finished, mode, arguments, attached)
         answers[mode] = result.predictions
-        fields = {name: value for name, value in vars(result).items() if name != "predictions"}
-        rows.append({"run": arguments.run, "method": finished.config.method, "mode": mode, **fields})
+        if mode == "attached":
+            attached = result.answers
+        empty = [name for name, value in vars(result).items() if value is None]
+        if len(modes) > 1 and "agreement" in empty:
+            empty.remove("agreement")  # a column of which the first row has nothing
+        cells = {name: value for name, value in vars(result).items() if name not in (*LISTS, *empty)}
+        rows.append(
+            {"run": arguments.run, "method": finished.config.method, "mode": mode, **cells, **result.other_scores}
+        )
     print_table(f"Evaluated: {arguments.run}", rows)
     write_json(arguments.json, "evaluate", rows)
     if arguments.predictions:
@@ -54,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(finished: Any, mode: str, arguments: argparse.Namespace) -> Any:
+def _evaluate(finished: Any, mode: str, arguments: argparse.Namespace, attached: Any) -> Any:
     with ProgressBar(arguments.quiet) as bar:
         return finished.evaluate(
             mode,
@@ -64,6 +77,8 @@ def _evaluate(finished: Any, mode: str, arguments: argparse.Namespace) -> Any:
             arguments.batch_size,
             arguments.max_new_tokens,
             partial(bar.show, f"evaluate {mode}"),
+            arguments.task,
+            attached,
         )
 
 

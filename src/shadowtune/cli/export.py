@@ -89,12 +89,10 @@ def _row(exported: Any, quantization: str, trained: Trained | None) -> dict[str,
         "equal tokens": agreement.share,
         "ties": agreement.ties,
     }
-    if trained is not None and trained.targets is not None:
-        from shadowtune.evaluation.scoring import exact_match
-
+    if trained is not None and trained.score is not None:
         for name, answers in (("accuracy", agreement.found), ("accuracy before", agreement.expected)):
             texts = [trained.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
-            row[name] = sum(exact_match(texts, trained.targets)) / len(texts)
+            row[name] = sum(trained.score(texts)) / len(texts)
     return row
 
 

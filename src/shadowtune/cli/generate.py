@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     with finished.mode(arguments.mode) as model:
         for prompt in prompts:
             text = prompt if arguments.raw else finished.prompt(prompt)
-            answered = answer(model, finished.tokenizer, text, sampling, finished.config.data.chat_template, _write)
+            answered = answer(model, finished.tokenizer, text, sampling, finished.dataset.chat_template, _write)
             _write("\n")
             rows.append({"mode": arguments.mode, "prompt": text, **vars(answered)})
     write_json(arguments.json, "generate", rows)

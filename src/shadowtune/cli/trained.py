@@ -1,5 +1,6 @@
 """What ``detach`` and ``export`` read: a run directory, or a shadow saved by itself, with prompts to check it on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 from shadowtune.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from shadowtune.data.dataset import Dataset
+    from shadowtune.data.encoding import EncodedPrompt
+    from shadowtune.data.sources import Row
     from shadowtune.evaluation.run import FinishedRun
     from shadowtune.export.card import Card
+
+Score = Callable[[list[str]], list[float]]
+"""From the answers to all held-out prompts to the score of each, between 0 and 1."""
 
 
 @dataclass
@@ -20,8 +27,8 @@ class Trained:
     card: "Card"
     prompts: list[list[int]] = field(default_factory=list)
     """Held-out prompts as token ids, or built-in ones."""
-    targets: list[str] | None = None
-    """The true answers of held-out prompts."""
+    score: Score | None = None
+    """Scores answers to held-out prompts."""
 
 
 def is_run(path: Path) -> bool:
@@ -52,8 +59,8 @@ def _open_run(path: Path, limit: int) -> Trained:
     if config.method != "shadow":
         raise ConfigError(f"{path} is a {config.method} run; only the shadow method leaves a model that runs alone")
     finished = FinishedRun.open(path)
-    prompts, targets = _held_out(finished, limit)
-    return Trained(finished.model, finished.tokenizer, _card(finished), prompts, targets)
+    prompts, score = _held_out(finished, limit)
+    return Trained(finished.model, finished.tokenizer, _card(finished), prompts, score)
 
 
 def _open_shadow(path: Path) -> Trained:
@@ -73,27 +80,35 @@ def _open_shadow(path: Path) -> Trained:
     return Trained(model, tokenizer, Card(base, task))
 
 
-def _held_out(finished: "FinishedRun", limit: int) -> tuple[list[list[int]], list[str] | None]:
-    """Prompts and answers of the run's test rows, else of its validation rows; none if it has neither."""
-    from shadowtune.data.encoding import encode_classification, encode_prompts
-    from shadowtune.data.prompts import FieldNames
-    from shadowtune.data.sources import has_splits, load_rows
-
-    data, tokenizer = finished.config.data, finished.tokenizer
-    sources = [(data.train, "test"), (data.train, data.validation_split)] if has_splits(data.train) else []
-    sources += [(data.validation, data.validation_split)] if data.validation else []
-    fields = FieldNames.from_config(data)
-    for source, split in sources:
+def _held_out(finished: "FinishedRun", limit: int) -> tuple[list[list[int]], Score | None]:
+    """Prompts of the run's test rows, else of its validation rows, and what scores answers; none if it has neither."""
+    data, tokenizer = finished.dataset, finished.tokenizer
+    sources: tuple[Callable[[], list[Row] | None], ...] = (
+        lambda: data.held_out("test", limit=limit),
+        lambda: data.held_out(data.settings.validation_split, limit=limit),
+        data.validation_rows,
+    )
+    for load in sources:
         try:
-            rows = load_rows(source, split, limit)
+            rows = (load() or [])[:limit]
             if finished.config.task == "classification":
-                encoded = encode_classification(rows, tokenizer, fields, data.max_length, "truncate")[0]
-                return [row["input_ids"] for row in encoded], None
-            prompts = encode_prompts(rows, tokenizer, fields, data.max_length, data.chat_template)
+                encoded = data.encode(rows, tokenizer, classify=True)[0]
+                prompts, score = [row["input_ids"] for row in encoded], None
+            else:
+                answerable = data.encode_prompts(rows, tokenizer)
+                prompts, score = [prompt.input_ids for prompt in answerable], _score(data, rows, answerable)
         except DataError:  # no such split, moved, or plain text: another source, in the end the built-in prompts
             continue
-        return [prompt.input_ids for prompt in prompts], [prompt.target for prompt in prompts]
+        if prompts:
+            return prompts, score
     return [], None
+
+
+def _score(data: "Dataset", rows: "list[Row]", prompts: "list[EncodedPrompt]") -> Score:
+    from shadowtune.evaluation.scoring import score_answers
+
+    references = data.references(rows, prompts)
+    return lambda answers: score_answers(data.metric, answers, references)[0]
 
 
 def _card(finished: "FinishedRun") -> "Card":
@@ -101,7 +116,7 @@ def _card(finished: "FinishedRun") -> "Card":
 
     config = finished.config
     training = {
-        "data": config.data.train,
+        "data": config.data.source,
         "epochs": f"{config.epochs:g}" if config.max_steps is None else f"{config.max_steps} steps",
         "batch size": str(config.batch_size * config.gradient_accumulation_steps),
         "learning rate": f"{config.optimizer.learning_rate:g}",

@@ -1,68 +1,12 @@
 """The settings of a training run, as written in a YAML file."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from shadowtune.config.checking import check_range
+from shadowtune.config.data import DataConfig
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.config.templates import parse_template
 from shadowtune.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the rows come from and how they become tokens."""
-
-    train: str
-    """A JSONL file or one plain text in a .txt file (either may be gzipped), a directory of such files named after
-    splits, a data set we ship ("clinc150-demo") or a Hub data set ("hub:org/name" or "hub:org/name/config")."""
-    validation: str | None = None
-    """Rows whose loss is measured during training; None measures none."""
-    train_split: str = "train"
-    """Split to train on; a single file has none."""
-    validation_split: str = "validation"
-    """Split to validate on; a single file has none."""
-    template: str | None = None
-    """How a prompt is made from a row's fields, for instance "Request: {text}\\nIntent:"; None takes a field as it is.
-    In classification it makes the text."""
-    prompt_field: str | None = None
-    """Field of the prompt, if it is not called ``prompt``."""
-    completion_field: str | None = None
-    """Field of the completion, if it is not called ``completion``."""
-    text_field: str | None = None
-    """Field of the text, if it is not called ``text``."""
-    label_field: str | None = None
-    """Field of the class in classification, if it is not called ``label``."""
-    max_length: int = 512
-    """Tokens of prompt and completion together."""
-    overlong: Literal["error", "truncate", "drop"] = "truncate"
-    """What happens to longer rows. "truncate" cuts the start of the prompt, never the completion; of plain text and
-    in classification, which have no prompt, it cuts the end."""
-    completion_only: bool = True
-    """Whether only completions (assistant turns) are learned; plain text is always learned whole."""
-    chat_template: bool = True
-    """Whether prompts are put into the tokenizer's chat template, if it has one."""
-    block_size: int | None = None
-    """Join the rows' plain texts, with the end-of-sequence token between them, and cut the whole into blocks of so many
-    tokens, all learned; for causal_lm. ``max_length`` and ``overlong`` do not matter then. None keeps rows apart."""
-    limit: int | None = None
-    """Use only the first so many training rows."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges, the template, and what does not go together."""
-        check_range(self, max_length=(2, None), block_size=(2, None), limit=(1, None))
-        if self.block_size is not None:
-            for name in ("template", "prompt_field", "completion_field"):
-                if vars(self)[name] is not None:
-                    raise ConfigError(
-                        f"block_size={self.block_size} joins plain texts, which have no {name}; name their field with "
-                        "text_field, or leave block_size out"
-                    )
-        if self.template is None:
-            return
-        parse_template(self.template)
-        if self.prompt_field is not None or self.text_field is not None:
-            raise ConfigError("template replaces prompt_field and text_field; set only one of them")
 
 
 @dataclass(frozen=True)
@@ -122,8 +66,8 @@ class TrainConfig:
     """The base: a directory, a Hub id, or "smollm2-135m", which comes from PyPI."""
     revision: str | None = None
     """Revision of a Hub model."""
-    method: Literal["shadow", "lora", "dora", "full"] = "shadow"
-    """What is trained."""
+    method: Literal["shadow", "lora", "dora", "full", "peft"] = "shadow"
+    """What is trained; "peft" is any method of Hugging Face PEFT, by the settings in ``peft``."""
     task: Literal["causal_lm", "classification"] = "causal_lm"
     """What the model predicts: the next token, or a class."""
     num_labels: int | None = None
@@ -135,10 +79,16 @@ class TrainConfig:
     projection_steps: int = 0
     """In stage "pretrain", the steps at the beginning in which only the shadow's projections are trained; its backbone
     joins them afterwards."""
+    distillation_cache: str | None = None
+    """In stage "pretrain" with shadow.distillation_top_k, a directory that keeps the base's predictions for the
+    training rows, for this run and others: filled before the first step where it is not yet, and then no step runs the
+    base. None runs it in each step."""
     shadow: ShadowConfig = field(default_factory=ShadowConfig)
     """Settings of the method ``shadow``."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Settings of the methods ``lora`` and ``dora``."""
+    peft: dict[str, Any] = field(default_factory=dict)
+    """Settings of the method ``peft``: ``peft_type`` (IA3, SHADOW, ...) and fields of PEFT's config of that type."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How it is trained."""
     output: str = "runs/train"
@@ -185,6 +135,11 @@ class TrainConfig:
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     """What to do where the loss is NaN or infinite: stop with the rows named, or leave that optimizer step out."""
 
+    @property
+    def leaves_shadow(self) -> bool:
+        """Whether what is trained is a shadow beside its base, which can be detached."""
+        return self.method == "shadow" or self.peft.get("peft_type") == "SHADOW"
+
     def __post_init__(self) -> None:
         """Check the ranges and what does not go together."""
         check_range(
@@ -203,6 +158,11 @@ class TrainConfig:
         )
         if not self.epochs > 0:
             raise ConfigError(f"epochs must be above 0, got {self.epochs!r}")
+        if (self.method == "peft") != bool(self.peft):
+            raise ConfigError(
+                "method=peft and the settings in peft go together, such as {peft_type: IA3}; "
+                f"method is {self.method} and peft is {self.peft!r}"
+            )
         self._check_stage()
         if self.data.block_size is not None and self.task != "causal_lm":
             raise ConfigError(
@@ -224,6 +184,8 @@ class TrainConfig:
 
     def _check_stage(self) -> None:
         """Check what goes together with pretraining."""
+        if self.distillation_cache is not None:
+            self._check_distillation_cache()
         if self.stage == "task":
             if self.projection_steps:
                 raise ConfigError(
@@ -239,4 +201,22 @@ class TrainConfig:
             raise ConfigError(
                 "projection_steps freezes the backbone for a while, for which gradient_checkpointing=reentrant is not "
                 "made; set gradient_checkpointing=non_reentrant"
+            )
+
+    def _check_distillation_cache(self) -> None:
+        """Refuse a cache of the teacher where there is nothing that it could keep."""
+        cache = f"distillation_cache={self.distillation_cache}"
+        if self.stage != "pretrain":
+            raise ConfigError(
+                f"{cache} keeps what the bare base predicts, which only stage=pretrain asks for; leave it out"
+            )
+        if self.shadow.distillation_top_k is None or not self.shadow.distillation_weight:
+            raise ConfigError(
+                f"{cache} keeps the base's most likely tokens; set shadow.distillation_top_k, for instance to 32, and "
+                "shadow.distillation_weight above 0, or leave it out"
+            )
+        if self.shadow.matching_weight:
+            raise ConfigError(
+                f"{cache} cannot spare the base's forward pass while shadow.matching_weight="
+                f"{self.shadow.matching_weight} needs its hidden states; leave one of the two out"
             )

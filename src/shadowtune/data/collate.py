@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from shadowtune.core.head import IGNORE_INDEX
+
+TAUGHT = ("teacher_tokens", "teacher_log_probabilities")
+"""What rows may carry of a teacher's predictions, (T, k) each: the entry of a token is for the one after it."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,14 @@ class CausalCollator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return "input_ids", "attention_mask" (0 at padding) and "labels" (-100 at padding), all (B, T) int64."""
+        """Return "input_ids", "attention_mask" (0 at padding) and "labels" (-100 at padding), all (B, T) int64.
+
+        What rows carry of a teacher becomes (B, T, k), 0 at padding.
+        """
         batch = _pad_right(rows, self.pad_token_id)
         batch["labels"] = _stack([row["labels"] for row in rows], IGNORE_INDEX)
-        return batch
+        taught = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in _taught(rows)}
+        return batch | taught
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class PackedCollator:
         """Return "input_ids", "position_ids" and "labels" (-100 at each first token), all (1, total tokens) int64.
 
         The bounds are "cu_seq_lens_q" and "cu_seq_lens_k", (documents + 1,) int32, and "max_length_q" and
-        "max_length_k", the tokens of the longest document.
+        "max_length_k", the tokens of the longest document. What rows carry of a teacher becomes (1, total tokens, k).
         """
         packed = {
             "input_ids": [token for row in rows for token in row["input_ids"]],
@@ -49,6 +57,7 @@ class PackedCollator:
             "labels": [label for row in rows for label in (IGNORE_INDEX, *row["labels"][1:])],
         }
         batch: dict[str, Any] = {name: torch.tensor([values]) for name, values in packed.items()}
+        batch |= {name: torch.cat([row[name] for row in rows]).unsqueeze(0) for name in _taught(rows)}
         if self.with_bounds:
             lengths = [len(row["input_ids"]) for row in rows]
             bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -78,6 +87,10 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, T
         "input_ids": _stack(prompts, pad_token_id, left=True),
         "attention_mask": _stack([[1] * len(prompt) for prompt in prompts], 0, left=True),
     }
+
+
+def _taught(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in TAUGHT if name in rows[0]]
 
 
 def _pad_right(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:

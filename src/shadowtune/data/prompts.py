@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shadowtune.config.checking import nearest
+from shadowtune.config.data import DataConfig
 from shadowtune.config.templates import parse_template
-from shadowtune.config.training import DataConfig
 from shadowtune.data.sources import Row
 from shadowtune.errors import DataError
 
@@ -103,7 +103,7 @@ def read_classified(row: Mapping[str, Any], fields: FieldNames, place: str) -> t
     else:
         text = text_of(row, fields.text or "text", place)
     name = fields.label or "label"
-    label = _field(row, name, place)
+    label = field_of(row, name, place)
     if isinstance(label, bool) or not isinstance(label, int) or label < 0:
         raise DataError(f"{place}: {name} must be the number of a class, from 0, got {_short(label)}")
     return text, label
@@ -123,37 +123,38 @@ def fill_template(template: str, row: Mapping[str, Any], place: str) -> str:
 
 def text_of(row: Mapping[str, Any], name: str, place: str) -> str:
     """Return a field as text, numbers as they print; raises DataError if it is missing or anything else."""
-    value = _field(row, name, place)
+    value = field_of(row, name, place)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise DataError(f"{place}: {name} must be text, got {_short(value)}")
     return str(value)
 
 
+def field_of(row: Mapping[str, Any], name: str, place: str) -> Any:
+    """Return a field; raises DataError, naming the place and what the row has, if it is missing."""
+    if name not in row:
+        raise DataError(f"{place}: no field {name!r}{nearest(name, map(str, row))}; it has {_keys(row)}")
+    return row[name]
+
+
 def _read_completion(row: Mapping[str, Any], prompt: str, completion: str, place: str) -> Example:
     """Read a prompt and a completion, which are both text or, as in TRL, both lists of messages."""
-    if not isinstance(_field(row, prompt, place), list):
+    if not isinstance(field_of(row, prompt, place), list):
         return Completion(text_of(row, prompt, place), text_of(row, completion, place))
     asked = _messages_of(row, prompt, place)
     return Conversation([*asked, *_messages_of(row, completion, place)], first_learned=len(asked))
 
 
 def _messages_of(row: Mapping[str, Any], name: str, place: str) -> list[Message]:
-    messages = _field(row, name, place)
+    messages = field_of(row, name, place)
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{place}: {name} must be a list of messages, got {_short(messages)}")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping):
             raise DataError(f"{place}: message {number} of {name} must hold role and content, got {_short(message)}")
         for key in ("role", "content"):
-            if not isinstance(_field(message, key, f"{place}, message {number} of {name}"), str):
+            if not isinstance(field_of(message, key, f"{place}, message {number} of {name}"), str):
                 raise DataError(f"{place}: {key} of message {number} must be text, got {_short(message[key])}")
     return messages
-
-
-def _field(row: Mapping[str, Any], name: str, place: str) -> Any:
-    if name not in row:
-        raise DataError(f"{place}: no field {name!r}{nearest(name, map(str, row))}; it has {_keys(row)}")
-    return row[name]
 
 
 def _keys(row: Mapping[str, Any]) -> str:

@@ -62,8 +62,7 @@ def load_rows(source: str, split: str, limit: int | None = None) -> list[Row]:
         DataError: naming file and line, if the source or split does not exist, or the rows are unreadable or none.
         ShadowtuneError: if a Hub data set is asked for and the library for them is not installed.
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"the limit of rows must be at least 1, got {limit}")
+    check_limit(limit)
     if source.startswith(HUB):
         origin, rows = source, _read_hub(source, split)
     else:
@@ -74,6 +73,12 @@ def load_rows(source: str, split: str, limit: int | None = None) -> list[Row]:
     if not loaded:
         raise DataError(f"{origin} holds no rows")
     return loaded
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise DataError if a limit of rows allows none."""
+    if limit is not None and limit < 1:
+        raise DataError(f"the limit of rows must be at least 1, got {limit}")
 
 
 def has_splits(source: str) -> bool:

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,7 @@ def draw(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[tuple[
     Raises:
         ShadowtuneError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ShadowtuneError("the picture needs matplotlib: pip install 'shadowtune[plot]'") from None
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = new_figure(12, 3.6)
     bars, times, losses = figure.subplots(1, 3)
     names = [row["method"] for row in rows]
     heights = [100 * row["accuracy"] for row in rows]
@@ -67,7 +63,21 @@ def draw(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[tuple[
     losses.set(title="training loss", xlabel="step", yscale="log")
     if curves:
         losses.legend()
-    for axes in (bars, times, losses):
+    return png(figure)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of matplotlib, sides in inches; raises ShadowtuneError if it is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ShadowtuneError("the picture needs matplotlib: pip install 'shadowtune[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png(figure: Any) -> bytes:
+    """Return a figure as a PNG, its axes without frames."""
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
@@ -83,17 +93,29 @@ def page(
         rows: flat rows with the same keys, the first of which names the row.
         examples: flat rows with the same keys: a request, the expected answer, what each model answered.
     """
-    image = base64.b64encode(picture).decode()
+    parts = (
+        html_image(picture, "accuracy, training time and training loss"),
+        f"{html_table(rows)}<h2>Examples</h2>{html_table(examples)}",
+        f"<p>{html.escape(note)}</p>",
+    )
+    return html_page(title, parts)
+
+
+def html_page(title: str, parts: Iterable[str]) -> str:
+    """Return a page of parts that are HTML already, under a title that is plain text."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>"
-        f'<img alt="accuracy, training time and training loss" src="data:image/png;base64,{image}">'
-        f"{_table(rows)}<h2>Examples</h2>{_table(examples)}"
-        f"<p>{html.escape(note)}</p></html>\n"
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
     )
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def html_image(picture: bytes, description: str) -> str:
+    """Return a PNG as an element that holds it."""
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+
+
+def html_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return flat rows as a table; the keys of the first row are its columns."""
     header = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in rows[0])
     body = "".join(
         f"<tr>{''.join(f'<td>{html.escape(format_value(value))}</td>' for value in row.values())}</tr>" for row in rows

@@ -1,8 +1,9 @@
 """A finished training run, opened for use: its model in any mode, its tokenizer, its held-out rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ from shadowtune.config.loading import load_config
 from shadowtune.config.templates import parse_template
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.collate import CausalCollator, ClassificationCollator
-from shadowtune.data.encoding import encode_classification, encode_prompts, encode_rows
-from shadowtune.data.prompts import FieldNames
-from shadowtune.data.sources import has_splits, load_rows
+from shadowtune.data.dataset import Dataset
+from shadowtune.data.sources import Row
 from shadowtune.errors import CheckpointError, ConfigError, DataError
 from shadowtune.evaluation.runner import Evaluation, Progress, evaluate_classes, evaluate_generation
 from shadowtune.model.methods import load_trained
@@ -26,8 +26,9 @@ MODES = {
     "lora": ("attached", "base"),
     "dora": ("attached", "base"),
     "full": ("attached",),
+    "peft": ("attached", "base"),
 }
-"""What each method's model can compute. For lora and dora, "attached" means with the adapters."""
+"""What each method's model can compute; adapters are "attached". What PEFT's Shadow tuner leaves is a shadow."""
 
 
 @dataclass
@@ -64,10 +65,15 @@ class FinishedRun:
             model.to("cuda")
         return cls(path, config, model, AutoTokenizer.from_pretrained(str(path / "model")))
 
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data that the run was trained on."""
+        return Dataset.open(self.config.data)
+
     @property
     def modes(self) -> tuple[str, ...]:
         """The modes of this run's method."""
-        return MODES[self.config.method]
+        return MODES["shadow" if self.config.leaves_shadow else self.config.method]
 
     @contextmanager
     def mode(self, mode: str) -> Iterator[Any]:
@@ -78,7 +84,7 @@ class FinishedRun:
         """
         if mode not in self.modes:
             raise ConfigError(f"a {self.config.method} run has no mode {mode!r}; it has {', '.join(self.modes)}")
-        if self.config.method == "shadow":
+        if self.config.leaves_shadow:
             before = self.model.mode
             try:
                 yield self.model.set_mode(mode)
@@ -92,7 +98,7 @@ class FinishedRun:
 
     def prompt(self, text: str) -> str:
         """Put a user's words where the run's template, if it has one with a single field, had a row's."""
-        pieces = [] if self.config.data.template is None else parse_template(self.config.data.template)
+        pieces = [] if self.dataset.template is None else parse_template(self.dataset.template)
         fields = [name for _, name in pieces if name is not None]
         if not fields:
             return text
@@ -101,14 +107,6 @@ class FinishedRun:
                 f"the run's template has the fields {', '.join(fields)}; write the whole prompt and pass --raw"
             )
         return "".join(literal + ("" if name is None else text) for literal, name in pieces)
-
-    def _held_out(self) -> str:
-        """Name the data set to evaluate on if none is given: that of training, if it has more than one split."""
-        if has_splits(self.config.data.train):
-            return self.config.data.train
-        raise DataError(
-            f"{self.config.data.train} holds the rows that {self.path} was trained on; pass --data with held-out rows"
-        )
 
     def evaluate(
         self,
@@ -119,44 +117,73 @@ class FinishedRun:
         batch_size: int = 32,
         max_new_tokens: int | None = None,
         progress: Progress = lambda done, total: None,
+        task: str | None = None,
+        said: Sequence[Sequence[int]] | None = None,
     ) -> Evaluation:
-        """Evaluate one mode on held-out rows, by default the "test" split of the run's data set.
+        """Evaluate one mode on held-out rows, by default the "test" split of the run's data set or task.
 
         Args:
             mode: one of ``modes``.
-            source: a data set as in ``DataConfig.train``.
-            split: of a data set that has splits.
-            limit: use only the first so many rows.
+            source: a data set as in ``DataConfig.train``; with a task, a directory of data sets.
+            split: of a data set that has splits, or part of the task: "train", "validation" or "test".
+            limit: use only so many rows: the first ones; of a task, a random sample that is always the same.
             batch_size: rows at a time; padded on the left, with a cache.
-            max_new_tokens: by default enough for the longest true answer.
+            max_new_tokens: by default what the task says, else enough for the longest true answer.
             progress: called with the rows finished and their total.
+            task: another task than that of training, as in ``DataConfig.task``.
+            said: ``Evaluation.answers`` of another mode on the same rows, to say how much this one agrees.
 
         Raises:
-            DataError: if the rows cannot be read, or would be the training rows.
+            DataError: if the rows cannot be read, would be the training rows, or have classes that the model lacks.
+            ConfigError: if the task is unknown, or has no classes and the model predicts classes.
         """
-        data = self.config.data
-        rows = load_rows(source or self._held_out(), split, limit)
-        fields = FieldNames.from_config(data)
-        pad = self.tokenizer.pad_token_id
+        data = self.dataset if task is None else self.dataset.of_task(task)
+        rows = data.held_out(split, source, limit)
         with self.mode(mode) as model:
             if self.config.task == "classification":
-                encoded = encode_classification(rows, self.tokenizer, fields, data.max_length, "truncate")[0]
-                return evaluate_classes(model, encoded, ClassificationCollator(pad), batch_size, progress)
-            encoded = encode_rows(rows, self.tokenizer, fields, data.max_length, "truncate", True, data.chat_template)[
-                0
-            ]
-            prompts = encode_prompts(rows, self.tokenizer, fields, data.max_length, data.chat_template)
-            return evaluate_generation(
-                model,
-                self.tokenizer,
-                [prompt.input_ids for prompt in prompts],
-                [prompt.target for prompt in prompts],
-                encoded,
-                CausalCollator(pad),
-                max_new_tokens,
-                batch_size,
-                progress,
-            )
+                result = self._classify(model, data, rows, batch_size, progress, said)
+            else:
+                new_tokens = max_new_tokens or data.max_new_tokens
+                result = self._generate(model, data, rows, batch_size, new_tokens, progress, said)
+        return replace(result, task=data.task_version)
+
+    def _classify(
+        self,
+        model: Any,
+        data: Dataset,
+        rows: Sequence[Row],
+        batch_size: int,
+        progress: Progress,
+        said: Sequence[Sequence[int]] | None,
+    ) -> Evaluation:
+        encoded = data.encode(rows, self.tokenizer, classify=True)[0]
+        collate = ClassificationCollator(self.tokenizer.pad_token_id)
+        return evaluate_classes(model, encoded, collate, batch_size, progress, said)
+
+    def _generate(
+        self,
+        model: Any,
+        data: Dataset,
+        rows: Sequence[Row],
+        batch_size: int,
+        max_new_tokens: int | None,
+        progress: Progress,
+        said: Sequence[Sequence[int]] | None,
+    ) -> Evaluation:
+        prompts = data.encode_prompts(rows, self.tokenizer)
+        return evaluate_generation(
+            model,
+            self.tokenizer,
+            [prompt.input_ids for prompt in prompts],
+            data.references(rows, prompts),
+            data.encode(rows, self.tokenizer, classify=False)[0],
+            CausalCollator(self.tokenizer.pad_token_id),
+            max_new_tokens,
+            batch_size,
+            progress,
+            data.metric,
+            said,
+        )
 
 
 def read_run_config(path: Path) -> TrainConfig:

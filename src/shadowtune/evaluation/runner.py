@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowtune.data.collate import left_pad
 from shadowtune.errors import DataError
-from shadowtune.evaluation.scoring import accuracy_interval, exact_match
+from shadowtune.evaluation.agreement import top1_agreement
+from shadowtune.evaluation.scoring import mean_interval, score_answers
 from shadowtune.model.objective import causal_loss
 
 Progress = Callable[[int, int], None]
@@ -23,6 +24,7 @@ class Evaluation:
 
     rows: int
     accuracy: float
+    """Mean of the rows' scores."""
     accuracy_low: float
     accuracy_high: float
     loss: float
@@ -30,7 +32,17 @@ class Evaluation:
     evaluate_seconds: float
     tokens_per_second: float
     """Tokens generated per second of generation, all rows of a batch together; for classes, tokens read."""
+    task: str | None = None
+    """Name and version of the task whose rows these were, if they were a task's."""
+    other_scores: dict[str, float] = field(default_factory=dict)
+    """Means of what the metric gives beside its main score, such as "f1" of SQuAD."""
+    agreement: float | None = None
+    """Where another mode's answers were given: the share of their tokens, or classes, that this one finds likeliest."""
+    scores: list[float] = field(repr=False, default_factory=list)
+    """Of each row, between 0 and 1; in the rows' order."""
     predictions: list[str] = field(repr=False, default_factory=list)
+    answers: list[list[int]] = field(repr=False, default_factory=list)
+    """The predictions as token ids, the token that ends them included; or the class alone."""
 
 
 @torch.inference_mode()
@@ -41,34 +53,53 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int = 32,
     progress: Progress = lambda done, total: None,
-) -> tuple[list[str], int]:
-    """Answer prompts greedily, rows of similar length together.
+) -> tuple[list[str], list[list[int]]]:
+    """Answer prompts greedily, rows of similar length together, each until its end token.
 
     Args:
         model: anything with ``generate``; it is left in eval mode.
         prompts: token ids of each prompt, as the model saw them in training.
 
     Returns:
-        The answers in the order of the prompts, without special tokens, and how many tokens were generated.
+        The answers in the order of the prompts: as text without special tokens, and as token ids up to the one that
+        ends them.
     """
     if not prompts:
         raise DataError("there are no prompts to answer")
     model.eval()
+    ends = end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers, generated = [""] * len(prompts), 0
+    texts, answers = [""] * len(prompts), [[0]] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = left_pad([prompts[index] for index in chosen], tokenizer.pad_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         output = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends or None,
         )
-        fresh = output[:, batch["input_ids"].shape[1] :]
-        generated += int((fresh != tokenizer.pad_token_id).sum())
-        for index, text in zip(chosen, tokenizer.batch_decode(fresh, skip_special_tokens=True), strict=True):
-            answers[index] = text.strip()
+        fresh = output[:, batch["input_ids"].shape[1] :].tolist()
+        decoded = tokenizer.batch_decode(fresh, skip_special_tokens=True)
+        for index, ids, text in zip(chosen, fresh, decoded, strict=True):
+            texts[index] = text.strip()
+            answers[index] = up_to_end(ids, ends)
         progress(start + len(chosen), len(order))
-    return answers, generated
+    return texts, answers
+
+
+def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Cut off what follows the first token that ends an answer."""
+    return ids[: next((place for place, token in enumerate(ids, start=1) if token in ends), len(ids))]
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer: the model's own, and the tokenizer's, which is learned to end answers."""
+    configured = model.generation_config.eos_token_id
+    ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    return sorted(ends - {None})
 
 
 @torch.inference_mode()
@@ -90,40 +121,49 @@ def evaluate_generation(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
-    targets: list[str],
+    references: Sequence[Sequence[str]],
     encoded: Sequence[dict[str, Any]],
     collate: Callable[[Any], Any],
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     progress: Progress = lambda done, total: None,
+    metric: str = "exact_match",
+    said: Sequence[Sequence[int]] | None = None,
 ) -> Evaluation:
     """Compare greedy answers with the true ones, and measure the loss on the true ones.
 
     Args:
         prompts: token ids of each prompt.
-        targets: the true answer of each.
+        references: for each, all answers that count as right.
         encoded: prompt and true answer as trained on, with labels.
         max_new_tokens: by default enough for the longest true answer and its end.
+        metric: one of ``evaluation.scoring.METRICS``.
+        said: ``Evaluation.answers`` of another mode or model on these prompts, to say how much this one agrees.
     """
     if max_new_tokens is None:
         longest = max(sum(label != -100 for label in row["labels"]) for row in encoded)
         max_new_tokens = longest + 1
     start = time.perf_counter()
-    predictions, generated = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
+    predictions, answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
     seconds = time.perf_counter() - start
-    correct = sum(exact_match(predictions, targets))
-    low, high = accuracy_interval(correct, len(targets))
-    loss = answer_loss(model, encoded, collate, batch_size)
-    return Evaluation(
-        rows=len(targets),
-        accuracy=correct / len(targets),
-        accuracy_low=low,
-        accuracy_high=high,
-        loss=loss,
+    pad = tokenizer.pad_token_id
+    scores, others = score_answers(metric, predictions, references)
+    return _evaluation(
+        scores,
+        loss=answer_loss(model, encoded, collate, batch_size),
         evaluate_seconds=seconds,
-        tokens_per_second=generated / seconds,
+        tokens_per_second=sum(len(answer) for answer in answers) / seconds,
+        other_scores=others,
+        agreement=None if said is None else top1_agreement(model, prompts, said, pad, batch_size),
         predictions=predictions,
+        answers=answers,
     )
+
+
+def _evaluation(scores: list[float], **measured: Any) -> Evaluation:
+    """Put scores, their mean and its interval beside what else was measured."""
+    low, high = mean_interval(scores)
+    return Evaluation(len(scores), sum(scores) / len(scores), low, high, scores=scores, **measured)
 
 
 @torch.inference_mode()
@@ -133,9 +173,21 @@ def evaluate_classes(
     collate: Callable[[Any], Any],
     batch_size: int = 32,
     progress: Progress = lambda done, total: None,
+    said: Sequence[Sequence[int]] | None = None,
 ) -> Evaluation:
-    """Share of encoded rows whose most likely class is their label, and the mean loss."""
+    """Share of encoded rows whose most likely class is their label, and the mean loss.
+
+    Args:
+        said: ``Evaluation.answers`` of another mode or model on these rows, to say how much this one agrees.
+
+    Raises:
+        DataError: naming the first row with a class that the model lacks.
+    """
     model.eval()
+    highest = model.config.num_labels - 1
+    for row in rows:
+        if row["labels"] > highest:
+            raise DataError(f"row {row['row']} has class {row['labels']}, but the model knows only 0 to {highest}")
     predictions: dict[int, int] = {}
     tokens, total = 0, 0.0
     start = time.perf_counter()
@@ -150,15 +202,13 @@ def evaluate_classes(
         tokens += int(batch["attention_mask"].sum())
         progress(begin + len(chosen), len(order))
     seconds = time.perf_counter() - start
-    correct = sum(predictions[index] == int(row["labels"]) for index, row in enumerate(rows))
-    low, high = accuracy_interval(correct, len(rows))
-    return Evaluation(
-        rows=len(rows),
-        accuracy=correct / len(rows),
-        accuracy_low=low,
-        accuracy_high=high,
+    answers = [[predictions[index]] for index in range(len(rows))]
+    return _evaluation(
+        [float(predictions[index] == int(row["labels"])) for index, row in enumerate(rows)],
         loss=total / len(rows),
         evaluate_seconds=seconds,
         tokens_per_second=tokens / seconds,
-        predictions=[str(predictions[index]) for index in range(len(rows))],
+        agreement=None if said is None else sum(map(list.__eq__, answers, map(list, said))) / len(rows),
+        predictions=[str(answer[0]) for answer in answers],
+        answers=answers,
     )

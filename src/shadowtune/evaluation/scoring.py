@@ -1,6 +1,24 @@
-"""From answers to numbers."""
+"""From answers to numbers: what each metric gives one answer, between 0 and 1, and the interval of their mean."""
 
 import math
+import re
+import statistics
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+
+_NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)[-+]?\.\d+")
+"""A decimal number, thousands separated or not; a minus between two numbers is no sign."""
+_CHOICE = re.compile(r"\b(?:[BCD]|A(?!\s+(?!is\b)[a-z]))\b")
+"""A capital letter that stands alone; "A" before a word in small letters is an article."""
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+NO_ANSWERS = ("unanswerable", "no answer", "")
+"""Answers that say there is none, normalized as ``normalize_span`` does."""
+
+Metric = Callable[[str, Sequence[str]], dict[str, float]]
+"""From an answer and all that count as right to named scores, the first of which is the main one."""
 
 
 def normalize(text: str) -> str:
@@ -8,9 +26,112 @@ def normalize(text: str) -> str:
     return " ".join(text.split()).casefold().removesuffix(".")
 
 
-def exact_match(predictions: list[str], targets: list[str]) -> list[bool]:
-    """Say for each pair whether the prediction is the target, up to ``normalize``."""
-    return [normalize(p) == normalize(t) for p, t in zip(predictions, targets, strict=True)]
+def normalize_span(text: str) -> str:
+    """Fold case and white space, drop punctuation and articles, as SQuAD's official script does."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def last_number(text: str) -> Decimal | None:
+    """Return the number after the last "####", else the last number of the text; None if there is none."""
+    marked = _NUMBER.findall(text.rpartition("####")[2]) if "####" in text else []
+    found = marked[:1] or _NUMBER.findall(text)[-1:]
+    return Decimal(found[0].replace(",", "")) if found else None
+
+
+def chosen_letter(text: str) -> str | None:
+    """Return the first of the capital letters A to D that stands alone; None if none does."""
+    found = _CHOICE.search(text)
+    return None if found is None else found[0]
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Return the harmonic mean of precision and recall of an answer's words, both normalized as spans.
+
+    Where either has no words it is 1 if both have none, else 0.
+    """
+    given, expected = normalize_span(answer).split(), normalize_span(reference).split()
+    if not given or not expected:
+        return float(given == expected)
+    return 2 * (Counter(given) & Counter(expected)).total() / (len(given) + len(expected))
+
+
+def _exact_match(answer: str, references: Sequence[str]) -> dict[str, float]:
+    return {"exact_match": float(normalize(answer) in map(normalize, references))}
+
+
+def _label(answer: str, references: Sequence[str]) -> dict[str, float]:
+    said = normalize(_first_line(answer)).replace("_", " ")
+    return {"label": float(said in (normalize(reference).replace("_", " ") for reference in references))}
+
+
+def _number(answer: str, references: Sequence[str]) -> dict[str, float]:
+    said = last_number(answer)
+    return {"number": float(said is not None and said in map(last_number, references))}
+
+
+def _choice(answer: str, references: Sequence[str]) -> dict[str, float]:
+    said = chosen_letter(answer)
+    return {"choice": float(said is not None and said in references)}
+
+
+def _squad(answer: str, references: Sequence[str]) -> dict[str, float]:
+    said = _span(_first_line(answer))
+    spans = [_span(reference) for reference in references]
+    return {
+        "exact_match": float(normalize_span(said) in map(normalize_span, spans)),
+        "f1": max(token_f1(said, span) for span in spans),
+    }
+
+
+def _f1(answer: str, references: Sequence[str]) -> dict[str, float]:
+    return dict(reversed(_squad(answer, references).items()))
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": _exact_match,
+    "label": _label,
+    "number": _number,
+    "choice": _choice,
+    "squad": _squad,
+    "f1": _f1,
+}
+"""By ``TaskConfig.metric``. "label" and "squad" judge an answer's first line; "f1" is "squad" with f1 as main score."""
+
+
+def _first_line(answer: str) -> str:
+    return answer.strip().partition("\n")[0]
+
+
+def _span(text: str) -> str:
+    """Return an answer as a span: nothing at all, if it says that there is none."""
+    return "" if normalize_span(text) in NO_ANSWERS else text
+
+
+def score_answers(
+    metric: str, answers: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[list[float], dict[str, float]]:
+    """Score answers.
+
+    Args:
+        metric: one of ``METRICS``.
+        answers: of a model.
+        references: for each, all answers that count as right.
+
+    Returns:
+        The main score of each answer, and the means of the metric's other scores by their names.
+    """
+    scores = [METRICS[metric](answer, right) for answer, right in zip(answers, references, strict=True)]
+    main, *others = scores[0]
+    return [score[main] for score in scores], {name: statistics.fmean(s[name] for s in scores) for name in others}
+
+
+def mean_interval(scores: Sequence[float], z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of the mean of scores between 0 and 1: Wilson's of a share, else by the normal distribution."""
+    if all(score in (0.0, 1.0) for score in scores):
+        return accuracy_interval(round(sum(scores)), len(scores), z)
+    half = z * statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else 1.0
+    mean = statistics.fmean(scores)
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def accuracy_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
