@@ -76,6 +76,10 @@ class TrainConfig:
     """What a shadow learns: a task beside its base, or ("pretrain", set by ``shadowtune pretrain``) to be a language
     model by itself, before any task, from the text (shadow.shadow_loss_weight) and from the base alone
     (shadow.distillation_weight, shadow.matching_weight). Its boundaries stay as they start."""
+    shadow_epochs: float = 0.0
+    """Passes over the training rows in which the shadow learns the task alone, before base and shadow learn it together:
+    with the same learning rate and a schedule of its own, and cheap, for the base does not run. They make a run of their
+    own in the directory ``shadow`` of the output. For causal_lm."""
     projection_steps: int = 0
     """In stage "pretrain", the steps at the beginning in which only the shadow's projections are trained; its backbone
     joins them afterwards."""
@@ -146,6 +150,7 @@ class TrainConfig:
             self,
             num_labels=(1, None),
             projection_steps=(0, None),
+            shadow_epochs=(0, None),
             epochs=(0, None),
             max_steps=(1, None),
             batch_size=(1, None),
@@ -186,6 +191,11 @@ class TrainConfig:
         """Check what goes together with pretraining."""
         if self.distillation_cache is not None:
             self._check_distillation_cache()
+        if self.shadow_epochs and (self.stage, self.method, self.task) != ("task", "shadow", "causal_lm"):
+            raise ConfigError(
+                f"shadow_epochs={self.shadow_epochs} needs stage=task, method=shadow and task=causal_lm, but they are "
+                f"{self.stage}, {self.method} and {self.task}; leave it out"
+            )
         if self.stage == "task":
             if self.projection_steps:
                 raise ConfigError(

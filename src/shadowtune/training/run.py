@@ -30,6 +30,7 @@ from shadowtune.training.metrics import MetricsFile
 from shadowtune.training.pretraining import ProjectionsFirst, set_up_pretraining, taught_rows
 from shadowtune.training.rows import TrainingRows, check_rows, load_training_rows
 from shadowtune.training.run_dir import RunDirectory
+from shadowtune.training.shadow_first import alone, together
 from shadowtune.training.trainer import ShadowTrainer, with_row_numbers
 
 
@@ -41,9 +42,11 @@ class TrainSummary:
     trainable_parameters: int
     steps: int
     train_seconds: float
-    """Wall-clock time of the training loop, validation and checkpoints included; of all parts of a resumed run."""
+    """Wall-clock time of the training loop, validation and checkpoints included; of all parts of a resumed run, and of
+    the epochs in which the shadow learned alone."""
     tokens_per_second: float
-    """Tokens that went through the model, padding left out, on all processes together, per second of that time."""
+    """Tokens that went through the model, padding left out, on all processes together, per second of the training loop
+    (of that with the base, if the shadow learned alone first)."""
     peak_memory_mb: float
     """Of this process, the model's loading included."""
     final_loss: float
@@ -52,6 +55,8 @@ class TrainSummary:
     """Optimizer steps left out because a gradient was no number."""
     detached_perplexity: float | None = None
     """exp of the detached shadow's loss on the validation rows after pretraining; None where it was not measured."""
+    shadow_seconds: float | None = None
+    """The part of ``train_seconds`` in which the shadow learned alone; None without ``shadow_epochs``."""
 
 
 def train(
@@ -80,33 +85,35 @@ def train(
     run = RunDirectory(config.output)
     arguments = training_arguments(config, run.checkpoints, quiet)
     main = arguments.process_index == 0
+    report = report if main else lambda line: None
     resume = resume and not overwrite
     if resume and run.is_finished(config):
         return TrainSummary(**json.loads(run.summary_file.read_text())) if main else None
     with run.locked() if main else contextlib.nullcontext():
         if main:
             run.check(config, resume, overwrite)
+        first = None
+        if config.shadow_epochs:
+            report("the shadow alone")
+            first = train(alone(config), resume, overwrite, report, quiet)
+            report("base and shadow together")
         rows = load_training_rows(config)
-        if main:
-            report(f"data: {rows.report}")
-        model = build_model(config, rows.num_labels)
+        report(f"data: {rows.report}")
+        model = build_model(together(config) if config.shadow_epochs else config, rows.num_labels)
         check_rows(rows, model)
-        if main:
-            for part, total, trained in parameter_table(model):
-                report(f"parameters: {part}: {total:,} of which trainable {trained:,}")
+        for part, total, trained in parameter_table(model):
+            report(f"parameters: {part}: {total:,} of which trainable {trained:,}")
         with arguments.main_process_first(local=False):
             if main:
                 run.begin(config, resume)
         trainer = make_trainer(config, run, arguments, model, rows)
         if config.distillation_cache is not None:
-            trainer.train_dataset = taught_rows(
-                config, model, rows, trainer.accelerator, report if main else lambda line: None
-            )
+            trainer.train_dataset = taught_rows(config, model, rows, trainer.accelerator, report)
         interrupt = StopBetweenSteps()
         trainer.add_callback(interrupt)
         with interrupt.watching():
             output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
-        return _finish(config, run, trainer, output.training_loss)
+        return _finish(config, run, trainer, output.training_loss, first)
 
 
 def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module:
@@ -154,7 +161,11 @@ def make_trainer(
 
 
 def _finish(
-    config: TrainConfig, run: RunDirectory, trainer: ShadowTrainer, training_loss: float
+    config: TrainConfig,
+    run: RunDirectory,
+    trainer: ShadowTrainer,
+    training_loss: float,
+    first: TrainSummary | None,
 ) -> TrainSummary | None:
     """Write the trained model and then, as the sign that the run has finished, the summary."""
     model: Any = trainer.model
@@ -177,12 +188,13 @@ def _finish(
         method=config.method,
         trainable_parameters=trainable_parameters(model),
         steps=trainer.state.global_step,
-        train_seconds=progress.seconds,
+        train_seconds=progress.seconds + (0.0 if first is None else first.train_seconds),
         tokens_per_second=progress.tokens / progress.seconds,
         peak_memory_mb=peak_memory_mb(),
         final_loss=losses[-1] if losses else training_loss,
         skipped_steps=progress.skipped_steps,
         detached_perplexity=perplexity,
+        shadow_seconds=None if first is None else first.train_seconds,
     )
     with writing_into(run.path) as staging:
         (staging / run.summary_file.name).write_text(json.dumps(asdict(summary), indent=2) + "\n")

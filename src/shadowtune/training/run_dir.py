@@ -3,7 +3,7 @@
 config.yaml         the resolved settings           environment.json   commit, versions, hardware, date
 metrics.jsonl       a line per log step             checkpoints/       whole checkpoints, for --resume
 model/              the trained model               summary.json       what it cost; there when the run has finished
-tensorboard/        the same lines for TensorBoard, if asked for
+tensorboard/        the same lines for TensorBoard     shadow/            the run in which the shadow learned alone
 """
 
 import json
