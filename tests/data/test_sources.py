@@ -220,7 +220,7 @@ def test_no_file_ends_in_anything_but_rows_or_a_data_error(tmp_path, content):
 
 
 class TestShippedData:
-    splits = {"train": (1600, 100, 100), "validation": (340, 20, 40), "test": (570, 30, 120)}
+    splits = {"train": (2000, 100, 500), "validation": (340, 20, 40), "test": (570, 30, 120)}
     folder = importlib.resources.files("shadowtune.data").joinpath("clinc150")
 
     @pytest.mark.parametrize("split", splits)
@@ -237,7 +237,7 @@ class TestShippedData:
 
     def test_no_request_is_in_two_splits_or_twice_in_one(self):
         requests = [row["prompt"] for split in self.splits for row in load_rows("clinc150-demo", split)]
-        assert len(set(requests)) == len(requests) == 2510
+        assert len(set(requests)) == len(requests) == 2910
 
     @pytest.mark.parametrize("split", splits)
     def test_the_first_rows_are_a_sample_of_all(self, split):

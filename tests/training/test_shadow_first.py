@@ -85,7 +85,14 @@ def test_a_run_stopped_between_its_parts_goes_on_to_the_same_end(tmp_path, monke
     assert_same_run(Path(whole.output), Path(cut.output))
 
 
-@pytest.mark.parametrize("settings", [{"method": "full"}, {"task": "classification"}, {"stage": "pretrain"}])
+@pytest.mark.parametrize("settings", [{"task": "classification"}, {"stage": "pretrain"}])
 def test_only_a_shadow_of_a_language_model_can_go_first(tmp_path, settings):
     with pytest.raises(ConfigError, match=r"shadow_epochs=2\.0 needs"):
         config_in(tmp_path, **settings)
+
+
+def test_a_method_without_a_shadow_trains_as_without_the_setting(tmp_path):
+    config = config_in(tmp_path, method="full")
+    assert not config.shadow_first
+    assert train(config, quiet=True).shadow_seconds is None
+    assert not (Path(config.output) / "shadow").exists()

@@ -79,6 +79,7 @@ def demo_configs(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model,
         "epochs": arguments.epochs,
         "batch_size": 16,
+        "padding_free": True,
         "seed": arguments.seed,
     }
     return {
@@ -92,8 +93,10 @@ def demo_configs(arguments: argparse.Namespace) -> dict[str, Any]:
                 init_layers=(0,),
                 shadow_loss_weight=1.0,
                 distillation_weight=1.0,
+                backbone_loss="own",
             ),
-            optimizer=OptimizerConfig(learning_rate=3e-3),
+            shadow_epochs=6.0,
+            optimizer=OptimizerConfig(learning_rate=3e-3, backbone_learning_rate=1e-3),
             output=f"{arguments.output}/shadow",
             **common,
         ),

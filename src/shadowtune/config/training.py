@@ -79,7 +79,7 @@ class TrainConfig:
     shadow_epochs: float = 0.0
     """Passes over the training rows in which the shadow learns the task alone, before base and shadow learn it together:
     with the same learning rate and a schedule of its own, and cheap, for the base does not run. They make a run of their
-    own in the directory ``shadow`` of the output. For causal_lm."""
+    own in the directory ``shadow`` of the output. For causal_lm; other methods have no shadow to train."""
     projection_steps: int = 0
     """In stage "pretrain", the steps at the beginning in which only the shadow's projections are trained; its backbone
     joins them afterwards."""
@@ -187,14 +187,19 @@ class TrainConfig:
                 f"num_labels is set to {self.num_labels}, but task is {self.task}; set task=classification"
             )
 
+    @property
+    def shadow_first(self) -> bool:
+        """Whether the shadow learns alone before base and shadow learn together."""
+        return self.method == "shadow" and self.shadow_epochs > 0
+
     def _check_stage(self) -> None:
         """Check what goes together with pretraining."""
         if self.distillation_cache is not None:
             self._check_distillation_cache()
-        if self.shadow_epochs and (self.stage, self.method, self.task) != ("task", "shadow", "causal_lm"):
+        if self.shadow_first and (self.stage, self.task) != ("task", "causal_lm"):
             raise ConfigError(
-                f"shadow_epochs={self.shadow_epochs} needs stage=task, method=shadow and task=causal_lm, but they are "
-                f"{self.stage}, {self.method} and {self.task}; leave it out"
+                f"shadow_epochs={self.shadow_epochs} needs stage=task and task=causal_lm, but they are {self.stage} and "
+                f"{self.task}; set shadow_epochs=0"
             )
         if self.stage == "task":
             if self.projection_steps:

@@ -1,1 +1,1 @@
-"""Storey 4: training on top of transformers' Trainer."""
+"""Storey 5: training on top of transformers' Trainer."""

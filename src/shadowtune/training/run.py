@@ -93,13 +93,13 @@ def train(
         if main:
             run.check(config, resume, overwrite)
         first = None
-        if config.shadow_epochs:
+        if config.shadow_first:
             report("the shadow alone")
             first = train(alone(config), resume, overwrite, report, quiet)
             report("base and shadow together")
         rows = load_training_rows(config)
         report(f"data: {rows.report}")
-        model = build_model(together(config) if config.shadow_epochs else config, rows.num_labels)
+        model = build_model(together(config) if config.shadow_first else config, rows.num_labels)
         check_rows(rows, model)
         for part, total, trained in parameter_table(model):
             report(f"parameters: {part}: {total:,} of which trainable {trained:,}")
