@@ -2,7 +2,7 @@
 
 import json
 
-from shadowtune.benchmark.worker import Service
+from shadowtune.benchmark.worker import Service, methods_of
 
 
 class ScriptedWorker:
@@ -38,8 +38,7 @@ class LocalWorker:
 
     def call(self, method, **arguments):
         asked = json.loads(json.dumps(arguments))
-        methods = {"open": self.service.open, "prepare": self.service.prepare, "measure": self.service.measure}
-        return json.loads(json.dumps(methods[method](**asked)))
+        return json.loads(json.dumps(methods_of(self.service)[method](**asked)))
 
     def __enter__(self):
         return self

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from shadowtune.benchmark.bases import base_config, base_tokenizer, real_base, shapeless_base
+from shadowtune.benchmark.bases import base_config, base_tokenizer, real_base
 from shadowtune.errors import CheckpointError
+from shadowtune.model.budget import shapeless_base
 from tests.support.bases import tiny_base
 from tests.support.tokenizers import tiny_tokenizer
 

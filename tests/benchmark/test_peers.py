@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shadowtune.benchmark.bases import base_config, real_base
-from shadowtune.benchmark.peers import CONTENDERS, OURS, PEERS, check_peers, count_parameters, growth_of
+from shadowtune.benchmark.peers import CONTENDERS, OURS, PEERS, check_peers, count_contender, growth_of_contender
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.model.methods import trainable_parameters
 from tests.support.bases import tiny_config
@@ -14,7 +14,7 @@ TRAINED = [name for name, contender in CONTENDERS.items() if contender.size_name
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_growth_foretells_the_count_of_the_real_model(name):
-    growth = growth_of(name, base_config("tiny"))
+    growth = growth_of_contender(name, base_config("tiny"))
     base = real_base("tiny", torch.float32, torch.device("cpu"))
     size = 5 * growth.step
     assert trainable_parameters(CONTENDERS[name].build(base, size)) == growth.count(size) > 0
@@ -24,20 +24,20 @@ def test_growth_foretells_the_count_of_the_real_model(name):
 @pytest.mark.parametrize("name", TRAINED)
 def test_growth_is_linear_on_other_architectures_too(name, model_type):
     config = tiny_config(model_type)
-    growth = growth_of(name, config)
-    assert count_parameters(name, config, 7 * growth.step) == growth.count(7 * growth.step)
+    growth = growth_of_contender(name, config)
+    assert count_contender(name, config, 7 * growth.step) == growth.count(7 * growth.step)
     assert growth.per_step > 0
 
 
 def test_our_default_size_is_the_default_shadow():
     config = base_config("tiny")
-    assert count_parameters(OURS, config, None) == count_parameters(OURS, config, config.intermediate_size)
+    assert count_contender(OURS, config, None) == count_contender(OURS, config, config.intermediate_size)
 
 
 def test_counting_leaves_the_config_alone():
     config = base_config("tiny")
     before = config.to_dict()
-    growth_of("shadow-peft", config)
+    growth_of_contender("shadow-peft", config)
     assert config.to_dict() == before
 
 
@@ -69,12 +69,12 @@ def test_a_peft_without_a_shadow_is_too_old(monkeypatch):
 
     monkeypatch.delattr(peft, "ShadowConfig")
     with pytest.raises(ShadowtuneError, match=r"peft 0.21 or later: pip install 'shadowtune\[bench\]'"):
-        count_parameters("peft-shadow", base_config("tiny"), 8)
+        count_contender("peft-shadow", base_config("tiny"), 8)
 
 
 def test_an_architecture_that_a_package_refuses_is_one_line():
     with pytest.raises(ShadowtuneError, match=r"lora does not work on mixtral: .*dropout.*; leave it out"):
-        count_parameters("lora", tiny_config("mixtral"), 1)
+        count_contender("lora", tiny_config("mixtral"), 1)
 
 
 def test_the_installed_peers_are_known():

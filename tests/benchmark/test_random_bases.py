@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from shadowtune.benchmark.bases import RANDOM, base_config, check_length, real_base, shapeless_base
+from shadowtune.benchmark.bases import RANDOM, base_config, check_length, real_base
 from shadowtune.errors import ConfigError
+from shadowtune.model.budget import shapeless_base
 from tests.support.bases import tiny_base
 
 CPU = torch.device("cpu")

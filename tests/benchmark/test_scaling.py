@@ -1,8 +1,8 @@
 import pytest
 
-from shadowtune.benchmark.budget import is_equal
 from shadowtune.benchmark.scaling import ScalingSettings, draw, open_subject, plan
 from shadowtune.errors import ConfigError
+from shadowtune.model.budget import is_equal
 
 SMALL = {"model": "tiny", "batch": 2, "length": 8, "lengths": (8, 16), "depths": (2, 4), "ranks": (2, 64), "rank": 8}
 

@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from shadowtune.benchmark.bench import Case
-from shadowtune.benchmark.budget import is_equal
 from shadowtune.benchmark.peers import CONTENDERS, OURS, PEERS
 from shadowtune.benchmark.train import TrainSettings, open_subject, plan
 from shadowtune.core import losses
 from shadowtune.core.losses import head_sums
 from shadowtune.errors import CheckpointError, ConfigError, ShadowtuneError
+from shadowtune.model.budget import is_equal
 
 SMALL = {"model": "tiny", "batch": 2, "length": 16}
 SIZES = {name: 16 if contender.size_name else None for name, contender in CONTENDERS.items()}

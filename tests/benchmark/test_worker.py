@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from shadowtune.benchmark.train import TrainSettings
-from shadowtune.benchmark.worker import serve
+from shadowtune.benchmark.worker import Service, methods_of, serve
 
 OPEN = {"bench": "train", "name": "lora", "arguments": {"size": 2}}
 SETTINGS = asdict(TrainSettings(model="tiny", batch=2, length=16))
@@ -15,7 +15,7 @@ SETTINGS = asdict(TrainSettings(model="tiny", batch=2, length=16))
 
 def ask(*requests):
     answers = io.StringIO()
-    serve([json.dumps(request) for request in requests], answers)
+    serve(methods_of(Service()), [json.dumps(request) for request in requests], answers)
     return [json.loads(line) for line in answers.getvalue().splitlines()]
 
 

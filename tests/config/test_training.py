@@ -1,5 +1,6 @@
 import pytest
 
+from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 from shadowtune.errors import ConfigError
 
@@ -57,25 +58,6 @@ def test_padding_free_needs_a_language_model():
     assert TrainConfig(data=DATA, padding_free=True).padding_free
 
 
-@pytest.mark.parametrize("other", ["prompt_field", "text_field"])
-def test_a_template_and_the_field_it_replaces_do_not_go_together(other):
-    with pytest.raises(ConfigError, match="template replaces prompt_field and text_field"):
-        DataConfig(train="rows.jsonl", template="{text}", **{other: "question"})
-    assert DataConfig(train="rows.jsonl", template="{text}", completion_field="answer").template == "{text}"
-
-
-def test_a_malformed_template_is_refused_before_anything_is_read():
-    with pytest.raises(ConfigError, match=r"template 'Request: \{text'"):
-        DataConfig(train="rows.jsonl", template="Request: {text")
-
-
-@pytest.mark.parametrize("other", ["template", "prompt_field", "completion_field"])
-def test_blocks_are_of_plain_text(other):
-    with pytest.raises(ConfigError, match=f"block_size=8 joins plain texts, which have no {other}"):
-        DataConfig(train="rows.jsonl", block_size=8, **{other: "{question}"})
-    assert DataConfig(train="rows.jsonl", block_size=8, text_field="story").block_size == 8
-
-
 def test_blocks_need_a_language_model():
     with pytest.raises(ConfigError, match=r"data\.block_size=8 needs task=causal_lm, but task is classification"):
         TrainConfig(data=DataConfig(train="rows.jsonl", block_size=8), task="classification")
@@ -95,3 +77,22 @@ def test_projections_come_first_only_in_pretraining():
         TrainConfig(data=DATA, stage="pretrain", projection_steps=2, gradient_checkpointing="reentrant")
     settings = {"stage": "pretrain", "projection_steps": 2, "gradient_checkpointing": "non_reentrant"}
     assert TrainConfig(data=DATA, **settings).projection_steps == 2
+
+
+TAUGHT = {"distillation_weight": 0.5, "distillation_top_k": 8}
+
+
+@pytest.mark.parametrize(
+    ("stage", "shadow", "message"),
+    [
+        ("task", TAUGHT, "keeps what the bare base predicts, which only stage=pretrain asks for; leave it out"),
+        ("pretrain", {"distillation_weight": 0.5}, "set shadow.distillation_top_k, for instance to 32"),
+        ("pretrain", {"distillation_top_k": 8}, "shadow.distillation_weight above 0, or leave it out"),
+        ("pretrain", {**TAUGHT, "matching_weight": 0.1}, r"while shadow\.matching_weight=0\.1 needs its hidden states"),
+    ],
+)
+def test_a_cache_of_the_teacher_needs_top_tokens_that_are_all_it_teaches(stage, shadow, message):
+    with pytest.raises(ConfigError, match=f"^distillation_cache=kept .*{message}"):
+        TrainConfig(data=DATA, stage=stage, shadow=ShadowConfig(**shadow), distillation_cache="kept")
+    good = TrainConfig(data=DATA, stage="pretrain", shadow=ShadowConfig(**TAUGHT), distillation_cache="kept")
+    assert good.distillation_cache == "kept"

@@ -1,1 +1,1 @@
-"""Storey 4: measure ours against the peers, interleaved in one run, and keep every result."""
+"""Storey 5: measure ours against the peers, interleaved in one run, and keep every result."""

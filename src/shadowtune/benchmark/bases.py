@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GPT2Tokenizer,
     LlamaConfig,
@@ -20,9 +19,9 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from shadowtune.errors import CheckpointError, ConfigError, ShadowtuneError
+from shadowtune.errors import ConfigError
 from shadowtune.export.exporting import read_tokenizer
-from shadowtune.model.methods import load_base
+from shadowtune.model.methods import load_base, load_base_config
 from shadowtune.models import resolve
 
 TINY = "tiny"
@@ -68,15 +67,7 @@ def base_config(name: str) -> PreTrainedConfig:
         ConfigError: if it is to be cut to more blocks than it has, or to none.
     """
     whole, blocks = _split(name)
-    if whole in RANDOM:
-        config = RANDOM[whole]()
-    else:
-        try:
-            config = AutoConfig.from_pretrained(resolve(whole))
-        except (OSError, ValueError) as error:
-            if isinstance(error, ShadowtuneError):
-                raise
-            raise CheckpointError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
+    config = RANDOM[whole]() if whole in RANDOM else load_base_config(whole)
     return config if blocks is None else _cut(config, whole, blocks)
 
 
@@ -106,11 +97,6 @@ def base_tokenizer(name: str) -> PreTrainedTokenizerBase:
     pieces = [*bytes_to_unicode().values(), 2 * space]  # llama.cpp reads no tokenizer without a merge
     merges: Any = [(space, space)]
     return GPT2Tokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges)
-
-
-def shapeless_base(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a base that has shapes but no weights, to count parameters with. Call under ``torch.device("meta")``."""
-    return AutoModelForCausalLM.from_config(config).requires_grad_(False)
 
 
 def check_length(config: PreTrainedConfig, length: int, model: str) -> None:

@@ -6,24 +6,23 @@ made equal.
 """
 
 import importlib.util
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shadowtune.benchmark.bases import shapeless_base
-from shadowtune.benchmark.budget import Growth, equal_sizes
 from shadowtune.config.checking import nearest
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
 from shadowtune.errors import ConfigError, ShadowtuneError
-from shadowtune.model.methods import make_trainable, trainable_parameters
+from shadowtune.model.budget import Growth, count_parameters, equal_sizes, growth_of
+from shadowtune.model.methods import make_trainable
 
 INSTALL = "pip install 'shadowtune[bench]'"
 RANK, UPDATE_WIDTH = 16, 8
+WAY_OUT = "pass another --parameters or leave the peer out of --peers"
+"""What helps where budgets cannot be made equal."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def check_peers(names: Sequence[str], peers: Mapping[str, Contender] = PEERS) ->
             raise ShadowtuneError(f"peer {name} needs {package.replace('_', '-')}, which is not installed: {INSTALL}")
 
 
-def count_parameters(
+def count_contender(
     name: str, config: PreTrainedConfig, size: int | None, contenders: Mapping[str, Contender] = CONTENDERS
 ) -> int:
     """Count what ``name`` would train on a base of this config, without making any weights.
@@ -123,23 +122,14 @@ def count_parameters(
     Raises:
         ShadowtuneError: if a package refuses the architecture.
     """
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what packages warn of when they build a model says nothing about its size
-        base = shapeless_base(config)
-        try:
-            return trainable_parameters(contenders[name].build(base, size))
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, ShadowtuneError):
-                raise
-            reason = str(error).splitlines()[0]
-            raise ShadowtuneError(f"{name} does not work on {config.model_type}: {reason}; leave it out") from None
+    return count_parameters(name, config, lambda base: contenders[name].build(base, size))
 
 
-def growth_of(name: str, config: PreTrainedConfig, contenders: Mapping[str, Contender] = CONTENDERS) -> Growth:
-    """Find out how the trainable parameters of ``name`` grow with its size: linearly, so two counts tell."""
-    step = contenders[name].step
-    first, second = (count_parameters(name, config, size, contenders) for size in (step, 2 * step))
-    return Growth(fixed=2 * first - second, per_step=second - first, step=step)
+def growth_of_contender(
+    name: str, config: PreTrainedConfig, contenders: Mapping[str, Contender] = CONTENDERS
+) -> Growth:
+    """Find out how the trainable parameters of ``name`` grow with its size."""
+    return growth_of(lambda size: count_contender(name, config, size, contenders), contenders[name].step)
 
 
 def equal_budgets(
@@ -162,8 +152,8 @@ def equal_budgets(
     Raises:
         ShadowtuneError: if a package refuses the architecture, or no such sizes exist.
     """
-    wanted = parameters or count_parameters(OURS, config, None, contenders)
+    wanted = parameters or count_contender(OURS, config, None, contenders)
     peers = [name for name in names if name != OURS]
-    growths = {name: growth_of(name, config) for name in peers if contenders[name].size_name is not None}
-    sizes = equal_sizes(wanted, OURS, growth_of(OURS, config, contenders), growths)
+    growths = {name: growth_of_contender(name, config) for name in peers if contenders[name].size_name is not None}
+    sizes = equal_sizes(wanted, OURS, growth_of_contender(OURS, config, contenders), growths, WAY_OUT)
     return {name: sizes.get(name) for name in (OURS, *peers)}

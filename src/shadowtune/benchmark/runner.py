@@ -6,9 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from shadowtune.benchmark.bench import Bench, Plan, Settings
-from shadowtune.benchmark.budget import check_equal
+from shadowtune.benchmark.peers import WAY_OUT
 from shadowtune.benchmark.process import WorkerProcess
 from shadowtune.benchmark.rows import Measured, comparison
+from shadowtune.model.budget import check_equal
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done now, how many pieces of work are done, and how many there are."""
@@ -37,13 +38,13 @@ def run_bench(
                     "open", bench=bench.name, settings=asdict(settings), name=name, arguments=plan.subjects[name]
                 )
             trained[name] = facts["trainable_parameters"]
-        check_equal(ours, trained)
+        check_equal(ours, trained, WAY_OUT)
         for case in plan.cases:
             measured = {}
             for name, worker in workers.items():
                 with count(f"{case.name}: warm up {name}"):
                     measured[name] = Measured(name, **worker.call("prepare", values=dict(case.values)))
-            check_equal(ours, {name: subject.trainable_parameters for name, subject in measured.items()})
+            check_equal(ours, {name: subject.trainable_parameters for name, subject in measured.items()}, WAY_OUT)
             for _ in range(settings.repeats):
                 for name, worker in workers.items():
                     with count(f"{case.name}: {name}"):

@@ -8,7 +8,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any
 
 from shadowtune.benchmark.bench import Subject
@@ -49,14 +49,17 @@ class Service:
         }
 
 
-def serve(requests: Iterable[str], answers: IO[str]) -> None:
+Methods = Mapping[str, Callable[..., Any]]
+"""What can be asked, by name."""
+
+
+def methods_of(service: Service) -> Methods:
+    """Return what can be asked of a service."""
+    return {"open": service.open, "prepare": service.prepare, "measure": service.measure}
+
+
+def serve(methods: Methods, requests: Iterable[str], answers: IO[str]) -> None:
     """Answer requests until there are no more. An error that no user can cause ends the process, as it should."""
-    service = Service()
-    methods: dict[str, Callable[..., Any]] = {
-        "open": service.open,
-        "prepare": service.prepare,
-        "measure": service.measure,
-    }
     for line in requests:
         method, arguments = json.loads(line)
         answer: dict[str, Any]
@@ -68,15 +71,20 @@ def serve(requests: Iterable[str], answers: IO[str]) -> None:
         answers.flush()
 
 
-def main() -> None:
+def serve_standard_streams(methods: Methods, requests: Iterable[str] = sys.stdin) -> None:
     """Serve; what libraries print goes to standard error, out of the way of the answers."""
-    gc.freeze()  # the libraries' objects stay: to go through them in each collection takes longer than many a step
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        try:
-            serve(sys.stdin, answers)
-        finally:
-            gc.unfreeze()  # else some of them complain, below the error, of what was not taken down
+        serve(methods, requests, answers)
+
+
+def main() -> None:
+    """Serve one subject."""
+    gc.freeze()  # the libraries' objects stay: to go through them in each collection takes longer than many a step
+    try:
+        serve_standard_streams(methods_of(Service()))
+    finally:
+        gc.unfreeze()  # else some of them complain, below the error, of what was not taken down
 
 
 if __name__ == "__main__":

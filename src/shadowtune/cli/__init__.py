@@ -1,1 +1,1 @@
-"""Storey 5: parse, call one function, print. No logic."""
+"""Storey 7: parse, call one function, print. No logic."""

@@ -22,13 +22,14 @@ class _Parser(argparse.ArgumentParser):
 
 def commands() -> list[Command]:
     """Return all verbs, in the order of a user's day; some have two words."""
-    from shadowtune.cli import bench, convert, demo, detach, evaluate, export, generate, info, pretrain, train
+    from shadowtune.cli import bench, compare, convert, demo, detach, evaluate, export, generate, info, pretrain, train
 
     return [
         demo.COMMAND,
         train.COMMAND,
         pretrain.COMMAND,
         evaluate.COMMAND,
+        compare.COMMAND,
         generate.COMMAND,
         detach.COMMAND,
         export.COMMAND,
@@ -88,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
 def _quiet_libraries() -> None:
     """Keep libraries' notes to their own developers off the terminal; their errors stay."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for name in ("transformers", "bitsandbytes"):
+    for name in ("transformers", "bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from shadowtune.config.checking import from_mapping
+from shadowtune.config.merging import put
 from shadowtune.errors import ConfigError
 
 Settings = TypeVar("Settings")
@@ -121,15 +122,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     names = key.strip().split(".")
     if not equals or not all(names):
         raise ConfigError(f"{override!r} is not of the form key=value, such as optimizer.learning_rate=1e-3")
-    value = _parse(text, f"in {override!r}")
-    place = values
-    for depth, name in enumerate(names[:-1], start=1):
-        if place.get(name) is None:
-            place[name] = {}
-        place = place[name]
-        if not isinstance(place, dict):
-            raise ConfigError(f"cannot set {key}: {'.'.join(names[:depth])} is {place!r} and has no parts")
-    place[names[-1]] = value
+    put(values, ".".join(names), _parse(text, f"in {override!r}"))
 
 
 def _one_line(message: str) -> str:

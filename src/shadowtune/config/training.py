@@ -77,9 +77,9 @@ class TrainConfig:
     model by itself, before any task, from the text (shadow.shadow_loss_weight) and from the base alone
     (shadow.distillation_weight, shadow.matching_weight). Its boundaries stay as they start."""
     shadow_epochs: float = 0.0
-    """Passes over the training rows in which the shadow learns the task alone, before base and shadow learn it together:
-    with the same learning rate and a schedule of its own, and cheap, for the base does not run. They make a run of their
-    own in the directory ``shadow`` of the output. For causal_lm; other methods have no shadow to train."""
+    """Passes over the training rows in which the shadow learns the task alone, before base and shadow learn it
+    together: with the same learning rate and a schedule of its own, and cheap, for the base does not run. They make a
+    run of their own in the directory ``shadow`` of the output. For causal_lm; other methods have no shadow."""
     projection_steps: int = 0
     """In stage "pretrain", the steps at the beginning in which only the shadow's projections are trained; its backbone
     joins them afterwards."""
@@ -198,8 +198,8 @@ class TrainConfig:
             self._check_distillation_cache()
         if self.shadow_first and (self.stage, self.task) != ("task", "causal_lm"):
             raise ConfigError(
-                f"shadow_epochs={self.shadow_epochs} needs stage=task and task=causal_lm, but they are {self.stage} and "
-                f"{self.task}; set shadow_epochs=0"
+                f"shadow_epochs={self.shadow_epochs} needs stage=task and task=causal_lm, but they are {self.stage} "
+                f"and {self.task}; set shadow_epochs=0"
             )
         if self.stage == "task":
             if self.projection_steps:

@@ -1,1 +1,1 @@
-"""Storey 4: how good a model is, by generation and by loss."""
+"""Storey 5: how good a model is, by generation and by loss."""

@@ -1,8 +1,10 @@
-"""The methods a model can be trained with, behind one interface: shadow, lora, dora and full.
+"""The methods a model can be trained with, behind one interface: shadow, lora, dora, full and any other of PEFT.
 
 A base goes in, a model with the right parameters trainable comes out; what is trained is saved, and loaded again.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,6 +22,7 @@ from transformers import (
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
 from shadowtune.errors import CheckpointError, ShadowtuneError
+from shadowtune.model.adapters import add_adapters, lora_settings, open_adapters
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.classifier import ShadowForSequenceClassification
 from shadowtune.model.objective import (
@@ -28,10 +31,12 @@ from shadowtune.model.objective import (
     class_objective,
     joint_causal_objective,
     joint_class_objective,
+    own_causal_objective,
+    own_class_objective,
 )
 from shadowtune.models import resolve
 
-Method = Literal["shadow", "lora", "dora", "full"]
+Method = Literal["shadow", "lora", "dora", "full", "peft"]
 Task = Literal["causal_lm", "classification"]
 
 AUTO: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
@@ -39,7 +44,25 @@ PAIRS: dict[str, Any] = {"causal_lm": ShadowForCausalLM, "classification": Shado
 UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
 """What transformers and PEFT raise for files that are missing, damaged, or of another shape than their config says, or
 where a package is missing that reads or runs them."""
-PEFT_TASKS = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
+OBJECTIVES: dict[str, tuple[Objective, Objective]] = {
+    "shadow": (joint_causal_objective, joint_class_objective),
+    "peft": (own_causal_objective, own_class_objective),
+}
+"""What training minimizes for causal language models and classifiers, where it is not the plain cross-entropy."""
+
+
+def load_base_config(name: str) -> PreTrainedConfig:
+    """Return the config of a base, named as for ``load_base``, without loading its weights.
+
+    Raises:
+        CheckpointError: if there is no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve(name))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ShadowtuneError):
+            raise
+        raise CheckpointError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
 
 
 def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedModel:
@@ -65,38 +88,34 @@ def make_trainable(
     shadow: ShadowConfig | None = None,
     lora: LoraConfig | None = None,
     dtype: torch.dtype = torch.float32,
+    peft: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Return the model to train: ``base`` with a new adapter of the given method, or itself for "full".
 
+    Args:
+        base: a pretrained model for the task, which is changed in place.
+        method: one of the methods.
+        task: one of the tasks.
+        shadow: settings of "shadow".
+        lora: settings of "lora" and "dora".
+        dtype: of the trained parameters.
+        peft: settings of "peft": ``peft_type``, and the fields of PEFT's config of that type.
+
     Raises:
+        ConfigError: if PEFT has no such type or setting.
         ShadowtuneError: if the method needs Hugging Face PEFT and it is not installed.
     """
     if method == "shadow":
         return PAIRS[task].from_base(base, shadow, dtype=dtype)
     if method == "full":
         return cast(nn.Module, base).to(dtype).requires_grad_(True)
-    lora = lora or LoraConfig()
-    peft = _peft()
-    settings = peft.LoraConfig(
-        task_type=PEFT_TASKS[task],
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        use_dora=method == "dora",
-    )
-    model = peft.get_peft_model(base, settings)
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # PEFT chooses float32 or the base's dtype
-            parameter.data = parameter.data.to(dtype)
-    return model
+    settings = (peft or {}) if method == "peft" else lora_settings(lora or LoraConfig(), dora=method == "dora")
+    return add_adapters(base, settings, task, dtype)
 
 
 def objective_of(method: Method, task: Task) -> Objective:
     """Return what training with a method minimizes."""
-    if method == "shadow":
-        return joint_causal_objective if task == "causal_lm" else joint_class_objective
-    return causal_objective if task == "causal_lm" else class_objective
+    return OBJECTIVES.get(method, (causal_objective, class_objective))[task == "classification"]
 
 
 def load_trained(
@@ -110,7 +129,7 @@ def load_trained(
     directory = str(directory)
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory} does not exist: the run has not finished training")
-    if method == "shadow":
+    if method == "shadow" or (method == "peft" and _is_peft_shadow(directory)):
         return PAIRS[task].from_pretrained(
             directory, base=resolve(base_name), check_base_weights=check_base_weights, **kwargs
         )
@@ -120,11 +139,19 @@ def load_trained(
         kwargs |= {"config": _saved_config(directory), "ignore_mismatched_sizes": True}
     base = load_base(base_name, task, **kwargs)
     try:
-        return _peft().PeftModel.from_pretrained(base, directory).eval()
+        return open_adapters(base, directory).eval()
     except UNREADABLE as error:
         if isinstance(error, ShadowtuneError):
             raise
         raise CheckpointError(f"cannot load the adapters in {directory}: {_reason(error)}") from None
+
+
+def _is_peft_shadow(directory: str) -> bool:
+    """Whether PEFT's Shadow tuner left the adapter: it is a shadow, so it is opened as one, to be detached."""
+    try:
+        return json.loads((Path(directory) / "adapter_config.json").read_text())["peft_type"] == "SHADOW"
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read adapter_config.json of {directory}: {_reason(error)}") from None
 
 
 def _saved_config(directory: str) -> PreTrainedConfig:
@@ -136,14 +163,6 @@ def _saved_config(directory: str) -> PreTrainedConfig:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise ShadowtuneError("methods lora and dora need Hugging Face PEFT: pip install 'shadowtune[peft]'") from None
-    return peft
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -163,17 +182,17 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
     """Rows (part, parameters, of these trainable); the rows add up to the model's ``parameters()``."""
     parts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
-        part = _part_of(name)
+        part = _part_of(name, parameter.requires_grad)
         counts = parts.setdefault(part, [0, 0])
         counts[0] += parameter.numel()
         counts[1] += parameter.numel() if parameter.requires_grad else 0
     return [(part, total, trained) for part, (total, trained) in parts.items()]
 
 
-def _part_of(name: str) -> str:
+def _part_of(name: str, trained: bool) -> str:
     pieces = name.split(".")
     if pieces[0] == "shadow":
         return f"shadow {pieces[1]}"
     if pieces[0] == "shadow_score" or "score" in pieces:
         return "classification heads"
-    return "adapters" if any(piece.startswith("lora_") for piece in pieces) else "base"
+    return "adapters" if trained and pieces[0] == "base_model" else "base"  # PEFT's name of what it wraps

@@ -1,7 +1,7 @@
 import pytest
 
-from shadowtune.benchmark.budget import Growth, check_equal, equal_sizes, is_equal
 from shadowtune.errors import ConfigError
+from shadowtune.model.budget import Growth, check_equal, equal_sizes, is_equal
 
 
 def test_a_count_is_fixed_plus_a_share_for_each_step():

@@ -1,0 +1,153 @@
+"""From rows of results to what they say: a mean with its interval for each method, and differences between methods."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowtune.comparison.statistics import Sample, bootstrap, mean_of
+from shadowtune.config.comparison import CompareConfig
+
+ALL_TASKS = "all tasks"
+SMALL = 300
+"""With fewer test rows than so many, an interval is wider than most differences between methods."""
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where scores belong: a model trained on one task, tested on the same or another."""
+
+    trained: str
+    tested: str
+
+    def __str__(self) -> str:
+        return self.tested if self.trained == self.tested else f"{self.trained} -> {self.tested}"
+
+
+class Analysis:
+    """Everything that a report says.
+
+    Args:
+        config: the comparison.
+        rows: rows of ``results.jsonl``.
+    """
+
+    def __init__(self, config: CompareConfig, rows: Sequence[Row]) -> None:
+        self.config = config
+        self.rows = [row for row in rows if row["stage"] == "final" and not row["error"]]
+        self.failed = [row for row in rows if row["error"]]
+        self.reference = config.best_of()
+        self.others = [method for method in config.methods if method != self.reference]
+
+    @cached_property
+    def scores(self) -> dict[tuple[Place, str, str], dict[int, Tensor]]:
+        """Scores (N,) of each example by (place, method, mode) and seed, in the order of the settings."""
+        found: dict[tuple[Place, str, str], dict[int, Tensor]] = {}
+        for row in self.rows:
+            for each in row["evaluations"]:
+                key = (Place(row["task"], each["task"]), row["method"], each["mode"])
+                found.setdefault(key, {})[row["seed"]] = torch.tensor(each["scores"], dtype=torch.float64)
+        return found
+
+    @property
+    def places(self) -> list[Place]:
+        """Where there are scores, in the order of the settings."""
+        return list(dict.fromkeys(place for place, _, _ in self.scores))
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return a flat row for each place, method and mode: accuracy with its interval, and what it cost."""
+        return [self._summary(place, method, mode) for place, method, mode in self.scores]
+
+    def differences(self) -> list[dict[str, Any]]:
+        """Return a flat row for each other method, mode and place: the reference minus the method, in points."""
+        found = []
+        for mode, method in [(mode, method) for mode in ("attached", "detached") for method in self.others]:
+            pairs = {place: pair for place in self.places if (pair := self._pair(place, method, mode)) is not None}
+            entries = {str(place): ours.minus(theirs) for place, (ours, theirs) in pairs.items()}
+            if len(entries) > 1:
+                entries[ALL_TASKS] = mean_of(list(entries.values()))
+            for place, sample in entries.items():
+                found.append({"task": place, "mode": mode, "against": method, **_points(sample)})
+        return found
+
+    def against_best(self) -> list[dict[str, Any]]:
+        """Return a flat row for each place: the reference minus the best of the other kinds there, in points.
+
+        Which is best is read off the same test rows, which is to the others' advantage.
+        """
+        kind = self.config.kind(self.reference)
+        rivals = [method for method in self.others if self.config.kind(method) not in (kind, "base")]
+        found, samples = [], []
+        for place in self.places:
+            pairs = {method: pair for method in rivals if (pair := self._pair(place, method, "attached")) is not None}
+            if pairs:
+                best = max(pairs, key=lambda method: pairs[method][1].mean)
+                samples.append(pairs[best][0].minus(pairs[best][1]))
+                found.append({"task": str(place), "against": best, **_points(samples[-1])})
+        if len(found) > 1:
+            found.append({"task": ALL_TASKS, "against": "the best of each", **_points(mean_of(samples))})
+        return found
+
+    def small(self) -> dict[str, int]:
+        """Return the places with few test rows, and how many."""
+        counts = {str(place): len(next(iter(seeds.values()))) for (place, _, _), seeds in self.scores.items()}
+        return {place: count for place, count in counts.items() if count < SMALL}
+
+    def _summary(self, place: Place, method: str, mode: str) -> dict[str, Any]:
+        by_seed = self.scores[place, method, mode]
+        estimate = self._sample(place, by_seed, sorted(by_seed)).estimate()
+        rows = [row for row in self.rows if row["task"] == place.trained and row["method"] == method]
+        tests = [e for row in rows for e in row["evaluations"] if e["task"] == place.tested and e["mode"] == mode]
+        trainings = [row["training"] for row in rows if row["training"] is not None]
+        found = {
+            "task": str(place),
+            "method": method,
+            "mode": mode,
+            "accuracy": estimate.mean,
+            "accuracy_low": estimate.low,
+            "accuracy_high": estimate.high,
+            "loss": _mean([test["loss"] for test in tests]),
+            "test_rows": tests[0]["rows"],
+            "seeds": len(by_seed),
+            "answer_tokens_per_second": _mean([test["tokens_per_second"] for test in tests]),
+        }
+        for name in ("trainable_parameters", "steps", "train_seconds", "tokens_per_second", "peak_memory_mb"):
+            found[name] = _mean([training[name] for training in trainings])
+        others = [test["other_scores"] for test in tests]
+        found |= {name: _mean([other[name] for other in others]) for name in others[0]}
+        return found
+
+    def _pair(self, place: Place, method: str, mode: str) -> tuple[Sample, Sample] | None:
+        """Samples of the reference and another method, over the seeds of both; None if one of them has no scores."""
+        theirs_mode = "base" if self.config.kind(method) == "base" else mode
+        ours = self.scores.get((place, self.reference, mode), {})
+        theirs = self.scores.get((place, method, theirs_mode), {})
+        if theirs_mode == "base" and theirs:  # one model, whatever the seed
+            theirs = dict.fromkeys(ours, next(iter(theirs.values())))
+        seeds = sorted(ours.keys() & theirs.keys())
+        if not seeds:
+            return None
+        return self._sample(place, ours, seeds), self._sample(place, theirs, seeds)
+
+    def _sample(self, place: Place, by_seed: Mapping[int, Tensor], seeds: Sequence[int]) -> Sample:
+        stream = zlib.crc32(place.tested.encode())  # tasks are drawn independently, methods alike
+        return bootstrap(torch.stack([by_seed[seed] for seed in seeds]), stream)
+
+
+def _points(sample: Sample) -> dict[str, Any]:
+    estimate = sample.estimate()
+    return {
+        "points": 100 * estimate.mean,
+        "points_low": 100 * estimate.low,
+        "points_high": 100 * estimate.high,
+        "verdict": estimate.verdict,
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

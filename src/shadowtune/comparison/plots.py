@@ -1,0 +1,99 @@
+"""The pictures of a comparison: accuracies with intervals, training losses, costs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shadowtune.evaluation.report import new_figure, png
+
+COLUMNS = 3
+"""Tasks beside each other."""
+Curve = Sequence[tuple[int, float]]
+
+
+def draw_accuracies(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> bytes:
+    """Draw each method's accuracy with its 95 % interval, a panel for each task; detached ones hollow.
+
+    Args:
+        rows: flat rows with task, method, mode, accuracy, accuracy_low and accuracy_high, accuracies from 0 to 1.
+        methods: all methods, in the order of their colours.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tallest = max(sum(row["task"] == task for row in rows) for task in tasks)
+    figure, panels = _panels(len(tasks), 0.8 + 0.32 * tallest)
+    for task, axes in zip(tasks, panels, strict=False):
+        shown = [row for row in rows if row["task"] == task]
+        for height, row in enumerate(shown):
+            color, detached = f"C{methods.index(row['method'])}", row["mode"] == "detached"
+            low, mean, high = (100 * row[name] for name in ("accuracy_low", "accuracy", "accuracy_high"))
+            axes.plot([low, high], [height, height], color=color)
+            axes.plot([mean], [height], "o", color=color, markerfacecolor="white" if detached else color)
+        names = [row["method"] + (" detached" if row["mode"] == "detached" else "") for row in shown]
+        axes.set_yticks(range(len(shown)), names)
+        axes.invert_yaxis()
+        axes.set(title=task, xlabel="accuracy, %")
+        axes.grid(axis="x", alpha=0.3)
+    return png(figure)
+
+
+def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], methods: Sequence[str]) -> bytes:
+    """Draw training losses over steps, a panel for each task, a line for each seed.
+
+    Args:
+        curves: (step, loss) of each seed, by task and method.
+        methods: all methods, in the order of their colours.
+    """
+    figure, panels = _panels(len(curves), 2.6)
+    for (task, by_method), axes in zip(curves.items(), panels, strict=False):
+        for method, seeds in by_method.items():
+            for number, points in enumerate(seeds):
+                steps, losses = zip(*points, strict=True) if points else ((), ())
+                axes.plot(
+                    steps,
+                    losses,
+                    color=f"C{methods.index(method)}",
+                    label=method if number == 0 else None,
+                    alpha=0.7,
+                    linewidth=1,
+                )
+        axes.set(title=task, xlabel="step", ylabel="training loss", yscale="log")
+        axes.legend(fontsize="small")
+    return png(figure)
+
+
+def draw_costs(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> bytes:
+    """Draw training time, peak memory and trained parameters of each method, means over the tasks.
+
+    Args:
+        rows: flat rows with method, mode, train_seconds, peak_memory_mb and trainable_parameters.
+        methods: all methods, in the order of their colours.
+    """
+    trained = [row for row in rows if row["mode"] == "attached"]
+    names = [method for method in methods if any(row["method"] == method for row in trained)]
+    figure = new_figure(12, 1.2 + 0.32 * len(names))
+    panels = (
+        ("train_seconds", "training time, s", "%.0f"),
+        ("peak_memory_mb", "peak memory of training, MB", "%.0f"),
+        ("trainable_parameters", "trained parameters, millions", "%.2f"),
+    )
+    for axes, (key, title, form) in zip(figure.subplots(1, 3), panels, strict=True):
+        values = []
+        for name in names:
+            own = [row[key] for row in trained if row["method"] == name]
+            values.append(sum(own) / len(own) / (1e6 if key == "trainable_parameters" else 1))
+        drawn = axes.barh(names, values, color=[f"C{methods.index(name)}" for name in names])
+        axes.bar_label(drawn, fmt=form, padding=2)
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set(title=title)
+    return png(figure)
+
+
+def _panels(count: int, height: float) -> tuple[Any, list[Any]]:
+    """Return a figure with so many axes."""
+    columns = min(count, COLUMNS)
+    lines = -(-count // columns)
+    figure = new_figure(4.2 * columns, height * lines)
+    panels = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]

@@ -1,0 +1,86 @@
+"""How sure a mean and a difference of means are: a bootstrap over examples and seeds.
+
+Scores of a method on a task are a matrix (S, N), S seeds and N examples. A replicate draws N of the examples and S of
+the seeds, each with replacement, and takes the mean; the middle 95 % of many replicates is the interval (Efron and
+Tibshirani, An Introduction to the Bootstrap, 1993, chapters 6 and 13). The same numbers are drawn for every method, so
+replicates of two methods differ as the methods do on the same examples and seeds: subtracting them gives the paired
+interval of the difference.
+
+With S seeds the spread between seeds comes out by a factor of sqrt((S - 1) / S) too small, and with one seed not at
+all: an interval then speaks of that one training run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+REPLICATES = 4000
+CHUNK = 250
+"""Replicates drawn at a time, to bound memory."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """Of a difference: "better" or "worse" where the interval excludes 0, else "undecided"."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The mean of some scores, and replicates of it."""
+
+    mean: float
+    replicates: Tensor
+    """(R,), float64."""
+
+    def minus(self, other: "Sample") -> "Sample":
+        """Return the difference to another sample, paired where both were drawn with the same stream."""
+        return Sample(self.mean - other.mean, self.replicates - other.replicates)
+
+    def estimate(self) -> Estimate:
+        """Return the mean with its 95 % interval."""
+        low, high = torch.quantile(self.replicates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return Estimate(self.mean, low, high)
+
+
+def bootstrap(scores: Tensor, stream: int = 0, replicates: int = REPLICATES) -> Sample:
+    """Draw replicates of a mean.
+
+    Args:
+        scores: (S, N), seeds x examples.
+        stream: what is drawn: the same examples and seeds for the same number, independent ones for another.
+        replicates: R, how many.
+    """
+    scores = scores.to(torch.float64)
+    seeds, examples = scores.shape
+    for_examples = torch.Generator().manual_seed(2 * stream)
+    for_seeds = torch.Generator().manual_seed(2 * stream + 1)  # apart, so that S does not change which examples
+    means = []
+    for start in range(0, replicates, CHUNK):
+        count = min(CHUNK, replicates - start)
+        drawn = torch.randint(examples, (count, examples), generator=for_examples)
+        times = torch.zeros(count, examples, dtype=torch.float64).scatter_add_(
+            1, drawn, torch.ones_like(drawn).double()
+        )
+        by_seed = times @ scores.T / examples
+        chosen = torch.randint(seeds, (count, seeds), generator=for_seeds)
+        means.append(by_seed.gather(1, chosen).mean(1))
+    return Sample(float(scores.mean()), torch.cat(means))
+
+
+def mean_of(samples: Sequence[Sample]) -> Sample:
+    """Return the mean over tasks, each of which counts the same whatever its number of examples."""
+    return Sample(
+        sum(sample.mean for sample in samples) / len(samples),
+        torch.stack([sample.replicates for sample in samples]).mean(0),
+    )

@@ -1,0 +1,32 @@
+from shadowtune.comparison.plots import draw_accuracies, draw_costs, draw_curves
+
+COSTS = {"train_seconds": 3.0, "peak_memory_mb": 100.0, "trainable_parameters": 5e6}
+ROWS = [
+    {
+        "task": task,
+        "method": method,
+        "mode": mode,
+        "accuracy": value,
+        "accuracy_low": value - 0.1,
+        "accuracy_high": value + 0.1,
+        **COSTS,
+    }
+    for task in ("a", "b")
+    for method, mode, value in (("lora", "attached", 0.6), ("shadow", "attached", 0.7), ("shadow", "detached", 0.4))
+]
+METHODS = ["lora", "shadow"]
+CURVES = {"a": {"lora": [[(1, 2.0), (2, 1.0)], [(1, 2.0), (2, 1.5)]], "shadow": [[]]}}
+
+
+def test_pictures_are_pngs_and_change_with_the_numbers():
+    drawings = (
+        (draw_accuracies, ROWS, [{**ROWS[0], "accuracy": 0.2}, *ROWS[1:]]),
+        (draw_accuracies, ROWS, [*ROWS[:2], {**ROWS[2], "mode": "attached"}, *ROWS[3:]]),
+        (draw_costs, ROWS, [{**ROWS[0], "train_seconds": 9.0}, *ROWS[1:]]),
+        (draw_curves, CURVES, {"a": {"lora": [[(1, 2.0), (2, 1.9)]]}}),
+    )
+    for draw, shown, changed in drawings:
+        picture = draw(shown, METHODS)
+        assert picture.startswith(b"\x89PNG")
+        assert picture == draw(shown, METHODS)
+        assert picture != draw(changed, METHODS)
