@@ -25,17 +25,21 @@ def test_a_run_leaves_its_model_its_evaluations_and_a_row_but_no_checkpoints(don
     assert "checkpoints" not in names
     kept = json.loads((done.path / done.requests[0].file).read_text())
     assert len(kept["predictions"]) == len(kept["scores"]) == 8
-    assert "predictions" not in done.result()["evaluations"][0]
+    attached, detached = done.result()["evaluations"]
+    assert not {"predictions", "answers"} & attached.keys()
+    assert attached["agreement"] is None
+    assert 0 <= detached["agreement"] < 1
 
 
 def test_an_evaluation_that_is_there_is_taken_and_the_others_are_made(done):
     first, second = (done.path / request.file for request in done.requests)
+    agreement = json.loads(second.read_text())["agreement"]
     first.write_text(json.dumps({**json.loads(first.read_text()), "loss": -1.0}))
     second.unlink()
     done.result_file.unlink()
     worker.run(asdict(done))
     assert [each["loss"] == -1.0 for each in done.result()["evaluations"]] == [True, False]
-    assert second.is_file()
+    assert json.loads(second.read_text())["agreement"] == agreement
 
 
 def test_a_base_is_evaluated_as_it_is(tmp_path):

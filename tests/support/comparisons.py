@@ -95,6 +95,7 @@ def result_row(
                 "split": "test",
                 "rows": len(values),
                 "accuracy": sum(values) / len(values),
+                "agreement": None,
                 "loss": 1.5,
                 "tokens_per_second": 70.0,
                 "other_scores": {},

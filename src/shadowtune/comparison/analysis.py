@@ -112,6 +112,7 @@ class Analysis:
             "accuracy_low": estimate.low,
             "accuracy_high": estimate.high,
             "loss": _mean([test["loss"] for test in tests]),
+            "agreement": _mean([test["agreement"] for test in tests if test["agreement"] is not None]),
             "test_rows": tests[0]["rows"],
             "seeds": len(by_seed),
             "answer_tokens_per_second": _mean([test["tokens_per_second"] for test in tests]),

@@ -100,6 +100,7 @@ def _result(row: Mapping[str, Any]) -> dict[str, Any]:
         "95 % interval": f"{percent[1]:.1f} to {percent[2]:.1f}",
         "F1 %": "-" if row.get("f1") is None else f"{100 * row['f1']:.1f}",
         "loss": row["loss"],
+        "agrees with attached": row["agreement"],
         "rows x seeds": f"{row['test_rows']} x {row['seeds']}",
         "trained": None if row["trainable_parameters"] is None else f"{row['trainable_parameters']:,.0f}",
         "training s": row["train_seconds"],

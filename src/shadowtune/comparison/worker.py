@@ -84,16 +84,19 @@ def run(job: dict[str, Any]) -> None:
 def _evaluations(job: Job) -> Iterator[dict[str, Any]]:
     """Evaluate as asked for, and keep each result; what an interrupted job has left is taken as it is."""
     opened: FinishedRun | None = None
+    attached: dict[str, list[list[int]]] = {}
     for request in job.requests:
         file = job.path / request.file
         if not file.is_file():
             opened = opened or (FinishedRun.open(job.path) if job.trains else BareBase.load(job))
-            write_json(file, _evaluate(opened, request))
+            write_json(file, _evaluate(opened, request, attached.get(request.task)))
         result = read_json(file)
-        yield {name: value for name, value in result.items() if name != "predictions"}
+        if request.mode == "attached":
+            attached[request.task] = result["answers"]
+        yield {name: value for name, value in result.items() if name not in ("predictions", "answers")}
 
 
-def _evaluate(finished: FinishedRun, request: Request) -> dict[str, Any]:
+def _evaluate(finished: FinishedRun, request: Request, attached: list[list[int]] | None) -> dict[str, Any]:
     config: TrainConfig = replace(finished.config, data=request.data)
     result = replace(finished, config=config).evaluate(
         request.mode,
@@ -101,6 +104,7 @@ def _evaluate(finished: FinishedRun, request: Request) -> dict[str, Any]:
         split=request.split,
         limit=request.limit,
         batch_size=request.batch_size,
+        said=attached,
     )
     return {**asdict(result), "task": request.task, "mode": request.mode, "split": request.split}
 
