@@ -4,8 +4,8 @@
 
 Model, rows, batches, steps, optimizer and seed are those of the settings; rank and update width too. alpha, dropout
 and the weight of the shadow's loss are shadow-peft's own defaults, unless ``--ours`` takes them from the settings. It
-learns by its own loss and is saved by its own ``save_pretrained``. Then our loader opens it, whose logits are tested to be
-its own.
+learns by its own loss and is saved by its own ``save_pretrained``. Then our loader opens it, whose logits are tested to
+be its own.
 """
 
 import argparse
