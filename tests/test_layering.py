@@ -52,6 +52,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "filelock": {"models", "training"},
     "psutil": set(),
     "trl": set(),
+    "lm_eval": {"evaluation"},
     "gguf": {"export"},
     "onnx": {"export"},
     "onnxruntime": {"export"},

@@ -38,6 +38,7 @@ def test_defaults_are_the_papers():
         ("depth_sharing", "none", "full"),
         ("activation", "relu", "gelu"),
         ("dropout_position", "before", "hidden"),
+        ("backbone_loss", "both", "own"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name, bad, good):
@@ -63,6 +64,7 @@ def test_to_dict_and_from_dict_are_inverse_for_every_field():
         distillation_temperature=2.0,
         distillation_top_k=8,
         matching_weight=0.1,
+        backbone_loss="own",
         backbone="some/model",
         init_from="some/shadow",
         num_shadow_layers=2,

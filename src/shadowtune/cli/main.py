@@ -22,13 +22,27 @@ class _Parser(argparse.ArgumentParser):
 
 def commands() -> list[Command]:
     """Return all verbs, in the order of a user's day; some have two words."""
-    from shadowtune.cli import bench, compare, convert, demo, detach, evaluate, export, generate, info, pretrain, train
+    from shadowtune.cli import (
+        bench,
+        compare,
+        convert,
+        demo,
+        detach,
+        evaluate,
+        export,
+        generate,
+        info,
+        lm_eval,
+        pretrain,
+        train,
+    )
 
     return [
         demo.COMMAND,
         train.COMMAND,
         pretrain.COMMAND,
         evaluate.COMMAND,
+        lm_eval.COMMAND,
         compare.COMMAND,
         generate.COMMAND,
         detach.COMMAND,
@@ -89,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
 def _quiet_libraries() -> None:
     """Keep libraries' notes to their own developers off the terminal; their errors stay."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for name in ("transformers", "bitsandbytes", "torchao", "torch.utils._pytree"):
+    for name in ("transformers", "bitsandbytes", "torchao", "torch.utils._pytree", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -95,6 +95,7 @@ class ShadowPair(PreTrainedModel):
         *args: Any,
         base: PreTrainedModel | str | None = None,
         check_base_weights: bool = True,
+        mode: Mode = "attached",
         **kwargs: Any,
     ) -> Self:
         """Load a saved shadow beside its base.
@@ -103,13 +104,15 @@ class ShadowPair(PreTrainedModel):
             path_or_id: a directory written by ``save_pretrained``, or a Hub id.
             base: the base itself, or its path or id; by default the one that ``config.json`` names.
             check_base_weights: whether a base of the right shape but with other weights is refused.
+            mode: what it computes at first, as for ``set_mode``.
             **kwargs: hub keywords (``revision``, ``token``, ...) apply to the shadow; the rest (``dtype``,
                 ``device_map``, ``attn_implementation``, ``quantization_config``, ...) loads the base.
 
         Raises:
             CheckpointError: if a file is missing or damaged, or the base is not the shadow's.
+            ConfigError: if there is no such mode.
         """
-        return load_pair(cls, os.fspath(path_or_id), base, check_base_weights, **kwargs)
+        return load_pair(cls, os.fspath(path_or_id), base, check_base_weights, **kwargs).set_mode(mode)
 
     def save_pretrained(  # type: ignore[override]
         self,

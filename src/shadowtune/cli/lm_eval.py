@@ -1,0 +1,52 @@
+"""``shadowtune lm-eval``."""
+
+import argparse
+from typing import Any
+
+from shadowtune.cli.command import Command, add_json
+from shadowtune.cli.output import check_json_target, print_table, write_json
+
+EPILOG = """examples:
+  shadowtune lm-eval runs/clinc150 --tasks arc_easy,hellaswag --limit 100
+  shadowtune lm-eval runs/clinc150 --tasks mmlu --mode detached --num-fewshot 5
+  shadowtune lm-eval runs/clinc150 --tasks my_task --include-path my-tasks
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("run", help="run directory of shadowtune train")
+    parser.add_argument("--tasks", required=True, help="tasks or groups of the harness, separated by commas")
+    parser.add_argument("--mode", default="all", choices=("attached", "detached", "base", "all"), help="default: all")
+    parser.add_argument("--limit", type=int, help="use only the first so many rows of each task")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--num-fewshot", type=int, help="examples in each prompt (default: the task's)")
+    parser.add_argument("--include-path", metavar="DIR", help="a directory with task files of your own")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate each mode, print one table."""
+    check_json_target(arguments.json)
+    from shadowtune.evaluation.harness import evaluate_with_harness
+    from shadowtune.evaluation.run import FinishedRun
+
+    finished = FinishedRun.open(arguments.run)
+    rows: list[dict[str, Any]] = []
+    for mode in finished.modes if arguments.mode == "all" else (arguments.mode,):
+        found = evaluate_with_harness(
+            finished,
+            mode,
+            arguments.tasks.split(","),
+            arguments.limit,
+            arguments.batch_size,
+            arguments.num_fewshot,
+            arguments.include_path,
+        )
+        rows += [{"mode": mode, **row} for row in found]
+    print_table(f"lm-evaluation-harness: {arguments.run}", rows)
+    write_json(arguments.json, "lm-eval", rows)
+    return 0
+
+
+COMMAND = Command("lm-eval", "measure a trained run by the lm-evaluation-harness", add_arguments, run, EPILOG)

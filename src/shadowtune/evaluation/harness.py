@@ -1,0 +1,76 @@
+"""A finished run under EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shadowtune.errors import DataError, ShadowtuneError
+from shadowtune.evaluation.run import FinishedRun
+
+
+def evaluate_with_harness(
+    finished: FinishedRun,
+    mode: str,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    batch_size: int = 8,
+    num_fewshot: int | None = None,
+    include_path: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate one mode of a run on tasks of the harness.
+
+    Args:
+        finished: a run of a causal language model.
+        mode: one of its modes.
+        tasks: names of tasks or groups of the harness; patterns such as "mmlu_*" are names too.
+        limit: use only the first so many rows of each task.
+        batch_size: rows at a time.
+        num_fewshot: examples in each prompt; None leaves that to the task.
+        include_path: a directory with task files of one's own.
+
+    Returns:
+        A flat row for each metric of each task: task, metric, filter, value and standard error (None if the harness
+        gives none).
+
+    Raises:
+        ShadowtuneError: if the harness is not installed.
+        DataError: if it has no such task, or the task's data cannot be loaded.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ShadowtuneError("the lm-evaluation-harness is not installed: pip install 'shadowtune[harness]'") from None
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise DataError(
+            f"the harness has no task {', '.join(unknown)}; lm_eval ls tasks lists them, --include-path adds your own"
+        )
+    with finished.mode(mode) as model:
+        try:
+            found = simple_evaluate(
+                model=HFLM(pretrained=model.eval(), tokenizer=finished.tokenizer, batch_size=batch_size),
+                tasks=manager.match_tasks(list(tasks)),
+                limit=limit,
+                num_fewshot=num_fewshot,
+                task_manager=manager,
+                log_samples=False,
+            )
+        except (OSError, ValueError) as error:  # data that is not there: no connection, no such file
+            raise DataError(f"the harness cannot run {', '.join(tasks)}: {' '.join(str(error).split())}") from None
+    return [row for task, scores in found["results"].items() for row in _rows(task, scores)]
+
+
+def _rows(task: str, scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """Flatten scores, which the harness keeps as "metric,filter" and "metric_stderr,filter"."""
+    rows = []
+    for key, value in scores.items():
+        metric, _, filtered = key.partition(",")
+        if filtered and not metric.endswith("_stderr"):
+            error = scores.get(f"{metric}_stderr,{filtered}")
+            known = isinstance(error, float)  # otherwise the word "N/A"
+            row = {"task": task, "metric": metric, "filter": filtered, "value": value}
+            rows.append({**row, "standard_error": error if known else None})
+    return rows
