@@ -47,6 +47,8 @@ def test_each_method_and_mode_has_a_mean_an_interval_and_its_costs():
     assert 0.69 < shadow["accuracy_low"] < 0.72 < 0.78 < shadow["accuracy_high"] < 0.81
     assert (shadow["trainable_parameters"], shadow["train_seconds"]) == (1000, 2.0)
     assert find(table, method="base")["train_seconds"] is None
+    assert find(table, method="shadow", mode="detached")["of_attached"] == pytest.approx(0.25 / 0.75)
+    assert shadow["of_attached"] is None
 
 
 def test_the_reference_is_compared_with_every_other_method_in_both_modes():

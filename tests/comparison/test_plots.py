@@ -1,4 +1,4 @@
-from shadowtune.comparison.plots import draw_accuracies, draw_costs, draw_curves
+from shadowtune.comparison.plots import draw_accuracies, draw_costs, draw_curves, draw_scaling
 
 COSTS = {"train_seconds": 3.0, "peak_memory_mb": 100.0, "trainable_parameters": 5e6}
 ROWS = [
@@ -30,3 +30,15 @@ def test_pictures_are_pngs_and_change_with_the_numbers():
         assert picture.startswith(b"\x89PNG")
         assert picture == draw(shown, METHODS)
         assert picture != draw(changed, METHODS)
+
+
+def test_accuracy_over_parameters_is_a_line_for_each_kind():
+    rows = [
+        {**row, "method": f"{row['method']}-{size}", "trainable_parameters": size} for size in (1, 4) for row in ROWS
+    ]
+    rows.append({**ROWS[0], "method": "base", "mode": "base", "trainable_parameters": None})
+    kinds = {f"{kind}-{size}": kind for kind in METHODS for size in (1, 4)} | {"base": "base"}
+    picture = draw_scaling(rows, kinds)
+    assert picture == draw_scaling(list(reversed(rows[:-1]))[::-1], kinds)
+    assert picture != draw_scaling([{**rows[0], "trainable_parameters": 2}, *rows[1:]], kinds)
+    assert picture != draw_scaling(rows, kinds | {"lora-4": "shadow"})

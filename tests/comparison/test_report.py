@@ -54,6 +54,15 @@ def test_the_report_has_tables_of_everything_in_both_forms(analysis, tmp_path):
     assert 'src="http' not in page
 
 
+def test_several_sizes_of_two_kinds_are_drawn_over_their_parameters(analysis, tmp_path):
+    for row, parameters in zip(
+        [row for row in analysis.rows if row["training"]], (10, 20, 30, 40, 50, 60), strict=False
+    ):
+        row["training"] = {**row["training"], "trainable_parameters": parameters}
+    write_report(analysis, tmp_path)
+    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 4
+
+
 def test_a_comparison_without_any_result_has_a_report_all_the_same(tmp_path):
     said = write_report(Analysis(config(), [result_row("lora", [0.0], error="no", evaluations=[])]), tmp_path)
     assert said == []

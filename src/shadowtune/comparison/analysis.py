@@ -113,6 +113,7 @@ class Analysis:
             "accuracy_high": estimate.high,
             "loss": _mean([test["loss"] for test in tests]),
             "agreement": _mean([test["agreement"] for test in tests if test["agreement"] is not None]),
+            "of_attached": self._of_attached(place, method, estimate.mean) if mode == "detached" else None,
             "test_rows": tests[0]["rows"],
             "seeds": len(by_seed),
             "answer_tokens_per_second": _mean([test["tokens_per_second"] for test in tests]),
@@ -122,6 +123,12 @@ class Analysis:
         others = [test["other_scores"] for test in tests]
         found |= {name: _mean([other[name] for other in others]) for name in others[0]}
         return found
+
+    def _of_attached(self, place: Place, method: str, detached: float) -> float | None:
+        """Return a detached accuracy over the attached one; None where that is 0 or was not measured."""
+        attached = self.scores.get((place, method, "attached"))
+        mean = float(torch.stack(list(attached.values())).mean()) if attached else 0.0
+        return detached / mean if mean else None
 
     def _pair(self, place: Place, method: str, mode: str) -> tuple[Sample, Sample] | None:
         """Samples of the reference and another method, over the seeds of both; None if one of them has no scores."""

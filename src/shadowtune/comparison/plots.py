@@ -60,6 +60,34 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], methods: Se
     return png(figure)
 
 
+def draw_scaling(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, str]) -> bytes:
+    """Draw accuracy over trained parameters, a panel for each task, a line for each kind of method; detached dashed.
+
+    Args:
+        rows: flat rows as for ``draw_accuracies``, with trainable_parameters; those that train nothing are left out.
+        kinds: by method, what it is, such as "lora".
+    """
+    rows = [row for row in rows if row["trainable_parameters"]]
+    tasks, names = (list(dict.fromkeys(names)) for names in ((row["task"] for row in rows), kinds.values()))
+    figure, panels = _panels(len(tasks), 3.0)
+    for task, axes in zip(tasks, panels, strict=False):
+        shown = [row for row in rows if row["task"] == task]
+        for kind, mode in dict.fromkeys((kinds[row["method"]], row["mode"]) for row in shown):
+            line = [row for row in shown if (kinds[row["method"]], row["mode"]) == (kind, mode)]
+            line.sort(key=lambda row: row["trainable_parameters"])
+            low, mean, high = (
+                [100 * row[key] for row in line] for key in ("accuracy_low", "accuracy", "accuracy_high")
+            )
+            millions = [row["trainable_parameters"] / 1e6 for row in line]
+            color, detached = f"C{names.index(kind)}", mode == "detached"
+            axes.fill_between(millions, low, high, color=color, alpha=0.1)
+            style = "o--" if detached else "o-"
+            axes.plot(millions, mean, style, color=color, label=f"{kind} detached" if detached else kind)
+        axes.set(title=task, xlabel="trained parameters, millions", ylabel="accuracy, %", xscale="log")
+        axes.legend(fontsize="small")
+    return png(figure)
+
+
 def draw_costs(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> bytes:
     """Draw training time, peak memory and trained parameters of each method, means over the tasks.
 

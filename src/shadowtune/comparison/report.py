@@ -8,7 +8,7 @@ from typing import Any
 from shadowtune.benchmark.rows import markdown_table
 from shadowtune.comparison.analysis import SMALL, Analysis
 from shadowtune.comparison.plan import run_path
-from shadowtune.comparison.plots import draw_accuracies, draw_costs, draw_curves
+from shadowtune.comparison.plots import draw_accuracies, draw_costs, draw_curves, draw_scaling
 from shadowtune.evaluation.report import html_image, html_page, html_table, read_losses
 from shadowtune.model.checkpoint import writing_into
 
@@ -100,6 +100,7 @@ def _result(row: Mapping[str, Any]) -> dict[str, Any]:
         "95 % interval": f"{percent[1]:.1f} to {percent[2]:.1f}",
         "F1 %": "-" if row.get("f1") is None else f"{100 * row['f1']:.1f}",
         "loss": row["loss"],
+        "of attached": row["of_attached"],
         "agrees with attached": row["agreement"],
         "rows x seeds": f"{row['test_rows']} x {row['seeds']}",
         "trained": None if row["trainable_parameters"] is None else f"{row['trainable_parameters']:,.0f}",
@@ -147,6 +148,10 @@ def _pictures(analysis: Analysis, summary: Sequence[Mapping[str, Any]]) -> list[
     if curves:
         pictures.append((draw_curves(curves, methods), "training losses"))
         pictures.append((draw_costs(summary, methods), "training time, peak memory, trained parameters"))
+    kinds = {method: analysis.config.kind(method) for method in methods}
+    sizes = {(kinds[row["method"]], row["trainable_parameters"]) for row in summary if row["trainable_parameters"]}
+    if analysis.config.budget is None and len(sizes) > len({kind for kind, _ in sizes}):  # some kind in several sizes
+        pictures.append((draw_scaling(summary, kinds), "accuracy over trained parameters"))
     return pictures
 
 
