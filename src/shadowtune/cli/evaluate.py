@@ -53,10 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         answers[mode] = result.predictions
         if mode == "attached":
             attached = result.answers
-        empty = [name for name, value in vars(result).items() if value is None]
-        if len(modes) > 1 and "agreement" in empty:
-            empty.remove("agreement")  # a column of which the first row has nothing
-        cells = {name: value for name, value in vars(result).items() if name not in (*LISTS, *empty)}
+        told = ("agreement",) if len(modes) > 1 else ()  # a column of which the first row has nothing
+        fields = vars(result).items()
+        cells = {name: value for name, value in fields if name not in LISTS and (value is not None or name in told)}
         rows.append(
             {"run": arguments.run, "method": finished.config.method, "mode": mode, **cells, **result.other_scores}
         )

@@ -64,10 +64,10 @@ class Executor:
                         count = len(pending) - len(left.jobs)
                         self._report(f"[{count}/{len(pending)}] {describe(row)}; {left}")
                         done()
-            except BaseException:  # Ctrl-C: the processes do not get it, and are ended here
-                self._stop()
-                pool.shutdown(cancel_futures=True)
-                raise
+            finally:
+                if waiting:  # Ctrl-C: the processes do not get it, and are ended here
+                    self._stop()
+                    pool.shutdown(cancel_futures=True)
 
     def _do(self, job: Job) -> float:
         """Do a job in a process and return how many seconds it took; what stops it becomes its result."""
