@@ -161,3 +161,16 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(tmp_path):
     assert base.stat().st_mtime_ns == before
     assert steps[:4] == [1, 2, 3, 4]
     assert steps == sorted(set(steps))
+
+
+def test_a_report_of_what_is_done_runs_nothing(in_this_process, tmp_path, capsys):
+    file = write_settings(tmp_path)
+    settings = [str(file), "common.max_steps=2"]
+    assert main(["compare", *settings, "--report"]) == 2
+    assert "is done with these settings; leave out --report" in capsys.readouterr().err
+    assert main(["compare", *settings, "only=[base, shadow]"]) == 0
+    capsys.readouterr()
+    assert main(["compare", *settings, "--report"]) == 0
+    assert "words: shadow is " in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["base", "shadow"]

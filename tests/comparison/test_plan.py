@@ -119,3 +119,10 @@ def test_only_the_tasks_asked_for_are_planned(tmp_path):
     assert plan.rows()[1] == {
         "task": "other", "method": "lora", "trainable_parameters": 3712, "size": "", "trials": 2, "runs": 1,
     }  # fmt: skip
+
+
+def test_only_the_methods_asked_for_are_planned(tmp_path):
+    plan = Plan.of(compare_config(tmp_path, only=["shadow"], sweep=SWEEP))
+    assert {job.method for job in [*plan.trials(), *plan.finals()]} == {"shadow"}
+    assert {job.task for job in plan.finals()} == {"words"}
+    assert [row["method"] for row in plan.rows()] == ["shadow"]

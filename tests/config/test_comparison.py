@@ -78,6 +78,7 @@ def test_each_kind_has_a_size_that_the_budget_chooses(method, key):
         ({"methods": {"lorra": None}}, r"methods.lorra.method must be one of .*got 'lorra' \(did you mean lora\?\)"),
         ({"reference": "shado"}, r"reference: there is no 'shado' \(did you mean shadow\?\); there are shadow, lora"),
         ({"only": ["gsm"]}, r"only: there is no 'gsm' \(did you mean gsm8k\?\)"),
+        ({"only": ["lora"], "tasks": {"lora": None}}, "only: lora is both a task and a method"),
         ({"tasks": {"gsm8k": {"test_tasks": ["mmlu"]}}}, "tasks.gsm8k.test_tasks: there is no 'mmlu'"),
         ({"budget": {}}, "budget: set either parameters or like"),
         ({"budget": {"like": "shadow", "parameters": 3}}, "budget: set either parameters or like"),

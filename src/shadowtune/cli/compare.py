@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from shadowtune.cli.command import Command, add_json
 from shadowtune.cli.output import check_json_target, print_table, say, write_json
-from shadowtune.errors import TrainingError
+from shadowtune.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from shadowtune.comparison.plan import Plan
@@ -18,6 +18,7 @@ EPILOG = """examples:
   shadowtune compare configs/compare/paper.yaml --data DIR 'seeds=[1, 2]' jobs=2 'devices=[0, 1]'
 
 The same command again goes on where it was interrupted, and repeats no run whose settings have not changed.
+With --report it says what is known so far.
 """
 
 SHOWN = ("task", "method", "accuracy %", "95 % interval", "rows x seeds", "trained", "training s", "memory MB")
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     parser.add_argument("--data", metavar="DIR", help="directory of local data for the tasks; default: from the Hub")
     parser.add_argument("--dry-run", action="store_true", help="show the plan with its sizes, and run nothing")
+    parser.add_argument("--report", action="store_true", help="write the report of what is done, and run nothing")
     parser.add_argument("--quiet", action="store_true", help="do not say what is being done")
     add_json(parser)
 
@@ -49,9 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
         _show(plan)
         write_json(arguments.json, "compare", plan.rows())
         return 0
-    from shadowtune.comparison.run import compare, failures
+    from shadowtune.comparison.run import compare, failures, rows_done
 
-    rows = compare(plan, (lambda line: None) if arguments.quiet else say)
+    rows = rows_done(plan) if arguments.report else compare(plan, (lambda line: None) if arguments.quiet else say)
+    if not rows:
+        raise ConfigError(f"no run in {config.output} is done with these settings; leave out --report to do them")
     from shadowtune.comparison.analysis import Analysis
     from shadowtune.comparison.report import results_table, write_report
 

@@ -56,7 +56,7 @@ class Plan:
         """
         config, jobs = self.config, []
         for task in config.chosen_tasks:
-            bases = [method for method in config.methods if config.kind(method) == "base"]
+            bases = [method for method in config.chosen_methods if config.kind(method) == "base"]
             jobs += [self._job("final", task, method, config.seeds[0]) for method in bases]
             for seed, method in itertools.product(config.seeds, self._trained()):
                 if chosen is None or (task, method) in chosen:
@@ -68,7 +68,7 @@ class Plan:
         sweep, config = self.config.sweep, self.config
         found = []
         for task in config.chosen_tasks:
-            for method in config.methods:
+            for method in config.chosen_methods:
                 trained, size = method in self._trained(), self.sizes[task][method]
                 row = {"task": task, "method": method, "trainable_parameters": size.parameters, "size": str(size)}
                 row["trials"] = len(sweep.trials(method)) if sweep is not None and trained else 0
@@ -76,7 +76,7 @@ class Plan:
         return found
 
     def _trained(self) -> list[str]:
-        return [method for method in self.config.methods if self.config.kind(method) != "base"]
+        return [method for method in self.config.chosen_methods if self.config.kind(method) != "base"]
 
     def _job(
         self,

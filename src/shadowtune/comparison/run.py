@@ -35,12 +35,29 @@ def compare(plan: Plan, report: Callable[[str], None] = lambda line: None) -> li
     if trials:
         report(f"sweep: {len(trials)} trials, on validation rows")
         executor.run(trials, lambda: write_results(file, trials))
-    chosen = None if config.sweep is None else best_settings(trials, config.sweep.select)
+    chosen = _chosen(plan, trials)
     for (task, method), setting in (chosen or {}).items():
         report(f"sweep: {task}, {method}: {', '.join(f'{key}={value}' for key, value in setting.items())}")
     finals = plan.finals(chosen)
     executor.run(finals, lambda: write_results(file, [*trials, *finals]))
     return write_results(file, [*trials, *finals])
+
+
+def rows_done(plan: Plan) -> list[dict[str, Any]]:
+    """Return the rows of the runs of a plan that are done, trials first, and run nothing.
+
+    With a sweep, the runs of a method on a task count as soon as all of its trials are done.
+    """
+    trials = plan.trials()
+    open_ones = {(job.task, job.method) for job in trials if job.result() is None}
+    tried = [job for job in trials if (job.task, job.method) not in open_ones]
+    return write_results(Path(plan.config.output) / RESULTS, [*trials, *plan.finals(_chosen(plan, tried))])
+
+
+def _chosen(plan: Plan, trials: Sequence[Job]) -> dict[tuple[str, str], dict[str, Any]] | None:
+    """The best settings by (task, method), of trials that have been done; None without a sweep."""
+    sweep = plan.config.sweep
+    return None if sweep is None else best_settings(trials, sweep.select)
 
 
 def check_training_rows(jobs: Sequence[Job]) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -75,7 +75,7 @@ class CompareConfig:
     """Name of a method -> training settings, such as ``method`` (by default its name, if it is one of shadow, lora,
     dora, full, peft, base), and ``size``, the dotted key that the budget chooses ("none" leaves the method alone)."""
     only: list[str] | None = None
-    """Names of the tasks to train on; None takes all."""
+    """Names of the tasks to train on and of the methods to do it with; without names of one kind, all of that kind."""
     output: str = "runs/compare"
     """Directory of everything it makes."""
     common: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +111,12 @@ class CompareConfig:
     @property
     def chosen_tasks(self) -> list[str]:
         """The tasks to train on."""
-        return [task for task in self.tasks if self.only is None or task in self.only]
+        return self._chosen(self.tasks)
+
+    @property
+    def chosen_methods(self) -> list[str]:
+        """The methods to train."""
+        return self._chosen(self.methods)
 
     def task_options(self, task: str) -> TaskOptions:
         """Return the options of a task."""
@@ -156,6 +161,11 @@ class CompareConfig:
             put(values, key, value)
         return from_mapping(TrainConfig, values, where="")
 
+    def _chosen(self, names: Iterable[str]) -> list[str]:
+        """Those that ``only`` names; all if it names none of them."""
+        known = list(names)
+        return [name for name in known if name in (self.only or ())] or known
+
     def _shape_faults(self) -> list[str]:
         """What is no mapping, no list, empty, or cannot be the name of a directory."""
         faults = [f"{name} must not be empty" for name in ("tasks", "methods", "seeds") if not vars(self)[name]]
@@ -188,7 +198,7 @@ class CompareConfig:
         """Names of methods and tasks that do not exist, and trials that are not equally many."""
         sweep, named = self.sweep or SweepConfig(), [("reference", self.reference, self.methods)]
         named.append(("budget.like", None if self.budget is None else self.budget.like, self.methods))
-        named += [("only", task, self.tasks) for task in self.only or []]
+        named += [("only", name, {**self.tasks, **self.methods}) for name in self.only or []]
         named += [("sweep.methods", method, self.methods) for method in sweep.methods]
         for task in self.tasks:
             tested = self.task_options(task).test_tasks or []
@@ -208,6 +218,8 @@ class CompareConfig:
         if len(set(counts.values())) > 1:
             said = ", ".join(f"{method} {count}" for method, count in counts.items())
             faults.append(f"sweep: every method must have as many trials, but there are {said}")
+        both = sorted(set(self.only or ()) & set(self.tasks) & set(self.methods))
+        faults += [f"only: {name} is both a task and a method; rename one of them" for name in both]
         return faults
 
     def _run_faults(self) -> list[str]:
