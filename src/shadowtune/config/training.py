@@ -136,6 +136,9 @@ class TrainConfig:
     """How many of the latest checkpoints stay on disk."""
     tensorboard: bool = False
     """Also write TensorBoard files (extra: tensorboard)."""
+    draft_vocabulary: int | None = 4096
+    """So many of the most frequent tokens of the training answers are saved with a shadow, for it to draft from in
+    speculative decoding; None lets it draft from all."""
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     """What to do where the loss is NaN or infinite: stop with the rows named, or leave that optimizer step out."""
 
@@ -159,6 +162,7 @@ class TrainConfig:
             save_steps=(1, None),
             eval_steps=(1, None),
             keep_checkpoints=(1, None),
+            draft_vocabulary=(1, None),
             seed=(0, 2**32),
         )
         if not self.epochs > 0:

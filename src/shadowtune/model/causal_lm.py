@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from shadowtune.attach.architectures import Finish
+from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.head import Head
 from shadowtune.core.losses import LossWeights, detached_causal_loss, joint_causal_loss
 from shadowtune.core.top_tokens import TopTokens
@@ -20,6 +21,7 @@ from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
 from shadowtune.model.fused_head import carry_shadow_loss
 from shadowtune.model.pair import ShadowPair, loss_terms
+from shadowtune.model.speculation.decoding import Speculator
 
 
 @dataclass
@@ -79,6 +81,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         shadow_loss_weight: float | None = None,
         teacher_tokens: Tensor | None = None,
         teacher_log_probabilities: Tensor | None = None,
+        shadow_states: Tensor | None = None,
         **kwargs: Any,
     ) -> ShadowCausalLMOutput | CausalLMOutputWithPast:
         """Compute logits, and with labels the joint loss (Eq. 8-9).
@@ -92,6 +95,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             teacher_tokens: (B, T, k), the base's most likely next tokens where they are known already. In training in
                 mode "detached", and unless ``matching_weight`` needs more of the base, they spare its forward pass.
             teacher_log_probabilities: (B, T, k), of those tokens, as ``core/top_tokens.py`` describes them.
+            shadow_states: s0 (B, T, d) where ``run_backbone`` has made it already; in mode "attached".
 
         Returns:
             Logits (B, T, V); None in training with labels, where only labelled positions reach the head.
@@ -116,6 +120,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             past_key_values,
             inputs_embeds,
             use_cache if labels is None else False,
+            shadow_states,
             **kwargs,
         )
         hidden_states = output.last_hidden_state
@@ -178,13 +183,46 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         return self.architecture.finish(self.base.config.get_text_config(decoder=True))
 
     @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with everything transformers offers, in the current mode (GenerationMixin.generate)."""
+    def generate(self, *args: Any, speculate: bool | int | str | SpeculationConfig = False, **kwargs: Any) -> Any:
+        """Generate with everything transformers offers, in the current mode (GenerationMixin.generate).
+
+        Args:
+            speculate: whether the shadow drafts and the attached model verifies: True or "auto", a number of tokens to
+                draft at a time, or settings. What greedy decoding says stays the same, and samples fall with the same
+                probabilities. Where it is not possible (beams, a cache that cannot take tokens back) a warning says so.
+
+        Raises:
+            ConfigError: if ``speculate`` is none of these, or does not go with the mode or other arguments.
+        """
+        settings = SpeculationConfig.of(speculate)
+        if settings is not None:
+            faults = [name for name in ("assistant_model", "custom_generate") if kwargs.get(name) is not None]
+            if self.mode != "attached" or faults:
+                against = f"mode {self.mode!r}" if self.mode != "attached" else faults[0]
+                raise ConfigError(f"speculate={speculate!r} does not go with {against}; leave one of them out")
+            kwargs["custom_generate"] = Speculator(settings, kwargs.get("streamer"), kwargs.get("synced_gpus"))
         if self.mode == "base":
             if len(args) < 2:
                 kwargs.setdefault("generation_config", self.generation_config)
             return cast(GenerationMixin, self.base).generate(*args, **kwargs)  # type: ignore[misc]
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def draft_vocabulary(self) -> Tensor | None:
+        """The tokens (K,) that the shadow drafts from, saved with it; None if from all."""
+        return self.shadow.draft_vocabulary
+
+    def set_draft_vocabulary(self, tokens: Tensor) -> None:
+        """Let the shadow draft from these tokens (K,) alone, in speculative decoding; they are saved with it.
+
+        Raises:
+            ConfigError: if there are none, or one is not in the base's vocabulary.
+        """
+        vocabulary = self.base.config.get_text_config(decoder=True).vocab_size
+        if len(tokens) == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+            raise ConfigError(f"a draft vocabulary is a list of token ids from 0 to {vocabulary - 1}, got {tokens}")
+        self.shadow.draft_vocabulary = tokens.to(self.base.device)
+        self.config.draft_vocabulary_size = len(tokens)
 
     def detached(self) -> PreTrainedModel:
         """Return the detached shadow as an ordinary transformers model of the backbone's own architecture.

@@ -65,6 +65,7 @@ class ShadowModelConfig(PreTrainedConfig):
         base_revision: str | None = None,
         base_fingerprint: str | None = None,
         initialization: dict[str, Any] | None = None,
+        draft_vocabulary_size: int | None = None,
         schema_version: int = SCHEMA_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -81,6 +82,7 @@ class ShadowModelConfig(PreTrainedConfig):
         self.base_revision = base_revision
         self.base_fingerprint = base_fingerprint
         self.initialization = initialization
+        self.draft_vocabulary_size = draft_vocabulary_size
         if self.base_config is not None:
             text = self.base_config.get_text_config(decoder=True)
             for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"):

@@ -51,7 +51,8 @@ class ShadowPair(PreTrainedModel):
         assert config.base_config is not None and config.backbone_config is not None
         self.base = self.auto_base.from_config(copy.deepcopy(config.base_config)) if base is None else base
         if shadow is None:
-            shadow = Shadow(config.shadow_config, config.base_config, config.backbone_config)
+            sizes = (config.base_config, config.backbone_config)
+            shadow = Shadow(config.shadow_config, *sizes, draft_vocabulary_size=config.draft_vocabulary_size)
         check_fit(self.base, shadow.boundaries)
         self.base.requires_grad_(False)
         self.shadow: Shadow = shadow
@@ -166,9 +167,13 @@ class ShadowPair(PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        shadow_states: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[BaseModelOutputWithPast, ShadowState]:
         """Run the shadow backbone and, when attached, the base's blocks beside it.
+
+        Args:
+            shadow_states: s0 (B, T, d), where ``run_backbone`` has made it of these tokens already.
 
         Returns:
             The base's output, whose ``last_hidden_state`` (B, T, d) goes to the head and is s0 itself when detached,
@@ -185,10 +190,14 @@ class ShadowPair(PreTrainedModel):
         shadow_cache = base_cache = None
         if cache is not None:
             shadow_cache, base_cache = split_cache(cache, self.shadow.num_cache_layers, depth)
-            if self.mode == "attached":
+            if self.mode == "attached" and shadow_states is None:
                 check_same_past(shadow_cache, base_cache)
-        embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        state = self.shadow.begin(input_ids, embeds, attention_mask, position_ids, shadow_cache, use_cache, **kwargs)
+        if shadow_states is None:
+            embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            begun = (input_ids, embeds, attention_mask, position_ids, shadow_cache, use_cache)
+            state = self.shadow.begin(*begun, **kwargs)
+        else:
+            state = ShadowState(self.shadow.boundaries, shadow_states)
         if self.mode == "detached":
             return BaseModelOutputWithPast(last_hidden_state=state.initial, past_key_values=cache), state
         output = self.architecture.decoder_of(self.base)(
@@ -204,6 +213,18 @@ class ShadowPair(PreTrainedModel):
         state.check_arrival(depth)
         output.past_key_values = cache
         return output, state
+
+    def run_backbone(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, past_key_values: Cache
+    ) -> Tensor:
+        """Run the shadow backbone ahead of the base over (B, T) tokens and return s0 (B, T, d).
+
+        The shadow's part of the cache then holds them. ``encode`` with ``shadow_states`` lets the base catch up.
+        """
+        depth = len(self.architecture.blocks_of(self.base))
+        cache, _ = split_cache(past_key_values, self.shadow.num_cache_layers, depth)
+        embeds = self.base.get_input_embeddings()(input_ids)
+        return self.shadow.initial_states(input_ids, embeds, attention_mask, position_ids, cache, use_cache=True)
 
     def loss_weights(self, shadow_loss_weight: float | None = None) -> LossWeights:
         """Return the weights of the shadow's terms, lambda replaced if it is given."""

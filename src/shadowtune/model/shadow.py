@@ -27,7 +27,10 @@ class Shadow(nn.Module):
         backbone: the network itself; None builds a randomly initialized one.
         embedding: the backbone's own frozen embedding; None feeds it the base's embeddings, projected down (d -> d_s)
             where the widths differ.
+        draft_vocabulary_size: K of the tokens (K,) that it drafts from; None drafts from all.
     """
+
+    draft_vocabulary: Tensor | None
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class Shadow(nn.Module):
         backbone_config: PreTrainedConfig,
         backbone: PreTrainedModel | None = None,
         embedding: FrozenEmbedding | None = None,
+        draft_vocabulary_size: int | None = None,
     ) -> None:
         super().__init__()
         text = base_config.get_text_config(decoder=True)
@@ -54,6 +58,8 @@ class Shadow(nn.Module):
         count = text.num_hidden_layers - (0 if config.inject_first else 1)
         self.boundaries = Boundaries(count, width, config)
         self.requires_grad_(True)
+        size = draft_vocabulary_size
+        self.register_buffer("draft_vocabulary", None if size is None else torch.zeros(size, dtype=torch.long))
 
     def cast(self, dtype: torch.dtype) -> "Shadow":
         """Bring all that is saved to ``dtype``. What is not, such as RoPE frequencies, stays as exact as it is."""
@@ -77,7 +83,25 @@ class Shadow(nn.Module):
         use_cache: bool = False,
         **kwargs: Any,
     ) -> ShadowState:
-        """Run the shadow backbone and return the state s0, (B, T, d), ready for the base's blocks (Eq. 1).
+        """Run the shadow backbone and return its state, ready for the base's blocks; see ``initial_states``."""
+        return ShadowState(
+            self.boundaries,
+            self.initial_states(
+                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, **kwargs
+            ),
+        )
+
+    def initial_states(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run the shadow backbone and return s0, (B, T, d) (Eq. 1).
 
         Args:
             input_ids: (B, T); needed by a backbone with its own embedding.
@@ -107,7 +131,7 @@ class Shadow(nn.Module):
             use_cache=use_cache,
             **kwargs,
         )
-        return ShadowState(self.boundaries, self.projection(output.last_hidden_state))
+        return self.projection(output.last_hidden_state)
 
     def _needs_grad_input(self, embeds: Tensor) -> bool:
         """Whether a checkpointed backbone would learn nothing from these embeddings, which are frozen.

@@ -1,14 +1,17 @@
 """The rows that a run learns from, encoded and checked."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shadowtune.attach.architectures import ARCHITECTURES
 from shadowtune.config.training import TrainConfig
+from shadowtune.core.head import IGNORE_INDEX
 from shadowtune.data.blocks import BlockReport
 from shadowtune.data.checks import check_encoded
 from shadowtune.data.collate import CausalCollator, ClassificationCollator, PackedCollator
@@ -72,6 +75,12 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     if tokenizer.pad_token_id is None:
         raise CheckpointError(f"the tokenizer of {name} has neither a padding nor an end token; give it a pad_token")
     return tokenizer
+
+
+def frequent_tokens(rows: Iterable[Mapping[str, Any]], limit: int) -> Tensor:
+    """Return the ids (K,) of the most frequent labelled tokens of encoded rows, in order; at most ``limit``."""
+    counts = Counter(label for row in rows for label in row["labels"] if label != IGNORE_INDEX)
+    return torch.tensor(sorted(token for token, _ in counts.most_common(limit)))
 
 
 def check_rows(rows: TrainingRows, model: nn.Module) -> None:

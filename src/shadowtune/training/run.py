@@ -13,6 +13,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from transformers.integrations import TensorBoardCallback
 
 from shadowtune.config.training import TrainConfig
+from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.checkpoint import writing_into
 from shadowtune.model.methods import (
     load_base,
@@ -28,7 +29,7 @@ from shadowtune.training.checkpoints import whole_directory
 from shadowtune.training.interruption import StopBetweenSteps
 from shadowtune.training.metrics import MetricsFile
 from shadowtune.training.pretraining import ProjectionsFirst, set_up_pretraining, taught_rows
-from shadowtune.training.rows import TrainingRows, check_rows, load_training_rows
+from shadowtune.training.rows import TrainingRows, check_rows, frequent_tokens, load_training_rows
 from shadowtune.training.run_dir import RunDirectory
 from shadowtune.training.shadow_first import alone, together
 from shadowtune.training.trainer import ShadowTrainer, with_row_numbers
@@ -101,6 +102,8 @@ def train(
         report(f"data: {rows.report}")
         model = build_model(together(config) if config.shadow_first else config, rows.num_labels)
         check_rows(rows, model)
+        if config.draft_vocabulary is not None and isinstance(model, ShadowForCausalLM):
+            model.set_draft_vocabulary(frequent_tokens(rows.train, config.draft_vocabulary))
         for part, total, trained in parameter_table(model):
             report(f"parameters: {part}: {total:,} of which trainable {trained:,}")
         with arguments.main_process_first(local=False):

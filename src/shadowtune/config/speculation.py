@@ -1,0 +1,52 @@
+"""How an attached model decodes faster than token by token: its shadow drafts, one pass of both verifies."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from shadowtune.config.checking import check_range
+from shadowtune.errors import ConfigError
+
+DrafterName = Literal["shadow", "ngram", "combined"]
+
+
+@dataclass(frozen=True)
+class SpeculationConfig:
+    """Settings of ``generate(speculate=...)``. None of them changes what greedy decoding says, or how samples fall."""
+
+    length: int | None = None
+    """Tokens drafted before each verification; None chooses from what was accepted so far, 0 included."""
+    drafter: DrafterName = "shadow"
+    """Who drafts: the detached shadow; "ngram", what followed the same tokens earlier in the text; "combined", ngram
+    where it knows something and else the shadow."""
+    max_length: int = 8
+    """Most tokens drafted where the length is chosen."""
+    draft_vocabulary: bool = True
+    """Whether the shadow drafts only tokens that are frequent in its training data, if it was saved with them."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_range(self, length=(1, 65), max_length=(1, 65))
+        if self.drafter not in get_args(DrafterName):
+            raise ConfigError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {self.drafter!r}")
+
+    @property
+    def longest(self) -> int:
+        """Most tokens drafted at once."""
+        return self.max_length if self.length is None else self.length
+
+    @classmethod
+    def of(cls, speculate: "bool | int | str | SpeculationConfig") -> "SpeculationConfig | None":
+        """Understand the ways to ask: True or "auto", a number of tokens, settings; None for False and 0.
+
+        Raises:
+            ConfigError: if it is none of these.
+        """
+        if isinstance(speculate, SpeculationConfig):
+            return speculate
+        if speculate is True or speculate == "auto":
+            return cls()
+        if speculate is False or speculate == 0:
+            return None
+        if isinstance(speculate, int):
+            return cls(length=speculate)
+        raise ConfigError(f'speculate must be True, False, "auto" or a number of tokens, got {speculate!r}')

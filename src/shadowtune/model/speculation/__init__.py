@@ -1,0 +1,1 @@
+"""Faster than token by token: the shadow drafts, the attached model verifies."""

@@ -1,0 +1,292 @@
+"""The decoding loop: the shadow runs ahead, one pass of the base beside its states verifies.
+
+``generate`` of transformers prepares prompts, masks, cache, processors and criteria, and calls ``Speculator`` where it
+would call its own loop. The shadow's backbone sees each token once: its states s0 are handed to the verifying pass, and
+what was not accepted is cropped from the one cache of both networks. Rows that accept different lengths keep their
+places in the cache: slots that a row did not accept are masked for it, and its positions go on.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.generation import logits_process
+from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
+
+from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.errors import ConfigError
+from shadowtune.model.speculation.acceptance import Process, Proposal, Verdict, greedy_verdicts, verdict
+from shadowtune.model.speculation.draft_length import Costs, DraftLength
+from shadowtune.model.speculation.drafters import WARPERS, Drafter, make_drafter
+from shadowtune.model.speculation.rows import Rows
+
+PURE = (
+    *WARPERS,
+    logits_process.PrefixConstrainedLogitsProcessor,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.ForcedBOSTokenLogitsProcessor,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.LogitNormalization,
+)
+"""Processors whose scores follow from one row's tokens and logits: only these may be asked about drafts."""
+BY_ROW = (logits_process.RepetitionPenaltyLogitsProcessor, logits_process.PrefixConstrainedLogitsProcessor)
+"""Of those, processors that know the rows of the batch by their number."""
+RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+class Speculator:
+    """Stands in for the decoding loop of ``generate`` (its ``custom_generate``).
+
+    Args:
+        config: the settings.
+        streamer: gets each token as soon as it stands.
+    """
+
+    def __init__(self, config: SpeculationConfig, streamer: Any = None, synced_gpus: bool | None = None) -> None:
+        self._config, self._streamer, self._synced = config, streamer, bool(synced_gpus)
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Generate as transformers' own loops do, called as they are; where drafting is not possible, by them."""
+        mode = generation_config.get_generation_mode(None)
+        if "/" in GENERATION_MODES_MAPPING[mode]:
+            raise ConfigError(f"speculate does not go with {mode.value.replace('_', ' ')}; leave one of them out")
+        reason = _obstacle(mode, generation_config, logits_processor, model_kwargs, self._synced)
+        if reason is not None:
+            warnings.warn(f"decoding without speculation: {reason}", stacklevel=2)
+            plain = getattr(type(model), GENERATION_MODES_MAPPING[mode])
+            extra = {} if self._streamer is None else {"streamer": self._streamer}
+            return plain(
+                model,
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                **extra,
+                **model_kwargs,
+            )
+        cache: Cache = model_kwargs["past_key_values"]
+        cache.activate_past_recording()
+        first = model._prefill(input_ids, generation_config, model_kwargs)
+        drop_last(cache, 0)
+        pad, room = generation_config._pad_token_tensor, stopping_criteria.max_length
+        assert room is not None, "generate always sets one"
+        rows = Rows(
+            input_ids,
+            model_kwargs["position_ids"][:, -1] + 1,
+            int(cache.get_seq_length()),
+            model_kwargs.get("attention_mask"),
+            stopping_criteria,
+            room,
+            0 if pad is None else int(pad.flatten()[0]),
+        )
+        compiled = model._valid_auto_compile_criteria(model_kwargs, generation_config)
+        forward = model.get_compiled_call(generation_config.compile_config) if compiled else model.__call__
+        loop = _Loop(self._config, model, forward, rows, cache, logits_processor, generation_config, self._streamer)
+        loop.choose_first(first.logits[:, -1:].float())
+        del first
+        while rows.running:
+            loop.round()
+        if self._streamer is not None:
+            self._streamer.end()
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=cast(Any, rows.output()), past_key_values=cache)
+        return rows.output()
+
+
+class _Loop:
+    """Rounds of drafting and verifying."""
+
+    def __init__(
+        self,
+        config: SpeculationConfig,
+        model: Any,
+        forward: Any,
+        rows: Rows,
+        cache: Cache,
+        processors: LogitsProcessorList,
+        generation_config: Any,
+        streamer: Any,
+    ) -> None:
+        self._model, self._forward, self._rows, self._cache = model, forward, rows, cache
+        self._processors, self._streamer = processors, streamer
+        self._sample: bool = generation_config.do_sample
+        self._drafter: Drafter = make_drafter(config, model, processors, self._sample)
+        costs = Costs.of(model.device.type, _draft_share(model, config))
+        self._length = DraftLength(costs, config.longest, config.length is not None)
+        # Slots that some rows did not accept can stay only where nothing counts slots: no windows, no fixed size.
+        plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+        self._aligned = generation_config.return_dict_in_generate or not plain
+
+    def choose_first(self, logits: Tensor) -> None:
+        """Say the token behind the prompt from its logits (B, 1, V)."""
+        for row, said in enumerate(self._judge(logits, [])):
+            self._say(row, said.tokens)
+
+    def round(self) -> None:
+        """Draft, verify, say what stands, and drop the rest from the cache."""
+        rows = self._rows
+        running = rows.running
+        proposals, looked, states = self._draft()
+        tokens = torch.stack([rows.last()[:, 0], *(proposal.tokens for proposal in proposals)], 1)
+        new = tokens.shape[1]
+        output = self._forward(
+            input_ids=tokens,
+            attention_mask=rows.mask(new),
+            position_ids=rows.next_positions(0, new),
+            past_key_values=self._cache,
+            use_cache=True,
+            shadow_states=states,
+            return_dict=True,
+        )
+        verdicts = self._judge(output.logits.float(), proposals)
+        most = min(len(verdicts[row].tokens) for row in running) if self._aligned else new
+        kept = [new] * len(verdicts)
+        for row in running:
+            kept[row] = self._say(row, verdicts[row].tokens[:most])
+        confidences = [proposal.confidence[running] for proposal in proposals]
+        said = sum(kept[row] for row in running) / len(running)
+        self._length.learn(confidences, [verdicts[row].accepted for row in running], said, looked)
+        still = rows.running or running
+        slots = max(kept[row] for row in still)
+        drop_last(self._cache, new - slots)
+        rows.settle([min(kept[row], slots) if row in running else slots for row in range(len(kept))], slots)
+
+    def _draft(self) -> tuple[list[Proposal], int, Tensor]:
+        """Return g proposals, how often the drafter was asked, and s0 (B, 1 + g, d), the last tokens' first."""
+        rows, drafter, length = self._rows, self._drafter, self._length
+        proposals: list[Proposal] = []
+        waiting, looked = [rows.last()], 0
+        states: list[Tensor] = []
+        standing = torch.ones(len(rows.running))
+        for _ in range(length.begin(rows.left - 1)):
+            if drafter.reads_states and waiting:
+                states.append(self._run_backbone(waiting, sum(part.shape[1] for part in states)))
+                waiting = []
+            proposal = drafter.propose(lambda: self._texts(proposals), states[-1][:, -1] if states else None)
+            looked += 1
+            if proposal is None:
+                break
+            chances = length.chance(proposal.confidence[rows.running])
+            if not length.worth(len(proposals), chances, standing):
+                break
+            standing = standing * chances
+            proposal = proposal._replace(tokens=rows.pad_ended(proposal.tokens.to(rows.tokens.device)))
+            proposals.append(proposal)
+            waiting.append(proposal.tokens[:, None])
+        if waiting:
+            states.append(self._run_backbone(waiting, sum(part.shape[1] for part in states)))
+        return proposals, looked, torch.cat(states, 1)
+
+    def _run_backbone(self, tokens: Sequence[Tensor], before: int) -> Tensor:
+        """Run the shadow over waiting tokens, ``before`` of this round having been run: s0 (B, n, d)."""
+        ids = torch.cat(list(tokens), 1)
+        rows, new = self._rows, ids.shape[1]
+        mask = rows.mask(before + new)
+        return self._model.run_backbone(ids, mask, rows.next_positions(before, new), self._cache)
+
+    def _texts(self, proposals: Sequence[Proposal]) -> list[list[int]]:
+        rows = self._rows
+        said = [rows.tokens[row, :length].tolist() for row, length in enumerate(rows.lengths)]
+        return [text + [int(each.tokens[row]) for each in proposals] for row, text in enumerate(said)]
+
+    def _judge(self, logits: Tensor, proposals: Sequence[Proposal]) -> list[Verdict]:
+        """Judge the drafts of all rows by logits (B, g + 1, V)."""
+        rows = self._rows
+        if not self._sample and len(self._processors) == 0:
+            drafts = [proposal.tokens for proposal in proposals]
+            empty = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
+            return greedy_verdicts(logits, torch.stack(drafts, 1) if drafts else empty)
+        return [
+            Verdict([], 0)
+            if rows.done[row]
+            else verdict(
+                rows.tokens[row].clone(),
+                rows.lengths[row],
+                logits[row],
+                row,
+                proposals,
+                self._process(row),
+                self._sample,
+            )
+            for row in range(len(logits))
+        ]
+
+    def _process(self, row: int) -> Process:
+        """The logits processors as they treat a row of the batch."""
+        processors: Any = self._processors
+        count = len(self._rows.lengths)
+        if count == 1 or not any(isinstance(each, BY_ROW) for each in processors):
+            return cast(Process, processors)
+
+        def process(tokens: Tensor, logits: Tensor) -> Tensor:
+            return processors(tokens.expand(count, -1), logits.repeat(count, 1))[row : row + 1]
+
+        return process
+
+    def _say(self, row: int, tokens: Sequence[int]) -> int:
+        count = self._rows.say(row, tokens)
+        if self._streamer is not None:
+            for token in tokens[:count]:
+                self._streamer.put(torch.tensor([token]))
+        return count
+
+
+def drop_last(cache: Cache, tokens: int) -> None:
+    """Remove the last tokens from every layer of a cache, static ones included."""
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.sub_(tokens)
+        elif isinstance(layer, DynamicLayer):
+            layer.crop(-tokens)
+
+
+def _draft_share(model: Any, config: SpeculationConfig) -> float:
+    """Weights that a drafting step reads, relative to those that a pass of both networks reads."""
+    width, vocabulary = model.base.config.get_text_config(decoder=True).hidden_size, model.draft_vocabulary
+    columns = model.config.vocab_size if vocabulary is None or not config.draft_vocabulary else len(vocabulary)
+    backbone = sum(parameter.numel() for parameter in model.shadow.backbone.parameters())
+    return (backbone + columns * width) / sum(parameter.numel() for parameter in model.parameters())
+
+
+def _obstacle(
+    mode: Any, config: Any, processors: LogitsProcessorList, model_kwargs: dict[str, Any], synced: bool
+) -> str | None:
+    """Say why this call cannot speculate; None if it can."""
+    if mode not in ("greedy_search", "sample"):
+        return f"{mode.value.replace('_', ' ')} is not token by token"
+    cache = model_kwargs.get("past_key_values")
+    if not model_kwargs["use_cache"] or cache is None:
+        return "there is no cache (use_cache=False)"
+    layers = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
+    if lasting := layers - {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer}:
+        return f"a cache of {', '.join(sorted(kind.__name__ for kind in lasting))} cannot take tokens back"
+    strange = [type(each).__name__ for each in processors if type(each) not in PURE]
+    if strange:
+        return f"{', '.join(strange)} may keep a state, which drafts would confuse"
+    wanted = [name for name in RECORDS if vars(config).get(name)]
+    if wanted and config.return_dict_in_generate:
+        return f"{', '.join(wanted)} are recorded token by token"
+    if synced:
+        return "devices generate in step (synced_gpus)"
+    return None
