@@ -168,3 +168,12 @@ def test_a_base_that_cannot_be_quantized_so_is_one_line(shadow_run, data, capsys
     pytest.importorskip("torchao")
     assert main(["evaluate", str(shadow_run), "--data", str(data), "--quiet", "--quantization", "int4"]) == 2
     assert "cannot load the" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_speculation_changes_no_answer(shadow_run, data, tmp_path):
+    said = []
+    for options in ([], ["--speculate"], ["--speculate", "3", "--batch-size", "3"]):
+        command = ["evaluate", str(shadow_run), "--data", str(data), "--mode", "attached", "--quiet", *options]
+        assert main([*command, "--predictions", str(tmp_path / "p.jsonl")]) == 0
+        said.append((tmp_path / "p.jsonl").read_text())
+    assert said[0] == said[1] == said[2]

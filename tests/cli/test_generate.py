@@ -44,3 +44,32 @@ def test_sampling_repeats_with_its_seed(shadow_run, tmp_path):
 def test_what_cannot_be_answered_is_one_line(arguments, said, shadow_run, capsys):
     assert main(["generate", str(shadow_run), *arguments]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_speculation_says_the_same_and_how_it_went(shadow_run, tmp_path, capsys):
+    answers = {}
+    for options in ([], ["--speculate"], ["--speculate", "3"], ["--speculate", "2", "--drafter", "combined"]):
+        command = ["generate", str(shadow_run), "say one", "--max-new-tokens", "12", *options]
+        assert main([*command, "--json", str(tmp_path / "r.json")]) == 0
+        (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+        answers[tuple(options)] = row["answer"]
+        assert ("a pass" in capsys.readouterr().err) == (row["tokens_per_pass"] is not None) == bool(options)
+    assert len(set(answers.values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--speculate", "many"], "--speculate takes a number of tokens or nothing, got 'many'"),
+        (["--speculate", "200"], "length must be at least 1 and below 65, got 200"),
+        (["--speculate", "--mode", "detached"], "--speculate is for --mode attached, got detached"),
+    ],
+)
+def test_speculation_that_cannot_be_is_refused_in_a_line(shadow_run, options, said, capsys):
+    assert main(["generate", str(shadow_run), "say one", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_only_a_shadow_drafts(lora_run, capsys):
+    assert main(["generate", str(lora_run), "say one", "--speculate"]) == 2
+    assert "--speculate needs a shadow that generates" in capsys.readouterr().err

@@ -81,7 +81,7 @@ class Plan:
 class Subject(Protocol):
     """One thing that is measured, inside a process of its own."""
 
-    facts: Mapping[str, float]
+    facts: Mapping[str, float | str]
     """What ``Bench.facts`` names, known once it is prepared."""
     size: str | None
     """What was chosen so that the budgets are equal, for instance ``rank 15``; None if nothing was."""

@@ -7,7 +7,10 @@ from shadowtune.benchmark.detached import DETACHED
 from shadowtune.benchmark.head import HEAD
 from shadowtune.benchmark.memory import MEMORY
 from shadowtune.benchmark.scaling import SCALING
+from shadowtune.benchmark.speculate import SPECULATE
 from shadowtune.benchmark.train import TRAIN
 
-BENCHES: dict[str, Bench] = {bench.name: bench for bench in (TRAIN, BOUNDARY, HEAD, DECODE, DETACHED, MEMORY, SCALING)}
+BENCHES: dict[str, Bench] = {
+    bench.name: bench for bench in (TRAIN, BOUNDARY, HEAD, DECODE, SPECULATE, DETACHED, MEMORY, SCALING)
+}
 """What ``shadowtune bench`` can measure."""

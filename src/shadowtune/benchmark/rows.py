@@ -21,7 +21,7 @@ class Measured:
     """Most memory of a step above that of the loaded subject."""
     samples: list[float] = field(default_factory=list)
     """One for each round, in the benchmark's unit."""
-    facts: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, float | str] = field(default_factory=dict)
     """What ``Bench.facts`` names."""
 
 

@@ -26,7 +26,7 @@ class TimedSubject:
     def __init__(self, settings: Settings) -> None:
         self.device = torch.device(settings.device)
         self.warm_up = settings.warm_up
-        self.facts: Mapping[str, float] = {}
+        self.facts: Mapping[str, float | str] = {}
         self.size: str | None = None
         self.trainable_parameters = 0
         self.memory = MemoryMeter(self.device)

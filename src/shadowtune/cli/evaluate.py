@@ -6,12 +6,14 @@ from typing import Any
 
 from shadowtune.cli.command import Command, add_json
 from shadowtune.cli.output import ProgressBar, check_json_target, print_table, write_json
+from shadowtune.cli.speculation import add_speculation, speculation_of
 
 EPILOG = """examples:
   shadowtune evaluate runs/clinc150
   shadowtune evaluate runs/clinc150 --mode all --json result.json
   shadowtune evaluate runs/mine --data held-out.jsonl --predictions answers.jsonl
   shadowtune evaluate runs/gsm8k --split validation --limit 200
+  shadowtune evaluate runs/gsm8k --mode attached --speculate --batch-size 1
   shadowtune evaluate runs/gsm8k --task squad_v2 --data directory-of-data-sets
 """
 LISTS = ("scores", "predictions", "answers", "other_scores")
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization", choices=("none", "int8", "int4", "nf4"), help="of the base; default: as trained"
     )
+    add_speculation(parser)
     parser.add_argument("--predictions", metavar="FILE", help="write each row's answers as JSONL")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_json(parser)
@@ -44,12 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
     from shadowtune.evaluation.run import FinishedRun
 
     finished = FinishedRun.open(arguments.run, not arguments.ignore_base_weights, arguments.quantization)
+    speculate = speculation_of(arguments, finished)
     modes = finished.modes if arguments.mode == "all" else (arguments.mode,)
     rows: list[dict[str, Any]] = []
     answers: dict[str, list[str]] = {}
     attached = None
     for mode in modes:
-        result = _evaluate(finished, mode, arguments, attached)
+        result = _evaluate(finished, mode, arguments, attached, speculate)
         answers[mode] = result.predictions
         if mode == "attached":
             attached = result.answers
@@ -66,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(finished: Any, mode: str, arguments: argparse.Namespace, attached: Any) -> Any:
+def _evaluate(finished: Any, mode: str, arguments: argparse.Namespace, attached: Any, speculate: Any) -> Any:
     with ProgressBar(arguments.quiet) as bar:
         return finished.evaluate(
             mode,
@@ -78,6 +82,7 @@ def _evaluate(finished: Any, mode: str, arguments: argparse.Namespace, attached:
             partial(bar.show, f"evaluate {mode}"),
             arguments.task,
             attached,
+            speculate,
         )
 
 

@@ -4,11 +4,15 @@ import argparse
 import sys
 
 from shadowtune.cli.command import Command, add_json
-from shadowtune.cli.output import check_json_target, write_json
+from shadowtune.cli.output import check_json_target, say, write_json
+from shadowtune.cli.speculation import add_speculation, speculation_of
+from shadowtune.errors import ConfigError
 
 EPILOG = """examples:
   shadowtune generate runs/clinc150 "wake me at six"
   shadowtune generate runs/clinc150 --mode detached --max-new-tokens 8 < request.txt
+  shadowtune generate runs/gsm8k "Tom has 3 apples and buys 4 more. How many?" --speculate
+  (a number behind --speculate, not a prompt: write the prompt first, or --speculate=4)
 """
 
 
@@ -22,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--num-beams", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    add_speculation(parser)
     parser.add_argument("--raw", action="store_true", help="do not put prompts into the run's template")
     add_json(parser)
 
@@ -33,16 +38,21 @@ def run(arguments: argparse.Namespace) -> int:
     from shadowtune.evaluation.answering import Sampling, answer
     from shadowtune.evaluation.run import FinishedRun
 
-    sampling = Sampling(
-        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.num_beams, arguments.seed
-    )
     finished = FinishedRun.open(arguments.run)
+    speculate = speculation_of(arguments, finished)
+    if speculate is not None and arguments.mode != "attached":
+        raise ConfigError(f"--speculate is for --mode attached, got {arguments.mode}; leave one of them out")
+    limits = (arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.num_beams, arguments.seed)
+    sampling = Sampling(*limits, speculate)
     rows = []
     with finished.mode(arguments.mode) as model:
         for prompt in prompts:
             text = prompt if arguments.raw else finished.prompt(prompt)
             answered = answer(model, finished.tokenizer, text, sampling, finished.dataset.chat_template, _write)
             _write("\n")
+            if answered.tokens_per_pass is not None:
+                speed = f"{answered.tokens_per_second:.1f} tokens/s"
+                say(f"{answered.new_tokens} tokens, {answered.tokens_per_pass:.2f} a pass, {speed}")
             rows.append({"mode": arguments.mode, "prompt": text, **vars(answered)})
     write_json(arguments.json, "generate", rows)
     return 0

@@ -9,8 +9,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from shadowtune.config.checking import check_range
+from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.data.encoding import prompt_ids
 from shadowtune.errors import DataError
+from shadowtune.model.speculation.decoding import Speculator
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Sampling:
     top_p: float = 1.0
     num_beams: int = 1
     seed: int = 0
+    speculate: SpeculationConfig | None = None
+    """How the shadow drafts ahead; None for token by token."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -37,6 +41,8 @@ class Answer:
     new_tokens: int
     seconds: float
     tokens_per_second: float
+    tokens_per_pass: float | None = None
+    """With drafts: tokens that a pass of the attached model gave."""
 
 
 class _Streamer(TextStreamer):
@@ -86,6 +92,10 @@ def answer(
     live = stream is not None and sampling.num_beams == 1
     if live:
         arguments["streamer"] = _Streamer(tokenizer, stream)  # type: ignore[arg-type]
+    speculator = None
+    if sampling.speculate is not None:
+        speculator = Speculator(sampling.speculate, arguments.get("streamer"))
+        arguments["custom_generate"] = speculator
     inputs = torch.tensor([ids], device=model.device)
     start = time.perf_counter()
     output = model.generate(
@@ -100,4 +110,5 @@ def answer(
     text = str(tokenizer.decode(fresh, skip_special_tokens=True))
     if stream is not None and not live:
         stream(text)
-    return Answer(text, len(fresh), seconds, len(fresh) / seconds)
+    counted = None if speculator is None or not speculator.counts.passes else speculator.counts.tokens_per_pass
+    return Answer(text, len(fresh), seconds, len(fresh) / seconds, counted)

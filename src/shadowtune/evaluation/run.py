@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shadowtune.config.loading import load_config
+from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.config.templates import parse_template
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.collate import CausalCollator, ClassificationCollator
@@ -119,6 +120,7 @@ class FinishedRun:
         progress: Progress = lambda done, total: None,
         task: str | None = None,
         said: Sequence[Sequence[int]] | None = None,
+        speculate: SpeculationConfig | None = None,
     ) -> Evaluation:
         """Evaluate one mode on held-out rows, by default the "test" split of the run's data set or task.
 
@@ -132,6 +134,7 @@ class FinishedRun:
             progress: called with the rows finished and their total.
             task: another task than that of training, as in ``DataConfig.task``.
             said: ``Evaluation.answers`` of another mode on the same rows, to say how much this one agrees.
+            speculate: in mode "attached", how the shadow drafts ahead; None for token by token.
 
         Raises:
             DataError: if the rows cannot be read, would be the training rows, or have classes that the model lacks.
@@ -144,7 +147,8 @@ class FinishedRun:
                 result = self._classify(model, data, rows, batch_size, progress, said)
             else:
                 new_tokens = max_new_tokens or data.max_new_tokens
-                result = self._generate(model, data, rows, batch_size, new_tokens, progress, said)
+                drafting = speculate if mode == "attached" else None
+                result = self._generate(model, data, rows, batch_size, new_tokens, progress, said, drafting)
         return replace(result, task=data.task_version)
 
     def _classify(
@@ -169,6 +173,7 @@ class FinishedRun:
         max_new_tokens: int | None,
         progress: Progress,
         said: Sequence[Sequence[int]] | None,
+        speculate: SpeculationConfig | None,
     ) -> Evaluation:
         prompts = data.encode_prompts(rows, self.tokenizer)
         return evaluate_generation(
@@ -183,6 +188,7 @@ class FinishedRun:
             progress,
             data.metric,
             said,
+            speculate,
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.data.collate import left_pad
 from shadowtune.errors import DataError
 from shadowtune.evaluation.agreement import top1_agreement
@@ -53,12 +54,14 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int = 32,
     progress: Progress = lambda done, total: None,
+    speculate: SpeculationConfig | None = None,
 ) -> tuple[list[str], list[list[int]]]:
     """Answer prompts greedily, rows of similar length together, each until its end token.
 
     Args:
         model: anything with ``generate``; it is left in eval mode.
         prompts: token ids of each prompt, as the model saw them in training.
+        speculate: how an attached model's shadow drafts ahead, which changes no answer; None for token by token.
 
     Returns:
         The answers in the order of the prompts: as text without special tokens, and as token ids up to the one that
@@ -70,6 +73,7 @@ def generate_answers(
     ends = end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts, answers = [""] * len(prompts), [[0]] * len(prompts)
+    drafting = {} if speculate is None else {"speculate": speculate}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = left_pad([prompts[index] for index in chosen], tokenizer.pad_token_id)
@@ -80,6 +84,7 @@ def generate_answers(
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=ends or None,
+            **drafting,
         )
         fresh = output[:, batch["input_ids"].shape[1] :].tolist()
         decoded = tokenizer.batch_decode(fresh, skip_special_tokens=True)
@@ -129,6 +134,7 @@ def evaluate_generation(
     progress: Progress = lambda done, total: None,
     metric: str = "exact_match",
     said: Sequence[Sequence[int]] | None = None,
+    speculate: SpeculationConfig | None = None,
 ) -> Evaluation:
     """Compare greedy answers with the true ones, and measure the loss on the true ones.
 
@@ -139,12 +145,14 @@ def evaluate_generation(
         max_new_tokens: by default enough for the longest true answer and its end.
         metric: one of ``evaluation.scoring.METRICS``.
         said: ``Evaluation.answers`` of another mode or model on these prompts, to say how much this one agrees.
+        speculate: as for ``generate_answers``.
     """
     if max_new_tokens is None:
         longest = max(sum(label != -100 for label in row["labels"]) for row in encoded)
         max_new_tokens = longest + 1
     start = time.perf_counter()
-    predictions, answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
+    limits = (max_new_tokens, batch_size)
+    predictions, answers = generate_answers(model, tokenizer, prompts, *limits, progress, speculate)
     seconds = time.perf_counter() - start
     pad = tokenizer.pad_token_id
     scores, others = score_answers(metric, predictions, references)

@@ -20,6 +20,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDeco
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.acceptance import Process, Proposal, Verdict, greedy_verdicts, verdict
+from shadowtune.model.speculation.counts import Counts
 from shadowtune.model.speculation.draft_length import Costs, DraftLength
 from shadowtune.model.speculation.drafters import WARPERS, Drafter, make_drafter
 from shadowtune.model.speculation.rows import Rows
@@ -57,6 +58,8 @@ class Speculator:
 
     def __init__(self, config: SpeculationConfig, streamer: Any = None, synced_gpus: bool | None = None) -> None:
         self._config, self._streamer, self._synced = config, streamer, bool(synced_gpus)
+        self.counts = Counts()
+        """Of all calls so far."""
 
     def __call__(
         self,
@@ -103,6 +106,7 @@ class Speculator:
         compiled = model._valid_auto_compile_criteria(model_kwargs, generation_config)
         forward = model.get_compiled_call(generation_config.compile_config) if compiled else model.__call__
         loop = _Loop(self._config, model, forward, rows, cache, logits_processor, generation_config, self._streamer)
+        loop.counts = self.counts
         loop.choose_first(first.logits[:, -1:].float())
         del first
         while rows.running:
@@ -130,9 +134,10 @@ class _Loop:
     ) -> None:
         self._model, self._forward, self._rows, self._cache = model, forward, rows, cache
         self._processors, self._streamer = processors, streamer
+        self.counts = Counts()
         self._sample: bool = generation_config.do_sample
         self._drafter: Drafter = make_drafter(config, model, processors, self._sample)
-        costs = Costs.of(model.device.type, _draft_share(model, config))
+        costs = Costs.of(model.device.type, _draft_share(model, config), len(rows.lengths))
         self._length = DraftLength(costs, config.longest, config.length is not None)
         # Slots that some rows did not accept can stay only where nothing counts slots: no windows, no fixed size.
         plain = all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -165,8 +170,9 @@ class _Loop:
         for row in running:
             kept[row] = self._say(row, verdicts[row].tokens[:most])
         confidences = [proposal.confidence[running] for proposal in proposals]
-        said = sum(kept[row] for row in running) / len(running)
-        self._length.learn(confidences, [verdicts[row].accepted for row in running], said, looked)
+        accepted, said = [verdicts[row].accepted for row in running], [kept[row] for row in running]
+        self.counts.add(len(proposals), accepted, said)
+        self._length.learn(confidences, accepted, sum(said) / len(said), looked)
         still = rows.running or running
         slots = max(kept[row] for row in still)
         drop_last(self._cache, new - slots)

@@ -18,35 +18,42 @@ BELIEF = 4.0
 PAUSES = (8, 64)
 """Passes without a look at the drafter once it is of no use: at first, and at most; each pause is twice as long."""
 
-PROCESSOR = (1.0, 1.2, 1.3, 1.65, 1.7, 1.85, 2.0, 2.1)
-"""A pass over 1, 2, ... tokens on a processor: SmolLM2-135M, float32, two cores (``bench speculate`` measures it)."""
+PROCESSOR = ((1, 1.0), (2, 1.2), (3, 1.3), (4, 1.65), (8, 2.0), (16, 2.4), (32, 4.0), (64, 7.0))
+"""Tokens in a pass and its time on a processor, in units of a pass over one: SmolLM2-135M, float32, two cores."""
+DEVICE = ((1, 1.0), (64, 1.2))
+"""The same on an accelerator, which reads the weights once for all of them."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Times in units of a pass over one token."""
+    """Times in units of a pass over one token of each row; fixed, so that the same seed gives the same samples."""
 
     draft: float = 0.05
     """A drafting step."""
-    verify: tuple[float, ...] = (1.0, 1.02)
-    """A pass over 1, 2, ... tokens; it goes on in a straight line."""
+    table: tuple[tuple[int, float], ...] = DEVICE
+    """Tokens in a pass, and its time: straight lines between, and beyond."""
+    rows: int = 1
+    """Rows in the batch."""
 
     @classmethod
-    def of(cls, device_type: str, share: float) -> "Costs":
-        """Return what to expect of a device: fixed numbers, so that the same seed always gives the same samples.
+    def of(cls, device_type: str, share: float, rows: int) -> "Costs":
+        """Return what to expect of a device.
 
         Args:
             device_type: "cpu", "cuda", ...
             share: weights that a drafting step reads, relative to a pass.
+            rows: of the batch.
         """
-        return cls(share, PROCESSOR) if device_type == "cpu" else cls(share)
+        return cls(share, PROCESSOR if device_type == "cpu" else DEVICE, rows)
 
     def passing(self, tokens: int) -> float:
-        """Return the time of a pass over so many tokens."""
-        if tokens <= len(self.verify):
-            return self.verify[tokens - 1]
-        slope = self.verify[-1] - self.verify[-2]
-        return self.verify[-1] + slope * (tokens - len(self.verify))
+        """Return the time of a pass over so many tokens of each row."""
+        return self._time(tokens * self.rows) / self._time(self.rows)
+
+    def _time(self, tokens: int) -> float:
+        place = next((index for index in range(1, len(self.table)) if tokens <= self.table[index][0]), -1)
+        (x, low), (end, high) = self.table[place - 1], self.table[place]
+        return low + (high - low) * (tokens - x) / (end - x)
 
 
 @dataclass

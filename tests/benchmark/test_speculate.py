@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from shadowtune.benchmark.speculate import DRAFTING, OTHERS, SpeculateSettings, open_subject, plan
+from shadowtune.errors import ConfigError, ShadowtuneError
+from shadowtune.model.speculation.decoding import Speculator
+from tests.support.tasks import write_task_data
+
+SMALL = {"model": "tiny", "prompt": 5, "new": 6, "rows": 3, "repeats": 1, "warm_up": 0}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("shadowtune.benchmark.timing.TimedSubject.sample_seconds", 0.0)
+
+
+def subject(name, **settings):
+    return open_subject(SpeculateSettings(**{**SMALL, **settings}), name)
+
+
+@pytest.mark.parametrize("name", [*DRAFTING, *OTHERS])
+def test_every_subject_answers_every_prompt(name):
+    one = subject(name)
+    assert one.prepare({"batch": 1}) >= 0
+    assert one.measure() > 0
+    assert one.new_tokens == 3 * 6
+    assert one.facts["tokens_per_pass"] >= 1
+    assert bool(one.facts["stood"]) == (name in DRAFTING and one.speculator.counts.judged != [])
+
+
+def test_every_round_has_other_prompts_and_every_subject_the_same():
+    first, second = subject("attached", repeats=2), subject("base", repeats=2)
+    rounds = [[batch["input_ids"].tolist() for batch in one._next_batches()] for one in (first, first, second)]
+    assert rounds[0] != rounds[1]
+    assert rounds[0] == rounds[2]
+
+
+def test_prompts_are_the_tasks(tmp_path):
+    write_task_data(tmp_path, "gsm8k")
+    one = subject("attached", task="gsm8k", data=str(tmp_path), new=3)
+    assert len(one.prompts) == 3
+    assert plan(SpeculateSettings(**SMALL, task="gsm8k", data=str(tmp_path))).cases[0].values == {"batch": 1}
+
+
+def test_drafts_that_change_what_is_said_are_an_error(monkeypatch):
+    one = subject("speculate")
+    plain = Speculator.__call__
+
+    def wrong(self, *arguments, **keywords):
+        return plain(self, *arguments, **keywords) + 1
+
+    monkeypatch.setattr(Speculator, "__call__", wrong)
+    with pytest.raises(ShadowtuneError, match="say different things"):
+        one.prepare({"batch": 1})
+
+
+def test_answers_are_counted_without_their_padding(monkeypatch):
+    one = subject("attached")
+    one.prepare({"batch": 3})
+    answers = torch.tensor([[1] * 5 + [4, 4, 0], [1] * 5 + [4, 0, 0], [1] * 5 + [4, 4, 4]])
+    monkeypatch.setattr(one, "_generate", lambda inputs, speculator: answers)
+    one.measure()
+    assert one.new_tokens == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"peers": ("speculate",)}, "must name others than speculate"),
+        ({"peers": ("bas",)}, r"unknown peer 'bas' \(did you mean base\?\)"),
+        ({"subject": "attached"}, "subject must be one of speculate"),
+        ({"batch": (0,)}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        plan(SpeculateSettings(**{**SMALL, **settings}))
