@@ -33,6 +33,7 @@ DRAFTING: dict[str, SpeculationConfig] = {
     "speculate": SpeculationConfig(),
     **{f"speculate-{length}": SpeculationConfig(length=length) for length in (1, 2, 3, 4, 6, 8)},
     "all-tokens": SpeculationConfig(draft_vocabulary=False),
+    "shadow-alone": SpeculationConfig(drafter="shadow"),
     "ngram": SpeculationConfig(drafter="ngram"),
     "combined": SpeculationConfig(drafter="combined"),
 }

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from shadowtune.config.speculation import SpeculationConfig
     from shadowtune.evaluation.run import FinishedRun
 
-DRAFTERS = ("shadow", "ngram", "combined")
+DRAFTERS = ("shadow", "feedback", "ngram", "combined")
 
 
 def add_speculation(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,9 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
         "the same answers, sooner",
     )
     parser.add_argument(
-        "--drafter", choices=DRAFTERS, default="shadow", help="who drafts with --speculate (default: shadow)"
+        "--drafter",
+        choices=DRAFTERS,
+        help="who drafts with --speculate; default: feedback if it was trained, or shadow",
     )
 
 

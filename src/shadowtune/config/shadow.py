@@ -74,6 +74,9 @@ class ShadowConfig:
     head_dim: int | None = None
     """Width of one attention head of a mirrored backbone; None means the base's."""
 
+    draft_rank: int | None = None
+    """Width of a bottleneck by which a drafter sees, beside s0, what the attached model knew one token earlier
+    (speculative decoding). Trained along by a loss of its own, which changes neither network; None leaves it out."""
     update: bool = True
     """False switches Eq. 5-7 off: every block sees the initial state s0 (the paper's ablation)."""
     depth_sharing: Literal["backbone", "full"] = "backbone"
@@ -99,6 +102,7 @@ class ShadowConfig:
         check_range(
             self,
             rank=(1, None),
+            draft_rank=(1, None),
             update_width=(1, None),
             alpha=(0, None),
             shadow_loss_weight=(0, None),

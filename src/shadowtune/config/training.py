@@ -186,6 +186,8 @@ class TrainConfig:
             raise ConfigError(f"attention={self.attention} works in 16 bits; set base_dtype=bfloat16 or attention=sdpa")
         if self.base_quantization != "none" and self.method == "full":
             raise ConfigError(f"base_quantization={self.base_quantization} freezes the base, which method=full trains")
+        if self.shadow.draft_rank is not None and self.task != "causal_lm":
+            raise ConfigError(f"shadow.draft_rank needs task=causal_lm, but task is {self.task}; leave it out")
         if self.num_labels is not None and self.task != "classification":
             raise ConfigError(
                 f"num_labels is set to {self.num_labels}, but task is {self.task}; set task=classification"

@@ -46,7 +46,7 @@ class LossWeights(NamedTuple):
 
 
 class JointLoss(NamedTuple):
-    """Scalars: ``total`` = ``base`` + lambda ``shadow`` + mu ``distillation`` + nu ``matching``.
+    """Scalars: ``total`` = ``base`` + lambda ``shadow`` + mu ``distillation`` + nu ``matching`` + ``draft``.
 
     A term is None where nothing needs it.
     """
@@ -56,6 +56,7 @@ class JointLoss(NamedTuple):
     shadow: Tensor | None
     distillation: Tensor | None = None
     matching: Tensor | None = None
+    draft: Tensor | None = None
 
 
 def labelled_rows(labels: Tensor, *hidden_states: Tensor) -> tuple[Tensor, ...]:

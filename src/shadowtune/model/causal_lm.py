@@ -13,6 +13,7 @@ from transformers.utils import can_return_tuple
 
 from shadowtune.attach.architectures import Finish
 from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.core.drafting import draft_loss
 from shadowtune.core.head import Head
 from shadowtune.core.losses import LossWeights, detached_causal_loss, joint_causal_loss
 from shadowtune.core.top_tokens import TopTokens
@@ -39,6 +40,10 @@ class ShadowCausalLMOutput(CausalLMOutputWithPast):
     """Divergence of the attached model from the detached shadow."""
     matching_loss: Tensor | None = None
     """Relative squared distance of s0 from the last hidden state."""
+    draft_loss: Tensor | None = None
+    """CE of what the draft fusion proposes."""
+    last_hidden_state: Tensor | None = None
+    """h (B, T, d) in front of the head, without labels, where the shadow has a draft fusion that reads it."""
 
 
 class ShadowForCausalLM(ShadowPair, GenerationMixin):
@@ -130,6 +135,10 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             weights = self.loss_weights(shadow_loss_weight)
             if self.mode == "attached":
                 joint = joint_causal_loss(self.head, hidden_states, state.initial, labels, weights, num_items_in_batch)
+                if self.shadow.draft_fusion is not None and self.training:
+                    states = (hidden_states, state.initial)
+                    draft = draft_loss(self.head, self.shadow.draft_fusion, *states, labels, num_items_in_batch)
+                    joint = joint._replace(total=joint.total + draft, draft=draft)
             else:
                 inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
                 known = (teacher_tokens, teacher_log_probabilities)
@@ -146,6 +155,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            last_hidden_state=hidden_states if labels is None and self.shadow.draft_fusion is not None else None,
             **loss_terms(joint),
         )
 

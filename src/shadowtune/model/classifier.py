@@ -33,6 +33,7 @@ class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
     distillation_loss: Tensor | None = None
     """Divergence of the attached classifier from the detached shadow."""
     matching_loss: Tensor | None = None
+    draft_loss: Tensor | None = None
     """Relative squared distance of s0 from the last hidden state."""
 
 

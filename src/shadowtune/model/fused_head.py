@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from shadowtune.errors import ConfigError
+
 SLOT = "shadow_initial_states"
 
 
@@ -40,6 +42,11 @@ def carry_shadow_loss(model: Any) -> None:
 
 def _offer_slot(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("fused_lm_head") and torch.is_grad_enabled() and model.training and model.mode == "attached":
+        if model.shadow.draft_fusion is not None:
+            raise ConfigError(
+                "draft_rank is trained by a loss that this trainer, which computes its own, would drop; leave it out, "
+                "or train with shadowtune train"
+            )
         return args, {**kwargs, SLOT: []}
     return None
 

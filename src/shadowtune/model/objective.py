@@ -15,7 +15,7 @@ from shadowtune.core.class_losses import classification_loss
 from shadowtune.core.head import IGNORE_INDEX
 from shadowtune.core.losses import token_cross_entropy
 
-TERMS = ("loss", "base_loss", "shadow_loss", "distillation_loss", "matching_loss")
+TERMS = ("loss", "base_loss", "shadow_loss", "distillation_loss", "matching_loss", "draft_loss")
 """What the joint losses give, as far as it is there."""
 Objective = Callable[[nn.Module, dict[str, Any], Tensor | int | None], dict[str, Tensor]]
 """Signature of the functions below."""

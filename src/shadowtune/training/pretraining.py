@@ -35,6 +35,8 @@ def set_up_pretraining(model: nn.Module, projection_steps: int = 0) -> ShadowPai
             "hidden_size is the base's; set projection_steps=0, or another shadow.hidden_size"
         )
     model.shadow.boundaries.requires_grad_(False)
+    if model.shadow.draft_fusion is not None:
+        model.shadow.draft_fusion.requires_grad_(False)
     return model.set_mode("detached")
 
 

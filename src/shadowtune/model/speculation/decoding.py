@@ -107,7 +107,7 @@ class Speculator:
         forward = model.get_compiled_call(generation_config.compile_config) if compiled else model.__call__
         loop = _Loop(self._config, model, forward, rows, cache, logits_processor, generation_config, self._streamer)
         loop.counts = self.counts
-        loop.choose_first(first.logits[:, -1:].float())
+        loop.choose_first(first.logits[:, -1:].float(), first.last_hidden_state)
         del first
         while rows.running:
             loop.round()
@@ -143,8 +143,9 @@ class _Loop:
         plain = all(type(layer) is DynamicLayer for layer in cache.layers)
         self._aligned = generation_config.return_dict_in_generate or not plain
 
-    def choose_first(self, logits: Tensor) -> None:
-        """Say the token behind the prompt from its logits (B, 1, V)."""
+    def choose_first(self, logits: Tensor, hidden_states: Tensor | None) -> None:
+        """Say the token behind the prompt, from its logits (B, 1, V) and the hidden states (B, T, d) of the prompt."""
+        self._drafter.learn(None if hidden_states is None else hidden_states[:, -1])
         for row, said in enumerate(self._judge(logits, [])):
             self._say(row, said.tokens)
 
@@ -174,6 +175,9 @@ class _Loop:
         self.counts.add(len(proposals), accepted, said)
         self._length.learn(confidences, accepted, sum(said) / len(said), looked)
         still = rows.running or running
+        if output.last_hidden_state is not None:
+            places = torch.tensor(kept, device=tokens.device) - 1
+            self._drafter.learn(output.last_hidden_state[torch.arange(len(kept), device=tokens.device), places])
         slots = max(kept[row] for row in still)
         drop_last(self._cache, new - slots)
         rows.settle([min(kept[row], slots) if row in running else slots for row in range(len(kept))], slots)

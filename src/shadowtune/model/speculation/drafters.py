@@ -9,7 +9,9 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.core.drafting import DraftFusion
 from shadowtune.core.head import Head
+from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.acceptance import Proposal
 
 WARPERS = (
@@ -40,6 +42,9 @@ class Drafter(Protocol):
             states: s0 (B, d) at the last of them, where it is known.
         """
 
+    def learn(self, hidden_states: Tensor | None) -> None:
+        """Take note of the attached model's last hidden states (B, d) that chose the rows' last tokens."""
+
 
 class ShadowDrafter:
     """The detached shadow: the base's head on s0, or on its frequent tokens' rows alone.
@@ -48,12 +53,20 @@ class ShadowDrafter:
         head: the base's.
         vocabulary: (K,) tokens to choose from; None chooses from all, as does a head whose weight is not known.
         warpers: what sampling does to the scores; None drafts the likeliest token.
+        fusion: joins s0 with what the attached model knew one token earlier; None drafts from s0 alone.
     """
 
     reads_states = True
 
-    def __init__(self, head: Head, vocabulary: Tensor | None, warpers: LogitsProcessorList | None) -> None:
-        self._head = head
+    def __init__(
+        self,
+        head: Head,
+        vocabulary: Tensor | None,
+        warpers: LogitsProcessorList | None,
+        fusion: DraftFusion | None = None,
+    ) -> None:
+        self._head, self._fusion = head, fusion
+        self._previous: Tensor | None = None
         self._warpers: Callable[[Any, Tensor], Tensor] | None = warpers
         self._vocabulary = None if head.weight is None else vocabulary
         if self._vocabulary is not None:
@@ -64,6 +77,8 @@ class ShadowDrafter:
     def propose(self, texts: Callable[[], Sequence[list[int]]], states: Tensor | None) -> Proposal:
         """Propose a token from s0."""
         assert states is not None
+        if self._fusion is not None and self._previous is not None:
+            states = self._previous = self._fusion(states, self._previous)
         scores = self._scores(states).float()
         if self._warpers is None:
             top = scores.max(-1)
@@ -72,6 +87,10 @@ class ShadowDrafter:
         empty = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
         q = self._warpers(empty, scores).softmax(-1)
         return Proposal(self._named(torch.multinomial(q, 1)[:, 0]), q.amax(-1), q, self._vocabulary)
+
+    def learn(self, hidden_states: Tensor | None) -> None:
+        """Begin the next draft behind these states."""
+        self._previous = hidden_states
 
     def _scores(self, states: Tensor) -> Tensor:
         if self._vocabulary is None:
@@ -95,6 +114,9 @@ class NgramDrafter:
             return None
         tokens = torch.tensor([token for token, _ in found])
         return Proposal(tokens, torch.tensor([length / (length + 1) for _, length in found]))
+
+    def learn(self, hidden_states: Tensor | None) -> None:
+        """Nothing: the text says all."""
 
 
 class CombinedDrafter:
@@ -121,6 +143,10 @@ class CombinedDrafter:
             ~better,
         )
 
+    def learn(self, hidden_states: Tensor | None) -> None:
+        """Tell the shadow."""
+        self._shadow.learn(hidden_states)
+
 
 def make_drafter(config: SpeculationConfig, model: Any, processors: LogitsProcessorList, sample: bool) -> Drafter:
     """Make the drafter of one call of ``generate``.
@@ -130,13 +156,19 @@ def make_drafter(config: SpeculationConfig, model: Any, processors: LogitsProces
         model: the attached model.
         processors: those of the call.
         sample: whether tokens are drawn.
+
+    Raises:
+        ConfigError: if the settings ask for "feedback" and it was not trained.
     """
     if config.drafter == "ngram":
         return NgramDrafter()
     warpers = LogitsProcessorList(each for each in processors if isinstance(each, WARPERS)) if sample else None
     vocabulary = model.draft_vocabulary if config.draft_vocabulary else None
-    shadow = ShadowDrafter(model.head, vocabulary, warpers)
-    return shadow if config.drafter == "shadow" else CombinedDrafter(shadow)
+    fusion = None if config.drafter == "shadow" else model.shadow.draft_fusion
+    if config.drafter == "feedback" and fusion is None:
+        raise ConfigError("drafter feedback needs a shadow that was trained with draft_rank; choose shadow")
+    shadow = ShadowDrafter(model.head, vocabulary, warpers, fusion)
+    return CombinedDrafter(shadow) if config.drafter == "combined" else shadow
 
 
 def _continuation(text: list[int]) -> tuple[int, int]:

@@ -1,0 +1,68 @@
+r"""What a drafter sees beside s0: the attached model's last hidden state one token earlier, known from the last pass.
+
+    z_t = s0_t + U silu(D [s0_t; h_(t-1)])            D: 2d -> r, U: r -> d, starting at 0
+
+head(z_t) proposes token t + 1. Behind the first proposal of a draft nobody knows h, and z of the token before stands in
+for it. Trained beside the task, from states of both networks that it cannot change.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shadowtune.core.head import Head
+from shadowtune.core.losses import head_sums, labelled_rows, share
+
+
+class DraftFusion(nn.Module):
+    """Joins s0 with the state of the token before.
+
+    Args:
+        width: d.
+        rank: r.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(2 * width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, initial_states: Tensor, previous_states: Tensor) -> Tensor:
+        """Return z (..., d), in front of the head, from s0 (..., d) and h or z (..., d) of the token before."""
+        s = initial_states.to(self.down.weight.dtype)
+        both = torch.cat([s, previous_states.to(s.dtype)], -1)
+        return s + self.up(F.silu(self.down(both)))
+
+
+def draft_loss(
+    head: Head,
+    fusion: DraftFusion,
+    hidden_states: Tensor,
+    initial_states: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Return the mean cross-entropy of first and second proposals at labelled positions; only the fusion learns.
+
+    Args:
+        head: the base's own.
+        fusion: the module.
+        hidden_states: h, (B, T, d), the attached model's last hidden states.
+        initial_states: s0, (B, T, d).
+        labels: (B, T), unshifted.
+        num_items_in_batch: labelled tokens of the whole optimizer step; by default those of this call.
+    """
+    h, s = hidden_states.detach(), initial_states.detach()
+    first = fusion(s, _one_later(h))
+    second = fusion(s, _one_later(first.detach()))
+    targets, first_rows, second_rows = labelled_rows(labels, first, second)
+    sums = head_sums(head, first_rows.to(h.dtype), second_rows.to(h.dtype), targets)
+    assert sums.shadow is not None
+    count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return share((sums.base + sums.shadow) / 2, count)
+
+
+def _one_later(states: Tensor) -> Tensor:
+    """Put (B, T, d) states beside the next token; nothing comes before the first."""
+    return F.pad(states[:, :-1], (0, 0, 1, 0))

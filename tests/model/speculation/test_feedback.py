@@ -1,0 +1,102 @@
+"""Drafts from s0 and what the attached model knew one token earlier."""
+
+import pytest
+import torch
+
+from shadowtune import ShadowForCausalLM
+from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.errors import ConfigError
+from shadowtune.model.speculation.drafters import ShadowDrafter
+from tests.support.shadows import perturbed_model, tokens
+
+
+def test_the_draft_loss_changes_neither_network():
+    ids = tokens(2, 9)
+    grads = {}
+    for rank in (None, 4):
+        model = perturbed_model(draft_rank=rank, dropout=0.0, shadow_loss_weight=0.5, distillation_weight=0.5).train()
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        grads[rank] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if rank is None:
+            assert output.draft_loss is None
+            plain = output.loss
+        else:
+            torch.testing.assert_close(output.loss, plain + output.draft_loss)
+    fusion = {name for name in grads[4] if "draft_fusion" in name}
+    assert len(fusion) == 2
+    assert grads[4].keys() - fusion == grads[None].keys()
+    for name, gradient in grads[None].items():
+        torch.testing.assert_close(grads[4][name], gradient)
+
+
+def test_training_makes_it_a_better_drafter_than_the_shadow():
+    model = perturbed_model(draft_rank=16, shadow_loss_weight=0.0, dropout=0.0).train()
+    ids = tokens(4, 24, seed=3)
+    model.requires_grad_(False)
+    model.shadow.draft_fusion.requires_grad_(True)
+    with torch.no_grad():
+        said = model.eval()(input_ids=ids).logits.argmax(-1)
+    labels = torch.cat([ids[:, :1], said[:, :-1]], 1)  # what the attached model would say next
+    optimizer = torch.optim.Adam(model.shadow.draft_fusion.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        output = model.train()(input_ids=ids, labels=labels)
+        output.draft_loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(output.draft_loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_it_reads_the_state_that_chose_the_last_token(rows, monkeypatch):
+    """Of the first draft: h of the position before; of the others, what was proposed one token earlier."""
+    model = perturbed_model(draft_rank=4)
+    ids = tokens(rows, 8)
+    seen = []
+    propose = ShadowDrafter.propose
+
+    def watched(self, texts, states):
+        before = self._previous
+        proposal = propose(self, texts, states)
+        seen.append((before, states, self._previous))
+        return proposal
+
+    monkeypatch.setattr(ShadowDrafter, "propose", watched)
+    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    mask = torch.ones_like(ids)
+    said = model.generate(input_ids=ids, attention_mask=mask, **settings, speculate=2)
+    output, state = model.encode(said)
+    h, s = output.last_hidden_state, state.initial
+    torch.testing.assert_close(seen[0][0], h[:, 7], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen[0][1], s[:, 8], atol=1e-4, rtol=1e-4)
+    assert seen[1][0] is seen[0][2]
+    if rows == 1:  # each round begins behind a state of the text itself
+        for before, states, _ in seen[::2]:
+            gaps = (h[0] - before).norm(dim=-1)
+            place = int(gaps.argmin())
+            assert gaps[place] < 1e-3
+            torch.testing.assert_close(states[0], s[0, place + 1], atol=1e-4, rtol=1e-4)
+
+
+def test_it_says_the_same_and_is_saved(tmp_path):
+    model, ids = perturbed_model(draft_rank=4), tokens(2, 8)
+    model.base.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "shadow")
+    loaded = ShadowForCausalLM.from_pretrained(tmp_path / "shadow", base=str(tmp_path / "base"))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(**inputs)
+    for drafter in ("feedback", "shadow", "combined"):
+        assert torch.equal(plain, loaded.generate(**inputs, speculate=SpeculationConfig(length=3, drafter=drafter)))
+
+
+def test_feedback_that_was_not_trained_is_refused():
+    with pytest.raises(ConfigError, match="needs a shadow that was trained with draft_rank"):
+        perturbed_model().generate(tokens(1, 4), max_new_tokens=3, speculate=SpeculationConfig(drafter="feedback"))
+
+
+def test_trainers_with_a_loss_of_their_own_would_drop_it():
+    model = perturbed_model(draft_rank=4).train()
+    with pytest.raises(ConfigError, match="draft_rank is trained by a loss that this trainer"):
+        model(input_ids=tokens(1, 4), labels=tokens(1, 4), fused_lm_head=True)
