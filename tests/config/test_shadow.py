@@ -73,6 +73,7 @@ def test_to_dict_and_from_dict_are_inverse_for_every_field():
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=8,
+        draft_rank=3,
         update=False,
         depth_sharing="full",
         update_norm=False,

@@ -136,6 +136,9 @@ class TrainConfig:
     """How many of the latest checkpoints stay on disk."""
     tensorboard: bool = False
     """Also write TensorBoard files (extra: tensorboard)."""
+    drafting_epochs: float = 0.0
+    """Passes at the end in which a drafter (shadow.draft_rank) learns what the attached model itself answers to the
+    training prompts. Nothing else changes then."""
     draft_vocabulary: int | None = 4096
     """So many of the most frequent tokens of the training answers are saved with a shadow, for it to draft from in
     speculative decoding; None lets it draft from all."""
@@ -154,6 +157,7 @@ class TrainConfig:
             num_labels=(1, None),
             projection_steps=(0, None),
             shadow_epochs=(0, None),
+            drafting_epochs=(0, None),
             epochs=(0, None),
             max_steps=(1, None),
             batch_size=(1, None),
@@ -186,6 +190,11 @@ class TrainConfig:
             raise ConfigError(f"attention={self.attention} works in 16 bits; set base_dtype=bfloat16 or attention=sdpa")
         if self.base_quantization != "none" and self.method == "full":
             raise ConfigError(f"base_quantization={self.base_quantization} freezes the base, which method=full trains")
+        if self.drafter_last and (self.shadow.draft_rank is None or self.stage != "task"):
+            raise ConfigError(
+                f"drafting_epochs={self.drafting_epochs:g} trains a drafter beside a task: set shadow.draft_rank, such "
+                "as 64, or leave drafting_epochs out"
+            )
         if self.shadow.draft_rank is not None and self.task != "causal_lm":
             raise ConfigError(f"shadow.draft_rank needs task=causal_lm, but task is {self.task}; leave it out")
         if self.num_labels is not None and self.task != "classification":
@@ -197,6 +206,11 @@ class TrainConfig:
     def shadow_first(self) -> bool:
         """Whether the shadow learns alone before base and shadow learn together."""
         return self.method == "shadow" and self.shadow_epochs > 0
+
+    @property
+    def drafter_last(self) -> bool:
+        """Whether the drafter learns from the attached model's own answers at the end."""
+        return self.method == "shadow" and self.drafting_epochs > 0
 
     def _check_stage(self) -> None:
         """Check what goes together with pretraining."""

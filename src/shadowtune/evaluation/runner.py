@@ -9,14 +9,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.data.collate import left_pad
+from shadowtune.data.answers import Progress, generate_answers
 from shadowtune.errors import DataError
 from shadowtune.evaluation.agreement import top1_agreement
 from shadowtune.evaluation.scoring import mean_interval, score_answers
 from shadowtune.model.objective import causal_loss
-
-Progress = Callable[[int, int], None]
-"""Called with the number of rows finished, and of all."""
 
 
 @dataclass(frozen=True)
@@ -44,67 +41,6 @@ class Evaluation:
     predictions: list[str] = field(repr=False, default_factory=list)
     answers: list[list[int]] = field(repr=False, default_factory=list)
     """The predictions as token ids, the token that ends them included; or the class alone."""
-
-
-@torch.inference_mode()
-def generate_answers(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    batch_size: int = 32,
-    progress: Progress = lambda done, total: None,
-    speculate: SpeculationConfig | None = None,
-) -> tuple[list[str], list[list[int]]]:
-    """Answer prompts greedily, rows of similar length together, each until its end token.
-
-    Args:
-        model: anything with ``generate``; it is left in eval mode.
-        prompts: token ids of each prompt, as the model saw them in training.
-        speculate: how an attached model's shadow drafts ahead, which changes no answer; None for token by token.
-
-    Returns:
-        The answers in the order of the prompts: as text without special tokens, and as token ids up to the one that
-        ends them.
-    """
-    if not prompts:
-        raise DataError("there are no prompts to answer")
-    model.eval()
-    ends = end_tokens(model, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    texts, answers = [""] * len(prompts), [[0]] * len(prompts)
-    drafting = {} if speculate is None else {"speculate": speculate}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = left_pad([prompts[index] for index in chosen], tokenizer.pad_token_id)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        output = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=ends or None,
-            **drafting,
-        )
-        fresh = output[:, batch["input_ids"].shape[1] :].tolist()
-        decoded = tokenizer.batch_decode(fresh, skip_special_tokens=True)
-        for index, ids, text in zip(chosen, fresh, decoded, strict=True):
-            texts[index] = text.strip()
-            answers[index] = up_to_end(ids, ends)
-        progress(start + len(chosen), len(order))
-    return texts, answers
-
-
-def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """Cut off what follows the first token that ends an answer."""
-    return ids[: next((place for place, token in enumerate(ids, start=1) if token in ends), len(ids))]
-
-
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: the model's own, and the tokenizer's, which is learned to end answers."""
-    configured = model.generation_config.eos_token_id
-    ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    return sorted(ends - {None})
 
 
 @torch.inference_mode()

@@ -3,14 +3,17 @@
 import contextlib
 import json
 import math
+import shutil
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import SaveStrategy
 
 from shadowtune.config.training import TrainConfig
 from shadowtune.model.causal_lm import ShadowForCausalLM
@@ -24,6 +27,7 @@ from shadowtune.model.methods import (
 )
 from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import peak_memory_mb
+from shadowtune.training import drafting
 from shadowtune.training.arguments import training_arguments
 from shadowtune.training.checkpoints import whole_directory
 from shadowtune.training.interruption import StopBetweenSteps
@@ -58,6 +62,8 @@ class TrainSummary:
     """exp of the detached shadow's loss on the validation rows after pretraining; None where it was not measured."""
     shadow_seconds: float | None = None
     """The part of ``train_seconds`` in which the shadow learned alone; None without ``shadow_epochs``."""
+    drafting_seconds: float | None = None
+    """What the drafter's own epochs took on top, the answers it learns from included; None without them."""
 
 
 def train(
@@ -102,7 +108,7 @@ def train(
         report(f"data: {rows.report}")
         model = build_model(together(config) if config.shadow_first else config, rows.num_labels)
         check_rows(rows, model)
-        if config.draft_vocabulary is not None and isinstance(model, ShadowForCausalLM):
+        if config.draft_vocabulary is not None and config.stage == "task" and isinstance(model, ShadowForCausalLM):
             model.set_draft_vocabulary(frequent_tokens(rows.train, config.draft_vocabulary))
         for part, total, trained in parameter_table(model):
             report(f"parameters: {part}: {total:,} of which trainable {trained:,}")
@@ -116,7 +122,8 @@ def train(
         trainer.add_callback(interrupt)
         with interrupt.watching():
             output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
-        return _finish(config, run, trainer, output.training_loss, first)
+            taught = _teach_drafter(config, run, model, rows, report, quiet) if config.drafter_last else None
+        return _finish(config, run, trainer, output.training_loss, first, taught)
 
 
 def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module:
@@ -163,12 +170,36 @@ def make_trainer(
     return trainer
 
 
+def _teach_drafter(
+    config: TrainConfig,
+    run: RunDirectory,
+    model: nn.Module,
+    rows: TrainingRows,
+    report: Callable[[str], None],
+    quiet: bool,
+) -> float:
+    """Train the drafter on the model's own answers; return the seconds. An interrupted run does it from its start."""
+    start = time.perf_counter()
+    assert isinstance(model, ShadowForCausalLM)
+    place, settings = RunDirectory(run.path / drafting.DIRECTORY), drafting.settings_of(config)
+    arguments = training_arguments(settings, place.checkpoints, quiet)
+    arguments.save_strategy = SaveStrategy.NO
+    if arguments.process_index == 0:
+        shutil.rmtree(place.path, ignore_errors=True)
+        place.path.mkdir()
+    own = replace(rows, train=drafting.own_answers(model, rows.tokenizer, rows.train, report), validation=None)
+    with drafting.only_the_drafter(model):
+        make_trainer(settings, place, arguments, model, own).train()
+    return time.perf_counter() - start
+
+
 def _finish(
     config: TrainConfig,
     run: RunDirectory,
     trainer: ShadowTrainer,
     training_loss: float,
     first: TrainSummary | None,
+    drafting_seconds: float | None,
 ) -> TrainSummary | None:
     """Write the trained model and then, as the sign that the run has finished, the summary."""
     model: Any = trainer.model
@@ -198,6 +229,7 @@ def _finish(
         skipped_steps=progress.skipped_steps,
         detached_perplexity=perplexity,
         shadow_seconds=None if first is None else first.train_seconds,
+        drafting_seconds=drafting_seconds,
     )
     with writing_into(run.path) as staging:
         (staging / run.summary_file.name).write_text(json.dumps(asdict(summary), indent=2) + "\n")

@@ -4,6 +4,7 @@ config.yaml         the resolved settings           environment.json   commit, v
 metrics.jsonl       a line per log step             checkpoints/       whole checkpoints, for --resume
 model/              the trained model               summary.json       what it cost; there when the run has finished
 tensorboard/        the same lines for TensorBoard     shadow/            the run in which the shadow learned alone
+drafting/           metrics of the drafter's epochs
 """
 
 import json

@@ -28,6 +28,7 @@ def alone(config: TrainConfig) -> TrainConfig:
         stage="pretrain",
         shadow=shadow,
         shadow_epochs=0.0,
+        drafting_epochs=0.0,
         epochs=config.shadow_epochs,
         max_steps=None,
         optimizer=replace(config.optimizer, backbone_learning_rate=None),
