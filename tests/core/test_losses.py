@@ -60,7 +60,8 @@ def test_compiled_rows_of_fixed_number_give_the_same_loss():
     loss = torch.compile(joint_causal_loss, backend="eager", fullgraph=True)
     compiled = loss(linear(head), h, s, labels, LossWeights(0.3, 0.7, 2.0, 0.2))
     eager = joint_causal_loss(linear(head), h, s, labels, LossWeights(0.3, 0.7, 2.0, 0.2))
-    torch.testing.assert_close(torch.stack(compiled), torch.stack(eager), rtol=1e-6, atol=0)
+    assert compiled.draft is eager.draft is None
+    torch.testing.assert_close(torch.stack(compiled[:-1]), torch.stack(eager[:-1]), rtol=1e-6, atol=0)
 
 
 def test_distillation_is_the_weighted_mean_divergence_of_the_attached_model_from_the_shadow():
