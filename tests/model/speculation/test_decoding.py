@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.errors import ConfigError
@@ -45,6 +52,9 @@ class Oracle:
             right = int(self.answers[row, at])
             tokens.append((right + 1) % 97 if (at + row) % self.wrong == 0 else right)
         return Proposal(torch.tensor(tokens), torch.full((len(rows),), 0.9))
+
+    def learn(self, hidden_states):
+        pass
 
 
 def with_oracle(monkeypatch, answers, prompt, wrong):
@@ -262,3 +272,30 @@ def test_transformers_own_assisted_generation_takes_the_detached_model():
     plain = model.generate(**one(), max_new_tokens=NEW, do_sample=False)
     assisted = model.generate(**one(), max_new_tokens=NEW, do_sample=False, assistant_model=model.detached())
     assert torch.equal(plain, assisted)
+
+
+class CompiledEverywhere(CompileConfig):
+    """Compiles on a processor too; without a back end's code, which would take minutes."""
+
+    _compile_all_devices = True
+
+    def __init__(self):
+        super().__init__(backend="eager")
+
+
+def test_a_compiled_verification_says_the_same(monkeypatch):
+    model, inputs = perturbed_model(), one()
+    settings = {"max_new_tokens": NEW, "do_sample": False, "cache_implementation": "static"}
+    plain = model.generate(**inputs, **settings)
+    with_oracle(monkeypatch, plain, 9, wrong=3)
+    compiled = []
+    compile_call = type(model).get_compiled_call
+
+    def watched(self, config):
+        compiled.append(config)
+        return compile_call(self, config)
+
+    monkeypatch.setattr(type(model), "get_compiled_call", watched)
+    fast = model.generate(**inputs, **settings, speculate=4, compile_config=CompiledEverywhere())
+    assert len(compiled) == 1
+    assert torch.equal(plain, fast)
