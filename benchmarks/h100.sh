@@ -1,5 +1,5 @@
 #!/bin/sh
-# The GPU rows of docs/results.md: boundary, prompt, training and decoding on the shapes of Qwen3-8B with random
+# The GPU rows of docs/results.md: boundary, prompt, training, decoding and drafting on the shapes of Qwen3-8B with random
 # weights. Under 8 minutes on one H100 with 80 GB, no network; adds to benchmarks/results.
 #
 #   benchmarks/h100.sh
@@ -27,4 +27,5 @@ bench memory --model "$MODEL" --batch 1 --lengths "$LENGTH" --phases train --pee
 bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --prompt "$TOKENS" --new 2 --peers base
 bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --peers base,lora
 bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --subject shadow-compiled --peers base-compiled
+bench speculate --model "$MODEL" --subject speculate-4 --peers attached,base --rows 1 --new 32
 exit "$failed"

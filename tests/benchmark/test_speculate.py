@@ -18,7 +18,7 @@ def subject(name, **settings):
     return open_subject(SpeculateSettings(**{**SMALL, **settings}), name)
 
 
-@pytest.mark.parametrize("name", [*DRAFTING, *OTHERS])
+@pytest.mark.parametrize("name", [name for name in (*DRAFTING, *OTHERS) if name != "feedback"])
 def test_every_subject_answers_every_prompt(name):
     one = subject(name)
     assert one.prepare({"batch": 1}) >= 0
@@ -52,6 +52,11 @@ def test_drafts_that_change_what_is_said_are_an_error(monkeypatch):
     monkeypatch.setattr(Speculator, "__call__", wrong)
     with pytest.raises(ShadowtuneError, match="say different things"):
         one.prepare({"batch": 1})
+
+
+def test_feedback_needs_an_adapter_that_was_trained_for_it():
+    with pytest.raises(ShadowtuneError, match="pass --adapter"):
+        subject("feedback")
 
 
 def test_answers_are_counted_without_their_padding(monkeypatch):

@@ -32,10 +32,10 @@ from shadowtune.model.speculation.decoding import Speculator
 DRAFTING: dict[str, SpeculationConfig] = {
     "speculate": SpeculationConfig(),
     **{f"speculate-{length}": SpeculationConfig(length=length) for length in (1, 2, 3, 4, 6, 8)},
-    "all-tokens": SpeculationConfig(draft_vocabulary=False),
-    "shadow-alone": SpeculationConfig(drafter="shadow"),
+    "shadow": SpeculationConfig(drafter="shadow"),
+    "shadow-all-tokens": SpeculationConfig(drafter="shadow", draft_vocabulary=False),
+    "feedback": SpeculationConfig(drafter="feedback"),
     "ngram": SpeculationConfig(drafter="ngram"),
-    "combined": SpeculationConfig(drafter="combined"),
 }
 """Subjects that draft, and how."""
 OTHERS = ("attached", "assisted", "base", "lora-merged")
@@ -170,6 +170,10 @@ class SpeculateSubject(TimedSubject):
             return ShadowForCausalLM.from_pretrained(settings.adapter, base=base)
         build: Callable[..., Any] = CONTENDERS[OURS].build
         model = build(base, None).to(self.device)
+        if DRAFTING.get(self.name, SpeculationConfig()).drafter == "feedback":
+            raise ShadowtuneError(
+                "feedback is measured with an adapter that was trained with draft_rank; pass --adapter"
+            )
         perturb(model, torch.float32)
         return model.eval()
 
@@ -201,6 +205,6 @@ SPECULATE = Bench(
   shadowtune bench speculate --model tiny                                  a random base, to see how it works
   shadowtune bench speculate --adapter runs/gsm8k/model --task gsm8k --data DIR --peers attached,base,assisted
   shadowtune bench speculate --adapter runs/gsm8k/model --peers attached   random prompts: the worst case
-  shadowtune bench speculate --adapter runs/gsm8k/model --task gsm8k --subject combined --peers speculate,ngram
+  shadowtune bench speculate --adapter runs/gsm8k/model --task gsm8k --peers shadow,feedback,ngram
 """,
 )

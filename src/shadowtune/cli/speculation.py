@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from shadowtune.config.speculation import SpeculationConfig
     from shadowtune.evaluation.run import FinishedRun
 
-DRAFTERS = ("shadow", "feedback", "ngram", "combined")
+DRAFTERS = ("combined", "shadow", "feedback", "ngram")
 
 
 def add_speculation(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +23,7 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
         "the same answers, sooner",
     )
     parser.add_argument(
-        "--drafter",
-        choices=DRAFTERS,
-        help="who drafts with --speculate; default: feedback if it was trained, or shadow",
+        "--drafter", choices=DRAFTERS, default="combined", help="who drafts with --speculate (default: combined)"
     )
 
 

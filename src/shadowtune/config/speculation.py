@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from shadowtune.config.checking import check_range
+from shadowtune.config.checking import check_choices, check_range
 from shadowtune.errors import ConfigError
 
 DrafterName = Literal["shadow", "feedback", "ngram", "combined"]
@@ -15,10 +15,10 @@ class SpeculationConfig:
 
     length: int | None = None
     """Tokens drafted before each verification; None chooses from what was accepted so far, 0 included."""
-    drafter: DrafterName | None = None
+    drafter: DrafterName = "combined"
     """Who drafts. "shadow": the detached shadow. "feedback": the shadow and what the attached model knew one token
     earlier, if it was trained with ``draft_rank``. "ngram": what followed the same tokens earlier in the text.
-    "combined": ngram where it is surer than the best of the others. None: feedback if it was trained, else shadow."""
+    "combined": ngram where it is surer than feedback, if that was trained, or else than the shadow."""
     max_length: int = 8
     """Most tokens drafted where the length is chosen."""
     draft_vocabulary: bool = True
@@ -27,8 +27,7 @@ class SpeculationConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_range(self, length=(1, 65), max_length=(1, 65))
-        if self.drafter is not None and self.drafter not in get_args(DrafterName):
-            raise ConfigError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {self.drafter!r}")
+        check_choices(self, drafter=get_args(DrafterName))
 
     @property
     def longest(self) -> int:
