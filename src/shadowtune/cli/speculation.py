@@ -1,15 +1,13 @@
 """The options of speculative decoding, for every command that generates."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from shadowtune.config.speculation import DrafterName, SpeculationConfig
 from shadowtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shadowtune.config.speculation import SpeculationConfig
     from shadowtune.evaluation.run import FinishedRun
-
-DRAFTERS = ("combined", "shadow", "feedback", "ngram")
 
 
 def add_speculation(parser: argparse.ArgumentParser) -> None:
@@ -23,11 +21,14 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
         "the same answers, sooner",
     )
     parser.add_argument(
-        "--drafter", choices=DRAFTERS, default="combined", help="who drafts with --speculate (default: combined)"
+        "--drafter",
+        choices=get_args(DrafterName),
+        default="combined",
+        help="who drafts with --speculate (default: combined)",
     )
 
 
-def speculation_of(arguments: argparse.Namespace, finished: "FinishedRun") -> "SpeculationConfig | None":
+def speculation_of(arguments: argparse.Namespace, finished: "FinishedRun") -> SpeculationConfig | None:
     """Return what the options ask for; None without ``--speculate``.
 
     Raises:
@@ -35,8 +36,6 @@ def speculation_of(arguments: argparse.Namespace, finished: "FinishedRun") -> "S
     """
     if arguments.speculate is None:
         return None
-    from shadowtune.config.speculation import SpeculationConfig
-
     if not finished.config.leaves_shadow or finished.config.task != "causal_lm":
         kind = f"{finished.config.method} {finished.config.task}"
         raise ConfigError(

@@ -75,23 +75,9 @@ class Shadow(nn.Module):
         """Blocks of the shadow backbone, each of which needs one layer of the cache."""
         return self.backbone.config.num_hidden_layers
 
-    def begin(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool = False,
-        **kwargs: Any,
-    ) -> ShadowState:
-        """Run the shadow backbone and return its state, ready for the base's blocks; see ``initial_states``."""
-        return ShadowState(
-            self.boundaries,
-            self.initial_states(
-                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, **kwargs
-            ),
-        )
+    def begin(self, *args: Any, **kwargs: Any) -> ShadowState:
+        """Run the shadow backbone, called as ``initial_states`` is; return its state, ready for the base's blocks."""
+        return ShadowState(self.boundaries, self.initial_states(*args, **kwargs))
 
     def initial_states(
         self,

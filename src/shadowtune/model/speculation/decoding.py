@@ -13,8 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
-from transformers.generation import logits_process
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
 
 from shadowtune.config.speculation import SpeculationConfig
@@ -22,30 +21,9 @@ from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.acceptance import Process, Proposal, Verdict, greedy_verdicts, verdict
 from shadowtune.model.speculation.counts import Counts
 from shadowtune.model.speculation.draft_length import Costs, DraftLength
-from shadowtune.model.speculation.drafters import WARPERS, Drafter, make_drafter
+from shadowtune.model.speculation.drafters import Drafter, make_drafter
+from shadowtune.model.speculation.obstacles import BY_ROW, obstacle
 from shadowtune.model.speculation.rows import Rows
-
-PURE = (
-    *WARPERS,
-    logits_process.PrefixConstrainedLogitsProcessor,
-    logits_process.MinLengthLogitsProcessor,
-    logits_process.MinNewTokensLengthLogitsProcessor,
-    logits_process.RepetitionPenaltyLogitsProcessor,
-    logits_process.NoRepeatNGramLogitsProcessor,
-    logits_process.SequenceBiasLogitsProcessor,
-    logits_process.NoBadWordsLogitsProcessor,
-    logits_process.ForcedBOSTokenLogitsProcessor,
-    logits_process.ForcedEOSTokenLogitsProcessor,
-    logits_process.InfNanRemoveLogitsProcessor,
-    logits_process.ExponentialDecayLengthPenalty,
-    logits_process.SuppressTokensLogitsProcessor,
-    logits_process.SuppressTokensAtBeginLogitsProcessor,
-    logits_process.LogitNormalization,
-)
-"""Processors whose scores follow from one row's tokens and logits: only these may be asked about drafts."""
-BY_ROW = (logits_process.RepetitionPenaltyLogitsProcessor, logits_process.PrefixConstrainedLogitsProcessor)
-"""Of those, processors that know the rows of the batch by their number."""
-RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 class Speculator:
@@ -74,7 +52,7 @@ class Speculator:
         mode = generation_config.get_generation_mode(None)
         if "/" in GENERATION_MODES_MAPPING[mode]:
             raise ConfigError(f"speculate does not go with {mode.value.replace('_', ' ')}; leave one of them out")
-        reason = _obstacle(mode, generation_config, logits_processor, model_kwargs, self._synced)
+        reason = obstacle(mode, generation_config, logits_processor, model_kwargs, self._synced)
         if reason is not None:
             warnings.warn(f"decoding without speculation: {reason}", stacklevel=2)
             plain = getattr(type(model), GENERATION_MODES_MAPPING[mode])
@@ -105,8 +83,8 @@ class Speculator:
         )
         compiled = model._valid_auto_compile_criteria(model_kwargs, generation_config)
         forward = model.get_compiled_call(generation_config.compile_config) if compiled else model.__call__
-        loop = _Loop(self._config, model, forward, rows, cache, logits_processor, generation_config, self._streamer)
-        loop.counts = self.counts
+        settings = (self._config, generation_config, logits_processor, self._streamer)
+        loop = _Loop(model, forward, rows, cache, self.counts, *settings)
         loop.choose_first(first.logits[:, -1:].float(), first.last_hidden_state)
         del first
         while rows.running:
@@ -123,18 +101,18 @@ class _Loop:
 
     def __init__(
         self,
-        config: SpeculationConfig,
         model: Any,
         forward: Any,
         rows: Rows,
         cache: Cache,
-        processors: LogitsProcessorList,
+        counts: Counts,
+        config: SpeculationConfig,
         generation_config: Any,
+        processors: LogitsProcessorList,
         streamer: Any,
     ) -> None:
         self._model, self._forward, self._rows, self._cache = model, forward, rows, cache
-        self._processors, self._streamer = processors, streamer
-        self.counts = Counts()
+        self._counts, self._processors, self._streamer = counts, processors, streamer
         self._sample: bool = generation_config.do_sample
         self._drafter: Drafter = make_drafter(config, model, processors, self._sample)
         costs = Costs.of(model.device.type, _draft_share(model, config), len(rows.lengths))
@@ -172,7 +150,7 @@ class _Loop:
             kept[row] = self._say(row, verdicts[row].tokens[:most])
         confidences = [proposal.confidence[running] for proposal in proposals]
         accepted, said = [verdicts[row].accepted for row in running], [kept[row] for row in running]
-        self.counts.add(len(proposals), accepted, said)
+        self._counts.add(len(proposals), accepted, said)
         self._length.learn(confidences, accepted, sum(said) / len(said), looked)
         still = rows.running or running
         if output.last_hidden_state is not None:
@@ -191,7 +169,7 @@ class _Loop:
         standing = torch.ones(len(rows.running))
         for _ in range(length.begin(rows.left - 1)):
             if drafter.reads_states and waiting:
-                states.append(self._run_backbone(waiting, sum(part.shape[1] for part in states)))
+                self._run_backbone(waiting, states)
                 waiting = []
             proposal = drafter.propose(lambda: self._texts(proposals), states[-1][:, -1] if states else None)
             looked += 1
@@ -205,15 +183,15 @@ class _Loop:
             proposals.append(proposal)
             waiting.append(proposal.tokens[:, None])
         if waiting:
-            states.append(self._run_backbone(waiting, sum(part.shape[1] for part in states)))
+            self._run_backbone(waiting, states)
         return proposals, looked, torch.cat(states, 1)
 
-    def _run_backbone(self, tokens: Sequence[Tensor], before: int) -> Tensor:
-        """Run the shadow over waiting tokens, ``before`` of this round having been run: s0 (B, n, d)."""
+    def _run_backbone(self, tokens: Sequence[Tensor], states: list[Tensor]) -> None:
+        """Run the shadow over waiting tokens and add their s0 (B, n, d) to those of this round."""
         ids = torch.cat(list(tokens), 1)
-        rows, new = self._rows, ids.shape[1]
+        rows, new, before = self._rows, ids.shape[1], sum(part.shape[1] for part in states)
         mask = rows.mask(before + new)
-        return self._model.run_backbone(ids, mask, rows.next_positions(before, new), self._cache)
+        states.append(self._model.run_backbone(ids, mask, rows.next_positions(before, new), self._cache))
 
     def _texts(self, proposals: Sequence[Proposal]) -> list[list[int]]:
         rows = self._rows
@@ -277,26 +255,3 @@ def _draft_share(model: Any, config: SpeculationConfig) -> float:
     columns = model.config.vocab_size if vocabulary is None or not config.draft_vocabulary else len(vocabulary)
     backbone = sum(parameter.numel() for parameter in model.shadow.backbone.parameters())
     return (backbone + columns * width) / sum(parameter.numel() for parameter in model.parameters())
-
-
-def _obstacle(
-    mode: Any, config: Any, processors: LogitsProcessorList, model_kwargs: dict[str, Any], synced: bool
-) -> str | None:
-    """Say why this call cannot speculate; None if it can."""
-    if mode not in ("greedy_search", "sample"):
-        return f"{mode.value.replace('_', ' ')} is not token by token"
-    cache = model_kwargs.get("past_key_values")
-    if not model_kwargs["use_cache"] or cache is None:
-        return "there is no cache (use_cache=False)"
-    layers = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
-    if lasting := layers - {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer}:
-        return f"a cache of {', '.join(sorted(kind.__name__ for kind in lasting))} cannot take tokens back"
-    strange = [type(each).__name__ for each in processors if type(each) not in PURE]
-    if strange:
-        return f"{', '.join(strange)} may keep a state, which drafts would confuse"
-    wanted = [name for name in RECORDS if vars(config).get(name)]
-    if wanted and config.return_dict_in_generate:
-        return f"{', '.join(wanted)} are recorded token by token"
-    if synced:
-        return "devices generate in step (synced_gpus)"
-    return None
