@@ -15,7 +15,7 @@ from shadowtune.attach.architectures import Finish
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.drafting import draft_loss
 from shadowtune.core.head import Head
-from shadowtune.core.losses import LossWeights, detached_causal_loss, joint_causal_loss
+from shadowtune.core.losses import JointLoss, LossWeights, detached_causal_loss, joint_causal_loss
 from shadowtune.core.top_tokens import TopTokens
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
@@ -134,11 +134,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         if labels is not None:
             weights = self.loss_weights(shadow_loss_weight)
             if self.mode == "attached":
-                joint = joint_causal_loss(self.head, hidden_states, state.initial, labels, weights, num_items_in_batch)
-                if self.shadow.draft_fusion is not None and self.training:
-                    states = (hidden_states, state.initial)
-                    draft = draft_loss(self.head, self.shadow.draft_fusion, *states, labels, num_items_in_batch)
-                    joint = joint._replace(total=joint.total + draft, draft=draft)
+                joint = self._attached_loss(hidden_states, state.initial, labels, weights, num_items_in_batch)
             else:
                 inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
                 known = (teacher_tokens, teacher_log_probabilities)
@@ -158,6 +154,22 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             last_hidden_state=hidden_states if labels is None and self.shadow.draft_fusion is not None else None,
             **loss_terms(joint),
         )
+
+    def _attached_loss(
+        self,
+        hidden_states: Tensor,
+        initial_states: Tensor,
+        labels: Tensor,
+        weights: LossWeights,
+        num_items_in_batch: Tensor | int | None,
+    ) -> JointLoss:
+        """The joint loss, and in training that of the draft fusion."""
+        joint = joint_causal_loss(self.head, hidden_states, initial_states, labels, weights, num_items_in_batch)
+        fusion = self.shadow.draft_fusion
+        if fusion is None or not self.training:
+            return joint
+        draft = draft_loss(self.head, fusion, hidden_states, initial_states, labels, num_items_in_batch)
+        return joint._replace(total=joint.total + draft, draft=draft)
 
     def _teacher(
         self, weights: LossWeights, known: tuple[Tensor | None, Tensor | None], inputs: dict[str, Any]
