@@ -13,7 +13,7 @@ STOREYS = [
     {"attach", "models"},
     {"model", "data"},
     {"export"},
-    {"training", "evaluation", "benchmark"},
+    {"training", "evaluation", "benchmark", "serving"},
     {"comparison"},
     {"__init__"},
     {"cli"},
@@ -32,6 +32,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
         "benchmark",
         "export",
         "comparison",
+        "serving",
         "__init__",
     },
     "triton": {"core"},
@@ -42,7 +43,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "torchao": {"model"},
     "bitsandbytes": {"model"},
     "datasets": {"data"},
-    "matplotlib": {"evaluation", "benchmark", "comparison"},
+    "matplotlib": {"evaluation", "benchmark", "comparison", "serving"},
     "rich": {"cli"},
     "tqdm": set(),
     "yaml": {"config"},
@@ -57,6 +58,12 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "onnx": {"export"},
     "onnxruntime": {"export"},
     "xllamacpp": {"export"},
+    "fastapi": {"serving"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving", "cli"},
+    "pydantic": {"serving"},
+    "httpx": {"serving"},
+    "prometheus_client": {"serving"},
 }
 
 

@@ -61,6 +61,15 @@ def render_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat_template
     return Piece(prompt, learned=False, opens=True)
 
 
+def render_messages(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Piece:
+    """Return what a model reads of a whole conversation before it answers, by the tokenizer's chat template.
+
+    Raises:
+        DataError: if the template refuses the messages.
+    """
+    return Piece(_apply(tokenizer, messages, "the conversation", awaiting=True), learned=False)
+
+
 def target_of(example: Example, place: str) -> str:
     """Return the true answer as text: the completion, or the assistant's last turn.
 

@@ -12,12 +12,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shadowtune.config.loading import load_config
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.config.templates import parse_template
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.collate import CausalCollator, ClassificationCollator
 from shadowtune.data.dataset import Dataset
+from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.data.sources import Row
-from shadowtune.errors import CheckpointError, ConfigError, DataError
+from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.evaluation.runner import Evaluation, Progress, evaluate_classes, evaluate_generation
 from shadowtune.model.methods import load_trained
 from shadowtune.model.quantization import Quantization, quantization_arguments
@@ -97,17 +97,14 @@ class FinishedRun:
         else:
             yield self.model
 
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """What stands around a user's words: the run's template, where the row's field was, and the chat template."""
+        return PromptFormat(self.dataset.template, self.dataset.chat_template)
+
     def prompt(self, text: str) -> str:
         """Put a user's words where the run's template, if it has one with a single field, had a row's."""
-        pieces = [] if self.dataset.template is None else parse_template(self.dataset.template)
-        fields = [name for _, name in pieces if name is not None]
-        if not fields:
-            return text
-        if len(fields) > 1:
-            raise DataError(
-                f"the run's template has the fields {', '.join(fields)}; write the whole prompt and pass --raw"
-            )
-        return "".join(literal + ("" if name is None else text) for literal, name in pieces)
+        return self.prompt_format.fill(text)
 
     def evaluate(
         self,

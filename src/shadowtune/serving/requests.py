@@ -1,0 +1,160 @@
+"""What is asked and what comes back, whoever answers: an engine in the cloud, a file at the edge, a far server."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from shadowtune.errors import ShadowtuneError
+
+FinishReason = Literal["stop", "length"]
+
+
+class RequestError(ShadowtuneError):
+    """A request that cannot be answered as it is.
+
+    Args:
+        message: one line for the one who asked.
+        status: the HTTP status that says so: 400 wrong, 404 no such model, 413 too large, 429 too many, 503 not now.
+        param: the field at fault, as OpenAI's API calls it.
+    """
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param = status, param
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; names and meanings are those of OpenAI's API, and of transformers for the rest."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Token id -> what is added to its logit."""
+    seed: int | None = None
+    """The same seed gives the same tokens; None draws one."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt that wants one answer. Exactly one of ``messages`` and ``prompt`` is given."""
+
+    model: str
+    """Name of the adapter, as ``/v1/models`` lists it."""
+    messages: Sequence[dict[str, Any]] | None = None
+    """A conversation, "role" and "content" each; goes through the model's own template."""
+    prompt: str | Sequence[int] | None = None
+    """A text or its token ids, continued as it is."""
+    max_tokens: int | None = None
+    """Tokens of the answer at most; None allows what the server and the model's positions allow."""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer, and are not part of it."""
+    ignore_eos: bool = False
+    """Whether the answer goes on after an end-of-text token."""
+    top_logprobs: int | None = None
+    """How many alternatives each token is told with, 0 for its own log-probability alone; None tells nothing."""
+    prediction: str | Sequence[int] | None = None
+    """What the answer may well be: checked in one pass, and continued from the first token that does not stand."""
+    speculate: bool = True
+    """Whether the shadow may draft; the answer is the same, or falls with the same probabilities."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer."""
+
+    id: int
+    text: str
+    """By itself; a part of a character shows as the replacement sign."""
+    logprob: float
+    """Natural logarithm of its probability before temperature and the rest of the sampling."""
+    top: tuple[tuple[int, str, float], ...] = ()
+    """The likeliest (id, text, logprob), best first."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    accepted_prediction_tokens: int = 0
+    """Tokens of ``Request.prediction`` that stood."""
+    rejected_prediction_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer, as soon as it stands."""
+
+    text: str
+    """What is new; may be empty."""
+    tokens: tuple[Token, ...] = ()
+    """The new tokens, told if ``top_logprobs`` is not None; a token's text may come with a later piece."""
+    finish_reason: FinishReason | None = None
+    """On the last piece alone."""
+    usage: Usage | None = None
+    """On the last piece alone."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who answers, and why. An answerer that decides says so before its first piece."""
+
+    side: Literal["cloud", "edge", "fallback"]
+    """fallback: the edge, because the cloud did not answer."""
+    reason: str
+    """A short word: "attached", "confident", "unsure", "tag", "agreed", "corrected", "cloud timed out", ..."""
+    confidence: float | None = None
+    """Of the edge's own answer, from 0 to 1, where there is one."""
+    cost: float = 0.0
+    """In units of what one token of the cloud costs."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A model that can be asked for."""
+
+    name: str
+    created: int
+    """Seconds since 1970."""
+    max_model_len: int
+    """Tokens that prompt and answer may have together."""
+    root: str = ""
+    """What it was made from, such as the base's name."""
+
+
+class Answer(Protocol):
+    """An answer that is on its way."""
+
+    decision: Decision
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        """Give its pieces; the last one has ``finish_reason`` and ``usage``."""
+
+    async def aclose(self) -> None:
+        """Stop answering, whether or not it has ended: whatever it holds is free afterwards."""
+
+
+class Answerer(Protocol):
+    """Whoever answers requests."""
+
+    def models(self) -> list[ModelCard]:
+        """The models that can be asked for."""
+
+    async def answer(self, request: Request) -> Answer:
+        """Accept a request, and decide who answers it.
+
+        Raises:
+            RequestError: if it cannot be answered as it is, or not now.
+        """
+
+    async def aclose(self) -> None:
+        """Accept nothing more, finish what was begun, and let go of everything."""

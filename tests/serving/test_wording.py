@@ -1,0 +1,84 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shadowtune.serving.wording import Wording
+from tests.support.properties import property_test
+from tests.support.tokenizers import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+class Bytes:
+    """A tokenizer whose tokens are single bytes, so that most characters need several."""
+
+    def decode(self, tokens, **_):
+        return bytes(tokens).decode(errors="replace")
+
+
+def said(text, stop=(), tokenizer=TOKENIZER):
+    tokens = list(text.encode()) if isinstance(tokenizer, Bytes) else tokenizer(text)["input_ids"]
+    wording, pieces = Wording(tokenizer, stop), []
+    for token in tokens:
+        pieces.append(wording.add(token))
+        if wording.stopped:
+            break
+    return [*pieces, wording.end()], wording.stopped
+
+
+def test_each_token_gives_its_text_at_once():
+    pieces, _ = said("the cat")
+    assert "".join(pieces) == "the cat"
+    assert all(pieces[:-1])
+    assert pieces[-1] == ""
+
+
+@property_test
+@given(st.text(max_size=20))
+def test_the_pieces_make_the_text_whatever_the_characters(text):
+    assert "".join(said(text, tokenizer=Bytes())[0]) == text
+
+
+def test_half_a_character_waits_for_its_other_half():
+    pieces, _ = said("é!", tokenizer=Bytes())
+    assert pieces == ["", "é", "!", ""]
+
+
+def test_half_a_character_at_the_end_shows_as_such():
+    wording = Wording(Bytes())
+    assert wording.add("é".encode()[0]) == ""
+    assert wording.end() == "�"
+
+
+def test_special_tokens_are_not_part_of_the_text():
+    wording = Wording(TOKENIZER)
+    assert wording.add(TOKENIZER.eos_token_id) + wording.end() == ""
+
+
+@pytest.mark.parametrize("text", ["one STOP two", "STOP", "one STOPSTOP", "a S ST STO STOP"])
+def test_nothing_of_a_stop_text_is_said_nor_what_follows(text):
+    pieces, stopped = said(text, ["STOP"])
+    assert stopped
+    assert "".join(pieces) == text[: text.index("STOP")]
+
+
+def test_the_first_of_several_stop_texts_ends_the_answer():
+    assert "".join(said("abcdef", ["ef", "cd"])[0]) == "ab"
+
+
+def test_the_start_of_a_stop_text_is_held_back_and_said_once_it_is_none():
+    pieces, stopped = said("a--b-", ["--!"], Bytes())
+    assert not stopped
+    assert pieces == ["a", "", "", "--b", "", "-"]
+
+
+def test_an_empty_stop_text_stops_nothing():
+    assert "".join(said("abc", [""])[0]) == "abc"
+
+
+@property_test
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2))
+def test_what_is_said_ends_where_the_first_stop_text_first_is_complete(text, stop):
+    ends = [(text.index(each) + len(each), -text.index(each)) for each in stop if each in text]
+    expected = text if not ends else text[: -min(ends)[1]]
+    assert "".join(said(text, stop, Bytes())[0]) == expected
