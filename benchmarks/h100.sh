@@ -27,5 +27,6 @@ bench memory --model "$MODEL" --batch 1 --lengths "$LENGTH" --phases train --pee
 bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --prompt "$TOKENS" --new 2 --peers base
 bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --peers base,lora
 bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --subject shadow-compiled --peers base-compiled
+bench evaluate --model "$MODEL" --rows 8 --batch 8 --new 8 --peers one-by-one
 bench speculate --model "$MODEL" --subject speculate-4 --peers attached,base --rows 1 --new 32
 exit "$failed"

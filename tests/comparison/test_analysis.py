@@ -46,6 +46,7 @@ def test_each_method_and_mode_has_a_mean_an_interval_and_its_costs():
     assert (shadow["accuracy"], shadow["test_rows"], shadow["seeds"]) == (0.75, 400, 2)
     assert 0.69 < shadow["accuracy_low"] < 0.72 < 0.78 < shadow["accuracy_high"] < 0.81
     assert (shadow["trainable_parameters"], shadow["train_seconds"]) == (1000, 2.0)
+    assert shadow["answer_seconds"] == 0.5
     assert find(table, method="base")["train_seconds"] is None
     assert find(table, method="shadow", mode="detached")["of_attached"] == pytest.approx(0.25 / 0.75)
     assert shadow["of_attached"] is None

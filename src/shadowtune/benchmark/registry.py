@@ -4,6 +4,7 @@ from shadowtune.benchmark.bench import Bench
 from shadowtune.benchmark.boundary import BOUNDARY
 from shadowtune.benchmark.decode import DECODE
 from shadowtune.benchmark.detached import DETACHED
+from shadowtune.benchmark.evaluate import EVALUATE
 from shadowtune.benchmark.head import HEAD
 from shadowtune.benchmark.memory import MEMORY
 from shadowtune.benchmark.scaling import SCALING
@@ -11,6 +12,6 @@ from shadowtune.benchmark.speculate import SPECULATE
 from shadowtune.benchmark.train import TRAIN
 
 BENCHES: dict[str, Bench] = {
-    bench.name: bench for bench in (TRAIN, BOUNDARY, HEAD, DECODE, SPECULATE, DETACHED, MEMORY, SCALING)
+    bench.name: bench for bench in (TRAIN, BOUNDARY, HEAD, DECODE, EVALUATE, SPECULATE, DETACHED, MEMORY, SCALING)
 }
 """What ``shadowtune bench`` can measure."""

@@ -117,6 +117,7 @@ class Analysis:
             "test_rows": tests[0]["rows"],
             "seeds": len(by_seed),
             "answer_tokens_per_second": _mean([test["tokens_per_second"] for test in tests]),
+            "answer_seconds": _mean([test["evaluate_seconds"] / test["rows"] for test in tests]),
         }
         for name in ("trainable_parameters", "steps", "train_seconds", "tokens_per_second", "peak_memory_mb"):
             found[name] = _mean([training[name] for training in trainings])

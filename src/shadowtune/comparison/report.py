@@ -108,6 +108,7 @@ def _result(row: Mapping[str, Any]) -> dict[str, Any]:
         "tokens/s": row["tokens_per_second"],
         "memory MB": row["peak_memory_mb"],
         "answers, tokens/s": row["answer_tokens_per_second"],
+        "s/answer": row["answer_seconds"],
     }
 
 
