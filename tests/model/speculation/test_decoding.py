@@ -89,6 +89,18 @@ def test_greedy_says_the_same(speculate, inputs):
     assert torch.equal(plain, fast)
 
 
+def test_a_thousand_prompts_are_answered_as_without_drafts():
+    model, differing = perturbed_model(), 0
+    for seed in range(10):
+        ids, mask = tokens(100, 10, seed), torch.ones(100, 10, dtype=torch.long)
+        for row in range(100):  # lengths from 3 to 10
+            mask[row, : row % 8] = 0
+        settings = {"input_ids": ids * mask, "attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+        drafted, plain = model.generate(**settings, speculate=True), model.generate(**settings)
+        differing += int((drafted != plain).any(1).sum())
+    assert differing == 0
+
+
 @pytest.mark.parametrize("wrong", [2, 3, 5, 1000])
 @pytest.mark.parametrize("inputs", [one(), left_padded()], ids=["one", "padded"])
 def test_rows_that_accept_different_lengths_say_the_same(wrong, inputs, monkeypatch, passes):
