@@ -81,6 +81,7 @@ def test_to_dict_and_from_dict_are_inverse_for_every_field():
         activation="gelu",
         transform_dropout=False,
         inject_first=True,
+        channel_scaling=True,
         dropout_position="hidden",
         init_std=0.5,
     )

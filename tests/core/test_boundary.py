@@ -21,6 +21,8 @@ VARIANTS: dict[str, dict] = {
     "bias": {"update_bias": True},
     "gelu": {"activation": "gelu"},
     "inject_first": {"inject_first": True},
+    "channel_scaling": {"channel_scaling": True},
+    "channel_scaling_full_sharing": {"channel_scaling": True, "depth_sharing": "full"},
     "peft": {
         "update_norm": False,
         "update_bias": True,
@@ -38,6 +40,8 @@ def perturbed_boundaries(count: int = COUNT, **settings) -> Boundaries:
     with torch.no_grad():
         for parameter in boundaries.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
+        for scales in boundaries.buffers():
+            scales.copy_(0.2 + 2 * torch.rand_like(scales))
     return boundaries.double().eval()
 
 
@@ -76,9 +80,8 @@ def test_outputs_and_every_gradient_equal_the_reference_in_float64(variant, toke
     parameters = dict(boundaries.named_parameters())
     h, s = inputs(tokens, layout)
     fast = crossing(boundaries, h, s, parameters)
-    slow = crossing(
-        lambda index, h, s: reference.boundary(index, h, s, parameters, boundaries.config), h, s, parameters
-    )
+    known = {**parameters, **dict(boundaries.named_buffers())}
+    slow = crossing(lambda index, h, s: reference.boundary(index, h, s, known, boundaries.config), h, s, parameters)
     for ours, truth in zip(fast, slow, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
 

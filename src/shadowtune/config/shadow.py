@@ -94,6 +94,10 @@ class ShadowConfig:
     """Whether the first block receives an injection as well (the Shadow tuner of Hugging Face PEFT does)."""
     dropout_position: Literal["rank", "hidden"] = "rank"
     """Dropout after W_down, on r numbers (Eq. 3), or before it, on d numbers."""
+    channel_scaling: bool = False
+    """Whether each channel of h - s is divided, before W_down, by how large it usually is in the base. A few channels
+    of a trained base are ten to fifty times as large as the others in every token, and drown what the others could
+    teach W_down. Measured once, where the shadow starts, on random tokens; used as a part of W_down."""
     init_std: float = 0.02
     """Standard deviation of W_down at the start; W_up starts at 0, so the attached model equals the base."""
 

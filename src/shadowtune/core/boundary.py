@@ -27,6 +27,8 @@ class Boundaries(nn.Module):
         hidden_size: d, the width of the base.
         config: the shadow's settings.
 
+    With ``config.channel_scaling``, row i of a boundary's W_down is used times ``channel_scales[boundary, i]``.
+
     The parameters are used in their own dtype: (h, s) is brought to it and h' is returned in the dtype of h, so a
     bfloat16 base with float32 boundaries computes the boundaries in float32. Under autocast torch decides.
     """
@@ -43,6 +45,8 @@ class Boundaries(nn.Module):
         self.injection_downs = nn.Parameter(torch.empty(injections, d, r))
         self.injection_ups = nn.Parameter(torch.empty(injections, r, d))
         self.boundary_scales = nn.Parameter(torch.empty(count)) if shared else None
+        self.channel_scales: Tensor | None
+        self.register_buffer("channel_scales", torch.ones(count, d) if config.channel_scaling else None)
         self.transform_downs = self.transform_ups = self.gate_downs = self.gate_ups = None
         self.transform_down_biases = self.transform_up_biases = None
         self.gate_down_biases = self.gate_up_biases = None
@@ -117,6 +121,8 @@ class Boundaries(nn.Module):
         boundaries = []
         for index in range(self.count):
             injection = injections[index if scales is None else 0]
+            if self.channel_scales is not None:
+                injection = injection._replace(down=self.channel_scales[index, :, None] * injection.down)
             if scales is not None:
                 injection = injection._replace(up=scales[index] * injection.up)
             if index == 0 or not transforms:

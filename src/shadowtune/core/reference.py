@@ -49,6 +49,8 @@ def boundary(index: int, h: Tensor, s: Tensor, p: Mapping[str, Tensor], config: 
         s = (1 - g) * s + g * t
     slot = 0 if shared else index
     delta = h - s
+    if config.channel_scaling:
+        delta = delta * p["channel_scales"][index]
     correction = delta @ p["injection_downs"][slot] @ p["injection_ups"][slot]
     if shared:
         correction = p["boundary_scales"][index] * correction

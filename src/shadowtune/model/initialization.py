@@ -24,6 +24,7 @@ from shadowtune.model.backbone import (
     mirror_config,
     sizes_of,
 )
+from shadowtune.model.channel_scales import measure_channel_scales
 from shadowtune.model.checkpoint import read_tensors
 from shadowtune.model.configuration import Initialization, ProjectionStart, ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint
@@ -61,6 +62,9 @@ def start_shadow(base: PreTrainedModel, config: ShadowConfig, dtype: torch.dtype
         shadow = Shadow(config, base.config, mirror_config(base.config, config))
         copy_position_embeddings(shadow.backbone, base)
         shadow, start = shadow.cast(dtype), Initialization("random")
+    if config.channel_scaling:
+        scales = measure_channel_scales(base)[0 if config.inject_first else 1 :]
+        shadow.boundaries.channel_scales = scales.to(shadow.boundaries.injection_downs)
     logger.info("the shadow starts %s", start)
     return shadow, start
 

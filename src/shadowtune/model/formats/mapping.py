@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shadowtune.errors import CheckpointError
 
@@ -39,6 +39,15 @@ class Place(NamedTuple):
     def embedding_key(self) -> str:
         """Key of the embedding in the peer's backbone."""
         return f"{self.nested}{self.embedding}.weight"
+
+
+def folded_state(shadow: nn.Module) -> dict[str, Tensor]:
+    """Return a shadow's tensors by name, its channel scales folded into W_down, which is all that others know."""
+    state = dict(shadow.state_dict())
+    scales = state.pop("boundaries.channel_scales", None)
+    if scales is not None:
+        state["boundaries.injection_downs"] = state["boundaries.injection_downs"] * scales[:, :, None]
+    return state
 
 
 def shadow_peft_entries(boundaries: int, ours: Iterable[str], place: Place = Place()) -> list[Entry]:  # noqa: B008

@@ -34,7 +34,15 @@ from shadowtune.model.formats.adapter import (
     write_file,
     write_json,
 )
-from shadowtune.model.formats.mapping import PEFT_UPDATE, Place, as_ours, as_peer, peft_dead, peft_entries
+from shadowtune.model.formats.mapping import (
+    PEFT_UPDATE,
+    Place,
+    as_ours,
+    as_peer,
+    folded_state,
+    peft_dead,
+    peft_entries,
+)
 
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 TASKS = {"CAUSAL_LM": False, "SEQ_CLS": True}
@@ -236,7 +244,7 @@ def write_peft(model: Any, staging: Path) -> list[str]:
 
 def _tensors(shadow: Any, blocks: list[str], place: Place, heads: dict[str, nn.Module]) -> dict[str, Tensor]:
     """All tensors of ``adapter_model.safetensors``."""
-    state, backbone = shadow.state_dict(), shadow.backbone.config
+    state, backbone = folded_state(shadow), shadow.backbone.config
     tensors = as_peer(peft_entries(blocks, state, place=place), state)
     downs = state["boundaries.injection_downs"]
     d, k = downs.shape[1], shadow.config.update_width

@@ -36,7 +36,7 @@ from shadowtune.model.formats.adapter import (
     write_file,
     write_json,
 )
-from shadowtune.model.formats.mapping import as_ours, as_peer, shadow_peft_dead, shadow_peft_entries
+from shadowtune.model.formats.mapping import as_ours, as_peer, folded_state, shadow_peft_dead, shadow_peft_entries
 
 CONFIG, ADAPTER, MODULES = "shadow_config.json", "shadow_adapter.safetensors", "shadow_modules.safetensors"
 HEADS = {"score": "classifier_head", "shadow_score": "shadow_classifier_head"}
@@ -193,7 +193,8 @@ def write_shadow_peft(model: Any, staging: Path) -> list[str]:
     mirror = peer_mirror(text, {name: sizes[theirs] for name, theirs in SIZES.items()})
     explicit = shadow.embedding is not None or bool(mirror_differences(backbone, mirror))
     place, count = place_of(backbone, nested=True), shadow.boundaries.count
-    tensors = as_peer(shadow_peft_entries(count, shadow.state_dict(), place), shadow.state_dict())
+    state = folded_state(shadow)
+    tensors = as_peer(shadow_peft_entries(count, state, place), state)
     d, k, dtype = text.hidden_size, config.update_width, shadow.boundaries.injection_downs.dtype
     for name in shadow_peft_dead(count):
         shape = (d,) if ".hidden_norm." in name else (k, d) if name.endswith(".0.weight") else (d, k)
