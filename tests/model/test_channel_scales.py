@@ -65,6 +65,13 @@ def test_each_boundary_has_the_scales_of_the_block_that_it_leads_into(inject_fir
     assert torch.equal(model.shadow.boundaries.channel_scales, expected)
 
 
+def test_a_base_without_weights_gives_the_shapes_alone():
+    with torch.device("meta"):
+        base = tiny_base()
+        model = ShadowForCausalLM.from_base(base, ShadowConfig(**SETTINGS))
+    assert model.shadow.boundaries.channel_scales.shape == (base.config.num_hidden_layers - 1, base.config.hidden_size)
+
+
 def test_scales_are_a_part_of_w_down_and_nothing_that_is_trained(tmp_path):
     model = perturb(ShadowForCausalLM.from_base(with_a_large_channel(), ShadowConfig(**SETTINGS)))
     ids = tokens(2, 7)

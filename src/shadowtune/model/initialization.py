@@ -62,7 +62,7 @@ def start_shadow(base: PreTrainedModel, config: ShadowConfig, dtype: torch.dtype
         shadow = Shadow(config, base.config, mirror_config(base.config, config))
         copy_position_embeddings(shadow.backbone, base)
         shadow, start = shadow.cast(dtype), Initialization("random")
-    if config.channel_scaling:
+    if config.channel_scaling and base.device.type != "meta":  # on "meta" only shapes are asked for
         scales = measure_channel_scales(base)[0 if config.inject_first else 1 :]
         shadow.boundaries.channel_scales = scales.to(shadow.boundaries.injection_downs)
     logger.info("the shadow starts %s", start)

@@ -115,7 +115,7 @@ class _Loop:
         self._counts, self._processors, self._streamer = counts, processors, streamer
         self._sample: bool = generation_config.do_sample
         self._drafter: Drafter = make_drafter(config, model, processors, self._sample)
-        costs = Costs.of(model.device.type, _draft_share(model, config), len(rows.lengths))
+        costs = Costs.of(model.device.type, draft_share(model, config), len(rows.lengths))
         self._length = DraftLength(costs, config.longest, config.length is not None)
         # Slots that some rows did not accept can stay only where nothing counts slots: no windows, no fixed size.
         plain = all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -249,7 +249,7 @@ def drop_last(cache: Cache, tokens: int) -> None:
             layer.crop(-tokens)
 
 
-def _draft_share(model: Any, config: SpeculationConfig) -> float:
+def draft_share(model: Any, config: SpeculationConfig) -> float:
     """Weights that a drafting step reads, relative to those that a pass of both networks reads."""
     width, vocabulary = model.base.config.get_text_config(decoder=True).hidden_size, model.draft_vocabulary
     columns = model.config.vocab_size if vocabulary is None or not config.draft_vocabulary else len(vocabulary)
