@@ -26,6 +26,7 @@ from shadowtune.benchmark.peers import CONTENDERS
 from shadowtune.benchmark.peers import OURS as SHADOW
 from shadowtune.benchmark.timing import DTYPES, TimedSubject
 from shadowtune.config.checking import check_choices, nearest
+from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.export.exporting import FORMATS, check_export, read_plain
 from shadowtune.export.runtimes import Runtime, TorchModel
@@ -182,7 +183,7 @@ def write_export(settings: DetachedSettings, name: str, directory: Path) -> Path
     model, tokenizer = read_plain(plain)
     if not kind.single_file:
         target.mkdir()
-    kind.write(model, tokenizer, target, quantization)
+    kind.write(model, tokenizer, target, quantization, PromptFormat())
     return target
 
 

@@ -8,10 +8,12 @@ from shadowtune.benchmark.evaluate import EVALUATE
 from shadowtune.benchmark.head import HEAD
 from shadowtune.benchmark.memory import MEMORY
 from shadowtune.benchmark.scaling import SCALING
+from shadowtune.benchmark.serving import SERVING
 from shadowtune.benchmark.speculate import SPECULATE
 from shadowtune.benchmark.train import TRAIN
 
 BENCHES: dict[str, Bench] = {
-    bench.name: bench for bench in (TRAIN, BOUNDARY, HEAD, DECODE, EVALUATE, SPECULATE, DETACHED, MEMORY, SCALING)
+    bench.name: bench
+    for bench in (TRAIN, BOUNDARY, HEAD, DECODE, EVALUATE, SPECULATE, SERVING, DETACHED, MEMORY, SCALING)
 }
 """What ``shadowtune bench`` can measure."""

@@ -1,9 +1,23 @@
 """The shadow state of one forward call."""
 
+from typing import Any, Protocol
+
 from torch import Tensor
 
-from shadowtune.core.boundary import Boundaries
+from shadowtune.config.shadow import ShadowConfig
 from shadowtune.errors import AttachError
+
+
+class Crossings(Protocol):
+    """What refines a state: the ``Boundaries`` of one shadow, or those of several side by side."""
+
+    config: ShadowConfig
+
+    def split(self) -> list[Any]:
+        """Return the parameters of each boundary."""
+
+    def cross(self, parameters: Any, hidden_states: Tensor, shadow_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross the boundary with these parameters: (h, s) -> (h', s')."""
 
 
 class ShadowState:
@@ -15,7 +29,7 @@ class ShadowState:
 
     __slots__ = ("boundaries", "depth", "initial", "parameters", "value")
 
-    def __init__(self, boundaries: Boundaries, initial: Tensor) -> None:
+    def __init__(self, boundaries: Crossings, initial: Tensor) -> None:
         self.boundaries = boundaries
         self.parameters = boundaries.split()
         self.initial = initial

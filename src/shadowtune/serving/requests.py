@@ -53,6 +53,9 @@ class Request:
     """A text or its token ids, continued as it is."""
     max_tokens: int | None = None
     """Tokens of the answer at most; None allows what the server and the model's positions allow."""
+    fitting: bool = False
+    """Whether ``max_tokens`` is lowered to what the model's positions allow; else a number that is too large is
+    refused."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     """Texts that end the answer, and are not part of it."""
@@ -64,6 +67,14 @@ class Request:
     """What the answer may well be: checked in one pass, and continued from the first token that does not stand."""
     speculate: bool = True
     """Whether the shadow may draft; the answer is the same, or falls with the same probabilities."""
+
+    def wanted(self, room: int) -> int:
+        """Return how many tokens the answer may have, where there are positions for ``room``; more than that if it says
+        so, which is to be refused.
+        """
+        if self.max_tokens is None:
+            return room
+        return min(self.max_tokens, room) if self.fitting else self.max_tokens
 
 
 @dataclass(frozen=True)

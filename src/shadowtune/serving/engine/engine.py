@@ -1,0 +1,192 @@
+"""``Engine``: an ``Answerer`` whose passes run in a thread of their own, while asyncio asks and listens."""
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shadowtune.config.checking import nearest
+from shadowtune.data.prompt_format import PromptFormat
+from shadowtune.errors import ShadowtuneError
+from shadowtune.model.causal_lm import ShadowForCausalLM
+from shadowtune.serving.engine.adapters import Adapter
+from shadowtune.serving.engine.answer import EngineAnswer
+from shadowtune.serving.engine.counters import Counters
+from shadowtune.serving.engine.intake import Intake
+from shadowtune.serving.engine.limits import Limits
+from shadowtune.serving.engine.networks import Networks
+from shadowtune.serving.engine.scheduler import Scheduler
+from shadowtune.serving.requests import Decision, ModelCard, Request, RequestError
+
+Loaded = tuple[ShadowForCausalLM, PromptFormat]
+BASE = "base"
+"""Name of the bare base among the models."""
+CLOSING = "the server is closing; ask again later"
+POLL_SECONDS = 0.05
+
+
+class Engine:
+    """Answers with the attached models of several shadows on one frozen base; belongs to one event loop at a time.
+
+    Args:
+        base: a causal language model; nothing else may run it meanwhile.
+        tokenizer: its own.
+        adapters: models that share the base, by the names that requests call them by, with their prompts' formats.
+        limits: how much at once.
+        open_adapter: how ``load`` reads a path; None takes directories that ``save_pretrained`` wrote, with a
+            ``prompt_format.json`` or without.
+
+    Raises:
+        UnsupportedArchitectureError: if base or a backbone cannot be served in batches.
+        ConfigError: if an adapter has another base.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        adapters: Mapping[str, Loaded],
+        limits: Limits | None = None,
+        open_adapter: Callable[[str], Loaded] | None = None,
+    ) -> None:
+        self._base, self._limits = base, limits or Limits()
+        self._open_adapter = open_adapter or self._open_directory
+        self._networks, self._counters = Networks(base), Counters()
+        self._scheduler = Scheduler(self._networks, self._limits, self._counters)
+        self._intake = Intake(base, tokenizer, self._limits)
+        self._created = int(time.time())
+        self._adapters: dict[str, Adapter] = {}
+        for name, loaded in adapters.items():
+            self._adapters[self._free(name)] = self._adapter(name, loaded)
+        self._open: dict[EngineAnswer, Adapter | None] = {}
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="shadowtune-engine", daemon=True)
+        self._thread.start()
+
+    def counters(self) -> dict[str, float]:
+        """What it has done and does now, by name; at any time, in any thread."""
+        return self._counters.numbers()
+
+    def models(self) -> list[ModelCard]:
+        """The adapters, and the bare base."""
+        root = self._base.config.name_or_path or self._base.config.model_type
+        cards = [ModelCard(BASE, self._created, self._intake.longest(None), root)]
+        served = self._adapters.values()
+        return [ModelCard(each.name, each.created, self._intake.longest(each), root) for each in served] + cards
+
+    async def answer(self, request: Request) -> EngineAnswer:
+        """Accept a request.
+
+        Raises:
+            RequestError: 404 without such a model, 400 if it is not one to be answered, 429 if too many wait, 503 once
+                the engine closes.
+        """
+        if self._closing:
+            raise RequestError(CLOSING, 503)
+        adapter = None if request.model == BASE else self._known(request.model)
+        if len(self._open) >= self._limits.max_rows + self._limits.max_queue:
+            raise RequestError(f"{len(self._open)} requests run or wait; ask again later", 429)
+        decision = Decision("cloud", "base" if adapter is None else "attached")
+        answer = EngineAnswer(decision, self._forget)
+        row = self._intake.row(request, adapter, answer.deliver)
+        answer.cancel = partial(self._commands.put, partial(self._scheduler.cancel, row))
+        self._open[answer] = adapter
+        self._commands.put(partial(self._scheduler.add, row))
+        return answer
+
+    async def load(self, name: str, path: str) -> None:
+        """Load an adapter; answers that run wait while it is read.
+
+        Raises:
+            RequestError: if the name is taken, or the path holds no adapter of this base.
+        """
+        self._free(name)
+        adapter = await asyncio.to_thread(self._load, name, path)
+        self._adapters[self._free(name)] = adapter
+
+    async def unload(self, name: str) -> None:
+        """Refuse an adapter's name from now on, wait for what it has begun, and let go of it.
+
+        Raises:
+            RequestError: 404 without such an adapter.
+        """
+        adapter = self._known(name)
+        del self._adapters[name]
+        await asyncio.gather(*(answer.ended.wait() for answer, owner in self._open.items() if owner is adapter))
+        self._commands.put(partial(self._networks.forget, adapter))
+
+    async def aclose(self) -> None:
+        """Accept nothing more, finish what was begun as far as ``Limits.close_seconds`` allow, and end the thread."""
+        self._closing = True
+        self._commands.put(_nothing)
+        await asyncio.to_thread(self._thread.join, self._limits.close_seconds)
+        if self._thread.is_alive():
+            self._commands.put(partial(self._scheduler.fail, None, RequestError(CLOSING, 503)))
+            await asyncio.to_thread(self._thread.join)
+
+    def _forget(self, answer: EngineAnswer) -> None:
+        self._open.pop(answer, None)
+
+    def _run(self) -> None:
+        """What the thread does: commands as they come, and steps as long as there are rows."""
+        while not self._closing or self._scheduler.busy or not self._commands.empty():
+            if not self._scheduler.busy:
+                self._commands.get()()
+            while not self._commands.empty():
+                self._commands.get()()
+            self._scheduler.step()
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Within this context the thread stands still; entered from any other thread."""
+        arrived, resume = threading.Event(), threading.Event()
+
+        def pause() -> None:
+            arrived.set()
+            resume.wait()
+
+        self._commands.put(pause)
+        while not arrived.wait(POLL_SECONDS):
+            if not self._thread.is_alive():
+                raise RequestError(CLOSING, 503)
+        try:
+            yield
+        finally:
+            resume.set()
+
+    def _load(self, name: str, path: str) -> Adapter:
+        with self._paused():  # loading puts hooks on the base
+            try:
+                return self._adapter(name, self._open_adapter(path))
+            except ShadowtuneError as error:
+                raise RequestError(str(error), 400, "path") from None
+
+    def _open_directory(self, path: str) -> Loaded:
+        return ShadowForCausalLM.from_pretrained(path, base=self._base), PromptFormat.load(Path(path))
+
+    def _adapter(self, name: str, loaded: Loaded) -> Adapter:
+        return Adapter(name, *loaded, self._base, self._limits.speculation)
+
+    def _known(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            names = [*self._adapters, BASE]
+            raise RequestError(
+                f"no model {name!r} is served here{nearest(name, names)}; there are {', '.join(names)}", 404, "model"
+            )
+        return self._adapters[name]
+
+    def _free(self, name: str) -> str:
+        if not name or name == BASE or name in self._adapters:
+            raise RequestError(f"the name {name!r} is taken; choose another", 400, "name")
+        return name
+
+
+def _nothing() -> None:
+    """Wakes the thread."""
