@@ -1,0 +1,143 @@
+"""The options of every server, and how one is run: keys, the log, the line that says where it is."""
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shadowtune.cli.output import say
+from shadowtune.config.serving import ServerConfig, hash_key
+from shadowtune.errors import ConfigError, ShadowtuneError
+
+KEYS = "SHADOWTUNE_API_KEYS"
+"""Environment variable with API keys, separated by commas."""
+PACKAGES = ("fastapi", "uvicorn", "httpx", "prometheus_client")
+LOGGED = ("shadowtune.serving", "uvicorn", "asyncio")
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every server has."""
+    defaults = ServerConfig()
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
+    group.add_argument("--port", type=int, default=defaults.port, help="0 takes a free one (default: %(default)s)")
+    group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help=f"API keys, one a line; the variable {KEYS} adds more, separated by commas (default: no key is asked for)",
+    )
+    group.add_argument("--max-rows", type=int, default=16, help="answers under way at once (default: %(default)s)")
+    group.add_argument(
+        "--max-queue", type=int, default=64, help="answers that may wait; one more gets 429 (default: %(default)s)"
+    )
+    group.add_argument("--max-tokens", type=int, metavar="N", help="most tokens that a request may ask for")
+    group.add_argument("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="default: %(default)s")
+    group.add_argument(
+        "--timeout", type=float, default=defaults.timeout, help="seconds for a request (default: %(default)g)"
+    )
+    group.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=defaults.drain_timeout,
+        help="seconds for what was begun when the server is told to end (default: %(default)g)",
+    )
+    group.add_argument("--log-prompts", action="store_true", help="write prompts and answers to the log")
+
+
+def server_config(arguments: argparse.Namespace, allow_loading: bool = False) -> ServerConfig:
+    """Return what the options say.
+
+    Raises:
+        ShadowtuneError: if one is out of its range, a key is none, or a package is missing.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ShadowtuneError(f"a server needs {', '.join(missing)}; pip install 'shadowtune[serve]'")
+    for name in ("max_rows", "max_queue"):
+        if vars(arguments)[name] < (name == "max_rows"):
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {int(name == 'max_rows')}")
+    return ServerConfig(
+        host=arguments.host,
+        port=arguments.port,
+        key_hashes=tuple(hash_key(key) for key in _keys(arguments.api_key_file)),
+        max_body_bytes=arguments.max_body_bytes,
+        max_requests=arguments.max_rows + arguments.max_queue,
+        max_tokens=arguments.max_tokens,
+        timeout=arguments.timeout,
+        drain_timeout=arguments.drain_timeout,
+        allow_loading=allow_loading,
+        log_prompts=arguments.log_prompts,
+    )
+
+
+def _keys(file: str | None) -> list[str]:
+    """The keys of the file, where a # begins a comment, and of the environment."""
+    lines = [] if file is None else [line.split("#")[0].strip() for line in Path(file).read_text().splitlines()]
+    keys = [key for key in lines if key]
+    if file is not None and not keys:
+        raise ConfigError(f"{file} has no API key; write one a line, or leave out --api-key-file")
+    keys += [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+    if any(not key.isascii() or " " in key for key in keys):
+        raise ConfigError("an API key has spaces or other than ASCII characters; it could not be sent as a header")
+    return keys
+
+
+def run_server(config: ServerConfig, build: Callable[[], Any]) -> int:
+    """Take the port, build the app behind it, and serve until the server is told to end.
+
+    Args:
+        config: of ``server_config``.
+        build: makes the app (of ``create_app``), loading what it needs; a taken port is told before it is called.
+
+    Raises:
+        ConfigError: if the port is in use.
+    """
+    from shadowtune.serving.http.server import address_of, bind, make_server
+
+    with bind(config) as bound:
+        app = build()
+        address = address_of(bound)
+        names = [card.name for card in app.state.desk.answerer.models()]
+        _log(config.log_prompts)
+        if not config.key_hashes and not _is_local(config.host):
+            say(f"note: {config.host} is open to the network and asks for no key; --api-key-file asks for one")
+        make_server(app, config, lambda: print(_welcome(address, names, config), flush=True)).run([bound])
+    return 0
+
+
+def _welcome(address: str, names: list[str], config: ServerConfig) -> str:
+    """One line: where the server is, and how to ask it."""
+    body = json.dumps({"model": names[0], "messages": [{"role": "user", "content": "Hello"}]})
+    key = '-H "Authorization: Bearer $KEY" ' if config.key_hashes else ""
+    curl = f"curl {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"
+    return f"{address} answers as {', '.join(names)}; try: {curl}"
+
+
+def _is_local(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _log(prompts: bool) -> None:
+    """Write the servers' log to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter((logging.Formatter if prompts else Discreet)("%(asctime)s %(levelname)s %(message)s"))
+    for name in LOGGED:
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO if name == LOGGED[0] else logging.WARNING)
+
+
+class Discreet(logging.Formatter):
+    """Tells of an exception what it is and where it was, not its words: they may quote a prompt."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  logging's name
+        """Write the frames and the type."""
+        import traceback
+
+        kind, _, frames = ei
+        name = "" if kind is None else kind.__name__
+        return "".join(traceback.format_tb(frames)) + name

@@ -1,0 +1,37 @@
+"""Bodies are read as JSON is defined: UTF-8 without half characters, no NaN, and nested no deeper than anyone needs."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pydantic_core
+from fastapi import HTTPException, Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+
+class StrictJsonRequest(Request):
+    """A request whose ``json`` is strict."""
+
+    async def json(self) -> Any:
+        """Read the body.
+
+        Raises:
+            HTTPException: with status 400, if it is not JSON.
+        """
+        try:
+            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise HTTPException(400, f"the body is not JSON: {error}") from None
+
+
+class StrictJsonRoute(APIRoute):
+    """A route that reads bodies so."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Hand the original handler a strict request."""
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            return await handle(StrictJsonRequest(request.scope, request.receive))
+
+        return strictly

@@ -1,0 +1,102 @@
+"""Clients that go, over a real connection."""
+
+import http.client
+import json
+import time
+from urllib.parse import urlsplit
+
+import pytest
+
+from shadowtune.config.serving import ServerConfig
+from tests.serving.http.fakes import FakeAnswerer, serving
+
+
+@pytest.fixture(scope="module")
+def live():
+    with serving(FakeAnswerer(pause=0.02), ServerConfig(port=0, max_requests=2)) as live:
+        yield live
+
+
+def begin(live, body):
+    """Send a request and return its connection."""
+    place = urlsplit(live.url)
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=20)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection
+
+
+def eventually(condition):
+    """Wait until it holds."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("model", ["hang", "slow"])
+def test_a_client_that_goes_in_mid_stream_frees_its_answer(live, chat, model):
+    connection = begin(live, chat("one two " * 2000, model, stream=True))
+    assert connection.getresponse().readline().startswith(b"data: ")
+    answer = live.answerer.answers[-1]
+    assert not answer.closed
+    connection.close()
+    eventually(lambda: answer.closed)
+    eventually(lambda: live.server._desk._held == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_before_the_first_piece_frees_its_answers(live, chat, stream):
+    before = len(live.answerer.answers)
+    connection = begin(live, chat(model="mute", stream=stream, n=2))
+    eventually(lambda: len(live.answerer.answers) == before + 2)
+    connection.close()
+    eventually(lambda: all(answer.closed for answer in live.answerer.answers[before:]))
+
+
+def test_a_client_that_goes_while_who_answers_is_decided_frees_its_place(chat):
+    import asyncio
+
+    class Undecided(FakeAnswerer):
+        async def answer(self, request):
+            self.asked_by = True
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                self.told = True
+
+    answerer = Undecided()
+    with serving(answerer) as live:
+        connection = begin(live, chat())
+        eventually(lambda: "asked_by" in vars(answerer))
+        connection.close()
+        eventually(lambda: "told" in vars(answerer) and live.server._desk._held == 0)
+
+
+def test_who_comes_when_it_is_full_is_sent_away_and_nobody_else(live, chat):
+    first = begin(live, chat(model="hang", stream=True, n=2))
+    assert first.getresponse().readline()
+    second = begin(live, chat()).getresponse()
+    assert second.status == 429 and second.headers["retry-after"] == "1"
+    assert "2 answers are under way" in json.loads(second.read())["error"]["message"]
+    first.close()
+    eventually(lambda: live.server._desk._held == 0)
+    third = begin(live, chat(n=2)).getresponse()
+    assert third.status == 200
+
+
+def test_what_could_never_fit_is_wrong_rather_than_early(live, chat):
+    response = begin(live, chat(n=3)).getresponse()
+    assert response.status == 400 and b"ask for fewer" in response.read()
+
+
+def test_many_clients_at_once_get_their_own(chat):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(number):
+        body = chat(f"word{number} " * 5, "slow", stream=number % 2 == 0)
+        text = begin(live, body).getresponse().read().decode()
+        return text.count(f"word{number}"), text
+
+    with serving(FakeAnswerer(pause=0.01)) as live, ThreadPoolExecutor(16) as pool:
+        for count, text in pool.map(ask, range(40)):
+            assert count == 5, text

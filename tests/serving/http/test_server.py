@@ -1,0 +1,189 @@
+"""Sockets, patience, and the end."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from shadowtune.config.serving import ServerConfig
+from shadowtune.errors import ConfigError
+from shadowtune.serving.http.server import address_of, bind
+from tests.serving.http.fakes import FakeAnswerer, serving
+
+JSON = "Content-Type: application/json"
+PROGRAM = """
+import sys
+from shadowtune.config.serving import ServerConfig
+from shadowtune.serving.http.app import create_app
+from shadowtune.serving.http.server import address_of, bind, make_server
+from tests.serving.http.fakes import FakeAnswerer
+
+config = ServerConfig(port=0, drain_timeout=float(sys.argv[1]))
+answerer = FakeAnswerer(pause=0.1)
+with bind(config) as bound:
+    app = create_app(answerer, config, "cloud")
+    make_server(app, config, lambda: print(address_of(bound), flush=True)).run([bound])
+print("closed" if answerer.closed else "open", flush=True)
+"""
+
+
+def connect(url):
+    place = urlsplit(url)
+    return socket.create_connection((place.hostname, place.port), timeout=20)
+
+
+def ended(connection):
+    """Whether the server closes the connection, and what it says before."""
+    said = b""
+    try:
+        while part := connection.recv(65536):
+            said += part
+    except ConnectionResetError:
+        pass
+    return said
+
+
+def test_a_taken_port_is_one_line():
+    with bind(ServerConfig(port=0)) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1 is in use; choose another with --port"):
+            bind(ServerConfig(port=port))
+
+
+def test_an_address_of_another_machine_is_one_line():
+    with pytest.raises(ConfigError, match=r"cannot listen on 203\.0\.113\.1 port 0"):
+        bind(ServerConfig(host="203.0.113.1", port=0))
+
+
+def test_an_address_is_a_url():
+    with bind(ServerConfig(port=0)) as bound:
+        assert address_of(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    with serving(config=ServerConfig(port=0, read_timeout=0.3)) as live:
+        yield live
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"])
+def test_a_head_that_does_not_come_ends_the_connection(hasty, sent):
+    with connect(hasty.url) as connection:
+        connection.sendall(sent)
+        assert ended(connection) == b""
+
+
+def test_so_does_that_of_a_second_request(hasty):
+    with connect(hasty.url) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200 OK" in connection.recv(65536)
+        connection.sendall(b"GET /health HTTP")
+        assert ended(connection) == b""
+
+
+def test_a_body_that_does_not_come_is_a_time_out(hasty):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with connect(hasty.url) as connection:
+        connection.sendall(head)
+        assert b"408" in ended(connection).splitlines()[0]
+
+
+def test_a_client_that_takes_nothing_is_dropped(chat):
+    with serving(FakeAnswerer(pause=0.0), ServerConfig(port=0, read_timeout=0.3)) as live:
+        body = json.dumps(chat("x" * 1000 + " " + "word " * 200_000, "slow", stream=True)).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{JSON}\r\nContent-Length: {len(body)}\r\n\r\n"
+        with connect(live.url) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(head.encode() + body)
+            deadline = time.monotonic() + 20
+            while not (live.answerer.answers and live.answerer.answers[-1].closed):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+
+def test_a_body_without_end_is_cut_off():
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with serving(config=ServerConfig(port=0, max_body_bytes=1000)) as live, connect(live.url) as connection:
+        connection.sendall(head.encode() + b"64\r\n" + b"x" * 100 + b"\r\n")
+        connection.sendall((b"64\r\n" + b"x" * 100 + b"\r\n") * 20)
+        assert b"413" in ended(connection).splitlines()[0]
+        assert not live.answerer.answers
+
+
+def test_what_is_not_http_is_refused(hasty):
+    with connect(hasty.url) as connection:
+        connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        assert b"400" in ended(connection).splitlines()[0]
+
+
+def start(drain):
+    """A server in a process of its own."""
+    command = [sys.executable, "-c", PROGRAM, str(drain)]
+    root = Path(__file__).parents[3]
+    process = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    return process, process.stdout.readline().strip()
+
+
+def stream(url, text, model="slow"):
+    place = urlsplit(url)
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=30)
+    body = {"model": model, "messages": [{"role": "user", "content": text}], "stream": True}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.readline().startswith(b"data: ")
+    return response
+
+
+def await_refusal(url):
+    """Wait until the server lets nothing in."""
+    deadline, status = time.monotonic() + 20, 200
+    while status != 503:
+        assert time.monotonic() < deadline
+        place = urlsplit(url)
+        late = http.client.HTTPConnection(place.hostname, place.port, timeout=30)
+        late.request("GET", "/v1/models")
+        status = late.getresponse().status
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_what_was_begun_and_lets_nothing_in(number):
+    process, url = start(drain=30)
+    response = stream(url, "word " * 40)
+    process.send_signal(number)
+    await_refusal(url)
+    text = response.read().decode()
+    assert text.count("word") == 40 and text.rstrip().endswith("data: [DONE]")
+    out, error = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "closed\n"), error
+    assert "Traceback" not in error
+
+
+def test_after_its_time_what_still_runs_is_told_so():
+    process, url = start(drain=0.2)
+    response = stream(url, "a b", model="hang")
+    process.send_signal(signal.SIGTERM)
+    assert "the server is shutting down" in response.read().decode().splitlines()[-2]
+    out, error = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "closed\n"), error
+
+
+def test_a_second_signal_does_not_wait():
+    process, url = start(drain=600)
+    response = stream(url, "a b", model="hang")
+    process.send_signal(signal.SIGTERM)
+    await_refusal(url)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    response.close()
