@@ -1,0 +1,19 @@
+"""What a visitor does, and what is looked at, in several files of tests."""
+
+
+def send(page, text):
+    page.locator("#words").fill(text)
+    page.locator("#words").press("Enter")
+
+
+def last(page, part=".said"):
+    return page.locator(f".answer {part}").last
+
+
+def waits_for(page, happened):
+    """Whether it happens in a moment; a server's side cannot be waited for in the page."""
+    for _ in range(200):
+        if happened():
+            return True
+        page.wait_for_timeout(25)
+    return False
