@@ -2,6 +2,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadowtune.cli.main import main
+from shadowtune.data.prompt_format import PromptFormat
 
 
 def test_a_run_becomes_a_plain_model(shadow_run, tmp_path, capsys):
@@ -13,6 +14,20 @@ def test_a_run_becomes_a_plain_model(shadow_run, tmp_path, capsys):
     assert model.config.num_hidden_layers == 1
     assert AutoTokenizer.from_pretrained(tmp_path / "small").chat_template
     assert "rows.jsonl" in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_what_stands_around_a_users_words_goes_along(shadow_run, tmp_path):
+    config = shadow_run / "config.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("template: null", 'template: "Q {prompt}"', 1))
+    try:
+        assert main(["detach", str(shadow_run), "--out", str(tmp_path / "small")]) == 0
+    finally:
+        config.write_text(before)
+    assert PromptFormat.load(tmp_path / "small") == PromptFormat("Q {prompt}", True)
+    command = ["export", str(tmp_path / "small"), "--to", "safetensors", "--out", str(tmp_path / "f16")]
+    assert main([*command, "--max-new-tokens", "2"]) == 0
+    assert PromptFormat.load(tmp_path / "f16") == PromptFormat("Q {prompt}", True)
 
 
 def test_a_saved_shadow_becomes_a_plain_model_in_another_dtype(shadow_run, tmp_path):

@@ -82,3 +82,10 @@ def test_what_is_said_ends_where_the_first_stop_text_first_is_complete(text, sto
     ends = [(text.index(each) + len(each), -text.index(each)) for each in stop if each in text]
     expected = text if not ends else text[: -min(ends)[1]]
     assert "".join(said(text, stop, Bytes())[0]) == expected
+
+
+def test_text_that_is_put_together_already_is_stopped_alike():
+    wording = Wording(Bytes(), ["STOP"])
+    assert [wording.say("one S"), wording.say("TO"), wording.say("Px")] == ["one ", "", ""]
+    assert wording.stopped
+    assert wording.end() == ""

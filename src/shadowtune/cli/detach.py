@@ -32,7 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_free(out)
     trained = open_trained(Path(arguments.run), CHECKED_PROMPTS)
     dtype = vars(torch)[arguments.dtype] if arguments.dtype else None
-    model = write_detached(trained.model, trained.tokenizer, out, trained.card, trained.prompts, dtype)
+    model = write_detached(
+        trained.model, trained.tokenizer, out, trained.card, trained.prompts, dtype, trained.prompt_format
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {type(model).__name__}, {parameters:,} parameters, {size / 1e6:,.1f} MB")

@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Detach if need be, export, check, print how well the file agrees."""
     check_json_target(arguments.json)
     _check_counts(arguments)
+    from shadowtune.data.prompt_format import PromptFormat
     from shadowtune.export.detaching import built_in_prompts, write_detached
     from shadowtune.export.exporting import check_export, default_path, export, read_plain
     from shadowtune.export.places import check_free
@@ -46,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
             trained.model = None  # its memory is needed no longer
         model, tokenizer = read_plain(Path(scratch) / source.name if trained else source)
         prompts = trained.prompts if trained else built_in_prompts(tokenizer)
-        exported = export(model, tokenizer, arguments.to, quantization, out, prompts, arguments.max_new_tokens)
+        form = trained.prompt_format if trained else PromptFormat.load(source)
+        exported = export(model, tokenizer, arguments.to, quantization, out, prompts, arguments.max_new_tokens, form)
     row = _row(exported, quantization, trained)
     print_table(f"Exported: {out}", [row])
     write_json(arguments.json, "export", [row])

@@ -24,6 +24,7 @@ def commands() -> list[Command]:
     """Return all verbs, in the order of a user's day; some have two words."""
     from shadowtune.cli import (
         bench,
+        calibrate,
         compare,
         convert,
         demo,
@@ -34,6 +35,9 @@ def commands() -> list[Command]:
         info,
         lm_eval,
         pretrain,
+        serve,
+        serve_edge,
+        simulate,
         train,
     )
 
@@ -45,6 +49,10 @@ def commands() -> list[Command]:
         lm_eval.COMMAND,
         compare.COMMAND,
         generate.COMMAND,
+        serve.COMMAND,
+        serve_edge.COMMAND,
+        calibrate.COMMAND,
+        simulate.COMMAND,
         detach.COMMAND,
         export.COMMAND,
         convert.COMMAND,

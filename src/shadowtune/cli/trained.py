@@ -10,6 +10,7 @@ from shadowtune.errors import CheckpointError, ConfigError, DataError
 if TYPE_CHECKING:
     from shadowtune.data.dataset import Dataset
     from shadowtune.data.encoding import EncodedPrompt
+    from shadowtune.data.prompt_format import PromptFormat
     from shadowtune.data.sources import Row
     from shadowtune.evaluation.run import FinishedRun
     from shadowtune.export.card import Card
@@ -25,6 +26,7 @@ class Trained:
     model: Any
     tokenizer: Any
     card: "Card"
+    prompt_format: "PromptFormat"
     prompts: list[list[int]] = field(default_factory=list)
     """Held-out prompts as token ids, or built-in ones."""
     score: Score | None = None
@@ -60,24 +62,30 @@ def _open_run(path: Path, limit: int) -> Trained:
         raise ConfigError(f"{path} is a {config.method} run; only the shadow method leaves a model that runs alone")
     finished = FinishedRun.open(path)
     prompts, score = _held_out(finished, limit)
-    return Trained(finished.model, finished.tokenizer, _card(finished), prompts, score)
+    return Trained(finished.model, finished.tokenizer, _card(finished), finished.prompt_format, prompts, score)
 
 
 def _open_shadow(path: Path) -> Trained:
+    from shadowtune.data.prompt_format import PromptFormat
     from shadowtune.export.card import Card
-    from shadowtune.export.exporting import read_tokenizer
     from shadowtune.model.loading import read_config
     from shadowtune.model.methods import PAIRS
-    from shadowtune.models import resolve
 
     config = read_config(str(path))
     classifies = any("SequenceClassification" in name for name in config.architectures or [])
     task = "classification" if classifies else "causal_lm"
     model = PAIRS[task].from_pretrained(str(path))
     base = config.base_name_or_path or ""
+    return Trained(model, shadow_tokenizer(path, base), Card(base, task), PromptFormat.load(path))
+
+
+def shadow_tokenizer(path: Path, base: str) -> Any:
+    """Read the tokenizer beside a shadow's files, or that of its base if there is none."""
+    from shadowtune.export.exporting import read_tokenizer
+    from shadowtune.models import resolve
+
     own = (path / "tokenizer_config.json").is_file()
-    tokenizer = read_tokenizer(str(path) if own or not base else resolve(base))
-    return Trained(model, tokenizer, Card(base, task))
+    return read_tokenizer(str(path) if own or not base else resolve(base))
 
 
 def _held_out(finished: "FinishedRun", limit: int) -> tuple[list[list[int]], Score | None]:

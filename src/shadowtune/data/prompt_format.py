@@ -76,6 +76,14 @@ class PromptFormat:
         if not file.is_file():
             return cls()
         try:
-            return from_mapping(cls, json.loads(file.read_text()), where="")
-        except (ValueError, ShadowtuneError) as error:
+            return cls.parse(file.read_text(), str(file))
+        except UnicodeDecodeError as error:
             raise DataError(f"{file}: {error}; write it again with shadowtune detach or export") from None
+
+    @classmethod
+    def parse(cls, text: str, place: str) -> "PromptFormat":
+        """Read what stands in ``prompt_format.json``; raises DataError, naming the place, if it is something else."""
+        try:
+            return from_mapping(cls, json.loads(text), where="")
+        except (ValueError, ShadowtuneError) as error:
+            raise DataError(f"{place}: {error}; write it again with shadowtune detach or export") from None

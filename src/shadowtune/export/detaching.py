@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ShadowtuneError
 from shadowtune.export.card import Card
 from shadowtune.export.places import check_free, staged
@@ -40,6 +41,7 @@ def write_detached(
     card: Card,
     prompts: Sequence[list[int]],
     dtype: torch.dtype | None = None,
+    prompt_format: PromptFormat | None = None,
 ) -> PreTrainedModel:
     """Write the detached shadow of ``model`` into a new directory, and return it as it was read back.
 
@@ -50,6 +52,7 @@ def write_detached(
         card: for README.md.
         prompts: token ids on which detached mode, the plain model and the written files must agree.
         dtype: of the written weights; by default the shadow's own.
+        prompt_format: what stands around a user's words; by default the tokenizer's chat template alone.
 
     Raises:
         ShadowtuneError: if the directory is taken, or logits differ.
@@ -69,6 +72,7 @@ def write_detached(
     with staged(directory) as staging:
         write_plain(plain, staging)
         tokenizer.save_pretrained(str(staging))
+        (prompt_format or PromptFormat()).save(staging)
         parameters = sum(parameter.numel() for parameter in plain.parameters())
         (staging / "README.md").write_text(card.text(parameters, directory.name))
         loaded: PreTrainedModel = _AUTOS[card.task].from_pretrained(staging).to(plain.device).eval()

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export import gguf_file, onnx_file
 from shadowtune.export.places import check_free, staged
@@ -32,22 +33,28 @@ class Format:
     packages: tuple[str, ...]
     """Python packages that writing needs."""
     single_file: bool
-    write: Callable[[PreTrainedModel, Tokenizer, Path, str], None]
-    """Write (model, tokenizer, file or directory, quantization)."""
+    write: Callable[[PreTrainedModel, Tokenizer, Path, str, PromptFormat], None]
+    """Write (model, tokenizer, file or directory, quantization, what stands around a user's words)."""
     open: Callable[[Path, int], Runtime]
     """Open what was written, for sequences of so many tokens."""
 
 
-def _write_onnx(model: PreTrainedModel, tokenizer: Tokenizer, directory: Path, quantization: str) -> None:
+def _write_onnx(
+    model: PreTrainedModel, tokenizer: Tokenizer, directory: Path, quantization: str, prompt_format: PromptFormat
+) -> None:
     onnx_file.write_onnx(model, directory / onnx_file.FILE, quantization)
     model.config.save_pretrained(directory)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(str(directory))
+    prompt_format.save(directory)
 
 
-def _write_safetensors(model: PreTrainedModel, tokenizer: Tokenizer, directory: Path, quantization: str) -> None:
+def _write_safetensors(
+    model: PreTrainedModel, tokenizer: Tokenizer, directory: Path, quantization: str, prompt_format: PromptFormat
+) -> None:
     tokenizer.save_pretrained(str(directory))
+    prompt_format.save(directory)
     if quantization in DTYPES:
         copied: Any = copy.deepcopy(model)
         write_plain(copied.to(DTYPES[quantization]), directory)
@@ -122,10 +129,10 @@ def default_path(directory: Path, to: str, quantization: str) -> Path:
     return directory.with_name(directory.name + suffix)
 
 
-def read_tokenizer(directory: str) -> Tokenizer:
+def read_tokenizer(directory: str, **kwargs: str) -> Tokenizer:
     """Read a tokenizer; raises CheckpointError if there is none."""
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, **kwargs)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory} has no tokenizer: {str(error).splitlines()[0]}") from None
     return tokenizer
@@ -158,6 +165,7 @@ def export(
     out: Path,
     prompts: Sequence[list[int]],
     max_new_tokens: int = 32,
+    prompt_format: PromptFormat | None = None,
 ) -> Exported:
     """Write a model, run what was written, and keep it only if it says the same.
 
@@ -169,6 +177,7 @@ def export(
         prompts: token ids. In "f32", "f16" and "bf16" their greedy continuations must equal those of the model with its
             matrices rounded likewise; otherwise the agreement with the model itself is measured.
         max_new_tokens: of each continuation.
+        prompt_format: what stands around a user's words; by default the tokenizer's chat template alone.
 
     Raises:
         ShadowtuneError: if ``out`` is taken, the format cannot express the model, or tokens differ.
@@ -180,7 +189,7 @@ def export(
     length = max(map(len, prompts)) + max_new_tokens
     with staged(out.parent if kind.single_file else out) as staging:
         written = staging / out.name if kind.single_file else staging
-        kind.write(model, tokenizer, written, quantization)
+        kind.write(model, tokenizer, written, quantization, prompt_format or PromptFormat())
         runtime = kind.open(written, length)
         if isinstance(runtime, GgufModel):
             _check_tokens(runtime, tokenizer, prompts)

@@ -1,6 +1,7 @@
 """A plain model as one GGUF file, the format of llama.cpp: Llama, Mistral, Qwen2 and Qwen3."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ShadowtuneError, UnsupportedArchitectureError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -15,6 +17,11 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 
 QUANTIZATIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 """The file type that a GGUF file names, by the word on the command line."""
+
+PROMPT_FORMAT, SPECIAL_TOKENS = "shadowtune.prompt_format", "shadowtune.special_tokens"
+"""Our metadata, JSON both: what stands around a user's words; the tokenizer's special tokens by their roles."""
+TOKENIZER = "tokenizer.huggingface.json"
+"""The whole tokenizer, under the name that the format has for it."""
 
 _MODEL_PARTS = {
     "embed_tokens.weight": "token_embd.weight",
@@ -38,7 +45,13 @@ _QWEN2_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
 _BLOCK_SIZE = 32
 
 
-def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, quantization: str) -> None:
+def write_gguf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    file: Path,
+    quantization: str,
+    prompt_format: PromptFormat | None = None,
+) -> None:
     """Write a causal language model and its tokenizer.
 
     Matrices whose rows are not a multiple of 32 long cannot be quantized and stay float16; vectors stay float32.
@@ -48,6 +61,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
         tokenizer: byte-level BPE.
         file: to create.
         quantization: one of ``QUANTIZATIONS``.
+        prompt_format: kept in the metadata, if it is known.
 
     Raises:
         ShadowtuneError: if llama.cpp has no such architecture, attention or tokenizer.
@@ -65,6 +79,8 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     writer = gguf.GGUFWriter(file, ARCHITECTURES[config.model_type])
     _add_settings(writer, model, file.stem, gguf.LlamaFileType[QUANTIZATIONS[quantization]])
     _add_tokenizer(writer, tokenizer, config.vocab_size, _end_token(model, tokenizer))
+    if prompt_format is not None:
+        writer.add_string(PROMPT_FORMAT, json.dumps(asdict(prompt_format)))
     for name, tensor in _tensors(model).items():
         kind = _kind(tensor, quantization)
         data = gguf.quants.quantize(tensor, gguf.GGMLQuantizationType[kind])
@@ -171,6 +187,9 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: 
             adders[name](index)
     starts = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     writer.add_add_bos_token(bool(tokenizer.bos_token_id is not None and starts))
+    writer.add_string(TOKENIZER, tokenizer.backend_tokenizer.to_str())
+    special = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if role.endswith("_token")}
+    writer.add_string(SPECIAL_TOKENS, json.dumps(special))
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 

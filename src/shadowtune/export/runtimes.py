@@ -2,9 +2,11 @@
 
 import json
 import time
+import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export.onnx_file import FILE, KEEP
+
+SECONDS_TO_A_TOKEN = 300.0
+"""For which llama.cpp may say nothing before it counts as stuck."""
 
 
 class Runtime(ABC):
@@ -30,7 +36,7 @@ class Runtime(ABC):
         """Return the likeliest tokens after ``input_ids``, one after the other, until one of ``ends`` (left out)."""
 
 
-class _Stepwise(Runtime):
+class Stepwise(Runtime):
     """A runtime that is given a few tokens at a time and keeps its cache in between."""
 
     @abstractmethod
@@ -38,21 +44,31 @@ class _Stepwise(Runtime):
         """Read tokens after those in ``cache`` (None at the start); return the last logits and the longer cache."""
 
     def logits(self, input_ids: list[int]) -> np.ndarray:
+        """Return the logits (V,) as the model computes them."""
         return self._step(input_ids, None)[0]
 
-    def generate(self, input_ids: list[int], max_new_tokens: int, ends: Collection[int] = ()) -> list[int]:
+    def steps(self, input_ids: list[int]) -> Generator[np.ndarray, int, None]:
+        """Give the logits (V,) of the token after ``input_ids``; for each token sent, those of the one after it."""
         start = time.perf_counter()
         logits, cache = self._step(input_ids, None)
         self.prompt_seconds = time.perf_counter() - start
+        while True:
+            token = yield logits
+            logits, cache = self._step([token], cache)
+
+    def generate(self, input_ids: list[int], max_new_tokens: int, ends: Collection[int] = ()) -> list[int]:
+        """Return the likeliest tokens, each the largest of its logits."""
+        steps = self.steps(input_ids)
+        logits = next(steps)
         fresh: list[int] = []
         while len(fresh) < max_new_tokens and (token := int(logits.argmax())) not in ends:
             fresh.append(token)
             if len(fresh) < max_new_tokens:
-                logits, cache = self._step([token], cache)
+                logits = steps.send(token)
         return fresh
 
 
-class TorchModel(_Stepwise):
+class TorchModel(Stepwise):
     """A plain transformers model, or a directory of one."""
 
     def __init__(self, model: PreTrainedModel | str | Path, **kwargs: Any) -> None:
@@ -67,7 +83,7 @@ class TorchModel(_Stepwise):
         return output.logits[0, -1].float().cpu().numpy(), output.past_key_values
 
 
-class OnnxModel(_Stepwise):
+class OnnxModel(Stepwise):
     """A directory with ``model.onnx`` and ``config.json``, in onnxruntime on the processor."""
 
     def __init__(self, directory: str | Path, threads: int = 0) -> None:
@@ -77,7 +93,11 @@ class OnnxModel(_Stepwise):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         file = Path(directory) / FILE
-        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        refusals = onnxruntime.capi.onnxruntime_pybind11_state
+        try:
+            self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except (refusals.Fail, refusals.InvalidProtobuf, refusals.InvalidGraph, refusals.NoSuchFile) as error:
+            raise CheckpointError(f"onnxruntime cannot read {file}: {str(error).splitlines()[0]}") from None
         self.config = AutoConfig.from_pretrained(directory)
         self._past = [entry for entry in self.session.get_inputs() if entry.name.startswith("past_key_values.")]
 
@@ -96,6 +116,21 @@ class OnnxModel(_Stepwise):
         return logits[0, -1], cache
 
 
+@dataclass(frozen=True)
+class StreamedToken:
+    """A token as llama.cpp tells of it."""
+
+    id: int
+    text: str
+    """What became readable with it."""
+    logprob: float
+    """Natural logarithm of its probability before any sampling."""
+    likely: list[tuple[int, float]]
+    """The likeliest ids and their logarithms, best first."""
+    made: int
+    """Tokens made so far. Those that are a part of a character are not told of by themselves."""
+
+
 class GgufModel(Runtime):
     """A GGUF file in llama.cpp, on the processor, by the package ``xllamacpp``."""
 
@@ -109,7 +144,11 @@ class GgufModel(Runtime):
         settings.warmup, settings.verbosity, settings.fit_params = False, 0, False
         if threads:
             settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-        self.server = xllamacpp.Server(settings)  # listens on this machine alone
+        try:
+            self.server = xllamacpp.Server(settings)  # listens on this machine alone
+        except RuntimeError as error:
+            raise CheckpointError(f"llama.cpp cannot read {file}: {error}") from None
+        self._complete([0], 1)  # its thread is at work from here on; a server that ends before that never ends
 
     def tokenize(self, text: str) -> list[int]:
         """Return llama.cpp's own token ids of a text, special tokens in it included."""
@@ -134,13 +173,42 @@ class GgufModel(Runtime):
         fresh = list(answer["tokens"])
         return fresh[: next((index for index, token in enumerate(fresh) if token in ends), len(fresh))]
 
+    def stream(
+        self, input_ids: list[int], max_new_tokens: int, likely: int, **settings: Any
+    ) -> Iterator[StreamedToken]:
+        """Give tokens as llama.cpp chooses them, the one that ends the answer included; closing this stops it.
+
+        Args:
+            likely: how many of the likeliest tokens are told with each, at least 1.
+            settings: of llama.cpp's ``/completion``, over the greedy ones.
+        """
+        body = self._body(input_ids, max_new_tokens, n_probs=likely, stream=True, **settings)
+        with self._open("/completion", body) as response:
+            for line in response:
+                told = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: {") else {}
+                for entry in told.get("completion_probabilities", ()):
+                    best = [(other["id"], other["logprob"]) for other in entry["top_logprobs"]]
+                    heard = (entry["id"], told["content"], entry["logprob"], best, told["tokens_predicted"])
+                    yield StreamedToken(*heard)
+
     def _complete(self, input_ids: list[int], count: int, **settings: Any) -> dict[str, Any]:
+        return self._ask("/completion", **self._body(input_ids, count, **settings))
+
+    @staticmethod
+    def _body(input_ids: list[int], count: int, **settings: Any) -> dict[str, Any]:
         fixed = {"temperature": 0, "samplers": ["temperature"], "cache_prompt": False, "return_tokens": True}
-        return self._ask("/completion", prompt=input_ids, n_predict=count, **fixed, **settings)
+        return {"prompt": input_ids, "n_predict": count, **fixed, **settings}
 
     def _ask(self, path: str, **body: Any) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.server.listening_address + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request) as response:
+        with self._open(path, body) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
+
+    def _open(self, path: str, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.server.listening_address + path, json.dumps(body).encode(), headers)
+        try:
+            return urllib.request.urlopen(request, timeout=SECONDS_TO_A_TOKEN)
+        except urllib.error.HTTPError as error:
+            told = json.load(error).get("error", {})
+            raise ShadowtuneError(f"llama.cpp refuses {path}: {told.get('message', error.reason)}") from None

@@ -33,6 +33,10 @@ class Wording:
         self._begun, self._read = self._read, len(self._tokens)
         return self._release(longer[len(known) :])
 
+    def say(self, text: str) -> str:
+        """Take what comes next as text, where another has put the tokens together, and return what stands now."""
+        return self._release(text)
+
     def end(self) -> str:
         """Return what was held back, the answer being at its end."""
         known = self._decode(self._tokens[self._begun : self._read])

@@ -1,0 +1,168 @@
+"""``shadowtune simulate``."""
+
+import argparse
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shadowtune.cli.cloud_options import add_cloud, cloud_of
+from shadowtune.cli.command import Command, add_json
+from shadowtune.cli.output import check_json_target, print_table, say, write_json
+from shadowtune.config.policy import PolicyConfig, SignalName
+from shadowtune.config.simulation import ARRIVALS, SimulationConfig
+from shadowtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from shadowtune.cli.recording import Side
+    from shadowtune.serving.simulation.records import Record
+    from shadowtune.serving.simulation.verdict import Verdict
+    from shadowtune.serving.simulation.world import Result
+
+EPILOG = """examples:
+  shadowtune simulate --edge robot-int8 --cloud runs/robot --policy policy.json
+  shadowtune simulate requests.jsonl --edge robot.gguf --cloud runs/robot --lora runs/robot-lora --arrivals closed:1
+  shadowtune simulate requests.jsonl --edge robot-int8 --cloud http://localhost:8000 --rtt-ms 0
+
+Each side answers every request once, alone; its answers and seconds are kept in --output, so that another simulation
+of the same models and requests runs none. The seconds of a cloud at an address have the real network in them.
+"""
+HELP = {
+    "rtt_ms": "milliseconds to the cloud and back",
+    "jitter_ms": "by which a round trip is longer or shorter at most",
+    "bandwidth_mbit": "megabits a second in each direction",
+    "price_per_1k_tokens": "of tokens that the cloud reads or writes",
+    "edge_speed": "how many times as fast the edge is as this machine",
+    "cloud_speed": "likewise",
+    "arrivals": ARRIVALS,
+    "seed": "of arrivals, jitter and random routers",
+}
+PLAIN_SIGNALS: tuple[SignalName, ...] = ("logprob", "margin", "entropy", "first")
+"""Measured beside the policies; the first is drawn, if no policy with a threshold is given."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "requests", nargs="?", help="rows with answers, as evaluate --data takes them; default: the run's"
+    )
+    parser.add_argument("--edge", required=True, help="a detached directory, a GGUF file, or a run, taken detached")
+    parser.add_argument("--cloud", required=True, help="a run, or the address of a server with OpenAI's API")
+    parser.add_argument("--lora", metavar="RUN", help="another run, to answer in the cloud's place")
+    parser.add_argument("--policy", action="append", default=[], metavar="FILE", help="a policy.json; may be repeated")
+    parser.add_argument("--split", default="test", help="split of the data set, or part of the task (default: test)")
+    parser.add_argument("--limit", type=int, help="use only so many requests")
+    add_cloud(parser)
+    for setting in fields(SimulationConfig):
+        option, default = f"--{setting.name.replace('_', '-')}", setting.default
+        parser.add_argument(
+            option, type=type(default), default=default, help=f"{HELP[setting.name]} (default: {default})"
+        )
+    parser.add_argument("--output", default="runs/simulation", help="directory of all files (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Record, replay, compare."""
+    check_json_target(arguments.json)
+    from shadowtune.serving.simulation import strategies
+    from shadowtune.serving.simulation.world import World
+
+    config = SimulationConfig(**{setting.name: vars(arguments)[setting.name] for setting in fields(SimulationConfig)})
+    policies = _policies(arguments.policy)
+    world = World(_records(arguments), config)
+    results = strategies.fixed(world)
+    results += [strategies.decided(world, name, policy) for name, policy in policies.items()]
+    with_threshold = (item for item in policies.items() if item[1].kind == "confidence")
+    name, drawn = next(with_threshold, (PLAIN_SIGNALS[0], PolicyConfig()))
+    routers = {signal: replace(drawn, signal=signal) for signal in PLAIN_SIGNALS} | policies
+    rows, verdicts = [_cells(result) for result in results], _verdicts(results)
+    areas = [{"router": name, "area": area} for name, area in strategies.areas(world, routers).items()]
+    print_table(f"{len(world.records)} requests", rows)
+    print_table("Area under accuracy over hand-over rate", areas)
+    for line in (*verdicts, *map(_overload, world.overloaded())):
+        print(line)
+    _write(Path(arguments.output), results, strategies.every_threshold(world, name, drawn))
+    told = {"settings": asdict(config), "areas": areas, "verdicts": [vars(verdict) for verdict in verdicts]}
+    write_json(arguments.json, "simulate", rows, **told)
+    return 0
+
+
+def _policies(files: list[str]) -> dict[str, PolicyConfig]:
+    """Read policies, each under the name of its file."""
+    named = {Path(file).stem: PolicyConfig.load(Path(file)) for file in files}
+    if len(named) < len(files):
+        raise ConfigError(f"two of the policies {', '.join(files)} have one name; rename one of the files")
+    return named
+
+
+def _records(arguments: argparse.Namespace) -> "list[Record]":
+    """Return what each side answered to each request."""
+    from shadowtune.cli.recording import edge_side, labelled_of, record, run_side
+    from shadowtune.serving.simulation.records import Record
+
+    sides: dict[str, Side] = {"edge": edge_side(arguments.edge), "cloud": _cloud(arguments)}
+    if arguments.lora:
+        sides["lora"] = run_side("lora", arguments.lora)
+    labelled = labelled_of(sides["edge"], sides["cloud"], arguments.requests, arguments.split, arguments.limit)
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    answers = {name: record(side, labelled, output, arguments.quiet) for name, side in sides.items()}
+    return [
+        Record(**dict(zip(answers, row, strict=True)), request_bytes=len(asked.text.encode()))
+        for asked, *row in zip(labelled.requests, *answers.values(), strict=True)
+    ]
+
+
+def _cloud(arguments: argparse.Namespace) -> "Side":
+    from shadowtune.cli.recording import far_side, run_side
+
+    return far_side("cloud", cloud_of(arguments)) if "://" in arguments.cloud else run_side("cloud", arguments.cloud)
+
+
+def _verdicts(results: "list[Result]") -> "list[Verdict]":
+    """Compare everything but chance with the cloud alone, on the same requests."""
+    import torch
+
+    from shadowtune.comparison.statistics import bootstrap
+    from shadowtune.serving.simulation.verdict import judge
+
+    cloud = next(result for result in results if result.policy == "always-cloud")
+    verdicts = []
+    for result in results:
+        if result is not cloud and not result.policy.startswith("random "):
+            both = (bootstrap(torch.tensor([scores])) for scores in (result.scores, cloud.scores))
+            estimate = next(both).minus(next(both)).estimate()
+            verdicts.append(judge(result, cloud, (estimate.low, estimate.high)))
+    return verdicts
+
+
+def _overload(side: str) -> str:
+    return (
+        f"note: the {side} alone would need longer for a request than there is between two of them, so its queue grows "
+        "to the end; ask for fewer with --arrivals"
+    )
+
+
+def _cells(result: "Result") -> dict[str, Any]:
+    return {name: value for name, value in vars(result).items() if name != "scores"}
+
+
+def _write(output: Path, results: "list[Result]", curve: "list[Result]") -> None:
+    """Write results.jsonl and simulation.png."""
+    from shadowtune.evaluation.report import new_figure, png
+    from shadowtune.model.checkpoint import writing_into
+    from shadowtune.serving.simulation.plots import draw
+
+    figure = new_figure(11, 4.5)
+    draw(figure, results, curve)
+    lines = [{"kind": "policy", **_cells(result)} for result in results]
+    lines += [{"kind": "threshold", **_cells(result)} for result in curve]
+    with writing_into(output) as staging:
+        (staging / "results.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        (staging / "simulation.png").write_bytes(png(figure))
+    say(f"look at: {output / 'simulation.png'}  {output / 'results.jsonl'}")
+
+
+COMMAND = Command("simulate", "replay labelled requests through edge, cloud and policies", add_arguments, run, EPILOG)

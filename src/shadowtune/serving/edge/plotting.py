@@ -1,0 +1,29 @@
+"""The picture of a calibration: accuracy over what is handed over, and over what it costs."""
+
+from typing import Any
+
+from shadowtune.serving.edge.policy_making import Calibration
+
+
+def draw(figure: Any, done: Calibration) -> None:
+    """Draw into an empty figure of matplotlib."""
+    shares, costs = figure.subplots(1, 2, sharey=True)
+    for name, points in done.curves.items():
+        strong = name == done.policy.signal
+        style = {"linewidth": 2.2 if strong else 1.0, "alpha": 1.0 if strong else 0.6, "label": name}
+        heights = [100 * point.accuracy for point in points]
+        shares.plot([100 * point.hand_over_rate for point in points], heights, **style)
+        costs.plot([point.cost for point in points], heights, **style)
+    points = done.curves[done.policy.signal]
+    ends = [100 * points[0].accuracy, 100 * points[-1].accuracy]
+    for axes, far in ((shares, 100), (costs, points[-1].cost)):
+        axes.plot([0, far], ends, ":", color="#888888", label="random")
+    for point, marker, label in ((done.promised, "o", "chosen"), (done.found, "x", "checked")):
+        if point is not None:
+            shares.plot([100 * point.hand_over_rate], [100 * point.accuracy], marker, color="black", label=label)
+            costs.plot([point.cost], [100 * point.accuracy], marker, color="black")
+    shares.set(title="accuracy over hand-over rate", xlabel="requests handed over, %", ylabel="accuracy, %")
+    costs.set(title="accuracy over cost", xlabel="cost of a request")
+    for axes in (shares, costs):
+        axes.grid(alpha=0.3)
+    shares.legend(fontsize="small")

@@ -1,0 +1,121 @@
+import random
+
+import pytest
+
+from shadowtune.config.policy import Prices, Weights
+from shadowtune.errors import ShadowtuneError
+from shadowtune.evaluation.report import new_figure, png
+from shadowtune.serving.edge.calibration import Aim, Measured
+from shadowtune.serving.edge.learning import held_out_confidences, learn
+from shadowtune.serving.edge.plotting import draw
+from shadowtune.serving.edge.policies import learned_confidence
+from shadowtune.serving.edge.policy_making import calibrate
+from shadowtune.serving.edge.signals import Signals
+
+
+def rows(count=400, seed=0, tagged=0.0):
+    """The edge is right as often as ``margin`` says; the other signals are noise; the cloud is always right."""
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        logprob, margin, entropy, first = (draw.uniform(0.01, 0.99) for _ in range(4))
+        right = float(draw.random() < margin)
+        found.append(Measured(Signals(logprob, margin, entropy, first, 3), draw.random() < tagged, right, 1.0, 5.0))
+    return found
+
+
+def mixed(count=600, seed=0):
+    """The edge is right where ``margin`` and ``first`` together say so: neither alone is enough."""
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        logprob, margin, entropy, first = (draw.uniform(0.01, 0.99) for _ in range(4))
+        right = float(margin + first + draw.gauss(0, 0.1) > 1)
+        found.append(Measured(Signals(logprob, margin, entropy, first, 3), False, right, 1.0, 5.0))
+    return found
+
+
+def made(data, aim=("hand-over", 0.3), signal="auto"):
+    return calibrate(data, Aim(*aim), signal, "[REMOTE]", Prices())
+
+
+def test_the_signal_that_tells_most_is_found_and_the_threshold_holds_on_the_other_half():
+    done = made(rows())
+    quality = {each.router: each for each in done.qualities}
+    assert done.policy.signal in ("margin", "learned")
+    for name in ("logprob", "entropy", "first", "random"):
+        assert quality["margin"].checked > quality[name].checked + 0.05
+    assert quality["oracle"].checked >= quality["margin"].checked
+    assert done.promised.hand_over_rate <= 0.3
+    assert done.found.hand_over_rate == pytest.approx(done.promised.hand_over_rate, abs=0.1)
+    assert done.found.accuracy == pytest.approx(done.promised.accuracy, abs=0.1)
+    assert len(done.scores) == 200
+    assert sum(done.scores) / 200 == pytest.approx(done.found.accuracy)
+
+
+def test_what_is_learned_from_all_signals_beats_each_of_them_on_rows_it_never_saw():
+    done = made(mixed())
+    assert done.policy.signal == "learned"
+    assert done.policy.weights is not None
+    quality = {each.router: each.checked for each in done.qualities}
+    others = [value for name, value in quality.items() if name not in ("learned", "oracle")]
+    assert quality["learned"] > max(others) + 0.02
+
+
+def test_a_signal_that_was_asked_for_is_taken():
+    done = made(rows(), signal="first")
+    assert (done.policy.signal, done.policy.weights) == ("first", None)
+    assert done.promised in done.policy.curve
+    assert done.policy.threshold == done.promised.threshold
+
+
+def test_the_same_rows_give_the_same_policy():
+    assert made(rows()).policy == made(rows()).policy
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_rows_are_enough(count):
+    done = made([Measured(Signals(0.5, 0.5, 0.5, 0.5, 1), False, 0.0, 1.0, 1.0)] * count, ("accuracy", 1.0))
+    assert done.promised.hand_over_rate == 1
+    assert (done.found is None) == (count == 1)
+
+
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_an_edge_that_is_always_or_never_right_is_learned(right):
+    data = [Measured(row.signals, False, right, 1.0, 1.0) for row in rows(40)]
+    done = made(data, ("accuracy", 1.0), "learned")
+    assert done.promised.hand_over_rate == 1 - right
+    assert all((sure > 0.5) == bool(right) for sure in held_out_confidences(data))
+
+
+def test_the_tag_is_always_handed_over_and_teaches_nothing():
+    data = rows(tagged=0.5)
+    assert learn(data) == learn([row for row in data if not row.tagged])
+    assert learn([row for row in data if row.tagged]) == Weights(0, 0, 0, 0, 0, 0)
+    with pytest.raises(ShadowtuneError, match="tag alone"):
+        made(data, ("hand-over", 0.1))
+    assert made(data, ("hand-over", 0.7)).found.hand_over_rate == pytest.approx(0.7, abs=0.1)
+
+
+def test_held_out_confidences_do_not_know_their_own_row():
+    data = rows(50)
+    turned = [data[0].__class__(data[0].signals, False, 1 - data[0].edge_score, 1.0, 5.0), *data[1:]]
+    assert held_out_confidences(data)[0] == held_out_confidences(turned)[0]
+    assert held_out_confidences(data)[1] != held_out_confidences(turned)[1]
+
+
+def test_more_regularized_than_certain():
+    data = [Measured(Signals(n / 10, 0.5, 0.5, 0.5, 2), False, float(n > 5), 1.0, 1.0) for n in range(1, 10)]
+    weights = learn(data)
+    sure = [learned_confidence(weights, row.signals) for row in data]
+    assert sure == sorted(sure)
+    assert sure[0] < 0.2 < 0.8 < sure[-1]
+    assert abs(weights.logprob) < 100
+
+
+def test_the_picture_is_drawn():
+    figure = new_figure(9, 3.6)
+    draw(figure, made(rows(60)))
+    assert png(figure).startswith(b"\x89PNG")
+    lines = {line.get_label() for line in figure.axes[0].get_lines()}
+    assert {"logprob", "learned", "random", "chosen", "checked"} <= lines

@@ -1,0 +1,38 @@
+from matplotlib.figure import Figure
+
+from shadowtune.serving.simulation.plots import draw
+from shadowtune.serving.simulation.world import Result
+
+
+def result(policy, accuracy, cost, p50):
+    return Result(policy, accuracy, 0.5, cost, p50, 1.0, 1.0, 10.0)
+
+
+RESULTS = [
+    result("always-edge", 0.8, 0, 0.01),
+    result("random 10%", 0.81, 2, 0.02),
+    result("random 90%", 0.89, 18, 0.2),
+    result("mine", 0.9, 5, 0.03),
+]
+
+
+def drawn(curve):
+    figure = Figure()
+    draw(figure, RESULTS, curve)
+    return [
+        {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+        for axes in figure.axes
+    ]
+
+
+def test_accuracy_stands_over_cost_and_over_the_median_latency():
+    cost, latency = drawn([result("logprob", 0.7, 1, 0.1), result("logprob", 0.9, 3, 0.4)])
+    assert cost["mine"] == ([5], [90])
+    assert latency["mine"] == ([0.03], [90])
+    assert cost["random"] == ([2, 18], [81, 89])
+    assert latency["every threshold"] == ([0.1, 0.4], [70, 90])
+    assert list(cost) == ["random", "every threshold", "always-edge", "mine"]
+
+
+def test_without_a_curve_there_is_none():
+    assert "every threshold" not in drawn([])[0]
