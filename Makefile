@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check fmt types install clean
+.PHONY: demo robot test check fmt types install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -17,6 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: install  ## fine-tune SmolLM2-135M with a shadow and with LoRA, compare, look at runs/demo
 	$(BIN)/shadowtune demo
+
+robot: install  ## a robot that answers what it can: train, detach, export, calibrate, simulate
+	$(BIN)/python examples/robot/run.py
 
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
