@@ -54,6 +54,7 @@ def steps(place: Path, model: str | None, lora: bool, quick: bool) -> list[tuple
     settings = [f"data.train={place / 'data'}", *([f"model={model}"] if model else []), *(QUICK if quick else ())]
     train = ["train", str(HERE / "robot.yaml"), "--resume", *settings]
     calibrate = ["calibrate", str(edge), "--cloud-run", str(shadow), "--signal", "auto", *AIM, "-o", str(policy)]
+    calibrate += ["--answers", str(place / "calibration")]
     simulate = ["simulate", "--edge", str(edge), "--cloud", str(shadow), "--policy", str(policy)]
     simulate += ["--arrivals", "closed:1", "--output", str(place / "simulation")]
     done: list[tuple[Path | None, list[str]]] = [

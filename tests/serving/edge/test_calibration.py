@@ -31,6 +31,8 @@ def points_of(rows):
     return curve(rows, confidences(rows, "logprob"))
 
 
+MANY = 10**9
+"""Rows with which a standard error is nothing."""
 KNOWN = [row(0.1, 0, 1), row(0.2, 0, 1), row(0.6, 1, 0), row(0.8, 1, 1)]
 """Best of all: hand over the first two, accuracy 1."""
 
@@ -48,19 +50,28 @@ def test_areas_of_a_known_case():
 
 def test_the_threshold_is_chosen_that_reaches_the_aim_best():
     points = points_of(KNOWN)
-    assert choose_threshold(points, Aim("accuracy", 1.0)).hand_over_rate == 0.5
-    assert choose_threshold(points, Aim("accuracy", 0.7)).hand_over_rate == 0.25
-    assert choose_threshold(points, Aim("accuracy", 0.5)).hand_over_rate == 0
-    assert choose_threshold(points, Aim("hand-over", 0.3)).accuracy == 0.75
-    assert choose_threshold(points, Aim("hand-over", 1.0)).accuracy == 1.0
-    assert choose_threshold(points, Aim("cost", 0.3)).accuracy == 0.75
-    assert choose_threshold(points, Aim("cost", 0.0)).hand_over_rate == 0
+    assert choose_threshold(points, Aim("accuracy", 1.0), MANY).hand_over_rate == 0.5
+    assert choose_threshold(points, Aim("accuracy", 0.7), MANY).hand_over_rate == 0.25
+    assert choose_threshold(points, Aim("accuracy", 0.5), MANY).hand_over_rate == 0
+    assert choose_threshold(points, Aim("hand-over", 0.3), MANY).accuracy == 0.75
+    assert choose_threshold(points, Aim("hand-over", 1.0), MANY).accuracy == 1.0
+    assert choose_threshold(points, Aim("cost", 0.3), MANY).accuracy == 0.75
+    assert choose_threshold(points, Aim("cost", 0.0), MANY).hand_over_rate == 0
+
+
+def test_what_is_allowed_is_used_unless_that_is_clearly_worse():
+    points = points_of(KNOWN)
+    few, many = (choose_threshold(points, Aim("hand-over", 0.3), rows) for rows in (1, MANY))
+    assert few.hand_over_rate == many.hand_over_rate == 0.25
+    worse = points_of([row(0.1, 0, 1), *[row(0.2 + n / 100, 0.9, 0.8) for n in range(9)]])
+    assert choose_threshold(worse, Aim("hand-over", 0.5), 10).hand_over_rate == 0.5
+    assert choose_threshold(worse, Aim("hand-over", 0.5), MANY).hand_over_rate == 0.1
 
 
 def test_dear_requests_count_by_their_cost():
     rows = [row(0.1, 0, 1, cost=10), row(0.2, 0, 1, cost=1), row(0.9, 1, 1, cost=1)]
     assert [point.cost for point in points_of(rows)] == pytest.approx([0, 10 / 3, 11 / 3, 4])
-    assert choose_threshold(points_of(rows), Aim("cost", 3.0)).hand_over_rate == 0
+    assert choose_threshold(points_of(rows), Aim("cost", 3.0), MANY).hand_over_rate == 0
 
 
 @pytest.mark.parametrize(
@@ -75,10 +86,10 @@ def test_dear_requests_count_by_their_cost():
 )
 def test_an_aim_out_of_reach_is_refused_with_what_can_be_had(rows, aim, said):
     if said is None:
-        assert choose_threshold(points_of(rows), aim).hand_over_rate == 1
+        assert choose_threshold(points_of(rows), aim, MANY).hand_over_rate == 1
         return
     with pytest.raises(ShadowtuneError, match=said) as caught:
-        choose_threshold(points_of(rows), aim)
+        choose_threshold(points_of(rows), aim, MANY)
     assert "\n" not in str(caught.value)
 
 
@@ -89,8 +100,8 @@ def test_the_equally_sure_go_together():
 
 def test_all_right_needs_no_cloud_and_all_wrong_all_of_it():
     right, wrong = [row(0.1 * n, 1, 1) for n in range(1, 9)], [row(0.1 * n, 0, 1) for n in range(1, 9)]
-    assert choose_threshold(points_of(right), Aim("accuracy", 1.0)).hand_over_rate == 0
-    assert choose_threshold(points_of(wrong), Aim("accuracy", 1.0)).hand_over_rate == 1
+    assert choose_threshold(points_of(right), Aim("accuracy", 1.0), MANY).hand_over_rate == 0
+    assert choose_threshold(points_of(wrong), Aim("accuracy", 1.0), MANY).hand_over_rate == 1
     assert area(points_of(right)) == 1
     assert area(points_of(wrong)) == random_area(wrong) == oracle_area(wrong) == 0.5
 
@@ -105,7 +116,7 @@ def test_the_tag_goes_whatever_the_threshold():
     assert points[0].threshold < 0
     able = [point for point in points if point.threshold >= 0]
     assert [point.hand_over_rate for point in able] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert choose_threshold(points, Aim("accuracy", 1.0)).hand_over_rate == pytest.approx(1 / 3)
+    assert choose_threshold(points, Aim("accuracy", 1.0), MANY).hand_over_rate == pytest.approx(1 / 3)
 
 
 ROWS = st.lists(

@@ -106,8 +106,16 @@ def oracle_area(rows: Sequence[Measured]) -> float:
     return area(curve(rows, gains))
 
 
-def choose_threshold(points: Sequence[CurvePoint], aim: Aim) -> CurvePoint:
+def choose_threshold(points: Sequence[CurvePoint], aim: Aim, rows: int) -> CurvePoint:
     """Return the point of a curve that reaches an aim best.
+
+    What a share or a cost allows is used up, for few rows do not tell which rate within it is best; but not where that
+    is less accurate than the best by more than a standard error.
+
+    Args:
+        points: of ``curve``.
+        aim: the aim.
+        rows: how many the curve was measured on.
 
     Raises:
         ShadowtuneError: if none does, saying what can be reached.
@@ -125,7 +133,9 @@ def choose_threshold(points: Sequence[CurvePoint], aim: Aim) -> CurvePoint:
     name = {"hand-over": "hand_over_rate", "cost": "cost"}[aim.kind]
     good = [point for point in able if vars(point)[name] <= aim.value + 1e-12]
     if good:
-        return max(good, key=lambda point: (point.accuracy, -point.cost))
+        best = max(point.accuracy for point in good)
+        error = math.sqrt(best * (1 - best) / rows)
+        return max((p for p in good if p.accuracy >= best - error), key=lambda p: (p.hand_over_rate, p.accuracy))
     least = min(vars(point)[name] for point in able)
     raise ShadowtuneError(
         f"no threshold keeps {aim.kind} to {aim.value:g}: the edge's tag alone comes to {least:.4g}; allow that much"

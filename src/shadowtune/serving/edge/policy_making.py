@@ -71,7 +71,7 @@ def calibrate(
     weights = learn(chosen)
     curves = {name: curve(chosen, _confidences(chosen, name)) for name in SIGNALS}
     best = max(SIGNALS, key=lambda name: area(curves[name])) if signal == "auto" else signal
-    promised = choose_threshold(curves[best], aim)
+    promised = choose_threshold(curves[best], aim, len(chosen))
     sure = {name: confidences(others, name, weights) for name in SIGNALS}
     qualities = [
         Quality(name, area(curves[name]), area(curve(others, sure[name])) if others else None) for name in SIGNALS
