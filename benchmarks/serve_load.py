@@ -155,7 +155,7 @@ def main() -> int:
             targets.append(address)
         rows = asyncio.run(everything(targets, processes, arguments, counts))
         died = [name for name, process in processes.items() if process.poll() is not None]
-    print_table(rows, "what the servers held")
+    print_table("what the servers held", rows)
     wrong = {name: count for name, count in counts.items() if name[0] == "5" or name.startswith(("lost", "cut"))}
     more = grown(rows)
     print(f"{sum(counts.values())} requests: {dict(sorted(counts.items()))}")
