@@ -133,9 +133,9 @@ def choose_threshold(points: Sequence[CurvePoint], aim: Aim, rows: int) -> Curve
     name = {"hand-over": "hand_over_rate", "cost": "cost"}[aim.kind]
     good = [point for point in able if vars(point)[name] <= aim.value + 1e-12]
     if good:
-        best = max(point.accuracy for point in good)
-        error = math.sqrt(best * (1 - best) / rows)
-        return max((p for p in good if p.accuracy >= best - error), key=lambda p: (p.hand_over_rate, p.accuracy))
+        most = max(point.accuracy for point in good)
+        error = math.sqrt(most * (1 - most) / rows)
+        return max((p for p in good if p.accuracy >= most - error), key=lambda p: (p.hand_over_rate, p.accuracy))
     least = min(vars(point)[name] for point in able)
     raise ShadowtuneError(
         f"no threshold keeps {aim.kind} to {aim.value:g}: the edge's tag alone comes to {least:.4g}; allow that much"
