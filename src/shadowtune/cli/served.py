@@ -110,7 +110,6 @@ def _read_run(path: Path) -> Source:
     import torch
 
     from shadowtune.data.dataset import Dataset
-    from shadowtune.data.prompt_format import PromptFormat
     from shadowtune.evaluation.run import read_run_config
     from shadowtune.model.quantization import quantization_arguments
 
@@ -121,8 +120,7 @@ def _read_run(path: Path) -> Source:
         raise CheckpointError(f"{path} has no model yet: the run has not finished training")
     dtype = vars(torch)[config.base_dtype]
     loading = {"dtype": dtype, **quantization_arguments(config.base_quantization, dtype)}
-    data = Dataset.open(config.data)
-    return Source(path, path / "model", config.model, PromptFormat(data.template, data.chat_template), loading)
+    return Source(path, path / "model", config.model, Dataset.open(config.data).prompt_format, loading)
 
 
 def open_shadow(source: Source, base: Any = None) -> "ShadowForCausalLM":

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from shadowtune.config.data import DataConfig
 from shadowtune.data.blocks import BlockReport, encode_blocks
 from shadowtune.data.encoding import EncodedPrompt, EncodingReport, encode_classification, encode_prompts, encode_rows
+from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.data.prompts import FieldNames
 from shadowtune.data.sources import Row, has_splits, load_rows
 from shadowtune.data.tasks import Task, load_task
@@ -63,6 +64,11 @@ class Dataset:
     def max_length(self) -> int:
         """Tokens of a row: what the settings say, else the task."""
         return self.settings.max_length or (MAX_LENGTH if self.task is None else self.task.config.max_length)
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """What stands around a user's words: the template, where the row's field was, and the chat template."""
+        return PromptFormat(self.template, self.chat_template)
 
     @property
     def chat_template(self) -> bool:

@@ -99,8 +99,8 @@ class FinishedRun:
 
     @property
     def prompt_format(self) -> PromptFormat:
-        """What stands around a user's words: the run's template, where the row's field was, and the chat template."""
-        return PromptFormat(self.dataset.template, self.dataset.chat_template)
+        """What stands around a user's words, as in training."""
+        return self.dataset.prompt_format
 
     def prompt(self, text: str) -> str:
         """Put a user's words where the run's template, if it has one with a single field, had a row's."""
