@@ -1,13 +1,14 @@
 """Whole comparisons, in this process."""
 
 import json
+import shutil
 
 import pytest
 
 from shadowtune.comparison import execution
 from shadowtune.comparison.plan import Plan
-from shadowtune.comparison.run import compare, failures
-from shadowtune.errors import DataError, ShadowtuneError
+from shadowtune.comparison.run import compare, failures, rows_done
+from shadowtune.errors import CheckpointError, DataError, ShadowtuneError
 from tests.support.commands import ROWS, write_rows
 from tests.support.comparisons import SHADOW, LocalWorker, compare_config
 
@@ -70,6 +71,27 @@ def test_nothing_is_done_twice_and_what_changes_is_done_anew(tmp_path):
     assert changed[0] == rows[0]
     assert changed[1]["config"]["lora"]["rank"] == 3
     assert changed[2] == rows[2]
+
+
+def test_the_file_of_results_is_enough_to_go_on_from(tmp_path):
+    rows, out = compare(Plan.of(compare_config(tmp_path))), tmp_path / "out"
+    shutil.rmtree(out / "runs")
+    assert rows_done(Plan.of(compare_config(tmp_path))) == rows
+    shutil.rmtree(out / "runs")
+    said = []
+    more = compare(Plan.of(compare_config(tmp_path, seeds=[1, 2])), said.append)
+    assert said[0] == "3 of 5 runs are done already"
+    assert more[:3] == rows
+    assert results(tmp_path) == more
+
+
+def test_a_damaged_file_of_results_is_named_and_kept(tmp_path):
+    compare(Plan.of(compare_config(tmp_path)))
+    file = tmp_path / "out" / "results.jsonl"
+    file.write_text(file.read_text()[:-40])
+    with pytest.raises(CheckpointError, match=r"results\.jsonl is damaged .*; delete it"):
+        compare(Plan.of(compare_config(tmp_path)))
+    assert file.exists()
 
 
 def test_other_test_rows_are_answered_without_training_again(tmp_path):

@@ -99,8 +99,18 @@ def test_the_state_of_a_call_goes_through_mixed_boundaries_as_through_one_shadow
     one = h[:1]
     for depth in range(COUNT + 1):
         h, one = state.enter(depth, h), single.enter(depth, one)
-    state.check_arrival(COUNT + 1)
-    torch.testing.assert_close(h[:1], one)
+    torch.testing.assert_close(state.arrive(COUNT + 1, h)[:1], single.arrive(COUNT + 1, one))
+
+
+@torch.no_grad()
+def test_each_token_gets_as_much_of_s0_as_its_own_shadow_mixes_in():
+    members = [boundaries(0), boundaries(1, head_mixing=0.3), boundaries(2, head_mixing=0.6)]
+    h, s = rows(4)
+    mixed = Mixture(members).of_rows([2, None, 0, 1], TOKENS).mix(h, s)
+    assert torch.equal(mixed[1:3], h[1:3])
+    for row, member in ((0, members[2]), (3, members[1])):
+        torch.testing.assert_close(mixed[row], h[row] + member.config.head_mixing * s[row])
+        assert (mixed[row] - h[row]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ class Recorder(Boundaries):
         self.crossed.append(parameters)
         return hidden_states + 1, shadow_states + 10
 
+    def mix(self, hidden_states, initial_states):
+        return hidden_states + 100 + initial_states
+
 
 def state(inject_first: bool = False) -> ShadowState:
     return ShadowState(Recorder(inject_first), torch.zeros(1, 1, 2))
@@ -35,7 +38,7 @@ def test_boundary_l_stands_before_block_l_plus_one():
     assert travelling.boundaries.crossed == [0, 1, 2]
     assert travelling.value.mean() == 30
     assert travelling.initial.mean() == 0
-    travelling.check_arrival(BLOCKS)
+    assert travelling.arrive(BLOCKS, torch.ones(1, 1, 2)).mean() == 101, "what is mixed in is s0, not the last state"
 
 
 def test_inject_first_puts_a_boundary_before_the_first_block_too():
@@ -68,4 +71,4 @@ def test_a_state_that_did_not_reach_the_last_block_is_an_error(reached):
     for depth in range(reached):
         travelling.enter(depth, torch.zeros(1, 1, 2))
     with pytest.raises(AttachError, match=f"reached {reached} of 4 blocks"):
-        travelling.check_arrival(BLOCKS)
+        travelling.arrive(BLOCKS, torch.zeros(1, 1, 2))

@@ -1,5 +1,6 @@
 """Do the jobs of a comparison: a process each, several at a time, none twice."""
 
+import json
 import queue
 import threading
 import time
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 
 from shadowtune.benchmark.process import WorkerProcess
-from shadowtune.comparison.job import Job, read_json
+from shadowtune.comparison.job import Job, read_json, write_json
 from shadowtune.comparison.progress import TimeLeft, describe
-from shadowtune.errors import ShadowtuneError
+from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.model.checkpoint import writing_into
 
 Report = Callable[[str], None]
@@ -104,6 +105,27 @@ def _environment(slot: int, jobs: int, devices: Sequence[int] | None) -> dict[st
     if devices:
         variables["CUDA_VISIBLE_DEVICES"] = str(devices[slot % len(devices)])
     return variables
+
+
+def restore_results(file: Path, runs: Path) -> None:
+    """Give each row of a file that ``write_results`` wrote back to its run, where the run's own copy is gone.
+
+    Args:
+        file: may be missing.
+        runs: directory of the run directories.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    if not file.is_file():
+        return
+    try:
+        places = {runs / row["run"] / f"{row['stage']}.json": row for row in map(json.loads, file.open())}
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file} is damaged ({' '.join(str(error).split())}); delete it") from None
+    for place, row in places.items():
+        if not place.is_file():
+            write_json(place, row)
 
 
 def write_results(file: Path, jobs: Iterable[Job]) -> list[dict[str, Any]]:

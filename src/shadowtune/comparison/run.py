@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shadowtune.comparison.execution import Executor, write_results
+from shadowtune.comparison.execution import Executor, restore_results, write_results
 from shadowtune.comparison.job import Job
-from shadowtune.comparison.plan import Plan
+from shadowtune.comparison.plan import Plan, run_path
 from shadowtune.comparison.sweep import best_settings
 from shadowtune.data.dataset import Dataset
 from shadowtune.errors import DataError
@@ -16,6 +16,8 @@ RESULTS = "results.jsonl"
 
 def compare(plan: Plan, report: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
     """Do every run of a plan that is not done yet, trials first, and keep a row of each in ``results.jsonl``.
+
+    That file alone is enough to go on from: a run with a row in it is done, even if its directory is gone.
 
     Args:
         plan: the comparison.
@@ -29,6 +31,7 @@ def compare(plan: Plan, report: Callable[[str], None] = lambda line: None) -> li
     """
     config = plan.config
     file = Path(config.output) / RESULTS
+    restore_results(file, run_path(config))
     executor = Executor(config.jobs, config.devices, report)
     trials = plan.trials()
     check_training_rows(trials or plan.finals())
@@ -48,10 +51,12 @@ def rows_done(plan: Plan) -> list[dict[str, Any]]:
 
     With a sweep, the runs of a method on a task count as soon as all of its trials are done.
     """
+    file = Path(plan.config.output) / RESULTS
+    restore_results(file, run_path(plan.config))
     trials = plan.trials()
     open_ones = {(job.task, job.method) for job in trials if job.result() is None}
     tried = [job for job in trials if (job.task, job.method) not in open_ones]
-    return write_results(Path(plan.config.output) / RESULTS, [*trials, *plan.finals(_chosen(plan, tried))])
+    return write_results(file, [*trials, *plan.finals(_chosen(plan, tried))])
 
 
 def _chosen(plan: Plan, trials: Sequence[Job]) -> dict[tuple[str, str], dict[str, Any]] | None:

@@ -98,6 +98,12 @@ class ShadowConfig:
     """Whether each channel of h - s is divided, before W_down, by how large it usually is in the base. A few channels
     of a trained base are ten to fifty times as large as the others in every token, and drown what the others could
     teach W_down. Measured once, where the shadow starts, on random tokens; used as a part of W_down."""
+    head_mixing: float | None = None
+    """gamma: outside of training the head sees h_L + gamma s0 in place of h_L, so that the attached model's logits are
+    its own plus gamma times the shadow's, a product of experts (Hinton, 2002,
+    https://doi.org/10.1162/089976602760128018) at the price of one vector. In training each of the two learns for
+    itself: beside a shadow that knows the training rows by heart the boundaries would have nothing left to learn. None
+    leaves it out (the paper)."""
     init_std: float = 0.02
     """Standard deviation of W_down at the start; W_up starts at 0, so the attached model equals the base."""
 
@@ -117,6 +123,7 @@ class ShadowConfig:
             matching_weight=(0, None),
             num_shadow_layers=(1, None),
             init_std=(0, None),
+            head_mixing=(0, None),
             hidden_size=(1, None),
             intermediate_size=(1, None),
             num_attention_heads=(1, None),

@@ -10,6 +10,8 @@ injection; they meet in the gap, so they are one operation (h, s) -> (h', s'):
 
 The first boundary only injects: no state has been refined before it. The update after the last block is read by nobody
 and does not exist. Shapes: h, s are (..., d); W_down (d, r), W_up (r, d); T and G have the hidden width k.
+
+Not in the paper: with ``config.head_mixing`` the head behind the last block sees h_L + gamma s0 outside of training.
 """
 
 import torch
@@ -104,6 +106,18 @@ class Boundaries(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Cross the boundary with these parameters, one of ``split``; arguments and result as in ``forward``."""
         return cross(hidden_states, shadow_states, parameters, self.config, self.kernel, self.training)
+
+    def mix(self, hidden_states: Tensor, initial_states: Tensor) -> Tensor:
+        """Return what the head sees: ``mixed`` states, and in training h_L as it is."""
+        return hidden_states if self.training else self.mixed(hidden_states, initial_states)
+
+    def mixed(self, hidden_states: Tensor, initial_states: Tensor) -> Tensor:
+        """Return h_L + gamma s0 in the dtype of h_L, both (..., d); h_L itself without a gamma."""
+        gamma = self.config.head_mixing
+        if gamma is None:
+            return hidden_states
+        mixed = torch.add(hidden_states.to(initial_states.dtype), initial_states, alpha=gamma)
+        return mixed.to(hidden_states.dtype)
 
     def split(self) -> list[BoundaryParameters]:
         """Return each boundary's parameters, views of the stacks.

@@ -6,6 +6,7 @@ ShadowPEFT (https://arxiv.org/abs/2604.19254), Eq. 2-7, for N tokens of which ea
     t  = (M_k silu(n [T_1 | ... | T_A])) [T'_1; ...; T'_A],   g likewise
     s' = (1 - g) * s + g * t
     h' = h + (M_r ((h - s') [D_1 | ... | D_A])) [alpha_1 U_1; ...; alpha_A U_A]
+    and in front of the head  h_L + gamma_a s0
 
 M_r (N, sum of r) and M_k (N, sum of k) are 1 in the columns of the token's own shadow and 0 elsewhere. What is not a
 token's own is multiplied by 0, so each gets what it would get alone, whatever the ranks; and the operations are as many
@@ -67,6 +68,8 @@ class Mixture:
         self.update_columns = _own_columns(widths, like).repeat(1, 2)
         updates = [part.transform is not None for part in last]
         self.updates = None if all(updates) else like.new_tensor([[float(on)] for on in (*updates, False)])
+        gammas = [member.config.head_mixing for member in members]
+        self.head_mixing = like.new_tensor([gamma or 0.0 for gamma in (*gammas, None)]) if any(gammas) else None
         self.norm: tuple[Tensor, Tensor] | None = None
         if self.config.update_norm and any(updates):
             ones, zeros = like.new_ones(like.shape[1]), like.new_zeros(like.shape[1])
@@ -95,6 +98,7 @@ class MixedBoundaries:
         self._injection_columns = mixture.injection_columns[owners]
         self._update_columns = mixture.update_columns[owners]
         self._updates = None if mixture.updates is None else mixture.updates[owners]
+        self._head_mixing = None if mixture.head_mixing is None else mixture.head_mixing[owners]
         self._norm = None if mixture.norm is None else tuple(part[owners] for part in mixture.norm)
 
     def split(self) -> list[MixedParameters]:
@@ -111,6 +115,13 @@ class MixedBoundaries:
         inner = torch.mm(h - s, down).mul_(self._injection_columns)
         crossed = torch.addmm(h, inner, up)
         return crossed.to(hidden_states.dtype).view(hidden_states.shape), s.view(hidden_states.shape)
+
+    def mix(self, hidden_states: Tensor, initial_states: Tensor) -> Tensor:
+        """Return what the head sees: h_L + gamma s0 (B, T, d), with the gamma of each token's own shadow, 0 for none."""
+        if self._head_mixing is None:
+            return hidden_states
+        gamma = self._head_mixing.view(*hidden_states.shape[:-1], 1)
+        return torch.addcmul(hidden_states.to(gamma.dtype), initial_states, gamma).to(hidden_states.dtype)
 
     def _update(self, h: Tensor, s: Tensor, p: MixedParameters) -> Tensor:
         """Eq. 5-7."""

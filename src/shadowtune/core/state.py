@@ -19,6 +19,9 @@ class Crossings(Protocol):
     def cross(self, parameters: Any, hidden_states: Tensor, shadow_states: Tensor) -> tuple[Tensor, Tensor]:
         """Cross the boundary with these parameters: (h, s) -> (h', s')."""
 
+    def mix(self, hidden_states: Tensor, initial_states: Tensor) -> Tensor:
+        """Return what the head sees of the last hidden states and s0."""
+
 
 class ShadowState:
     """s^(l) on its way through the blocks, together with the boundaries that refine it.
@@ -27,13 +30,15 @@ class ShadowState:
     threads do not mix, an exception leaves nothing behind, and the call alone chooses which shadow it runs with.
     """
 
-    __slots__ = ("boundaries", "depth", "initial", "parameters", "value")
+    __slots__ = ("boundaries", "depth", "given", "initial", "parameters", "value")
 
     def __init__(self, boundaries: Crossings, initial: Tensor) -> None:
         self.boundaries = boundaries
         self.parameters = boundaries.split()
         self.initial = initial
-        self.value = initial if boundaries.config.backbone_loss == "joint" else initial.detach()
+        self.given = initial if boundaries.config.backbone_loss == "joint" else initial.detach()
+        """s0 as the attached model sees it."""
+        self.value = self.given
         self.depth = -1
         """The block that the state has been brought to; -1 before the first."""
 
@@ -59,10 +64,15 @@ class ShadowState:
         hidden_states, self.value = self.boundaries.cross(self.parameters[index], hidden_states, self.value)
         return hidden_states
 
-    def check_arrival(self, blocks: int) -> None:
-        """Raise AttachError unless the state has reached the last of so many blocks."""
+    def arrive(self, blocks: int, hidden_states: Tensor) -> Tensor:
+        """Return what the head sees, of the base's last hidden states, same shape and dtype.
+
+        Raises:
+            AttachError: unless the state has reached the last of so many blocks.
+        """
         if self.depth != blocks - 1:
             raise AttachError(
                 f"the shadow reached {self.depth + 1} of {blocks} blocks: this base does not hand unknown keywords "
                 "down to its blocks, or skips some of them (layer dropout)"
             )
+        return self.boundaries.mix(hidden_states, self.given)

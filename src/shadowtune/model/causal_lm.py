@@ -168,7 +168,8 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         fusion = self.shadow.draft_fusion
         if fusion is None or not self.training:
             return joint
-        draft = draft_loss(self.head, fusion, hidden_states, initial_states, labels, num_items_in_batch)
+        seen = self.shadow.boundaries.mixed(hidden_states, initial_states)  # as when it drafts
+        draft = draft_loss(self.head, fusion, seen, initial_states, labels, num_items_in_batch)
         return joint._replace(total=joint.total + draft, draft=draft)
 
     def _teacher(

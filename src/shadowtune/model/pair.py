@@ -210,7 +210,7 @@ class ShadowPair(PreTrainedModel):
             shadow=state,
             **kwargs,
         )
-        state.check_arrival(depth)
+        output.last_hidden_state = state.arrive(depth, output.last_hidden_state)
         output.past_key_values = cache
         return output, state
 

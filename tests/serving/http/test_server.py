@@ -85,7 +85,10 @@ def test_a_head_that_does_not_come_ends_the_connection(hasty, sent):
 def test_so_does_that_of_a_second_request(hasty):
     with connect(hasty.url) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert b"200 OK" in connection.recv(65536)
+        first = b""
+        while not first.endswith(b"}"):  # head and body may come apart
+            first += connection.recv(65536)
+        assert b"200 OK" in first
         connection.sendall(b"GET /health HTTP")
         assert ended(connection) == b""
 

@@ -56,6 +56,7 @@ SETTINGS: dict[str, Any] = {
     "update_bias": True,
     "activation": "gelu",
     "inject_first": True,
+    "head_mixing": None,
 }
 """How PEFT computes."""
 TRAINING: dict[str, Any] = {"transform_dropout": False, "dropout_position": "hidden"}

@@ -48,6 +48,7 @@ SETTINGS: dict[str, Any] = {
     "update_bias": False,
     "activation": "silu",
     "inject_first": False,
+    "head_mixing": None,
 }
 """How shadow-peft computes."""
 TRAINING: dict[str, Any] = {"transform_dropout": True, "dropout_position": "rank"}

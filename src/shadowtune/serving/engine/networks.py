@@ -77,9 +77,8 @@ class Networks:
         starts, counts = [row.cached for row in rows], [len(line) for line in tokens]
         shadow = {} if state is None else {"shadow": state}
         output = self._decoder(input_ids=ids, **self.slots.inputs(rows, starts, counts, ids.shape[1]), **shadow)
-        if state is not None:
-            state.check_arrival(self._depth)
-        return output.last_hidden_state
+        hidden_states: Tensor = output.last_hidden_state
+        return hidden_states if state is None else state.arrive(self._depth, hidden_states)
 
     def head(self, states: Tensor) -> Tensor:
         """Apply the base's head: (..., d) -> (..., V)."""
