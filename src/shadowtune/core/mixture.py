@@ -117,7 +117,7 @@ class MixedBoundaries:
         return crossed.to(hidden_states.dtype).view(hidden_states.shape), s.view(hidden_states.shape)
 
     def mix(self, hidden_states: Tensor, initial_states: Tensor) -> Tensor:
-        """Return what the head sees: h_L + gamma s0 (B, T, d), with the gamma of each token's own shadow, 0 for none."""
+        """Return what the head sees: h_L + gamma s0 (B, T, d), gamma being that of the token's shadow, 0 for none."""
         if self._head_mixing is None:
             return hidden_states
         gamma = self._head_mixing.view(*hidden_states.shape[:-1], 1)
