@@ -139,6 +139,9 @@ class TrainConfig:
     drafting_epochs: float = 0.0
     """Passes at the end in which a drafter (shadow.draft_rank) learns what the attached model itself answers to the
     training prompts. Nothing else changes then."""
+    fit_head_mixing: bool = False
+    """Whether, after training, ``shadow.head_mixing`` is chosen on the validation rows: of 0, 0.1, ..., 1 what makes
+    the attached model's loss smallest. Needs ``data.validation``."""
     draft_vocabulary: int | None = 4096
     """So many of the most frequent tokens of the training answers are saved with a shadow, for it to draft from in
     speculative decoding; None lets it draft from all."""
@@ -194,6 +197,12 @@ class TrainConfig:
             raise ConfigError(
                 f"drafting_epochs={self.drafting_epochs:g} trains a drafter beside a task: set shadow.draft_rank, such "
                 "as 64, or leave drafting_epochs out"
+            )
+        mixes = (self.method, self.stage, self.task) == ("shadow", "task", "causal_lm")
+        if self.fit_head_mixing and not (mixes and self.data.validation is not None):
+            raise ConfigError(
+                "fit_head_mixing chooses shadow.head_mixing of a causal_lm on validation rows: set data.validation "
+                "and method=shadow, or leave it out"
             )
         if self.shadow.draft_rank is not None and self.task != "causal_lm":
             raise ConfigError(f"shadow.draft_rank needs task=causal_lm, but task is {self.task}; leave it out")

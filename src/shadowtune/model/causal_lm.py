@@ -1,7 +1,7 @@
 """``ShadowForCausalLM``: a frozen base and its shadow as one transformers model."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -246,6 +246,12 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             raise ConfigError(f"a draft vocabulary is a list of token ids from 0 to {vocabulary - 1}, got {tokens}")
         self.shadow.draft_vocabulary = tokens.to(self.base.device)
         self.config.draft_vocabulary_size = len(tokens)
+
+    def set_head_mixing(self, gamma: float | None) -> None:
+        """Give the shadow's own logits this weight in the attached model's: ``ShadowConfig.head_mixing``, saved."""
+        shadow = self.shadow
+        shadow.config = shadow.boundaries.config = replace(shadow.config, head_mixing=gamma)
+        self.config.shadow["head_mixing"] = gamma
 
     def detached(self) -> PreTrainedModel:
         """Return the detached shadow as an ordinary transformers model of the backbone's own architecture.

@@ -27,6 +27,7 @@ def settings_of(config: TrainConfig) -> TrainConfig:
         max_steps=None,
         data=replace(config.data, validation=None),
         drafting_epochs=0.0,
+        fit_head_mixing=False,
     )
 
 

@@ -32,6 +32,7 @@ from shadowtune.training.arguments import training_arguments
 from shadowtune.training.checkpoints import whole_directory
 from shadowtune.training.interruption import StopBetweenSteps
 from shadowtune.training.metrics import MetricsFile
+from shadowtune.training.mixing import fit_head_mixing
 from shadowtune.training.pretraining import ProjectionsFirst, set_up_pretraining, taught_rows
 from shadowtune.training.rows import TrainingRows, check_rows, frequent_tokens, load_training_rows
 from shadowtune.training.run_dir import RunDirectory
@@ -122,6 +123,8 @@ def train(
         trainer.add_callback(interrupt)
         with interrupt.watching():
             output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
+            if config.fit_head_mixing:
+                _fit_head_mixing(config, model, rows, report)
             taught = _teach_drafter(config, run, model, rows, report, quiet) if config.drafter_last else None
         return _finish(config, run, trainer, output.training_loss, first, taught)
 
@@ -168,6 +171,14 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _fit_head_mixing(config: TrainConfig, model: nn.Module, rows: TrainingRows, report: Callable[[str], None]) -> None:
+    """Choose the weight of the shadow's own logits on the validation rows."""
+    assert isinstance(model, ShadowForCausalLM) and rows.validation is not None
+    best, alone = fit_head_mixing(model, rows.validation, rows.collate, config.batch_size)
+    gamma = model.shadow.config.head_mixing
+    report(f"head_mixing {gamma:g}: loss {best:.4g} on the validation rows, without it {alone:.4g}")
 
 
 def _teach_drafter(

@@ -29,6 +29,7 @@ def alone(config: TrainConfig) -> TrainConfig:
         shadow=shadow,
         shadow_epochs=0.0,
         drafting_epochs=0.0,
+        fit_head_mixing=False,
         epochs=config.shadow_epochs,
         max_steps=None,
         optimizer=replace(config.optimizer, backbone_learning_rate=None),
