@@ -18,6 +18,8 @@ _BROUGHT_BY_TASKS = (
     "label_field",
     "block_size",
 )
+HELD_BACK = "held_back"
+"""Validation rows that are taken out of the training rows."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class DataConfig:
     directory: str | None = None
     """A directory of data sets that a task takes its rows from; None takes them from where the task says (the Hub)."""
     validation: str | None = None
-    """Rows whose loss is measured during training; None measures none. With a task, "task" measures the task's own."""
+    """Rows whose loss is measured during training; None measures none. "held_back" takes a tenth of the training rows,
+    by their contents, and does not train on them; of a task, which has its own, "task" and "held_back" take those."""
     train_split: str = "train"
     """Split to train on; a single file has none."""
     validation_split: str = "validation"
@@ -104,7 +107,7 @@ class DataConfig:
         ]
         if brought:
             raise ConfigError(f"task={self.task} brings its own {', '.join(brought)}; leave out what the task brings")
-        if self.validation not in (None, "task"):
+        if self.validation not in (None, "task", HELD_BACK):
             raise ConfigError(
                 f"validation={self.validation} does not go with task={self.task}; set validation=task, or leave it out"
             )

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from shadowtune.config.data import DataConfig
+from shadowtune.config.data import HELD_BACK, DataConfig
 from shadowtune.data.blocks import BlockReport, encode_blocks
+from shadowtune.data.carving import carve
 from shadowtune.data.encoding import EncodedPrompt, EncodingReport, encode_classification, encode_prompts, encode_rows
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.data.prompts import FieldNames
@@ -98,6 +99,8 @@ class Dataset:
         settings = self.settings
         if self.task is not None:
             return self.task.rows("train", settings.directory, settings.limit)
+        if settings.validation == HELD_BACK:
+            return self._part("train")[: settings.limit]
         assert settings.train is not None
         return load_rows(settings.train, settings.train_split, settings.limit)
 
@@ -108,6 +111,8 @@ class Dataset:
             return None
         if self.task is not None:
             return self.task.rows("validation", settings.directory, settings.validation_limit)
+        if settings.validation == HELD_BACK:
+            return self._part("validation")[: settings.validation_limit]
         return load_rows(settings.validation, settings.validation_split, settings.validation_limit)
 
     def held_out(self, split: str, source: str | None = None, limit: int | None = None) -> list[Row]:
@@ -115,7 +120,7 @@ class Dataset:
 
         Args:
             split: of the data set, or part of the task.
-            source: another data set; for a task, another directory of data sets.
+            source: another data set, or "held_back"; for a task, another directory of data sets.
             limit: at most so many: a task's are a random sample, others the first.
 
         Raises:
@@ -123,12 +128,23 @@ class Dataset:
         """
         if self.task is not None:
             return self.task.rows(split, source or self.settings.directory, limit)
+        if source == HELD_BACK:
+            return self._part("validation")[:limit]
         if source is None:
             source = self.settings.train
             assert source is not None
             if not has_splits(source):
                 raise DataError(f"{source} holds the rows that the run was trained on; pass --data with held-out rows")
         return load_rows(source, split, limit)
+
+    def _part(self, part: str) -> list[Row]:
+        """Load the training rows without a tenth of them, or ("validation") this tenth."""
+        settings = self.settings
+        assert settings.train is not None
+        rows = carve(load_rows(settings.train, settings.train_split, None), ["validation"])[part]
+        if not rows:
+            raise DataError(f"{settings.train} has too few rows to hold some back for validation; add rows")
+        return rows
 
     def encode(
         self,

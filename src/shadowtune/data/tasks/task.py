@@ -1,10 +1,7 @@
 """A task's rows: prompt, answer and all answers that count as right, the same ones wherever it runs."""
 
-import hashlib
-import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 from shadowtune.config.checking import nearest
 from shadowtune.config.loading import load_config
 from shadowtune.config.task import PARTS, RowSource, TaskConfig
+from shadowtune.data.carving import carve, digest
 from shadowtune.data.prompts import field_of, fill_template, place_of
 from shadowtune.data.sources import Row, check_limit, has_splits, load_rows
 from shadowtune.data.tasks.readers import read_fields
@@ -23,8 +21,6 @@ SHIPPED_TASKS = tuple(
     sorted(file.name.removesuffix(".yaml") for file in _FILES.iterdir() if file.name.endswith(".yaml"))
 )
 """Names of the tasks in the package."""
-CARVED = 0.1
-"""Share of the training rows that serves as another part, if the data set has no split for it."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +56,9 @@ class Task:
         splits = {"train": place.train, "validation": place.validation, "test": place.test}
         split = splits[part]
         carved = [name for name in ("validation", "test") if splits[name] is None]
-        rows = sorted(load_rows(place.source, split or place.train), key=_digest)
+        rows = sorted(load_rows(place.source, split or place.train), key=digest)
         if part == "train" or split is None:
-            rows = _carve(rows, carved)[part]
+            rows = carve(rows, carved)[part]
         if not rows:
             raise DataError(f"{place.source} has too few rows for the part {part!r} of task {self.config.name}")
         return [self._make(row, index) for index, row in enumerate(rows[:limit])]
@@ -123,19 +119,3 @@ def load_task(name: str) -> Task:
         f"there is no task {name!r}{nearest(name, SHIPPED_TASKS)}; it must be one of {', '.join(SHIPPED_TASKS)}, or a "
         ".yaml file of your own"
     )
-
-
-def _digest(row: Row) -> bytes:
-    """Hash a row's content, wherever it stands."""
-    return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest()
-
-
-def _carve(rows: Sequence[Row], parts: Sequence[str]) -> dict[str, list[Row]]:
-    """Take a share of the distinct rows for each of ``parts``; the rest is "train". ``rows`` are in order of digest."""
-    digests = list(dict.fromkeys(map(_digest, rows)))
-    share = math.ceil(CARVED * len(digests))
-    owner = {digest: parts[number // share] for number, digest in enumerate(digests[: share * len(parts)])}
-    carved: dict[str, list[Row]] = {part: [] for part in PARTS}
-    for row in rows:
-        carved[owner.get(_digest(row), "train")].append(row)
-    return carved
