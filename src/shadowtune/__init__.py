@@ -3,13 +3,16 @@
 Importing this package registers the model type ``shadow`` with transformers and does nothing else.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from shadowtune.quiet import quiet_imports
 
-from shadowtune.attach import attach
-from shadowtune.config.shadow import ShadowConfig
-from shadowtune.model.causal_lm import ShadowForCausalLM
-from shadowtune.model.classifier import ShadowForSequenceClassification
-from shadowtune.model.configuration import ShadowModelConfig
+with quiet_imports():
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from shadowtune.attach import attach
+    from shadowtune.config.shadow import ShadowConfig
+    from shadowtune.model.causal_lm import ShadowForCausalLM
+    from shadowtune.model.classifier import ShadowForSequenceClassification
+    from shadowtune.model.configuration import ShadowModelConfig
 
 AutoConfig.register("shadow", ShadowModelConfig, exist_ok=True)
 AutoModelForCausalLM.register(ShadowModelConfig, ShadowForCausalLM, exist_ok=True)

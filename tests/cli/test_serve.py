@@ -140,6 +140,22 @@ def test_what_cannot_be_served_is_one_line(arguments, said, shadow_run, lora_run
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_under_its_log_costs_no_answer(shadow_run):
+    command = [sys.executable, "-m", "shadowtune", "serve", "cloud", str(shadow_run), "--port", "0"]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=full, text=True)
+    address = process.stdout.readline().split()[0]
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        for _ in range(3):
+            assert client.completions.create(model="shadow", prompt="one two", max_tokens=3).usage.completion_tokens
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="missing", prompt="one")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    process.stdout.close()
+
+
 def test_a_taken_port_is_told_before_anything_is_loaded(shadow_run, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from shadowtune.cli.command import Command
+from shadowtune.cli.standard_error import let_standard_error_fail
 from shadowtune.config.checking import nearest
 from shadowtune.errors import ShadowtuneError
+from shadowtune.quiet import TALKATIVE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
 def _quiet_libraries() -> None:
     """Keep libraries' notes to their own developers off the terminal; their errors stay."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for name in ("transformers", "bitsandbytes", "torchao", "torch.utils._pytree", "lm_eval"):
+    for name in (*TALKATIVE, "transformers", "bitsandbytes", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -122,4 +124,5 @@ def _fail(message: str) -> int:
 
 def run() -> NoReturn:
     """Console script."""
+    let_standard_error_fail()
     sys.exit(main(sys.argv[1:]))
