@@ -105,28 +105,16 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         Returns:
             Logits (B, T, V); None in training with labels, where only labelled positions reach the head.
         """
+        text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        inputs = {**text, "position_ids": position_ids, **kwargs}
         if self.mode == "base":
-            return self.base(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **({} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}),
-                **kwargs,
-            )
+            if num_items_in_batch is not None:
+                inputs["num_items_in_batch"] = num_items_in_batch
+            cache = {"past_key_values": past_key_values, "use_cache": use_cache}
+            return self.base(**inputs, **cache, labels=labels, logits_to_keep=logits_to_keep)
+        use_cache = use_cache if labels is None else False
         output, state = self.encode(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache if labels is None else False,
-            shadow_states,
-            **kwargs,
+            **inputs, past_key_values=past_key_values, use_cache=use_cache, shadow_states=shadow_states
         )
         hidden_states = output.last_hidden_state
         assert hidden_states is not None
@@ -136,9 +124,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             if self.mode == "attached":
                 joint = self._attached_loss(hidden_states, state.initial, labels, weights, num_items_in_batch)
             else:
-                inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-                known = (teacher_tokens, teacher_log_probabilities)
-                teacher = self._teacher(weights, known, {**inputs, "position_ids": position_ids, **kwargs})
+                teacher = self._teacher(weights, (teacher_tokens, teacher_log_probabilities), inputs)
                 weights = LossWeights(1.0) if teacher is None else weights
                 joint = detached_causal_loss(self.head, state.initial, labels, weights, num_items_in_batch, teacher)
         logits = None
