@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from shadowtune.benchmark.process import WorkerProcess
-from shadowtune.comparison.job import Job, read_json, write_json
+from shadowtune.comparison.job import Job, damaged, read_json, write_json
 from shadowtune.comparison.progress import TimeLeft, describe
-from shadowtune.errors import CheckpointError, ShadowtuneError
+from shadowtune.errors import ShadowtuneError
 from shadowtune.model.checkpoint import writing_into
 
 Report = Callable[[str], None]
@@ -120,9 +120,10 @@ def restore_results(file: Path, runs: Path) -> None:
     if not file.is_file():
         return
     try:
-        places = {runs / row["run"] / f"{row['stage']}.json": row for row in map(json.loads, file.open())}
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        places = {runs / row["run"] / f"{row['stage']}.json": row for row in rows}
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{file} is damaged ({' '.join(str(error).split())}); delete it") from None
+        raise damaged(file, error) from None
     for place, row in places.items():
         if not place.is_file():
             write_json(place, row)

@@ -106,7 +106,12 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged ({' '.join(str(error).split())}); delete it") from None
+        raise damaged(file, error) from None
+
+
+def damaged(file: Path, error: Exception) -> CheckpointError:
+    """Return the error that says so of a file of results."""
+    return CheckpointError(f"{file} is damaged ({' '.join(str(error).split())}); delete it")
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -114,10 +114,7 @@ class Boundaries(nn.Module):
     def mixed(self, hidden_states: Tensor, initial_states: Tensor) -> Tensor:
         """Return h_L + gamma s0 in the dtype of h_L, both (..., d); h_L itself without a gamma."""
         gamma = self.config.head_mixing
-        if gamma is None:
-            return hidden_states
-        mixed = torch.add(hidden_states.to(initial_states.dtype), initial_states, alpha=gamma)
-        return mixed.to(hidden_states.dtype)
+        return hidden_states if gamma is None else mix(hidden_states, initial_states, gamma)
 
     def split(self) -> list[BoundaryParameters]:
         """Return each boundary's parameters, views of the stacks.
@@ -145,6 +142,11 @@ class Boundaries(nn.Module):
                 slot = index - 1 if scales is None else 0
                 boundaries.append(BoundaryParameters(injection, transforms[slot], gates[slot], norm))
         return boundaries
+
+
+def mix(hidden_states: Tensor, initial_states: Tensor, gamma: float | Tensor) -> Tensor:
+    """Return h_L + gamma s0 in the dtype of h_L, both (..., d); gamma is one number, or one for each token (..., 1)."""
+    return (hidden_states.to(initial_states.dtype) + gamma * initial_states).to(hidden_states.dtype)
 
 
 def _mlps(

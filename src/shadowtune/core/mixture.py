@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shadowtune.core.boundary import Boundaries
+from shadowtune.core.boundary import Boundaries, mix
 from shadowtune.core.crossing import ACTIVATIONS, BoundaryParameters, Mlp
 from shadowtune.core.fused import EPSILON
 
@@ -120,8 +120,7 @@ class MixedBoundaries:
         """Return what the head sees: h_L + gamma s0 (B, T, d), gamma being that of the token's shadow, 0 for none."""
         if self._head_mixing is None:
             return hidden_states
-        gamma = self._head_mixing.view(*hidden_states.shape[:-1], 1)
-        return torch.addcmul(hidden_states.to(gamma.dtype), initial_states, gamma).to(hidden_states.dtype)
+        return mix(hidden_states, initial_states, self._head_mixing.view(*hidden_states.shape[:-1], 1))
 
     def _update(self, h: Tensor, s: Tensor, p: MixedParameters) -> Tensor:
         """Eq. 5-7."""

@@ -24,10 +24,11 @@ def carve(rows: Sequence[Row], parts: Sequence[str]) -> dict[str, list[Row]]:
     Returns:
         The rows of each part and of "train", in the order in which they came.
     """
-    digests = sorted(set(map(digest, rows)))
-    share = math.ceil(SHARE * len(digests))
-    owner = {each: parts[number // share] for number, each in enumerate(digests[: share * len(parts)])}
+    digests = [digest(row) for row in rows]
+    distinct = sorted(set(digests))
+    share = math.ceil(SHARE * len(distinct))
+    owner = {each: parts[number // share] for number, each in enumerate(distinct[: share * len(parts)])}
     carved: dict[str, list[Row]] = {part: [] for part in ("train", *parts)}
-    for row in rows:
-        carved[owner.get(digest(row), "train")].append(row)
+    for row, each in zip(rows, digests, strict=True):
+        carved[owner.get(each, "train")].append(row)
     return carved

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from shadowtune.core.boundary import mix
 from shadowtune.core.head import IGNORE_INDEX, summed_cross_entropy
 from shadowtune.core.losses import labelled_rows
 from shadowtune.model.causal_lm import ShadowForCausalLM
@@ -43,8 +44,7 @@ def fit_head_mixing(
         assert output.last_hidden_state is not None
         targets, h, s = labelled_rows(labels, output.last_hidden_state, state.initial)
         for index, gamma in enumerate(GAMMAS):
-            logits = model.logits_of(torch.add(h.to(s.dtype), s, alpha=gamma))
-            sums[index] += summed_cross_entropy(logits, targets).double().cpu()
+            sums[index] += summed_cross_entropy(model.logits_of(mix(h, s, gamma)), targets).double().cpu()
         count += int((targets != IGNORE_INDEX).sum())
     losses = (sums / max(count, 1)).tolist()
     best = min(range(len(GAMMAS)), key=losses.__getitem__)
