@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,6 +143,14 @@ class Live:
 
     def stop(self) -> None:
         self.server.should_exit = self.server._desk.draining = True
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until it holds: a client has the last byte of a reply before the server has tidied up after it."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

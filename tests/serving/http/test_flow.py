@@ -2,13 +2,12 @@
 
 import http.client
 import json
-import time
 from urllib.parse import urlsplit
 
 import pytest
 
 from shadowtune.config.serving import ServerConfig
-from tests.serving.http.fakes import FakeAnswerer, serving
+from tests.serving.http.fakes import FakeAnswerer, eventually, serving
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +22,6 @@ def begin(live, body):
     connection = http.client.HTTPConnection(place.hostname, place.port, timeout=20)
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     return connection
-
-
-def eventually(condition):
-    """Wait until it holds."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("model", ["hang", "slow"])

@@ -5,7 +5,7 @@ import pytest
 openai = pytest.importorskip("openai")
 
 from shadowtune.config.serving import ServerConfig, hash_key  # noqa: E402
-from tests.serving.http.fakes import FakeAnswerer, serving  # noqa: E402
+from tests.serving.http.fakes import FakeAnswerer, eventually, serving  # noqa: E402
 
 HELLO = [{"role": "user", "content": "to be or not"}]
 
@@ -255,13 +255,13 @@ def test_an_answer_that_takes_too_long_is_a_time_out(live, client, model):
     with pytest.raises(openai.InternalServerError) as failed:
         client.chat.completions.create(model=model, messages=HELLO)
     assert failed.value.status_code == 504 and "within 1 s" in failed.value.message
-    assert live.answerer.answers[-1].closed
+    eventually(lambda: live.answerer.answers[-1].closed)
 
 
 def test_a_stream_that_takes_too_long_ends_with_an_error(live, client):
     with pytest.raises(openai.APIError, match="within 1 s"):
         list(client.chat.completions.create(model="hang", messages=HELLO, stream=True))
-    assert live.answerer.answers[-1].closed
+    eventually(lambda: live.answerer.answers[-1].closed)
 
 
 def test_the_asynchronous_client_works_too(live):
