@@ -29,7 +29,8 @@ def test_it_takes_what_the_labels_are_likeliest_with(collate, better):
         model.set_head_mixing(gamma)
         losses.append(answer_loss(model, rows, collate, 3))
     best, without = fit_head_mixing(model, rows, collate, 3)
-    assert model.shadow.config.head_mixing == GAMMAS[losses.index(min(losses))]
+    assert model.shadow.config.head_mixing == (GAMMAS[losses.index(min(losses))] or None)
+    assert (model.shadow.config.head_mixing is None) == (better == "attached")
     assert (best, without) == pytest.approx((min(losses), losses[0]))
     assert answer_loss(model, rows, collate, 3) == pytest.approx(best)
 
@@ -44,7 +45,7 @@ def test_a_run_chooses_and_saves_it(tmp_path):
     (line,) = [line for line in said if line.startswith("head_mixing")]
     model = ShadowForCausalLM.from_pretrained(Path(config.output) / "model")
     gamma = model.shadow.config.head_mixing
-    assert line.startswith(f"head_mixing {gamma:g}: loss ")
+    assert line.startswith(f"head_mixing {gamma or 0:g}: loss ")
     assert json.loads((Path(config.output) / "model" / "config.json").read_text())["shadow"]["head_mixing"] == gamma
 
 

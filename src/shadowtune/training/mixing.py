@@ -24,7 +24,7 @@ def fit_head_mixing(
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     batch_size: int,
 ) -> tuple[float, float]:
-    """Give the model the ``head_mixing`` that the rows' labels are likeliest with.
+    """Give the model the ``head_mixing`` that the rows' labels are likeliest with, None where that is 0.
 
     Args:
         model: in mode "attached"; left in eval mode.
@@ -48,5 +48,5 @@ def fit_head_mixing(
         count += int((targets != IGNORE_INDEX).sum())
     losses = (sums / max(count, 1)).tolist()
     best = min(range(len(GAMMAS)), key=losses.__getitem__)
-    model.set_head_mixing(GAMMAS[best])
+    model.set_head_mixing(GAMMAS[best] or None)
     return losses[best], losses[0]

@@ -177,7 +177,7 @@ def _fit_head_mixing(config: TrainConfig, model: nn.Module, rows: TrainingRows, 
     """Choose the weight of the shadow's own logits on the validation rows."""
     assert isinstance(model, ShadowForCausalLM) and rows.validation is not None
     best, alone = fit_head_mixing(model, rows.validation, rows.collate, config.batch_size)
-    gamma = model.shadow.config.head_mixing
+    gamma = model.shadow.config.head_mixing or 0.0
     report(f"head_mixing {gamma:g}: loss {best:.4g} on the validation rows, without it {alone:.4g}")
 
 
