@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.errors import ConfigError
-from shadowtune.training.drafting import only_the_drafter, own_answers
+from shadowtune.training.drafting import chosen_rows, only_the_drafter, own_answers, settings_of
 from shadowtune.training.run import train
 from tests.support.runs import causal_rows, run_config
 from tests.support.shadows import perturbed_model
@@ -51,6 +51,16 @@ def test_it_learns_what_the_model_answers():
         count = len(said["input_ids"]) - begin
         answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False)
         assert answer[0].tolist() == said["input_ids"]
+
+
+@pytest.mark.parametrize(("epochs", "count", "passes"), [(0.3, 4, 1), (1.0, 11, 1), (2.5, 11, 2.5)])
+def test_less_than_an_epoch_answers_a_part_of_the_prompts(tmp_path, epochs, count, passes):
+    config = run_config(tmp_path, shadow=ShadowConfig(**SHADOW), drafting_epochs=epochs, seed=3)
+    rows = causal_rows(11)
+    chosen = chosen_rows(config, rows)
+    assert len(chosen) == count and all(row in rows for row in chosen)
+    assert chosen == chosen_rows(config, rows)
+    assert settings_of(config).epochs == passes
 
 
 def test_everything_else_is_free_again_even_if_it_fails():

@@ -138,7 +138,7 @@ class TrainConfig:
     """Also write TensorBoard files (extra: tensorboard)."""
     drafting_epochs: float = 0.0
     """Passes at the end in which a drafter (shadow.draft_rank) learns what the attached model itself answers to the
-    training prompts. Nothing else changes then."""
+    training prompts. Nothing else changes then. Below 1: one pass, over such a part of the prompts."""
     fit_head_mixing: bool = False
     """Whether, after training, ``shadow.head_mixing`` is chosen on the validation rows: of 0, 0.1, ..., 1 what makes
     the attached model's loss smallest. Needs ``data.validation``."""

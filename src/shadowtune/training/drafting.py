@@ -3,6 +3,8 @@
 In speculative decoding its proposals are judged by what the model says, not by what the data say.
 """
 
+import math
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,15 +22,22 @@ DIRECTORY = "drafting"
 
 
 def settings_of(config: TrainConfig) -> TrainConfig:
-    """Return the settings of this part: its own epochs, and nothing to measure on the way."""
+    """Return the settings of this part: its own epochs, whole ones at least, and nothing to measure on the way."""
     return replace(
         config,
-        epochs=config.drafting_epochs,
+        epochs=max(1.0, config.drafting_epochs),
         max_steps=None,
         data=replace(config.data, validation=None),
         drafting_epochs=0.0,
         fit_head_mixing=False,
     )
+
+
+def chosen_rows(config: TrainConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows whose prompts are answered: all, or a random part of them for less than one epoch."""
+    if config.drafting_epochs >= 1:
+        return rows
+    return random.Random(config.seed).sample(rows, math.ceil(config.drafting_epochs * len(rows)))
 
 
 def own_answers(

@@ -198,7 +198,8 @@ def _teach_drafter(
     if arguments.process_index == 0:
         shutil.rmtree(place.path, ignore_errors=True)
         place.path.mkdir()
-    own = replace(rows, train=drafting.own_answers(model, rows.tokenizer, rows.train, report), validation=None)
+    chosen = drafting.chosen_rows(config, rows.train)
+    own = replace(rows, train=drafting.own_answers(model, rows.tokenizer, chosen, report), validation=None)
     with drafting.only_the_drafter(model):
         make_trainer(settings, place, arguments, model, own).train()
     return time.perf_counter() - start
