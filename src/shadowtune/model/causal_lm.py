@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple
 from shadowtune.attach.architectures import Finish
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.drafting import draft_loss
+from shadowtune.core.few_rows import few_rows
 from shadowtune.core.head import Head
 from shadowtune.core.losses import JointLoss, LossWeights, detached_causal_loss, joint_causal_loss
 from shadowtune.core.top_tokens import TopTokens
@@ -210,11 +211,12 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
                 against = f"mode {self.mode!r}" if self.mode != "attached" else faults[0]
                 raise ConfigError(f"speculate={speculate!r} does not go with {against}; leave one of them out")
             kwargs["custom_generate"] = Speculator(settings, kwargs.get("streamer"), kwargs.get("synced_gpus"))
-        if self.mode == "base":
-            if len(args) < 2:
-                kwargs.setdefault("generation_config", self.generation_config)
-            return cast(GenerationMixin, self.base).generate(*args, **kwargs)  # type: ignore[misc]
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with few_rows(self):
+            if self.mode == "base":
+                if len(args) < 2:
+                    kwargs.setdefault("generation_config", self.generation_config)
+                return cast(GenerationMixin, self.base).generate(*args, **kwargs)  # type: ignore[misc]
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     @property
     def draft_vocabulary(self) -> Tensor | None:

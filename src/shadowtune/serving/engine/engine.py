@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowtune.config.checking import nearest
+from shadowtune.core.few_rows import few_rows
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.causal_lm import ShadowForCausalLM
@@ -136,12 +137,13 @@ class Engine:
 
     def _run(self) -> None:
         """What the thread does: commands as they come, and steps as long as there are rows."""
-        while not self._closing or self._scheduler.busy or not self._commands.empty():
-            if not self._scheduler.busy:
-                self._commands.get()()
-            while not self._commands.empty():
-                self._commands.get()()
-            self._scheduler.step()
+        with few_rows(self._base):
+            while not self._closing or self._scheduler.busy or not self._commands.empty():
+                if not self._scheduler.busy:
+                    self._commands.get()()
+                while not self._commands.empty():
+                    self._commands.get()()
+                self._scheduler.step()
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
