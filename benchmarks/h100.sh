@@ -29,5 +29,6 @@ bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --peer
 bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --subject shadow-compiled --peers base-compiled
 bench evaluate --model "$MODEL" --rows 8 --batch 8 --new 8 --peers one-by-one
 bench speculate --model "$MODEL" --subject speculate-4 --peers attached,base --rows 1 --new 32
+bench passes --model "$MODEL" --tokens 1,4,8,16 --peers base,drafting
 bench serving --model "$MODEL" --streams 16 --adapters 2 --peers batched
 exit "$failed"

@@ -83,6 +83,12 @@ def test_within_one_another_and_in_two_threads_they_do_no_harm():
     assert type(layer) is nn.Linear
 
 
+def test_the_head_is_as_well_known_within_it():
+    model = perturbed_model()
+    with few_rows(model):
+        assert model.head.weight is model.base.get_output_embeddings().weight
+
+
 @pytest.mark.parametrize("mode", ["attached", "detached", "base"])
 def test_generate_works_with_it(mode, monkeypatch):
     model = perturbed_model().set_mode(mode)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from shadowtune.benchmark.bases import MODEL_HELP, base_config, base_tokenizer, check_length, real_base
 from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, integers, option, words
@@ -166,16 +167,11 @@ class SpeculateSubject(TimedSubject):
         if self.name == "lora-merged":
             adapted: Any = CONTENDERS["lora"].build(base, 16)
             return adapted.merge_and_unload().eval()
-        if settings.adapter is not None:
-            return ShadowForCausalLM.from_pretrained(settings.adapter, base=base)
-        build: Callable[..., Any] = CONTENDERS[OURS].build
-        model = build(base, None).to(self.device)
-        if DRAFTING.get(self.name, SpeculationConfig()).drafter == "feedback":
+        if settings.adapter is None and DRAFTING.get(self.name, SpeculationConfig()).drafter == "feedback":
             raise ShadowtuneError(
                 "feedback is measured with an adapter that was trained with draft_rank; pass --adapter"
             )
-        perturb(model, torch.float32)
-        return model.eval()
+        return load_model(base, settings.adapter)
 
     def _prompts(self) -> list[list[int]]:
         settings = self.settings
@@ -185,6 +181,16 @@ class SpeculateSubject(TimedSubject):
         generator = torch.Generator().manual_seed(0)
         vocabulary = base_config(settings.model).get_text_config(decoder=True).vocab_size
         return torch.randint(3, vocabulary, (count, settings.prompt), generator=generator).tolist()
+
+
+def load_model(base: PreTrainedModel, adapter: str | None) -> ShadowForCausalLM:
+    """Return the adapter beside its base, or without an adapter a shadow that is not at its start."""
+    if adapter is not None:
+        return ShadowForCausalLM.from_pretrained(adapter, base=base)
+    build: Callable[..., Any] = CONTENDERS[OURS].build
+    model: ShadowForCausalLM = build(base, None).to(base.device)
+    perturb(model, torch.float32)
+    return model.eval()
 
 
 def open_subject(settings: SpeculateSettings, name: str) -> SpeculateSubject:

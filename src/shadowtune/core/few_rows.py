@@ -7,6 +7,7 @@ for the order in which they are added.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +50,13 @@ class FewRowsLinear(nn.Linear):
         return product.t().contiguous().view(*input.shape[:-1], -1)
 
 
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is an ordinary linear layer with an ordinary weight, not a quantized one; within ``few_rows`` too."""
+    return type(layer) in (nn.Linear, FewRowsLinear) and type(layer.weight) is nn.Parameter
+
+
 def _gains(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:  # quantized weights are neither
+    if not is_plain_linear(layer) or type(layer) is FewRowsLinear:  # within another context already
         return False
     weight = layer.weight
     return weight.device.type == "cpu" and weight.dtype is torch.float32 and torch.backends.mkl.is_available()

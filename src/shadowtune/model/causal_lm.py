@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 from shadowtune.attach.architectures import Finish
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.drafting import draft_loss
-from shadowtune.core.few_rows import few_rows
+from shadowtune.core.few_rows import few_rows, is_plain_linear
 from shadowtune.core.head import Head
 from shadowtune.core.losses import JointLoss, LossWeights, detached_causal_loss, joint_causal_loss
 from shadowtune.core.top_tokens import TopTokens
@@ -184,7 +184,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
     def head(self) -> Head:
         """The base's head as the losses want it; its weight is known if it is an ordinary one and frozen."""
         module = self.base.get_output_embeddings()
-        if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or module.weight.requires_grad:
+        if not is_plain_linear(module) or module.weight.requires_grad:
             return Head(self.logits_of)
         return Head(self.logits_of, module.weight, module.bias, self._finish)
 
