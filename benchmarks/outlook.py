@@ -1,0 +1,113 @@
+"""What drafting could give: an extrapolation, not a measurement. Prints a Markdown table.
+
+    python benchmarks/outlook.py                               # passes as in benchmarks/results/passes.csv
+    python benchmarks/outlook.py --passes DIR/passes.csv
+
+A round of g drafts of which each stands with probability a, if those before it stood, says 1 + a + ... + a^g tokens and
+takes a pass over g + 1 tokens and g steps of the drafter. The first column has times measured on this machine. The
+others are Qwen3-8B on a device that is bound by reading weights once a pass, whatever the (few) tokens in it: times are
+the bytes that are read, and nothing else. A shadow of 28 short layers will take longer than that.
+"""
+
+import argparse
+import csv
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM
+
+from shadowtune.benchmark.bases import base_config
+
+LONGEST = 16
+ACCEPTANCE = (0.5, 0.6, 0.7, 0.8, 0.9)
+Time = Callable[[int], float]
+"""Tokens to the time of a pass over them, in units of one of the attached model over one."""
+
+
+def measured(file: Path) -> tuple[Time, Time, float]:
+    """Return the times of passes and drafts as the latest run measured them, and that of the base over one token."""
+    with file.open() as lines:
+        rows = list(csv.DictReader(lines))
+    rows = [row for row in rows if row["date"] == rows[-1]["date"]]
+    passes, drafts, base = {}, {}, 0.0
+    for row in rows:
+        tokens = int(row["case"].removeprefix("tokens="))
+        passes[tokens] = tokens / float(row["tokens_per_second"])
+        if row["peer"] == "drafting":
+            drafts[tokens] = tokens / float(row["peer_tokens_per_second"])
+        if row["peer"] == "base" and tokens == 1:
+            base = 1 / float(row["peer_tokens_per_second"])
+    unit = passes[1]
+    return between(passes, unit), between(drafts, unit), base / unit
+
+
+def between(times: dict[int, float], unit: float) -> Time:
+    """Return straight lines between what was measured."""
+    known = sorted(times.items())
+
+    def time(tokens: int) -> float:
+        (x, low), (end, high) = next((pair for pair in pairwise(known) if tokens <= pair[1][0]), (known[-2], known[-1]))
+        return (low + (high - low) * (tokens - x) / (end - x)) / unit
+
+    return time
+
+
+def read_by(config: PreTrainedConfig) -> int:
+    """Return the weights that a pass reads: all but the embedding's."""
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config)
+    return sum(each.numel() for each in model.parameters()) - model.get_input_embeddings().weight.numel()
+
+
+def speedup(acceptance: float, passing: Time, drafting: Time) -> tuple[float, int]:
+    """Return how many tokens a unit of time gives with the best number of drafts, and that number."""
+
+    def rate(drafts: int) -> float:
+        said = sum(acceptance**place for place in range(drafts + 1))
+        return said / (passing(drafts + 1) + (drafting(drafts) if drafts else 0.0))
+
+    best = max(range(LONGEST), key=rate)
+    return rate(best), best
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passes", type=Path, default=Path(__file__).parent / "results" / "passes.csv")
+    parser.add_argument("--draft-vocabulary", type=int, default=4096)
+    arguments = parser.parse_args()
+    passing, drafting, base = measured(arguments.passes)
+    large = base_config("qwen3-8b-random")
+    assert isinstance(large, Qwen3Config)
+    small = Qwen3Config(
+        vocab_size=large.vocab_size,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+    )
+    block = Qwen3Config(**{**large.to_dict(), "num_hidden_layers": 1, "layer_types": None})
+    head = arguments.draft_vocabulary * large.hidden_size
+    base_weights = read_by(large)
+    columns: dict[str, tuple[Time, Time, float]] = {"SmolLM2-135M here, measured passes": (passing, drafting, base)}
+    for name, config in (("8B, shadow of 0.6B", small), ("8B, shadow of one block", block)):
+        backbone = read_by(config) - config.vocab_size * config.hidden_size
+        unit = base_weights + backbone
+        columns[name] = (lambda _: 1.0, lambda g, d=(backbone + head) / unit: g * d, base_weights / unit)
+    print("| a draft stands | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for acceptance in ACCEPTANCE:
+        cells = []
+        for passes, drafts, bare in columns.values():
+            rate, best = speedup(acceptance, passes, drafts)
+            cells.append(f"{rate:.2f} / {rate * bare:.2f} ({best})")
+        print(f"| {acceptance:g} | " + " | ".join(cells) + " |")
+    print("\nOver plain attached decoding / over the bare base (drafts a round).")
+
+
+if __name__ == "__main__":
+    main()
