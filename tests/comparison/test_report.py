@@ -54,6 +54,11 @@ def test_the_report_has_tables_of_everything_in_both_forms(analysis, tmp_path):
     assert 'src="http' not in page
 
 
+def test_runs_known_from_their_results_alone_are_reported_without_curves(tmp_path):
+    said = write_report(Analysis(config(output=str(tmp_path)), rows()), tmp_path)
+    assert said and (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 2
+
+
 def test_several_sizes_of_two_kinds_are_drawn_over_their_parameters(analysis, tmp_path):
     for row, parameters in zip(
         [row for row in analysis.rows if row["training"]], (10, 20, 30, 40, 50, 60), strict=False

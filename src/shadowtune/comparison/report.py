@@ -40,9 +40,9 @@ def write_report(analysis: Analysis, directory: Path) -> list[str]:
         ShadowtuneError: if matplotlib is not installed.
     """
     said, tables, summary = verdict(analysis), tables_of(analysis), analysis.summary()
+    pictures = _pictures(analysis, summary) if summary else []
     with writing_into(directory) as staging:
         (staging / "report.md").write_text(_markdown(said, tables))
-        pictures = _pictures(analysis, summary) if summary else []
         (staging / "report.html").write_text(_page(said, tables, pictures))
     return said
 
@@ -142,12 +142,14 @@ def _pictures(analysis: Analysis, summary: Sequence[Mapping[str, Any]]) -> list[
     methods = list(analysis.config.methods)
     pictures = [(draw_accuracies(summary, methods), "accuracies with 95 % intervals")]
     curves: dict[str, dict[str, list[list[tuple[int, float]]]]] = {}
-    for row in analysis.rows:
-        if row["training"] is not None:
-            points = read_losses(run_path(analysis.config, row["run"]) / "metrics.jsonl")
-            curves.setdefault(row["task"], {}).setdefault(row["method"], []).append(points)
+    trained = [row for row in analysis.rows if row["training"] is not None]
+    for row in trained:
+        metrics = run_path(analysis.config, row["run"]) / "metrics.jsonl"
+        if metrics.exists():  # a run known from results.jsonl alone has left no curve
+            curves.setdefault(row["task"], {}).setdefault(row["method"], []).append(read_losses(metrics))
     if curves:
         pictures.append((draw_curves(curves, methods), "training losses"))
+    if trained:
         pictures.append((draw_costs(summary, methods), "training time, peak memory, trained parameters"))
     kinds = {method: analysis.config.kind(method) for method in methods}
     sizes = {(kinds[row["method"]], row["trainable_parameters"]) for row in summary if row["trainable_parameters"]}
