@@ -12,13 +12,13 @@ the bytes that are read, and nothing else. A shadow of 28 short layers will take
 import argparse
 import csv
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
 from shadowtune.benchmark.bases import base_config
+from shadowtune.model.speculation.draft_length import Costs
 
 LONGEST = 16
 ACCEPTANCE = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -39,19 +39,18 @@ def measured(file: Path) -> tuple[Time, Time, float]:
             drafts[tokens] = tokens / float(row["peer_tokens_per_second"])
         if row["peer"] == "base" and tokens == 1:
             base = 1 / float(row["peer_tokens_per_second"])
-    unit = passes[1]
-    return between(passes, unit), between(drafts, unit), base / unit
+    return timed(passes, passes[1]), timed(drafts, passes[1]), base / passes[1]
 
 
-def between(times: dict[int, float], unit: float) -> Time:
-    """Return straight lines between what was measured."""
-    known = sorted(times.items())
+def timed(seconds: dict[int, float], unit: float) -> Time:
+    """Return straight lines between what was measured, in units of so many seconds."""
+    costs = Costs(table=tuple(sorted(seconds.items())))
+    return lambda tokens: costs.passing(tokens) * seconds[1] / unit
 
-    def time(tokens: int) -> float:
-        (x, low), (end, high) = next((pair for pair in pairwise(known) if tokens <= pair[1][0]), (known[-2], known[-1]))
-        return (low + (high - low) * (tokens - x) / (end - x)) / unit
 
-    return time
+def reshaped(config: PreTrainedConfig, **sizes: int) -> Qwen3Config:
+    """Return a config of other sizes."""
+    return Qwen3Config(**{**config.to_dict(), "layer_types": None, **sizes})
 
 
 def read_by(config: PreTrainedConfig) -> int:
@@ -80,18 +79,8 @@ def main() -> None:
     arguments = parser.parse_args()
     passing, drafting, base = measured(arguments.passes)
     large = base_config("qwen3-8b-random")
-    assert isinstance(large, Qwen3Config)
-    small = Qwen3Config(
-        vocab_size=large.vocab_size,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=False,
-    )
-    block = Qwen3Config(**{**large.to_dict(), "num_hidden_layers": 1, "layer_types": None})
+    narrow = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    small, block = reshaped(large, **narrow), reshaped(large, num_hidden_layers=1)
     head = arguments.draft_vocabulary * large.hidden_size
     base_weights = read_by(large)
     columns: dict[str, tuple[Time, Time, float]] = {"SmolLM2-135M here, measured passes": (passing, drafting, base)}

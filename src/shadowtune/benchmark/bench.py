@@ -4,14 +4,14 @@ A benchmark compares subjects, ours first, in several cases. Each subject lives 
 taken of each in turn, again and again, and ours is divided by each peer's sample of the same round.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 
-from shadowtune.config.checking import check_choices, check_range
+from shadowtune.config.checking import check_choices, check_range, nearest
 from shadowtune.errors import ConfigError
 
 
@@ -35,6 +35,13 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(word) for word in words(text)))
 
 
+def check_known(names: Iterable[str], known: Collection[str]) -> None:
+    """Raise ConfigError if a peer is none of those that are known."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown peer {name!r}{nearest(name, known)}; peers: {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What every benchmark can be told. The settings of one are a subclass; they are plain values, ready for JSON.
@@ -49,10 +56,16 @@ class Settings:
     dtype: str = option("float32", "precision of the base: float32 or bfloat16")
     bounds: ClassVar[dict[str, tuple[float, float | None]]] = {"repeats": (1, None), "warm_up": (0, None)}
     """Smallest and largest value of each numeric setting."""
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Names of the settings that are lists of numbers of at least 1, of which there must be one."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_range(self, **self.bounds)
+        for name in self.counts:
+            numbers = vars(self)[name]
+            if not numbers or min(numbers) < 1:
+                raise ConfigError(f"{name} must be numbers of at least 1, got {numbers}")
         check_choices(self, device=("cpu", "cuda"), dtype=("float32", "bfloat16"))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device is cuda, but torch sees no CUDA device here; pass --device cpu")

@@ -18,9 +18,9 @@ from typing import Any, cast, get_args
 import torch
 from torch import nn
 
-from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, integers, option, words
+from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, check_known, integers, option, words
 from shadowtune.benchmark.timing import DTYPES, TimedSubject
-from shadowtune.config.checking import check_choices, nearest
+from shadowtune.config.checking import check_choices
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import Boundaries, Kernel
 from shadowtune.errors import ConfigError
@@ -52,13 +52,12 @@ class BoundarySettings(Settings):
         "update_width": (1, None),
         "dropout": (0, 1),
     }
+    counts = ("tokens",)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         check_choices(self, adapter_dtype=tuple(DTYPES))
-        if not self.tokens or min(self.tokens) < 1:
-            raise ConfigError(f"tokens must be numbers of at least 1, got {self.tokens}")
 
 
 def plan(settings: BoundarySettings) -> Plan:
@@ -67,9 +66,7 @@ def plan(settings: BoundarySettings) -> Plan:
     Raises:
         ConfigError: if a peer is unknown, or there is none.
     """
-    for name in settings.peers:
-        if name not in PEERS:
-            raise ConfigError(f"unknown peer {name!r}{nearest(name, PEERS)}; peers: {', '.join(PEERS)}")
+    check_known(settings.peers, PEERS)
     if not settings.peers:
         raise ConfigError(f"no peer to compare with; choose from {', '.join(PEERS)}")
     cases = [

@@ -71,13 +71,12 @@ class DecodeSettings(Settings):
     parameters: int | None = option(None, "trained parameters of each; default: those of the default shadow", int)
     adapter_dtype: str = option("float32", "precision of the trained parameters: float32 or bfloat16")
     bounds = {**Settings.bounds, "prompt": (1, None), "new": (2, None), "parameters": (1, None)}
+    counts = ("batch",)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         check_choices(self, subject=SUBJECTS, adapter_dtype=tuple(DTYPES))
-        if not self.batch or min(self.batch) < 1:
-            raise ConfigError(f"batch must be numbers of at least 1, got {self.batch}")
 
 
 def plan(settings: DecodeSettings) -> Plan:

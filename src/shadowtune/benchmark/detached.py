@@ -20,12 +20,12 @@ import torch
 from transformers import PreTrainedModel
 
 from shadowtune.benchmark.bases import MODEL_HELP, base_config, base_tokenizer, check_length, real_base
-from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, option, words
+from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, check_known, option, words
 from shadowtune.benchmark.decode import perturb
 from shadowtune.benchmark.peers import CONTENDERS
 from shadowtune.benchmark.peers import OURS as SHADOW
 from shadowtune.benchmark.timing import DTYPES, TimedSubject
-from shadowtune.config.checking import check_choices, nearest
+from shadowtune.config.checking import check_choices
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.export.exporting import FORMATS, check_export, read_plain
@@ -102,9 +102,7 @@ def plan(settings: DetachedSettings) -> Plan:
 def _check_subject(name: str) -> None:
     if name in MODELS:
         return
-    if name not in EXPORTS:
-        known = (*MODELS, *EXPORTS)
-        raise ConfigError(f"unknown peer {name!r}{nearest(name, known)}; peers: {', '.join(known)}")
+    check_known([name], (*MODELS, *EXPORTS))
     to, quantization = EXPORTS[name]
     check_export(to, quantization)
     if to == "gguf" and importlib.util.find_spec("xllamacpp") is None:  # else torch would run it, and be measured

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from shadowtune.benchmark.bases import MODEL_HELP, base_config, base_tokenizer, check_length
-from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, integers, option, words
+from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, check_known, integers, option, words
 from shadowtune.benchmark.decode import perturb
 from shadowtune.benchmark.peers import CONTENDERS, OURS
 from shadowtune.benchmark.subject import ModelSubject
-from shadowtune.config.checking import nearest
 from shadowtune.data.answers import generate_answers
 from shadowtune.errors import ConfigError
 
@@ -36,12 +35,7 @@ class EvaluateSettings(Settings):
     prompt: int = option(64, "tokens of the longest prompt; the shortest has a quarter", int)
     new: tuple[int, ...] = option((16,), "most tokens of an answer, each a case", integers)
     bounds = {**Settings.bounds, "batch": (1, None), "rows": (1, None), "prompt": (4, None)}
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        super().__post_init__()
-        if not self.new or min(self.new) < 1:
-            raise ConfigError(f"new must be numbers of at least 1, got {self.new}")
+    counts = ("new",)
 
 
 def plan(settings: EvaluateSettings) -> Plan:
@@ -50,9 +44,7 @@ def plan(settings: EvaluateSettings) -> Plan:
     Raises:
         ShadowtuneError: one of its kinds, if a peer is unknown, or the base cannot be found or is too short.
     """
-    for name in settings.peers:
-        if name not in LOOPS:
-            raise ConfigError(f"unknown peer {name!r}{nearest(name, LOOPS)}; peers: {', '.join(LOOPS)}")
+    check_known(settings.peers, LOOPS)
     if not settings.peers:
         raise ConfigError(f"--peers must name some of {', '.join(LOOPS)}")
     check_length(base_config(settings.model), settings.prompt + max(settings.new), settings.model)

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, integers, option, words
+from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, check_known, integers, option, words
 from shadowtune.benchmark.timing import DTYPES, TimedSubject
-from shadowtune.config.checking import nearest
 from shadowtune.core.head import Head, head_sums_reference
 from shadowtune.core.losses import head_sums
 from shadowtune.errors import ConfigError, ShadowtuneError
@@ -34,12 +33,7 @@ class HeadSettings(Settings):
     width: int = option(576, "d, the width of the base", int)
     vocabulary: int = option(49152, "V, rows of the head", int)
     bounds = {**Settings.bounds, "width": (1, None), "vocabulary": (2, None)}
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        super().__post_init__()
-        if not self.rows or min(self.rows) < 1:
-            raise ConfigError(f"rows must be numbers of at least 1, got {self.rows}")
+    counts = ("rows",)
 
 
 def plan(settings: HeadSettings) -> Plan:
@@ -49,9 +43,7 @@ def plan(settings: HeadSettings) -> Plan:
         ConfigError: if a peer is unknown or cannot run on the device, or there is none.
         ShadowtuneError: if liger-kernel is not installed.
     """
-    for name in settings.peers:
-        if name not in LOSSES:
-            raise ConfigError(f"unknown peer {name!r}{nearest(name, LOSSES)}; peers: {', '.join(LOSSES)}")
+    check_known(settings.peers, LOSSES)
     if not settings.peers:
         raise ConfigError(f"no peer to compare with; choose from {', '.join(LOSSES)}")
     if "liger" in settings.peers:

@@ -16,10 +16,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from shadowtune.attach.cache import split_cache
 from shadowtune.benchmark.bases import MODEL_HELP, base_config, check_length, real_base
-from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, integers, option, words
+from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, check_known, integers, option, words
 from shadowtune.benchmark.speculate import load_model
 from shadowtune.benchmark.timing import DTYPES, TimedSubject
-from shadowtune.config.checking import nearest
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.few_rows import few_rows
 from shadowtune.errors import ConfigError
@@ -39,12 +38,7 @@ class PassesSettings(Settings):
     tokens: tuple[int, ...] = option((1, 2, 3, 4, 6, 8, 16, 32), "new tokens of a pass, each a case", integers)
     past: int = option(128, "tokens in the cache before it", int)
     bounds = {**Settings.bounds, "past": (1, None)}
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        super().__post_init__()
-        if not self.tokens or min(self.tokens) < 1:
-            raise ConfigError(f"tokens must be numbers of at least 1, got {self.tokens}")
+    counts = ("tokens",)
 
 
 def plan(settings: PassesSettings) -> Plan:
@@ -53,9 +47,7 @@ def plan(settings: PassesSettings) -> Plan:
     Raises:
         ShadowtuneError: one of its kinds, if a peer is unknown, or the base cannot be found or is too short.
     """
-    for name in settings.peers:
-        if name not in PEERS:
-            raise ConfigError(f"unknown peer {name!r}{nearest(name, PEERS)}; peers: {', '.join(PEERS)}")
+    check_known(settings.peers, PEERS)
     if not settings.peers:
         raise ConfigError(f"--peers must name some of {', '.join(PEERS)}")
     check_length(base_config(settings.model), settings.past + max(settings.tokens), settings.model)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shadowtune.config.checking import nearest
+from shadowtune.benchmark.bench import check_known
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
 from shadowtune.errors import ConfigError, ShadowtuneError
@@ -105,9 +105,7 @@ def check_peers(names: Sequence[str], peers: Mapping[str, Contender] = PEERS) ->
     """Raise ConfigError on unknown peers or none, ShadowtuneError if the package of one is not installed."""
     if not names:
         raise ConfigError(f"no peer to compare with; choose from {', '.join(peers)}")
-    for name in names:
-        if name not in peers:
-            raise ConfigError(f"unknown peer {name!r}{nearest(name, peers)}; peers: {', '.join(peers)}")
+    check_known(names, peers)
     for name in names:
         package = peers[name].package
         if package is not None and importlib.util.find_spec(package) is None:

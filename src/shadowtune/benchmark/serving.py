@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from shadowtune.benchmark.bases import MODEL_HELP, base_config, base_tokenizer, check_length, real_base
-from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, integers, option, words
+from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, check_known, integers, option, words
 from shadowtune.benchmark.decode import perturb
 from shadowtune.benchmark.peers import CONTENDERS, OURS
 from shadowtune.benchmark.timing import DTYPES, TimedSubject
-from shadowtune.config.checking import check_choices, nearest
+from shadowtune.config.checking import check_choices
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.serving.engine.engine import Engine
@@ -41,13 +41,12 @@ class ServingSettings(Settings):
     prompt: int = option(32, "tokens of each prompt", int)
     new: int = option(32, "tokens of each answer", int)
     bounds = {**Settings.bounds, "adapters": (1, None), "prompt": (1, None), "new": (1, None)}
+    counts = ("streams",)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         check_choices(self, subject=SERVED)
-        if not self.streams or min(self.streams) < 1:
-            raise ConfigError(f"streams must be numbers of at least 1, got {self.streams}")
 
 
 def plan(settings: ServingSettings) -> Plan:
@@ -56,9 +55,7 @@ def plan(settings: ServingSettings) -> Plan:
     Raises:
         ConfigError: if a peer is unknown or the subject itself, or the base has too few positions.
     """
-    for name in settings.peers:
-        if name not in SERVED:
-            raise ConfigError(f"unknown peer {name!r}{nearest(name, SERVED)}; peers: {', '.join(SERVED)}")
+    check_known(settings.peers, SERVED)
     if not settings.peers or settings.subject in settings.peers:
         raise ConfigError(f"--peers must name others than {settings.subject}: any of {', '.join(SERVED)}")
     check_length(base_config(settings.model), settings.prompt + settings.new, settings.model)

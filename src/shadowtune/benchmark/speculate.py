@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowtune.benchmark.bases import MODEL_HELP, base_config, base_tokenizer, check_length, real_base
-from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, integers, option, words
+from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, check_known, integers, option, words
 from shadowtune.benchmark.decode import perturb
 from shadowtune.benchmark.peers import CONTENDERS, OURS
 from shadowtune.benchmark.timing import DTYPES, TimedSubject
-from shadowtune.config.checking import check_choices, nearest
+from shadowtune.config.checking import check_choices
 from shadowtune.config.data import DataConfig
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.data.collate import left_pad
@@ -60,13 +60,12 @@ class SpeculateSettings(Settings):
     prompt: int = option(64, "tokens of each random prompt", int)
     new: int = option(128, "most tokens of an answer", int)
     bounds = {**Settings.bounds, "rows": (1, None), "prompt": (1, None), "new": (2, None)}
+    counts = ("batch",)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         check_choices(self, subject=tuple(DRAFTING))
-        if not self.batch or min(self.batch) < 1:
-            raise ConfigError(f"batch must be numbers of at least 1, got {self.batch}")
 
 
 def plan(settings: SpeculateSettings) -> Plan:
@@ -76,9 +75,7 @@ def plan(settings: SpeculateSettings) -> Plan:
         ShadowtuneError: one of its kinds, if a peer is unknown, or the base or the task's rows cannot be found.
     """
     known = (*DRAFTING, *OTHERS)
-    for name in settings.peers:
-        if name not in known:
-            raise ConfigError(f"unknown peer {name!r}{nearest(name, known)}; peers: {', '.join(known)}")
+    check_known(settings.peers, known)
     if not settings.peers or settings.subject in settings.peers:
         raise ConfigError(f"--peers must name others than {settings.subject}: any of {', '.join(known)}")
     check_length(base_config(settings.model), settings.prompt + settings.new, settings.model)
