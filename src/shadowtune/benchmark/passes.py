@@ -6,7 +6,7 @@ computed as x W^T ("as-usual"); and n steps of the drafter ("drafting"): backbon
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, check_known,
 from shadowtune.benchmark.speculate import load_model
 from shadowtune.benchmark.timing import DTYPES, TimedSubject
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.core.few_rows import few_rows
+from shadowtune.core.few_rows import BEFORE_PACKING, few_rows
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.decoding import drop_last
 from shadowtune.model.speculation.drafters import make_drafter
@@ -66,6 +66,9 @@ class PassesSubject(TimedSubject):
         self.model.set_mode("base" if name == "base" else "attached")
         self.drafter = make_drafter(SpeculationConfig(drafter="shadow"), self.model, LogitsProcessorList(), False)
         self.mark_loaded(self.model)
+        self.products = ExitStack()
+        if name != "as-usual":
+            self.products.enter_context(few_rows(self.model))  # until this process ends, as while something generates
         self.ids = torch.zeros(1, 0, dtype=torch.long)
         self.cache: Cache = DynamicCache(config=self.model.config)
 
@@ -78,6 +81,8 @@ class PassesSubject(TimedSubject):
         self.cache = DynamicCache(config=owner.config)
         self.cache.activate_past_recording()
         self._pass(past)
+        for _ in range(BEFORE_PACKING):
+            self._step()
         return self.warm()
 
     def measure(self) -> float:
@@ -86,21 +91,18 @@ class PassesSubject(TimedSubject):
 
     def _step(self) -> None:
         count = self.ids.shape[1]
-        with self._products(), torch.no_grad():
-            if self.name == "drafting":
-                self.draft(count)
-                drop_last(self._shadow_cache(), count)
-            else:
-                self._pass(self.ids)
-                drop_last(self.cache, count)
+        if self.name == "drafting":
+            self.draft(count)
+            drop_last(self._shadow_cache(), count)
+        else:
+            self._pass(self.ids)
+            drop_last(self.cache, count)
 
     def _shadow_cache(self) -> Cache:
         shadow = self.model.shadow.num_cache_layers
         return split_cache(self.cache, shadow, len(self.model.architecture.blocks_of(self.model.base)))[0]
 
-    def _products(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.name == "as-usual" else few_rows(self.model)
-
+    @torch.no_grad()
     def draft(self, count: int) -> Tensor:
         """Draft so many tokens (1, count) behind the first of the case's."""
         token, said = self.ids[:, :1], []

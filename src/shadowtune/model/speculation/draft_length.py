@@ -18,7 +18,7 @@ BELIEF = 4.0
 PAUSES = (8, 64)
 """Passes without a look at the drafter once it is of no use: at first, and at most; each pause is twice as long."""
 
-PROCESSOR = ((1, 1.0), (2, 1.13), (3, 1.19), (4, 1.63), (6, 1.7), (8, 1.95), (16, 2.1), (32, 4.0), (64, 7.0))
+PROCESSOR = ((1, 1.0), (2, 1.09), (4, 1.14), (8, 1.24), (16, 1.42), (32, 1.75), (64, 2.47), (128, 4.74))
 """Tokens in a pass and its time on a processor, in units of a pass over one: SmolLM2-135M, float32, two cores."""
 DEVICE = ((1, 1.0), (64, 1.2))
 """The same on an accelerator, which reads the weights once for all of them."""
