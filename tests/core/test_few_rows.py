@@ -25,10 +25,10 @@ def packed(request, monkeypatch):
     return request.param
 
 
-def use(layer, times=BEFORE_PACKING + 1):
+def use(layer, rows=4):
     """Let a layer meet few rows so often that its weight is worth a copy."""
-    for _ in range(times):
-        layer(torch.zeros(4, layer.in_features))
+    for _ in range(BEFORE_PACKING + 1):
+        layer(torch.zeros(rows, layer.in_features))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -42,7 +42,7 @@ def test_it_is_the_linear_layer(shape, bias, packed):
         with few_rows(layer):
             assert type(layer) is FewRowsLinear
             use(layer)
-            assert (layer.products.packed() is not None) == packed
+            assert (layer.products.packed(4) is not None) == packed
             ours = layer(given)
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
         assert ours.is_contiguous()
@@ -105,7 +105,18 @@ def test_a_changed_weight_is_packed_anew(change):
         with few_rows(layer):
             torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
             use(layer)
-            assert layer.products.packed() is not None
+            assert layer.products.packed(4) is not None
+
+
+@packing
+@torch.no_grad()
+def test_single_rows_are_not_worth_a_copy_and_use_one():
+    layer, before = nn.Linear(48, 80), len(module._COPIES)
+    with few_rows(layer):
+        use(layer, rows=1)
+        assert (layer.products.packed(1), len(module._COPIES)) == (None, before)
+        use(layer)
+        assert layer.products.packed(1) is not None
 
 
 @packing
@@ -115,12 +126,12 @@ def test_copies_are_kept_shared_and_die_with_their_weight():
     one, other, before = nn.Linear(48, 80), nn.Linear(48, 80), len(module._COPIES)
     other.weight = one.weight
     with few_rows(one, other):
-        assert (one.products.packed(), len(module._COPIES)) == (None, before)
+        assert (one.products.packed(1), len(module._COPIES)) == (None, before)
         use(one)
         use(other)
-        assert one.products.packed() is other.products.packed()
+        assert one.products.packed(4) is other.products.packed(4)
     with few_rows(one):
-        assert one.products.packed() is not None  # at once
+        assert one.products.packed(4) is not None  # at once
     assert len(module._COPIES) == before + 1
     del one, other
     gc.collect()
@@ -207,7 +218,7 @@ def test_generate_works_with_it(mode, monkeypatch, packed):
     fast = FewRowsLinear.forward
 
     def spy(layer, x):
-        seen.append((tuple(x.shape[:2]), layer.products.packed() is not None))
+        seen.append((tuple(x.shape[:2]), layer.products.packed(1) is not None))
         return fast(layer, x)
 
     monkeypatch.setattr(FewRowsLinear, "forward", spy)

@@ -20,7 +20,7 @@ from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, check_known,
 from shadowtune.benchmark.speculate import load_model
 from shadowtune.benchmark.timing import DTYPES, TimedSubject
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.core.few_rows import BEFORE_PACKING, few_rows
+from shadowtune.core.few_rows import BEFORE_PACKING, TURNED, few_rows
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.decoding import drop_last
 from shadowtune.model.speculation.drafters import make_drafter
@@ -81,8 +81,9 @@ class PassesSubject(TimedSubject):
         self.cache = DynamicCache(config=owner.config)
         self.cache.activate_past_recording()
         self._pass(past)
-        for _ in range(BEFORE_PACKING):
-            self._step()
+        for _ in range(BEFORE_PACKING + 1):  # weights are packed, as after the first rounds of drafts
+            self._pass(past[:, : TURNED.start])
+            drop_last(self.cache, min(self.past, TURNED.start))
         return self.warm()
 
     def measure(self) -> float:

@@ -19,9 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 MOST = 64
 """Rows up to which a product of a packed weight is faster (docs/log.md)."""
 TURNED = range(4, 49)
-"""Rows for which (W x^T)^T is."""
+"""Rows for which (W x^T)^T is; these are also what makes a copy worth its memory, not single rows."""
 BEFORE_PACKING = 8
-"""Products of few rows that a layer computes before its weight is copied: a few tokens are not worth a copy."""
+"""Products of such rows that a layer computes before its weight is copied: a few tokens are not worth a copy."""
 PACKED_BYTES = 2 * 2**30
 """Largest weights of all layers together that are copied."""
 SAMPLE = 997
@@ -58,7 +58,7 @@ class FewRowsLinear(nn.Linear):
         products: _Products | None = vars(self).get("products")  # gone if another thread has just left the context
         if products is None or not 0 < rows <= MOST or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.linear(input, self.weight, self.bias)
-        packed = products.packed()
+        packed = products.packed(rows)
         if packed is not None:
             product: Tensor = torch.ops.mkl._mkl_linear(input, packed, self.weight, self.bias, rows)
             return product
@@ -116,9 +116,9 @@ class _Products:
             copy = None
         self._packed = None if copy is None else copy.packed
 
-    def packed(self) -> Tensor | None:
+    def packed(self, rows: int) -> Tensor | None:
         """Return the weight in MKL's order, if it is worth it by now."""
-        if self._packed is None and self._pack:
+        if self._packed is None and self._pack and rows in TURNED:
             self._seen += 1
             if self._seen > BEFORE_PACKING:
                 copy = _COPIES.get(self._weight)  # by another layer with the same weight
