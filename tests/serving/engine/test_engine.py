@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.core.few_rows import FewRowsLinear
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError, UnsupportedArchitectureError
 from shadowtune.serving.engine.networks import Networks
@@ -276,6 +277,25 @@ def test_closing_breaks_off_what_takes_too_long():
         return raised.value.status
 
     assert asyncio.run(main()) == 503
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch is built without MKL")
+def test_models_are_given_back_as_they_were():
+    base = tiny_base()
+    models = {"a": adapter(base, 1), "b": adapter(base, 2)}
+
+    def fast(model):
+        return any(isinstance(layer, FewRowsLinear) for layer in model.shadow.modules())
+
+    async def work(served):
+        await ask_all(served, [request("a"), request("b")])
+        assert all(fast(model) for model in models.values())
+        await served.unload("a")
+        await ask_all(served, [request("b")])  # the thread has done what it was told before
+        return fast(models["a"]), fast(models["b"])
+
+    assert with_engine(engine(models), work) == (False, True)
+    assert not any(isinstance(layer, FewRowsLinear) for model in models.values() for layer in model.modules())
 
 
 def test_adapters_come_and_go_while_others_answer(tmp_path):

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.core.few_rows import few_rows
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM
@@ -52,6 +54,12 @@ class Adapter:
         self.feeds_back = model.shadow.draft_fusion is not None
         self.ends = ends_of(model.generation_config)
         self.positions = positions_of(backbone.config)
+        self._served = ExitStack()
+        self._served.enter_context(few_rows(model.shadow))
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        self._served.close()
 
     def initial_states(self, rows: Sequence[Text], tokens: Sequence[Sequence[int]], seen: int = 0) -> Tensor:
         """Run the shadow's backbone.

@@ -121,7 +121,7 @@ class Engine:
         adapter = self._known(name)
         del self._adapters[name]
         await asyncio.gather(*(answer.ended.wait() for answer, owner in self._open.items() if owner is adapter))
-        self._commands.put(partial(self._networks.forget, adapter))
+        self._commands.put(partial(self._retire, adapter))
 
     async def aclose(self) -> None:
         """Accept nothing more, finish what was begun as far as ``Limits.close_seconds`` allow, and end the thread."""
@@ -131,6 +131,10 @@ class Engine:
         if self._thread.is_alive():
             self._commands.put(partial(self._scheduler.fail, None, RequestError(CLOSING, 503)))
             await asyncio.to_thread(self._thread.join)
+
+    def _retire(self, adapter: Adapter) -> None:
+        self._networks.forget(adapter)
+        adapter.close()
 
     def _forget(self, answer: EngineAnswer) -> None:
         self._open.pop(answer, None)
@@ -144,6 +148,8 @@ class Engine:
                 while not self._commands.empty():
                     self._commands.get()()
                 self._scheduler.step()
+        for adapter in self._adapters.values():
+            adapter.close()
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
