@@ -36,8 +36,7 @@ def few_rows(*modules: nn.Module) -> Iterator[None]:
     layers are what they were. The copies of the weights live as long as the weights.
     """
     layers = [layer for module in modules for layer in module.modules() if _gains(layer)]
-    size = sum(weight.nbytes for weight in {id(layer.weight): layer.weight for layer in layers}.values())
-    pack = size <= PACKED_BYTES and packing_works()
+    pack = sum(weight.nbytes for weight in {layer.weight for layer in layers}) <= PACKED_BYTES and packing_works()
     for layer in layers:
         layer.products = _Products(layer.weight, pack)  # type: ignore[assignment]
         layer.__class__ = FewRowsLinear
@@ -143,7 +142,6 @@ def _gains(layer: nn.Module) -> TypeGuard[nn.Linear]:
     if not is_plain_linear(layer) or type(layer) is FewRowsLinear:  # within another context already
         return False
     weight = layer.weight
-    ordinary = weight.is_contiguous() and not weight.is_inference()
-    return (
-        ordinary and weight.device.type == "cpu" and weight.dtype is torch.float32 and torch.backends.mkl.is_available()
-    )
+    if not weight.is_contiguous() or weight.is_inference():  # what it is now could not be compared with its copy
+        return False
+    return weight.device.type == "cpu" and weight.dtype is torch.float32 and torch.backends.mkl.is_available()
