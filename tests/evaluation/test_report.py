@@ -1,6 +1,10 @@
+import itertools
 import json
 
-from shadowtune.evaluation.report import draw, page, read_losses, write_page
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from shadowtune.evaluation.report import draw, new_figure, page, png, read_losses, write_page
 
 ROWS = [
     {"method": "base", "accuracy": 0.1, "accuracy_low": 0.05, "accuracy_high": 0.2, "train_seconds": None},
@@ -19,6 +23,23 @@ def test_the_picture_is_a_png_and_changes_with_the_numbers():
     other = draw([ROWS[0], {**ROWS[1], "accuracy": 0.5, "accuracy_low": 0.4}], {"shadow": [(1, 2.0), (2, 1.0)]})
     assert first.startswith(b"\x89PNG")
     assert first != other
+
+
+@pytest.mark.parametrize(
+    "ends", [(0.21, 0.22), (0.02, 0.06), (0.02, 0.2), (0.3, 1.5), (0.01, 9), (1e-3, 100), (1e-5, 1e3)]
+)
+def test_a_logarithmic_axis_has_numbers_that_do_not_overlap(ends):
+    figure = new_figure(11, 4.5)
+    axes = figure.subplots(1, 2)[1]
+    axes.plot(ends, [1, 2])
+    axes.set(xscale="log")
+    png(figure)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    labels = [label for label in axes.get_xticklabels(which="both") if label.get_text()]
+    boxes = sorted((label.get_window_extent(renderer) for label in labels), key=lambda box: box.x0)
+    boxes = [box for box in boxes if axes.bbox.x0 <= (box.x0 + box.x1) / 2 <= axes.bbox.x1]
+    assert len(boxes) >= 2
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_the_page_shows_rows_examples_and_picture_and_escapes_what_it_is_given():

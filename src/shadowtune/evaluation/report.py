@@ -76,9 +76,12 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def png(figure: Any) -> bytes:
-    """Return a figure as a PNG, its axes without frames."""
+    """Return a figure as a PNG, its axes without frames, logarithmic ones with numbers that have room."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                _number_decades(axis)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return stream.getvalue()
@@ -128,3 +131,14 @@ def write_page(directory: Path, picture: bytes, text: str) -> None:
     with writing_into(directory) as staging:
         (staging / "report.png").write_bytes(picture)
         (staging / "report.html").write_text(text)
+
+
+def _number_decades(axis: Any) -> None:
+    """Write plain numbers on a logarithmic axis, as many as its range wants."""
+    from matplotlib.ticker import AutoLocator, LogLocator
+
+    low, high = axis.get_view_interval()
+    steps = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+    axis.set_major_locator(AutoLocator() if high < 5 * low else LogLocator(subs=steps))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
