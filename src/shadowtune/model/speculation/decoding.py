@@ -20,6 +20,7 @@ from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.acceptance import Process, Proposal, Verdict, greedy_verdicts, verdict
 from shadowtune.model.speculation.counts import Counts
+from shadowtune.model.speculation.draft import Draft, make_draft
 from shadowtune.model.speculation.draft_length import Costs, DraftLength
 from shadowtune.model.speculation.drafters import Drafter, make_drafter
 from shadowtune.model.speculation.obstacles import BY_ROW, obstacle
@@ -131,7 +132,8 @@ class _Loop:
         """Draft, verify, say what stands, and drop the rest from the cache."""
         rows = self._rows
         running = rows.running
-        proposals, looked, states = self._draft()
+        draft = self._draft()
+        proposals = draft.proposals
         tokens = torch.stack([rows.last()[:, 0], *(proposal.tokens for proposal in proposals)], 1)
         new = tokens.shape[1]
         output = self._forward(
@@ -140,7 +142,7 @@ class _Loop:
             position_ids=rows.next_positions(0, new),
             past_key_values=self._cache,
             use_cache=True,
-            shadow_states=states,
+            shadow_states=draft.states,
             return_dict=True,
         )
         verdicts = self._judge(output.logits.float(), proposals)
@@ -151,7 +153,7 @@ class _Loop:
         confidences = [proposal.confidence[running] for proposal in proposals]
         accepted, said = [verdicts[row].accepted for row in running], [kept[row] for row in running]
         self._counts.add(len(proposals), accepted, said)
-        self._length.learn(confidences, accepted, sum(said) / len(said), looked)
+        self._length.learn(confidences, accepted, sum(said) / len(said), draft.looked)
         still = rows.running or running
         if output.last_hidden_state is not None:
             places = torch.tensor(kept, device=tokens.device) - 1
@@ -160,43 +162,24 @@ class _Loop:
         drop_last(self._cache, new - slots)
         rows.settle([min(kept[row], slots) if row in running else slots for row in range(len(kept))], slots)
 
-    def _draft(self) -> tuple[list[Proposal], int, Tensor]:
-        """Return g proposals, how often the drafter was asked, and s0 (B, 1 + g, d), the last tokens' first."""
-        rows, drafter, length = self._rows, self._drafter, self._length
-        proposals: list[Proposal] = []
-        waiting, looked = [rows.last()], 0
-        states: list[Tensor] = []
-        standing = torch.ones(len(rows.running))
-        for _ in range(length.begin(rows.left - 1)):
-            if drafter.reads_states and waiting:
-                self._run_backbone(waiting, states)
-                waiting = []
-            proposal = drafter.propose(lambda: self._texts(proposals), states[-1][:, -1] if states else None)
-            looked += 1
-            if proposal is None:
-                break
-            chances = length.chance(proposal.confidence[rows.running])
-            if not length.worth(len(proposals), chances, standing):
-                break
-            standing = standing * chances
-            proposal = proposal._replace(tokens=rows.pad_ended(proposal.tokens.to(rows.tokens.device)))
-            proposals.append(proposal)
-            waiting.append(proposal.tokens[:, None])
-        if waiting:
-            self._run_backbone(waiting, states)
-        return proposals, looked, torch.cat(states, 1)
-
-    def _run_backbone(self, tokens: Sequence[Tensor], states: list[Tensor]) -> None:
-        """Run the shadow over waiting tokens and add their s0 (B, n, d) to those of this round."""
-        ids = torch.cat(list(tokens), 1)
-        rows, new, before = self._rows, ids.shape[1], sum(part.shape[1] for part in states)
-        mask = rows.mask(before + new)
-        states.append(self._model.run_backbone(ids, mask, rows.next_positions(before, new), self._cache))
-
-    def _texts(self, proposals: Sequence[Proposal]) -> list[list[int]]:
+    def _draft(self) -> Draft:
         rows = self._rows
-        said = [rows.tokens[row, :length].tolist() for row, length in enumerate(rows.lengths)]
-        return [text + [int(each.tokens[row]) for each in proposals] for row, text in enumerate(said)]
+
+        def run(tokens: Tensor, seen: int) -> Tensor:
+            new = tokens.shape[1]
+            mask, positions = rows.mask(seen + new), rows.next_positions(seen, new)
+            return self._model.run_backbone(tokens, mask, positions, self._cache)
+
+        return make_draft(
+            self._drafter,
+            self._length,
+            rows.left - 1,
+            rows.last(),
+            rows.texts,
+            run,
+            counted=rows.running,
+            settle=lambda tokens: rows.pad_ended(tokens.to(rows.tokens.device)),
+        )
 
     def _judge(self, logits: Tensor, proposals: Sequence[Proposal]) -> list[Verdict]:
         """Judge the drafts of all rows by logits (B, g + 1, V)."""

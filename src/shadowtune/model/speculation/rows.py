@@ -59,6 +59,10 @@ class Rows:
         ends = torch.tensor([[length - 1] for length in self.lengths], device=self.tokens.device)
         return self.pad_ended(self.tokens.gather(1, ends)[:, 0])[:, None]
 
+    def texts(self) -> list[list[int]]:
+        """Return the tokens of each row, its padding in front included."""
+        return [self.tokens[row, :length].tolist() for row, length in enumerate(self.lengths)]
+
     def pad_ended(self, tokens: Tensor) -> Tensor:
         """Put padding into (B,) tokens where a row has ended."""
         if not any(self.done):

@@ -8,9 +8,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from shadowtune.model.speculation.draft import Draft
 from shadowtune.serving.engine.adapters import Adapter
 from shadowtune.serving.engine.counters import Counters
-from shadowtune.serving.engine.drafting import Draft
 from shadowtune.serving.engine.limits import Limits
 from shadowtune.serving.engine.logits import Logits
 from shadowtune.serving.engine.networks import Known, Networks
