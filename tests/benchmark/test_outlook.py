@@ -28,7 +28,7 @@ def test_it_tells_what_the_best_draft_would_give(tmp_path):
     write_passes(tmp_path / "passes.csv")
     command = [sys.executable, str(SCRIPT), "--passes", str(tmp_path / "passes.csv")]
     environment = {**os.environ, "PYTHONPATH": "src"}
-    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=300).stdout
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=120).stdout
     rows = {line.split("|")[1].strip(): line.split("|")[2:] for line in said.splitlines() if line.startswith("| 0")}
     # A pass takes 1 whatever its tokens, a draft 0.1: of (1 + ... + a^g) / (1 + g / 10) for a = 0.5, g = 2 is the best.
     assert rows["0.5"][0].strip() == "1.46 / 1.17 (2)"
