@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from shadowtune.config.checking import check_range
 from shadowtune.config.speculation import SpeculationConfig
@@ -85,7 +85,7 @@ def answer(
             f"prompt ({len(ids)} tokens) and answer ({sampling.max_new_tokens}) exceed the model's {positions} "
             "positions; shorten the prompt or lower --max-new-tokens"
         )
-    set_seed(sampling.seed)
+    torch.manual_seed(sampling.seed)
     arguments: dict[str, Any] = {"do_sample": sampling.temperature > 0, "num_beams": sampling.num_beams}
     if sampling.temperature > 0:
         arguments |= {"temperature": sampling.temperature, "top_p": sampling.top_p}

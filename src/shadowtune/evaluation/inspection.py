@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
 
 from shadowtune.errors import CheckpointError
 from shadowtune.evaluation.run import read_run_config
@@ -46,6 +45,8 @@ def _describe_run(path: Path) -> dict[str, Any]:
     if summary.is_file():
         facts |= {"finished": True, **json.loads(summary.read_text())}
     else:
+        from transformers.trainer_utils import get_last_checkpoint  # imports peft where that is installed: seconds
+
         checkpoints = path / "checkpoints"
         last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
         facts |= {"finished": False, "last_checkpoint": last}

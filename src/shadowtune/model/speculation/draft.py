@@ -16,12 +16,15 @@ class Draft(NamedTuple):
 
     proposals: list[Proposal]
     """g of them."""
-    tokens: list[list[int]]
-    """The same by row."""
     states: Tensor
     """s0 (B, 1 + g, d) at the last token of each row and at its drafts."""
     looked: int
     """How often the drafter was asked."""
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """What is proposed to each row."""
+        return _by_row(self.proposals, len(self.states))
 
 
 def make_draft(
@@ -50,7 +53,6 @@ def make_draft(
         settle: makes of proposed tokens (B,) those that count, on the device of ``last``.
     """
     proposals, states, waiting = list[Proposal](), list[Tensor](), [last]
-    tokens: list[list[int]] = [[] for _ in last]
     nothing = torch.zeros(others)
     standing, looked = torch.cat([torch.ones(len(counted)), nothing]), 0
 
@@ -62,7 +64,7 @@ def make_draft(
         if drafter.reads_states and waiting:
             read()
         proposal = drafter.propose(
-            lambda: [text + said for text, said in zip(texts(), tokens, strict=True)],
+            lambda: [text + said for text, said in zip(texts(), _by_row(proposals, len(last)), strict=True)],
             states[-1][:, -1] if states else None,
         )
         looked += 1
@@ -75,8 +77,13 @@ def make_draft(
         settled = settle(proposal.tokens)
         proposals.append(proposal._replace(tokens=settled))
         waiting.append(settled[:, None])
-        for said, token in zip(tokens, settled.tolist(), strict=True):
-            said.append(token)
     if waiting:
         read()
-    return Draft(proposals, tokens, torch.cat(states, 1), looked)
+    return Draft(proposals, torch.cat(states, 1), looked)
+
+
+def _by_row(proposals: Sequence[Proposal], rows: int) -> list[list[int]]:
+    if not proposals:
+        return [[] for _ in range(rows)]
+    drafted: list[list[int]] = torch.stack([proposal.tokens for proposal in proposals], 1).tolist()
+    return drafted

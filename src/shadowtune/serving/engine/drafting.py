@@ -51,13 +51,18 @@ class Drafting:
         costs = Costs.of(self._device, self._share, 1)
         self._length = DraftLength(costs, config.longest, config.length is not None)
 
-    def draft(self, rows: Sequence[Text], batch: int, run: Callable[[list[list[int]], int], Tensor]) -> Draft:
-        """Draft for rows that have at least one token left; what does not fit behind a row's text is cut off.
+    def draft(
+        self, rows: Sequence[Text], batch: int, run: Callable[[list[list[int]], int], Tensor]
+    ) -> tuple[Draft, list[list[int]]]:
+        """Draft for rows that have at least one token left.
 
         Args:
             rows: B.
             batch: rows of the verifying pass, these included: all of them pay for its length.
             run: the shadow's backbone: (the next tokens of each row, tokens that it has seen since ``cached``) -> s0.
+
+        Returns:
+            The draft, and of each row those of its tokens that fit behind the text.
         """
         self._length.costs = Costs.of(self._device, self._share, batch)
         known = [row.previous for row in rows if row.previous is not None]
@@ -72,8 +77,7 @@ class Drafting:
             counted=list(range(len(rows))),
             others=batch - len(rows),
         )
-        tokens = [said[: max(0, row.left - 1)] for said, row in zip(draft.tokens, rows, strict=True)]
-        return draft._replace(tokens=tokens)
+        return draft, [said[: max(0, row.left - 1)] for said, row in zip(draft.tokens, rows, strict=True)]
 
     def learn(self, draft: Draft, accepted: Sequence[int], said: Sequence[int]) -> None:
         """Take in what became of a draft: of each row, how many tokens stood and how many it got."""

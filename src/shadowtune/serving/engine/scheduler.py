@@ -3,14 +3,15 @@
 import logging
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from shadowtune.model.speculation.draft import Draft
-from shadowtune.serving.engine.adapters import Adapter
 from shadowtune.serving.engine.counters import Counters
+from shadowtune.serving.engine.drafting import Drafting
 from shadowtune.serving.engine.limits import Limits
 from shadowtune.serving.engine.logits import Logits
 from shadowtune.serving.engine.networks import Known, Networks
@@ -115,22 +116,24 @@ class Scheduler:
 
     def _speak(self, rows: Sequence[Row]) -> None:
         """Draft where it pays, and verify all rows in one pass."""
-        drafts: list[tuple[Adapter, list[Row], Draft]] = []
+        drafts: list[tuple[Drafting, list[Row], Draft]] = []
+        drafted: dict[Row, list[int]] = {}
         for adapter in dict.fromkeys(row.adapter for row in rows):
             own = [row for row in rows if row.adapter is adapter and row.request.speculate and row.left > 1]
             if adapter is not None and adapter.drafting is not None and own:
-                drafts.append((adapter, own, _draft(adapter, own, len(rows))))
-        drafted = {row: said for _, own, draft in drafts for row, said in zip(own, draft.tokens, strict=True)}
+                run = partial(adapter.initial_states, own)
+                draft, said = adapter.drafting.draft(own, len(rows), run)
+                drafts.append((adapter.drafting, own, draft))
+                drafted |= zip(own, said, strict=True)
         expected = [drafted.get(row, []) for row in rows]
         tokens = [[row.tokens[-1], *said] for row, said in zip(rows, expected, strict=True)]
         known = [(own, draft.states) for _, own, draft in drafts]
         results = dict(zip(rows, zip(*self._pass(rows, tokens, expected, known), strict=True), strict=True))
-        for adapter, own, draft in drafts:
-            accepted, said = [results[row][0] for row in own], [results[row][1] for row in own]
-            assert adapter.drafting is not None
-            adapter.drafting.learn(draft, accepted, said)
-            for drafted_tokens, stood, gained in zip(draft.tokens, accepted, said, strict=True):
-                self._counters.drafts.add(len(drafted_tokens), [stood], [gained])
+        for drafting, own, draft in drafts:
+            accepted, gained = [results[row][0] for row in own], [results[row][1] for row in own]
+            drafting.learn(draft, accepted, gained)
+            for row, stood, got in zip(own, accepted, gained, strict=True):
+                self._counters.drafts.add(len(drafted[row]), [stood], [got])
         for row in rows:
             self._settle(row)
 
@@ -208,11 +211,6 @@ class _FailingRows:
         reason = f"the pass over this request failed ({type(error).__name__}); the server's log says more"
         self._scheduler.fail(self._rows, RequestError(reason, 500))
         return True
-
-
-def _draft(adapter: Adapter, rows: Sequence[Row], batch: int) -> Draft:
-    assert adapter.drafting is not None
-    return adapter.drafting.draft(rows, batch, lambda tokens, seen: adapter.initial_states(rows, tokens, seen))
 
 
 def _gather(hidden: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
