@@ -22,7 +22,7 @@ robot: install  ## a robot that answers what it can: train, detach, export, cali
 	$(BIN)/python examples/robot/run.py
 
 test: install  ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install types  ## what CI checks beside the tests
 	$(BIN)/ruff check .

@@ -129,13 +129,30 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(arguments, said, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_comparison_that_was_killed_goes_on_where_it_was(tmp_path):
+@pytest.fixture
+def start():
+    """Starts a process that hears Ctrl-C even where the tests run in the background, and is gone with the test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    started = []
+
+    def begin(command, **settings):
+        started.append(subprocess.Popen(command, **settings))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_comparison_that_was_killed_goes_on_where_it_was(start, tmp_path):
     """Killed while its second run trains; the first run stays, the second goes on from its checkpoint."""
     lora = {"lora": {"rank": 2}, "max_steps": 100000, "save_steps": 2}
     file = write_settings(tmp_path, methods={"base": None, "lora": lora})
     command = [sys.executable, "-m", "shadowtune", "compare", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = start(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     runs = tmp_path / "out" / "runs" / "words"
     while not list(runs.glob("lora/*/checkpoints/checkpoint-4")):
         assert running.poll() is None
@@ -146,7 +163,7 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(tmp_path):
     (run,) = runs.glob("lora/*")
     before = base.stat().st_mtime_ns
     assert not (run / "final.json").exists()
-    again = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    again = start(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     first = again.stderr.readline()
     newest = max(int(path.name.split("-")[1]) for path in run.glob("checkpoints/checkpoint-*"))
     while max(int(path.name.split("-")[1]) for path in run.glob("checkpoints/checkpoint-*")) == newest:

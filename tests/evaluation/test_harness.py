@@ -53,6 +53,7 @@ def tasks(tmp_path_factory):
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for name, kind in (("choose", CHOICE), ("answer", ANSWER)):
         (path / f"{name}.yaml").write_text(TASK.format(name=name, file=file) + kind)
+    (path / "gone.yaml").write_text(TASK.format(name="gone", file=path / "gone.jsonl") + CHOICE)
     return path
 
 
@@ -92,19 +93,18 @@ def test_the_harness_opens_our_directory_itself_in_any_mode(finished, tasks):
         model="hf",
         model_args=arguments,
         tasks=["choose"],
-        task_manager=TaskManager(include_path=str(tasks)),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         device="cpu",
     )
     (row,) = evaluate_with_harness(finished, "detached", ["choose"], include_path=tasks)
     assert found["results"]["choose"]["acc,none"] == row["value"]
 
 
-def test_an_unknown_task_is_named(finished):
+def test_an_unknown_task_is_named(finished, tasks):
     with pytest.raises(DataError, match="no task nowhere"):
-        evaluate_with_harness(finished, "attached", ["nowhere"])
+        evaluate_with_harness(finished, "attached", ["nowhere"], include_path=tasks)
 
 
-def test_rows_that_are_not_there_are_one_line(finished, tmp_path):
-    (tmp_path / "gone.yaml").write_text(TASK.format(name="gone", file=tmp_path / "gone.jsonl") + CHOICE)
+def test_rows_that_are_not_there_are_one_line(finished, tasks):
     with pytest.raises(DataError, match="cannot run gone"):
-        evaluate_with_harness(finished, "attached", ["gone"], include_path=tmp_path)
+        evaluate_with_harness(finished, "attached", ["gone"], include_path=tasks)

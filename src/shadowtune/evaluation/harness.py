@@ -1,6 +1,7 @@
 """A finished run under EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness)."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def evaluate_with_harness(
         limit: use only the first so many rows of each task.
         batch_size: rows at a time.
         num_fewshot: examples in each prompt; None leaves that to the task.
-        include_path: a directory with task files of one's own.
+        include_path: a directory with task files of one's own; which there are is looked up once a process.
 
     Returns:
         A flat row for each metric of each task: task, metric, filter, value and standard error (None if the harness
@@ -39,10 +40,9 @@ def evaluate_with_harness(
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError:
         raise ShadowtuneError("the lm-evaluation-harness is not installed: pip install 'shadowtune[harness]'") from None
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = _task_manager(None if include_path is None else str(include_path))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise DataError(
@@ -61,6 +61,14 @@ def evaluate_with_harness(
         except (OSError, ValueError) as error:  # data that is not there: no connection, no such file
             raise DataError(f"the harness cannot run {', '.join(tasks)}: {' '.join(str(error).split())}") from None
     return [row for task, scores in found["results"].items() for row in _rows(task, scores)]
+
+
+@cache
+def _task_manager(include_path: str | None) -> Any:
+    """The harness's index of its 14,000 tasks, which takes it over ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
 
 
 def _rows(task: str, scores: dict[str, Any]) -> list[dict[str, Any]]:
