@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo robot test check fmt types install clean
+.PHONY: demo robot test test-latest test-lowest check fmt types install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -24,6 +24,28 @@ robot: install  ## a robot that answers what it can: train, detach, export, cali
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+LATEST := .venv-latest
+SELECTION := tests/fresh tests/test_compatibility.py tests/attach tests/model/test_generation.py \
+	tests/model/speculation/test_decoding.py
+
+test-latest: install  ## a selection, with what pip brings today: a wheel, no constraints but the CPU build of torch
+	rm -rf $(LATEST) dist
+	$(BIN)/uv venv -q --seed $(LATEST)
+	$(BIN)/uv build -q --wheel -o dist .
+	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install -q --python $(LATEST)/bin/python \
+		$$(grep ^torch== constraints.txt) "$$(echo dist/*.whl)[dev]"
+	$(LATEST)/bin/python -m pip list 2>/dev/null | grep -iE '^(torch|transformers|peft|trl|accelerate) '
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m 'fresh or not fresh' $(SELECTION)
+
+test-lowest: install  ## the whole suite on the oldest transformers that pyproject.toml allows
+	grep -v ^transformers== constraints.txt > .constraints-lowest
+	grep -o 'transformers>=[0-9.]*' pyproject.toml | sed 's/>=/==/;s/$$/.0/' >> .constraints-lowest
+	rm -rf .venv-lowest
+	$(BIN)/uv venv -q --seed .venv-lowest
+	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install -q --python .venv-lowest/bin/python \
+		-c .constraints-lowest torch -e '.[dev]'
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 check: install types  ## what CI checks beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,4 +58,4 @@ types: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) .venv-lowest .constraints-lowest build dist .pytest_cache .mypy_cache .ruff_cache

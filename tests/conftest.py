@@ -7,6 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import logging
+
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -16,6 +19,31 @@ torch.set_num_threads(1)
 
 LONG = ("test_readme.py", "test_compare.py", "test_demo.py", "test_robot.py", "test_compile.py", "test_harness.py")
 """Files that go first: each is one process's for minutes, and last it would leave the others idle."""
+
+
+class _Deprecations(logging.Handler):
+    """Collects log records that call something deprecated: transformers logs some where others warn."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        if "deprecat" in record.getMessage().lower():
+            self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated_is_called():
+    """Fail the test in which the log says that a deprecated name was used."""
+    handler = _Deprecations()
+    loggers = [logging.getLogger(name) for name in ("transformers", "peft", "trl", "accelerate", "torch")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield
+    for logger in loggers:
+        logger.removeHandler(handler)
+    assert not handler.messages, handler.messages
 
 
 def pytest_collection_modifyitems(items):

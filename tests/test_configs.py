@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from shadowtune.config.comparison import CompareConfig
-from shadowtune.config.loading import dump_config, load_config
+from shadowtune.config.loading import SHIPPED, dump_config, load_config
 from shadowtune.config.training import TrainConfig
 
-DIRECTORY = Path(__file__).parent.parent / "configs"
+DIRECTORY = SHIPPED
 CONFIGS, COMPARISONS = sorted(DIRECTORY.glob("*.yaml")), sorted(DIRECTORY.glob("compare/*.yaml"))
 
 

@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "shadowtune"
 STOREYS = [
     {"errors", "tables", "quiet"},
     {"config"},
-    {"core", "provenance"},
+    {"core", "provenance", "compatibility"},
     {"attach", "models"},
     {"model", "data"},
     {"export"},
@@ -34,6 +34,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
         "export",
         "comparison",
         "serving",
+        "compatibility",
         "__init__",
     },
     "triton": {"core"},

@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +42,6 @@ def test_every_file_that_the_readme_links_to_exists():
 
 @pytest.mark.model
 def test_the_commands_of_the_readme_run_one_after_another(tmp_path):
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     run = [command for command in COMMANDS if command.startswith("shadowtune ") and not command.startswith(LONG)]
     assert len(run) >= 4
     for command in run:

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from shadowtune import ShadowConfig, ShadowForCausalLM, attach
+from shadowtune.compatibility import CACHE, cache_of
 from shadowtune.errors import AttachError
 from tests.support.bases import tiny_base, tiny_classifier
 from tests.support.shadows import perturbed_model, tokens
@@ -279,10 +280,10 @@ def test_a_cache_given_to_an_attached_base_is_filled_and_goes_on(base, pair):
     ids = tokens(2, 9)
     with attach(base, pair.shadow):
         cache = DynamicCache(config=base.config)
-        first = base(ids[:, :5], past_key_values=cache, use_cache=True)
-        assert first.past_key_values is cache
+        first = base(ids[:, :5], use_cache=True, **{CACHE: cache})
+        assert cache_of(first) is cache
         assert (len(cache), cache.get_seq_length()) == (5, 5)
-        rest = base(ids[:, 5:], past_key_values=cache, use_cache=True).logits
+        rest = base(ids[:, 5:], use_cache=True, **{CACHE: cache}).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], 1), logits(pair), rtol=0, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shadowtune import ShadowConfig
-from shadowtune.config.loading import dump_config, load_config
+from shadowtune.config.loading import SHIPPED, dump_config, load_config, settings_file
 from shadowtune.config.training import DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 from shadowtune.errors import ConfigError
 from tests.support.properties import property_test
@@ -221,3 +221,26 @@ def test_a_dump_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
 def test_a_dump_into_a_missing_directory_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot write .*: No such file or directory"):
         dump_config(TrainConfig(data=DataConfig(train="a")), tmp_path / "none" / "config.yaml")
+
+
+@pytest.mark.parametrize("name", ["configs/tiny_cpu.yaml", "tiny_cpu.yaml", "tiny_cpu", "configs/tiny_cpu"])
+def test_settings_that_come_with_the_package_are_found_in_any_directory(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert settings_file(name) == SHIPPED / "tiny_cpu.yaml"
+    assert load_config(TrainConfig, name, []).output == "runs/tiny"
+    assert settings_file("compare/quick").is_file()
+
+
+def test_a_file_of_ones_own_comes_before_one_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "configs" / "tiny_cpu.yaml"
+    own.parent.mkdir()
+    own.write_text("output: mine\ndata: {train: x}\nmodel: y\n")
+    assert load_config(TrainConfig, "configs/tiny_cpu.yaml", []).output == "mine"
+
+
+@pytest.mark.parametrize("name", ["../tiny_cpu", "/tiny_cpu.yaml", "runs/tiny_cpu.yaml"])
+def test_only_plain_names_are_looked_up_in_the_package(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"No such file.*with the package come configs/chat\.yaml"):
+        load_config(TrainConfig, name, [])

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, MinLengthLogitsProcessor, StaticCache, TextStreamer
 from transformers.cache_utils import QuantizedCache
 
+from shadowtune.compatibility import CACHE, cache_of
 from shadowtune.errors import AttachError
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturbed_model, tokens
@@ -125,7 +126,7 @@ def test_prefill_in_one_go_in_chunks_and_token_by_token(model, pieces, mode):
     ids, cache, parts = tokens(2, 20), DynamicCache(config=model.config), []
     for part in ids.split(pieces, 1):
         output = model.set_mode(mode)(part, past_key_values=cache, use_cache=True)
-        assert output.past_key_values is cache
+        assert cache_of(output) is cache
         parts.append(output.logits)
         assert cache.get_seq_length() == sum(part.shape[1] for part in parts)
     close(torch.cat(parts, 1), logits(model, ids))
@@ -140,17 +141,17 @@ def test_a_static_cache_takes_the_prompt_in_pieces(model):
 
 def test_a_conversation_goes_on_with_its_cache(llama):
     cache = DynamicCache(config=llama.config)
-    first = generate(llama, tokens(1, 9), past_key_values=cache)
+    first = generate(llama, tokens(1, 9), **{CACHE: cache})
     again = torch.cat([first, tokens(1, 5, seed=8)], 1)
     mask = torch.ones_like(again)  # else transformers takes a generated 0 for padding
-    continued = generate(llama, again, attention_mask=mask, past_key_values=cache)
+    continued = generate(llama, again, attention_mask=mask, **{CACHE: cache})
     assert torch.equal(continued, generate(llama, again, attention_mask=mask, use_cache=False))
 
 
 @pytest.mark.parametrize("lazy", [True, False])
 def test_a_cache_made_without_a_config_or_for_the_base_is_completed(llama, lazy):
     cache = DynamicCache() if lazy else DynamicCache(config=llama.base.config)
-    assert torch.equal(generate(llama, tokens(1, 9), past_key_values=cache), generate(llama, tokens(1, 9)))
+    assert torch.equal(generate(llama, tokens(1, 9), **{CACHE: cache}), generate(llama, tokens(1, 9)))
     assert len(cache) == 6
 
 
@@ -179,9 +180,9 @@ def test_a_cropped_copied_or_selected_cache_goes_on(llama):
 
 def test_a_cache_of_another_model_is_refused(llama, models):
     foreign = DynamicCache(config=models["opt"].config)
-    generate(models["opt"].set_mode("attached"), tokens(1, 9), past_key_values=foreign)
+    generate(models["opt"].set_mode("attached"), tokens(1, 9), **{CACHE: foreign})
     plain = DynamicCache(config=llama.base.config)
-    llama.base.generate(tokens(1, 9), past_key_values=plain, max_new_tokens=2)
+    llama.base.generate(tokens(1, 9), **{CACHE: plain}, max_new_tokens=2)
     for cache in (foreign, plain):
         with pytest.raises(AttachError, match="this model needs 2 for the shadow and 4 for the base"):
             llama(tokens(1, 1), past_key_values=cache, use_cache=True)
@@ -308,4 +309,4 @@ def test_base_mode_generates_what_the_base_does(llama):
 def test_generating_needs_no_gradient_and_keeps_none(llama):
     output = llama.generate(tokens(1, 9), max_new_tokens=2, output_scores=True, return_dict_in_generate=True)
     assert not output.scores[0].requires_grad
-    assert output.past_key_values.get_seq_length() == 10
+    assert cache_of(output).get_seq_length() == 10

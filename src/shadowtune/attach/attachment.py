@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from shadowtune.attach.architectures import architecture_of
 from shadowtune.attach.cache import check_same_past, split_cache
 from shadowtune.attach.hooks import check_fit, install_hooks
+from shadowtune.compatibility import CACHE, pop_cache, set_cache
 from shadowtune.core.boundary import Boundaries
 from shadowtune.core.state import ShadowState
 from shadowtune.errors import AttachError
@@ -142,11 +143,12 @@ class Attachment:
             raise AttachError("call an attached base with keywords: input_ids=..., attention_mask=...")
         kwargs = {"input_ids": args[0], **kwargs} if args else dict(kwargs)
         call = {name: kwargs.pop(name, None) for name in _SHARED}
+        cache = pop_cache(kwargs)
         if (call["input_ids"] is None) == (call["inputs_embeds"] is None):
             return None  # the base says what is wrong
         shadow = self._shadows[self._active]
         config = self._base.config.get_text_config(decoder=True)
-        cache, use_cache = call["past_key_values"], call["use_cache"]
+        use_cache = call["use_cache"]
         if use_cache is None:
             use_cache = bool(config.use_cache) and not self._base.training
         if use_cache and cache is None:
@@ -167,7 +169,7 @@ class Attachment:
             use_cache,
             **kwargs,
         )
-        call |= {"past_key_values": base_cache, "use_cache": use_cache}
+        call |= {CACHE: base_cache, "use_cache": use_cache}
         return (), {**kwargs, **call, "shadow": state, "whole_cache": cache}
 
     def _after_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -175,7 +177,7 @@ class Attachment:
         if "whole_cache" in kwargs:
             output.last_hidden_state = kwargs["shadow"].arrive(len(self._blocks), output.last_hidden_state)
             if kwargs["whole_cache"] is not None:
-                output.past_key_values = kwargs["whole_cache"]
+                set_cache(output, kwargs["whole_cache"])
         return output
 
     @property
@@ -183,8 +185,8 @@ class Attachment:
         return architecture_of(self._base.config).blocks_of(self._base)
 
 
-_SHARED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache")
-"""Arguments of a decoder that an attachment reads; the others go to both networks as they are."""
+_SHARED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache")
+"""Arguments of a decoder that an attachment reads, beside the cache; the others go to both networks as they are."""
 
 
 def attach(base: PreTrainedModel, shadow: AttachableShadow, name: str = "default") -> Attachment:

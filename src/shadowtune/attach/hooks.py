@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
+from shadowtune.attach.self_check import check_base
 from shadowtune.core.boundary import Boundaries
 from shadowtune.errors import AttachError, UnsupportedArchitectureError
 
@@ -43,15 +44,23 @@ def install_hooks(base: PreTrainedModel) -> list[RemovableHandle]:
     Several owners may put theirs on the same base: a state crosses each boundary once.
 
     Raises:
-        UnsupportedArchitectureError: if the base has no row in the table.
+        UnsupportedArchitectureError: if the base has no row in the table, or would not hand the shadow's state and its
+            own cache down to its blocks (``attach/self_check.py``).
         AttachError: if the base has fewer than two blocks.
     """
-    blocks = architecture_of(base.config).blocks_of(base)
+    architecture = architecture_of(base.config)
+    blocks = architecture.blocks_of(base)
     if len(blocks) < 2:
         raise AttachError(f"the base has {len(blocks)} block(s); a shadow works between blocks and needs at least 2")
     handles = [blocks[0].register_forward_pre_hook(_EnterFirst(), with_kwargs=True)]
     for depth in range(1, len(blocks)):
         handles.append(blocks[depth - 1].register_forward_hook(_EnterNext(depth), with_kwargs=True))
+    try:
+        check_base(base, architecture)
+    except UnsupportedArchitectureError:
+        for handle in handles:
+            handle.remove()
+        raise
     return handles
 
 

@@ -16,6 +16,8 @@ from shadowtune.errors import ConfigError
 
 Settings = TypeVar("Settings")
 
+SHIPPED = Path(__file__).parent.parent / "configs"
+"""Directory of the settings files that come with the package."""
 
 _BOOL, _TIMESTAMP = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 
@@ -51,7 +53,8 @@ def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]
 
     Args:
         kind: the dataclass to build.
-        path: a YAML file holding a mapping. Paths in it are relative to the current directory.
+        path: a YAML file holding a mapping, or the name of one that comes with the package, as for
+            ``settings_file``. Paths in it are relative to the current directory.
         overrides: ``key=value`` arguments with dotted keys and YAML values; the last one wins. An empty value is
             YAML's null, which resets an optional setting.
 
@@ -59,7 +62,10 @@ def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]
         ConfigError: one line naming the file and what is wrong with it; all wrong keys and values at once.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = settings_file(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        shipped = ", ".join(shipped_settings())
+        raise ConfigError(f"cannot read {path}: {error.strerror}; with the package come {shipped}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -76,6 +82,24 @@ def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]
         return from_mapping(kind, values, where="")
     except ConfigError as error:
         raise ConfigError(_one_line(f"{path}: {error}")) from None
+
+
+def settings_file(path: str | Path) -> Path:
+    """Return the file that is meant: the path itself if it exists, else the file of that name in the package.
+
+    So ``configs/tiny_cpu.yaml`` and ``tiny_cpu`` work in any directory, with an installed wheel too.
+    """
+    given = Path(path)
+    if given.exists() or given.is_absolute() or ".." in given.parts:
+        return given
+    name = given.relative_to("configs") if given.is_relative_to("configs") else given
+    shipped = SHIPPED / name.with_suffix(".yaml")
+    return shipped if shipped.is_file() else given
+
+
+def shipped_settings() -> list[str]:
+    """Return the names of the settings files that come with the package, as ``settings_file`` takes them."""
+    return sorted(f"configs/{file.relative_to(SHIPPED).as_posix()}" for file in SHIPPED.rglob("*.yaml"))
 
 
 def dump_config(config: Any, path: str | Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from shadowtune.compatibility import CACHE, cache_of
 from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export.onnx_file import FILE, KEEP
 
@@ -79,8 +80,8 @@ class TorchModel(Stepwise):
     @torch.inference_mode()
     def _step(self, input_ids: list[int], cache: Any) -> tuple[np.ndarray, Any]:
         ids = torch.tensor([input_ids], device=self.model.device)
-        output = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[0, -1].float().cpu().numpy(), output.past_key_values
+        output = self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        return output.logits[0, -1].float().cpu().numpy(), cache_of(output)
 
 
 class OnnxModel(Stepwise):

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from shadowtune.attach.architectures import Finish
+from shadowtune.compatibility import CACHE, cache_of, takes_cache
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.drafting import draft_loss
 from shadowtune.core.few_rows import few_rows, is_plain_linear
@@ -72,6 +73,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         self.generation_config = copy.deepcopy(self.base.generation_config)
         carry_shadow_loss(self)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -111,7 +113,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         if self.mode == "base":
             if num_items_in_batch is not None:
                 inputs["num_items_in_batch"] = num_items_in_batch
-            cache = {"past_key_values": past_key_values, "use_cache": use_cache}
+            cache = {CACHE: past_key_values, "use_cache": use_cache}
             return self.base(**inputs, **cache, labels=labels, logits_to_keep=logits_to_keep)
         use_cache = use_cache if labels is None else False
         output, state = self.encode(
@@ -135,10 +137,10 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         return ShadowCausalLMOutput(
             loss=None if joint is None else joint.total,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             last_hidden_state=hidden_states if labels is None and self.shadow.draft_fusion is not None else None,
+            **{CACHE: cache_of(output)},
             **loss_terms(joint),
         )
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
+from shadowtune.compatibility import CACHE, cache_of, takes_cache
 from shadowtune.core.class_losses import classification_loss, joint_classification_loss
 from shadowtune.core.losses import JointLoss
 from shadowtune.errors import ConfigError
@@ -33,8 +34,9 @@ class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
     distillation_loss: Tensor | None = None
     """Divergence of the attached classifier from the detached shadow."""
     matching_loss: Tensor | None = None
-    draft_loss: Tensor | None = None
     """Relative squared distance of s0 from the last hidden state."""
+    draft_loss: Tensor | None = None
+    """Always None: classifiers draft no tokens."""
 
 
 def last_token(attention_mask: Tensor | None, input_ids: Tensor | None, pad_token_id: int | None, length: int) -> Any:
@@ -86,6 +88,7 @@ class ShadowForSequenceClassification(ShadowPair):
         """Return what is trained and saved, by its path in the model."""
         return {**super().trained_modules(), "score": self.score, "shadow_score": self.shadow_score}
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -113,10 +116,10 @@ class ShadowForSequenceClassification(ShadowPair):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
         output, state = self.encode(
@@ -149,9 +152,9 @@ class ShadowForSequenceClassification(ShadowPair):
         return ShadowClassifierOutput(
             loss=None if joint is None else joint.total,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            **{CACHE: cache_of(output)},
             **loss_terms(joint),
         )
 

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from shadowtune.attach.architectures import Architecture, architecture_of
 from shadowtune.attach.cache import check_same_past, split_cache
 from shadowtune.attach.hooks import check_fit, install_hooks
+from shadowtune.compatibility import CACHE, CACHE_NAMES, set_cache, takes_cache
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.losses import JointLoss, LossWeights
 from shadowtune.core.state import ShadowState
@@ -44,7 +45,7 @@ class ShadowPair(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
 
     def __init__(self, config: ShadowModelConfig, base: PreTrainedModel | None = None, shadow: Any = None) -> None:
         super().__init__(config)
@@ -159,6 +160,7 @@ class ShadowPair(PreTrainedModel):
         self.mode = mode
         return self
 
+    @takes_cache
     def encode(
         self,
         input_ids: Tensor | None,
@@ -199,19 +201,19 @@ class ShadowPair(PreTrainedModel):
         else:
             state = ShadowState(self.shadow.boundaries, shadow_states)
         if self.mode == "detached":
-            return BaseModelOutputWithPast(last_hidden_state=state.initial, past_key_values=cache), state
+            return BaseModelOutputWithPast(last_hidden_state=state.initial, **{CACHE: cache}), state
         output = self.architecture.decoder_of(self.base)(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=base_cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             shadow=state,
+            **{CACHE: base_cache},
             **kwargs,
         )
         output.last_hidden_state = state.arrive(depth, output.last_hidden_state)
-        output.past_key_values = cache
+        set_cache(output, cache)
         return output, state
 
     def run_backbone(

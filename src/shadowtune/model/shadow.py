@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from shadowtune.compatibility import CACHE, takes_cache
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import Boundaries
 from shadowtune.core.drafting import DraftFusion
@@ -79,6 +80,7 @@ class Shadow(nn.Module):
         """Run the shadow backbone, called as ``initial_states`` is; return its state, ready for the base's blocks."""
         return ShadowState(self.boundaries, self.initial_states(*args, **kwargs))
 
+    @takes_cache
     def initial_states(
         self,
         input_ids: Tensor | None,
@@ -115,8 +117,8 @@ class Shadow(nn.Module):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         return self.projection(output.last_hidden_state)

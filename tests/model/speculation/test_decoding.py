@@ -11,6 +11,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from shadowtune.compatibility import CACHE, cache_of
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation import decoding
@@ -198,7 +199,7 @@ def test_the_cache_that_comes_back_is_that_of_plain_decoding(monkeypatch):
     with_oracle(monkeypatch, plain.sequences, 9, wrong=3)
     fast = model.generate(**inputs, **settings, speculate=4)
     assert torch.equal(plain.sequences, fast.sequences)
-    for ours, theirs in zip(fast.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for ours, theirs in zip(cache_of(fast).layers, cache_of(plain).layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-4)
 
 
@@ -208,7 +209,7 @@ def test_a_conversation_goes_on_with_the_cache_of_the_last_answer():
     answers = {}
     for speculate in (False, 3):
         cache = DynamicCache(config=model.config)
-        said = model.generate(**first, max_new_tokens=8, do_sample=False, past_key_values=cache, speculate=speculate)
+        said = model.generate(**first, max_new_tokens=8, do_sample=False, **{CACHE: cache}, speculate=speculate)
         more = torch.cat([said, tokens(1, 4, seed=5)], 1)
         mask = torch.ones_like(more)
         answers[speculate] = model.generate(
@@ -216,8 +217,8 @@ def test_a_conversation_goes_on_with_the_cache_of_the_last_answer():
             attention_mask=mask,
             max_new_tokens=8,
             do_sample=False,
-            past_key_values=cache,
             speculate=speculate,
+            **{CACHE: cache},
         )
     assert torch.equal(answers[False], answers[3])
 

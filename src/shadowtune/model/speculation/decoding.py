@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
 
+from shadowtune.compatibility import CACHE
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.acceptance import Process, Proposal, Verdict, greedy_verdicts, verdict
@@ -67,7 +68,7 @@ class Speculator:
                 **extra,
                 **model_kwargs,
             )
-        cache: Cache = model_kwargs["past_key_values"]
+        cache: Cache = model_kwargs[CACHE]
         cache.activate_past_recording()
         first = model._prefill(input_ids, generation_config, model_kwargs)
         drop_last(cache, 0)
@@ -93,7 +94,7 @@ class Speculator:
         if self._streamer is not None:
             self._streamer.end()
         if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=cast(Any, rows.output()), past_key_values=cache)
+            return GenerateDecoderOnlyOutput(sequences=cast(Any, rows.output()), **{CACHE: cache})
         return rows.output()
 
 

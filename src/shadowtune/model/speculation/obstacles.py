@@ -6,6 +6,7 @@ from transformers import LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.generation import logits_process
 
+from shadowtune.compatibility import CACHE
 from shadowtune.model.speculation.drafters import WARPERS
 
 PURE = (
@@ -37,7 +38,7 @@ def obstacle(
     """Say why this call cannot speculate; None if it can."""
     if mode not in ("greedy_search", "sample"):
         return f"{mode.value.replace('_', ' ')} is not token by token"
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if not model_kwargs["use_cache"] or cache is None:
         return "there is no cache (use_cache=False)"
     layers = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}

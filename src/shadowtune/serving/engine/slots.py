@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from shadowtune.compatibility import CACHE
 from shadowtune.serving.engine.masks import Masks
 
 FIRST_ROWS, FIRST_TOKENS = 4, 64
@@ -102,7 +103,7 @@ class Slots:
         return {
             "attention_mask": self.masks(positions, longest, self._dtype),
             "position_ids": torch.minimum(positions, ends),  # padding may lie beyond the last position there is
-            "past_key_values": self.cache,
+            CACHE: self.cache,
             "use_cache": True,
         }
 

@@ -1,0 +1,104 @@
+"""What depends on the versions of other packages: the tested range, and every name that differs inside of it.
+
+``pyproject.toml`` states the range, as the requirements of the package; nothing repeats it. Outside of it, importing
+``shadowtune`` warns, and ``attach`` additionally runs two tokens through the base (``attach/self_check.py``).
+
+| entry | transformers 5.23 | transformers 5.24 and later |
+|---|---|---|
+| ``CACHE``, the keyword and the output field of the key-value cache | ``past_key_values`` | ``cache`` |
+
+Our own methods call it ``past_key_values`` and take it by either name, whichever version is installed.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, Literal, TypeVar
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+from transformers import __version__ as transformers_version
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+CACHE: Literal["cache", "past_key_values"] = (
+    "cache" if Version(transformers_version).release >= (5, 24) else "past_key_values"
+)
+"""What decoder blocks, models and their outputs call the key-value cache."""
+CACHE_NAMES = ("past_key_values", "cache")
+"""Both names, as a caller may use either."""
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class UntestedVersionWarning(UserWarning):
+    """An installed dependency has a version outside the range that this package was tested with."""
+
+
+def cache_of(output: ModelOutput) -> Cache | None:
+    """Return the key-value cache of a model's output; None if it has none."""
+    return output.get(CACHE)  # type: ignore[no-any-return]
+
+
+def set_cache(output: ModelOutput, cache: Cache | None) -> None:
+    """Put a key-value cache into a model's output."""
+    setattr(output, CACHE, cache)
+
+
+def pop_cache(keywords: dict[str, Any]) -> Cache | None:
+    """Take the key-value cache out of keyword arguments, by whichever name the caller used.
+
+    Raises:
+        TypeError: if two different caches were passed.
+    """
+    given = [cache for name in CACHE_NAMES if (cache := keywords.pop(name, None)) is not None]
+    if len(given) == 2 and given[0] is not given[1]:
+        raise TypeError("cache and past_key_values are two names of one argument; pass one of them")
+    return given[0] if given else None
+
+
+def takes_cache(method: Method) -> Method:
+    """Decorate a method with a parameter ``past_key_values`` so that it takes the keyword ``cache`` as well."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "cache" in kwargs:
+            kwargs["past_key_values"] = pop_cache(kwargs)
+        return method(self, *args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+@functools.cache
+def untested_versions() -> dict[str, str]:
+    """Return the installed core dependencies whose versions are outside the tested range.
+
+    Returns:
+        name -> ``"5.30.0, tested >=5.23,<5.25"``; empty if all are inside, or if the package was not installed.
+    """
+    try:
+        stated = metadata.requires("shadowtune") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    untested = {}
+    for requirement in map(Requirement, stated):
+        if requirement.marker is not None:  # an extra
+            continue
+        installed = metadata.version(requirement.name)
+        if not requirement.specifier.contains(installed, prereleases=True):
+            untested[requirement.name] = f"{installed}, tested {requirement.specifier}"
+    return untested
+
+
+def warn_of_untested_versions() -> None:
+    """Warn with ``UntestedVersionWarning`` if a core dependency is outside the tested range."""
+    untested = untested_versions()
+    if untested:
+        listed = "; ".join(f"{name} {found}" for name, found in untested.items())
+        warnings.warn(
+            f"shadowtune was not tested with the installed {listed}; install a tested version, or run `make test` of "
+            "its repository before you rely on it",
+            UntestedVersionWarning,
+            stacklevel=3,
+        )
