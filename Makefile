@@ -28,12 +28,12 @@ LATEST := .venv-latest
 SELECTION := tests/fresh tests/test_compatibility.py tests/attach tests/model/test_generation.py \
 	tests/model/speculation/test_decoding.py
 
-test-latest: install  ## a selection, with what pip brings today: a wheel, no constraints but the CPU build of torch
+test-latest: install  ## a selection, with what pip brings today: a wheel, no constraints but the CPU build of torch; SELECTION=tests for all, BEYOND=1 for transformers newer than tested
 	rm -rf $(LATEST) dist
 	$(BIN)/uv venv -q --seed $(LATEST)
 	$(BIN)/uv build -q --wheel -o dist .
 	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install -q --python $(LATEST)/bin/python \
-		$$(grep ^torch== constraints.txt) "$$(echo dist/*.whl)[dev]"
+		$$(grep ^torch== constraints.txt) "$$(echo dist/*.whl)[dev]" $(if $(BEYOND),--override .ci/beyond.txt)
 	$(LATEST)/bin/python -m pip list 2>/dev/null | grep -iE '^(torch|transformers|peft|trl|accelerate) '
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m 'fresh or not fresh' $(SELECTION)
 
