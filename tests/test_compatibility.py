@@ -11,8 +11,8 @@ from packaging.requirements import Requirement
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import DynamicCache
 
-from shadowtune import compatibility
-from shadowtune.compatibility import CACHE, CACHE_NAMES, UntestedVersionWarning, cache_of, pop_cache
+from shadowtune.compatibility import CACHE, CACHE_NAMES, cache_of, pop_cache
+from shadowtune.versions import UntestedVersionWarning, untested_versions, warn_of_untested_versions
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturbed_model
 
@@ -26,9 +26,9 @@ def versions(monkeypatch):
     pretended: dict[str, str] = {}
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: pretended.get(name) or real(name))
-    compatibility.untested_versions.cache_clear()
+    untested_versions.cache_clear()
     yield pretended
-    compatibility.untested_versions.cache_clear()
+    untested_versions.cache_clear()
 
 
 def requirement(name: str) -> Requirement:
@@ -37,10 +37,10 @@ def requirement(name: str) -> Requirement:
 
 
 def test_the_installed_versions_are_in_the_tested_range(versions):
-    assert compatibility.untested_versions() == {}
+    assert untested_versions() == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compatibility.warn_of_untested_versions()
+        warn_of_untested_versions()
 
 
 def test_transformers_has_an_upper_bound_and_the_constraints_are_its_newest_minor_release():
@@ -55,7 +55,7 @@ def test_transformers_has_an_upper_bound_and_the_constraints_are_its_newest_mino
 def test_another_version_is_named_with_the_tested_range(versions, version):
     versions["transformers"] = version
     with pytest.warns(UntestedVersionWarning, match=f"transformers {version}, tested.*5.23"):
-        compatibility.warn_of_untested_versions()
+        warn_of_untested_versions()
 
 
 def test_a_copy_that_was_not_installed_says_nothing(versions, monkeypatch):
@@ -63,7 +63,7 @@ def test_a_copy_that_was_not_installed_says_nothing(versions, monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", missing)
-    assert compatibility.untested_versions() == {}
+    assert untested_versions() == {}
 
 
 def test_the_name_of_the_cache_is_that_of_the_installed_transformers():

@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "shadowtune"
 STOREYS = [
-    {"errors", "tables", "quiet"},
+    {"errors", "tables", "quiet", "versions"},
     {"config"},
     {"core", "provenance", "compatibility"},
     {"attach", "models"},
@@ -16,13 +16,14 @@ STOREYS = [
     {"serving"},
     {"training", "evaluation", "benchmark"},
     {"comparison"},
+    {"registration"},
     {"__init__"},
     {"cli"},
     {"__main__"},
 ]
 STOREY = {part: number for number, parts in enumerate(STOREYS) for part in parts}
 ALLOWED = {  # third-party package -> parts of ours that may import it
-    "torch": set(STOREY) - {"config", "errors", "tables", "quiet"},
+    "torch": set(STOREY) - {"config", "errors", "tables", "quiet", "versions"},
     "transformers": {
         "attach",
         "models",
@@ -35,6 +36,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
         "comparison",
         "serving",
         "compatibility",
+        "registration",
         "__init__",
     },
     "triton": {"core"},

@@ -1,24 +1,25 @@
 """shadowtune: adapt a large language model once, deploy it twice.
 
-Importing this package registers the model type ``shadow`` with transformers and does nothing else.
+Importing this package makes transformers know the model type ``shadow`` and does nothing else; its parts are imported
+when they are first used.
 """
 
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from shadowtune.quiet import quiet_imports
+from shadowtune.registration import register_when_loaded
+from shadowtune.versions import warn_of_untested_versions
 
-with quiet_imports():
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
+if TYPE_CHECKING:
+    from shadowtune import models
     from shadowtune.attach import attach
-    from shadowtune.compatibility import warn_of_untested_versions
     from shadowtune.config.shadow import ShadowConfig
     from shadowtune.model.causal_lm import ShadowForCausalLM
     from shadowtune.model.classifier import ShadowForSequenceClassification
     from shadowtune.model.configuration import ShadowModelConfig
-
-warn_of_untested_versions()
-AutoConfig.register("shadow", ShadowModelConfig, exist_ok=True)
-AutoModelForCausalLM.register(ShadowModelConfig, ShadowForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(ShadowModelConfig, ShadowForSequenceClassification, exist_ok=True)
 
 __version__ = "0.1.0"
 
@@ -29,4 +30,40 @@ __all__ = [
     "ShadowModelConfig",
     "__version__",
     "attach",
+    "models",
 ]
+
+_HOMES = {
+    "ShadowConfig": "shadowtune.config.shadow",
+    "ShadowForCausalLM": "shadowtune.model.causal_lm",
+    "ShadowForSequenceClassification": "shadowtune.model.classifier",
+    "ShadowModelConfig": "shadowtune.model.configuration",
+    "attach": "shadowtune.attach",
+    "models": "shadowtune.models",
+}
+"""Public name -> the module that defines it."""
+
+
+class _Package(ModuleType):
+    """This package, in which ``attach`` is the function: importing the subpackage of that name does not hide it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.attach if name == "attach" and isinstance(value, ModuleType) else value)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shadowtune' has no attribute {name!r}")
+    with quiet_imports():
+        module = importlib.import_module(_HOMES[name])
+    return module if name == "models" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
+warn_of_untested_versions()
+register_when_loaded()

@@ -1,7 +1,4 @@
-"""What depends on the versions of other packages: the tested range, and every name that differs inside of it.
-
-``pyproject.toml`` states the range, as the requirements of the package; nothing repeats it. Outside of it, importing
-``shadowtune`` warns, and ``attach`` additionally runs two tokens through the base (``attach/self_check.py``).
+"""Every name that differs between versions of other packages, inside of the tested range (``versions.py``).
 
 | entry | transformers 5.23 | transformers 5.24 and later |
 |---|---|---|
@@ -11,12 +8,9 @@ Our own methods call it ``past_key_values`` and take it by either name, whicheve
 """
 
 import functools
-import warnings
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any, Literal, TypeVar
 
-from packaging.requirements import Requirement
 from packaging.version import Version
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import Cache
@@ -30,10 +24,6 @@ CACHE_NAMES = ("past_key_values", "cache")
 """Both names, as a caller may use either."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-class UntestedVersionWarning(UserWarning):
-    """An installed dependency has a version outside the range that this package was tested with."""
 
 
 def cache_of(output: ModelOutput) -> Cache | None:
@@ -68,37 +58,3 @@ def takes_cache(method: Method) -> Method:
         return method(self, *args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
-
-
-@functools.cache
-def untested_versions() -> dict[str, str]:
-    """Return the installed core dependencies whose versions are outside the tested range.
-
-    Returns:
-        name -> ``"5.30.0, tested >=5.23,<5.25"``; empty if all are inside, or if the package was not installed.
-    """
-    try:
-        stated = metadata.requires("shadowtune") or []
-    except metadata.PackageNotFoundError:
-        return {}
-    untested = {}
-    for requirement in map(Requirement, stated):
-        if requirement.marker is not None:  # an extra
-            continue
-        installed = metadata.version(requirement.name)
-        if not requirement.specifier.contains(installed, prereleases=True):
-            untested[requirement.name] = f"{installed}, tested {requirement.specifier}"
-    return untested
-
-
-def warn_of_untested_versions() -> None:
-    """Warn with ``UntestedVersionWarning`` if a core dependency is outside the tested range."""
-    untested = untested_versions()
-    if untested:
-        listed = "; ".join(f"{name} {found}" for name, found in untested.items())
-        warnings.warn(
-            f"shadowtune was not tested with the installed {listed}; install a tested version, or run `make test` of "
-            "its repository before you rely on it",
-            UntestedVersionWarning,
-            stacklevel=3,
-        )

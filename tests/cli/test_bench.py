@@ -7,6 +7,8 @@ import pytest
 
 from shadowtune.benchmark import runner
 from shadowtune.benchmark.peers import PEERS
+from shadowtune.benchmark.registry import BENCHES
+from shadowtune.cli.bench import HELP
 from shadowtune.cli.main import main
 from tests.benchmark.in_process import LocalWorker
 
@@ -216,3 +218,7 @@ def test_help_tells_every_option_with_its_default(capsys):
     ):
         assert option in text
     assert "(default: 1.0,0.25,0.02)" in text
+
+
+def test_the_overview_says_of_each_benchmark_what_it_says_itself():
+    assert {name: bench.help for name, bench in BENCHES.items()} == HELP

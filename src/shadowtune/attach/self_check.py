@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from shadowtune.attach.architectures import ARCHITECTURES, Architecture
-from shadowtune.compatibility import CACHE, cache_of, untested_versions
+from shadowtune.compatibility import CACHE, cache_of
 from shadowtune.errors import UnsupportedArchitectureError
+from shadowtune.versions import untested_versions
 
 TESTED = frozenset(ARCHITECTURES)
 """Rows of the table as this package ships it."""

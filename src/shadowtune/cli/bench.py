@@ -3,16 +3,41 @@
 import argparse
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shadowtune.benchmark.bench import Bench
-from shadowtune.benchmark.registry import BENCHES
 from shadowtune.cli.command import Command, add_json
 from shadowtune.cli.output import ProgressBar, check_json_target, print_table, say, write_json
 
+if TYPE_CHECKING:
+    from shadowtune.benchmark.bench import Bench
 
-def add_arguments(bench: Bench, parser: argparse.ArgumentParser) -> None:
+HELP = {
+    "train": "a full training step: tokens per second and peak memory",
+    "boundary": "one boundary between two blocks: crossings per second, and how near the memory's limit",
+    "head": "the joint loss behind the head, with its gradients: one sweep against all logits",
+    "decode": "greedy generation with a cache: new tokens per second",
+    "evaluate": "answers to held-out prompts, in batches and one at a time: tokens per second",
+    "speculate": "drafts of the shadow against plain decoding: new tokens per second",
+    "passes": "a pass over a few tokens, and a draft of as many: tokens per second",
+    "serving": "many streams at once, of one adapter and of several: new tokens per second",
+    "detached": "the shadow alone in each exported format: speed, memory, size on disk",
+    "memory": "peak memory of a training step and of reading a prompt, above the loaded model",
+    "scaling": "a training step's time and memory over tokens, depth and rank, with a picture",
+}
+"""What each benchmark measures. Stated here too, so that ``shadowtune --help`` need not import them."""
+
+
+def load(name: str) -> "Bench[Any]":
+    """Import a benchmark."""
+    from shadowtune.benchmark.registry import BENCHES
+
+    return BENCHES[name]
+
+
+def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     """Declare the options that the benchmark's settings name, and where the results go."""
+    bench = load(name)
+    parser.epilog = bench.examples
     for field in dataclasses.fields(bench.settings):
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         parser.add_argument(
@@ -28,8 +53,9 @@ def add_arguments(bench: Bench, parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(bench: Bench, arguments: argparse.Namespace) -> int:
+def run(name: str, arguments: argparse.Namespace) -> int:
     """Measure, keep the rows, print one table."""
+    bench = load(name)
     check_json_target(arguments.json)
     from shadowtune.benchmark.results import ResultFiles
     from shadowtune.benchmark.rows import for_people, title
@@ -56,6 +82,6 @@ def run(bench: Bench, arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = [
-    Command(f"bench {bench.name}", bench.help, partial(add_arguments, bench), partial(run, bench), bench.examples)
-    for bench in BENCHES.values()
+    Command(f"bench {name}", summary, partial(add_arguments, name), partial(run, name))
+    for name, summary in HELP.items()
 ]

@@ -1,1 +1,3 @@
-"""Storey 3: things with weights."""
+"""Layer 3: the attached model as a transformers model, its files, and the methods it is compared with."""
+
+import transformers.models.auto.modeling_auto  # noqa: F401 - first, since it registers our classes (registration.py)

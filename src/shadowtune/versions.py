@@ -1,0 +1,49 @@
+"""The tested range of the dependencies, and what happens outside of it.
+
+``pyproject.toml`` states the range, as the requirements of the package; nothing repeats it. Outside of it, importing
+``shadowtune`` warns, and ``attach`` additionally runs two tokens through the base (``attach/self_check.py``).
+"""
+
+import functools
+import warnings
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+
+class UntestedVersionWarning(UserWarning):
+    """An installed dependency has a version outside the range that this package was tested with."""
+
+
+@functools.cache
+def untested_versions() -> dict[str, str]:
+    """Return the installed core dependencies whose versions are outside the tested range.
+
+    Returns:
+        name -> ``"5.30.0, tested >=5.23,<5.25"``; empty if all are inside, or if the package was not installed.
+    """
+    try:
+        stated = metadata.requires("shadowtune") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    untested = {}
+    for requirement in map(Requirement, stated):
+        if requirement.marker is not None:  # an extra
+            continue
+        installed = metadata.version(requirement.name)
+        if not requirement.specifier.contains(installed, prereleases=True):
+            untested[requirement.name] = f"{installed}, tested {requirement.specifier}"
+    return untested
+
+
+def warn_of_untested_versions() -> None:
+    """Warn with ``UntestedVersionWarning`` if a core dependency is outside the tested range."""
+    untested = untested_versions()
+    if untested:
+        listed = "; ".join(f"{name} {found}" for name, found in untested.items())
+        warnings.warn(
+            f"shadowtune was not tested with the installed {listed}; install a tested version, or run `make test` of "
+            "its repository before you rely on it",
+            UntestedVersionWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,76 @@
+"""Importing the package is cheap, and transformers knows it whichever of the two comes first."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.shadows import perturbed_model
+
+
+def python(code, *arguments):
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+HEAVY = ("torch", "transformers", "scipy", "sklearn")
+LOADED = "import sys; {}; print(*[name for name in %r if name in sys.modules])" % (HEAVY,)
+    "import sys; {}; print(*[name for name in ('torch', 'transformers', 'scipy', 'sklearn') if name in sys.modules])"
+)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "import shadowtune",
+        "from shadowtune.cli.main import main; main(['--help'])",
+        "from shadowtune.cli.main import main; main(['trian', 'x'])",
+        "from shadowtune.cli.main import main; main(['train', 'no.yaml'])",
+        "from shadowtune.cli.main import main; main(['train', 'tiny_cpu', 'ranc=3'])",
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_used(what):
+    said = python(LOADED.format(what))
+    assert not set(HEAVY) & set(said[-4:])
+
+
+ORDERS = {
+    "shadowtune first": "import shadowtune; from transformers import AutoModelForCausalLM, AutoConfig",
+    "transformers first": "from transformers import AutoModelForCausalLM, AutoConfig; import shadowtune",
+    "lazily": "import transformers, shadowtune; from transformers import AutoModelForCausalLM, AutoConfig",
+    "config alone": "import shadowtune; from transformers import AutoConfig; import transformers as t; "
+    "AutoModelForCausalLM = t.AutoModelForCausalLM",
+}
+
+
+@pytest.mark.parametrize("imports", ORDERS.values(), ids=ORDERS)
+def test_a_saved_shadow_opens_whichever_package_comes_first(tmp_path, imports):
+    model = perturbed_model()
+    model.base.save_pretrained(tmp_path / "base")
+    model.config.base_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "model")
+    code = (
+        f"{imports}; import sys; print(AutoConfig.from_pretrained(sys.argv[1]).model_type);"
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+    )
+    assert python(code, str(tmp_path / "model"))[-2:] == ["shadow", "ShadowForCausalLM"]
+
+
+def test_attach_is_the_function_also_after_its_subpackage_was_imported():
+    code = "import shadowtune, shadowtune.attach.hooks, shadowtune.model.pair; print(type(shadowtune.attach).__name__)"
+    assert python(code) == ["function"]
+    assert python("import shadowtune; print(type(shadowtune.attach).__name__)") == ["function"]
+
+
+@pytest.mark.parametrize("module", ["models", "compatibility", "attach.hooks", "model.pair", "model.methods", "data.dataset"])
+def test_any_module_may_be_imported_first(module):
+    assert python(f"import shadowtune.{module}; from transformers import AutoModelForCausalLM; print('ok')") == ["ok"]
+
+
+def test_public_names_are_there_and_others_are_not():
+    code = (
+        "import shadowtune; print(all(getattr(shadowtune, name) for name in shadowtune.__all__)); "
+        "print(set(shadowtune.__all__) <= set(dir(shadowtune))); print(hasattr(shadowtune, 'nothing'))"
+    )
+    assert python(code)[-3:] == ["True", "True", "False"]
