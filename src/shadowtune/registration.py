@@ -13,13 +13,14 @@ from types import ModuleType
 
 from shadowtune.quiet import quiet_imports
 
-AUTO_CLASSES = "transformers.models.auto.modeling_auto"
-"""The module that defines the auto classes."""
+AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+AUTO_MODELS = "transformers.models.auto.modeling_auto"
+"""The modules of the auto classes; the second imports the first."""
 
 
 def register_when_loaded() -> None:
-    """Register now or, where the auto classes are not loaded yet, when they are."""
-    if AUTO_CLASSES in sys.modules:
+    """Register now or, where no auto class is loaded yet, when one is."""
+    if AUTO_CONFIG in sys.modules:
         register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -40,14 +41,17 @@ def register() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the module of the auto classes once, as the other finders do, and registers after it has run."""
+    """Finds the modules of the auto classes as the other finders do, and registers after they have run."""
+
+    def __init__(self) -> None:
+        self._wanted = {AUTO_CONFIG, AUTO_MODELS}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != AUTO_CLASSES or self not in sys.meta_path:
+        if fullname not in self._wanted:
             return None
-        sys.meta_path.remove(self)
+        self._wanted.remove(fullname)  # so that this finder is not asked again by the next line
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
@@ -55,7 +59,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Runs a module by its own loader, then registers."""
+    """Runs a module by its own loader, then registers, unless the other module is on its way and will."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -65,4 +69,5 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        register()
+        if module.__name__ == AUTO_MODELS or AUTO_MODELS not in sys.modules:
+            register()

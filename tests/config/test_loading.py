@@ -239,8 +239,15 @@ def test_a_file_of_ones_own_comes_before_one_of_the_package(tmp_path, monkeypatc
     assert load_config(TrainConfig, "configs/tiny_cpu.yaml", []).output == "mine"
 
 
-@pytest.mark.parametrize("name", ["../tiny_cpu", "/tiny_cpu.yaml", "runs/tiny_cpu.yaml"])
+@pytest.mark.parametrize("name", ["../tiny_cpu.yaml", "/tiny_cpu.yaml", "runs/tiny_cpu.yaml"])
 def test_only_plain_names_are_looked_up_in_the_package(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"No such file.*with the package come configs/chat\.yaml"):
+    with pytest.raises(ConfigError, match=r"No such file or directory$"):
+        load_config(TrainConfig, name, [])
+
+
+@pytest.mark.parametrize("name", ["tiny", "configs/tiny.yaml"])
+def test_a_name_that_the_package_does_not_know_is_answered_with_those_it_knows(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"No such file.*with the package come configs/chat\.yaml, configs/cl"):
         load_config(TrainConfig, name, [])

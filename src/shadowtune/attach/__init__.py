@@ -1,5 +1,7 @@
 """Storey 2: put a shadow beside somebody else's model, and take it away without a trace."""
 
+import transformers.models.auto.modeling_auto  # noqa: F401 - first, since it registers our classes (registration.py)
+
 from shadowtune.attach.architectures import ARCHITECTURES, Architecture, architecture_of
 from shadowtune.attach.attachment import Attachment, attach
 

@@ -64,8 +64,9 @@ def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]
     try:
         text = settings_file(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        shipped = ", ".join(shipped_settings())
-        raise ConfigError(f"cannot read {path}: {error.strerror}; with the package come {shipped}") from None
+        meant = Path(path).is_relative_to("configs") or not Path(path).suffix  # one of the package's
+        hint = f"; with the package come {', '.join(shipped_settings())}" if meant else ""
+        raise ConfigError(f"cannot read {path}: {error.strerror}{hint}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
