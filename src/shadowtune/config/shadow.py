@@ -3,7 +3,7 @@
 Symbols: base of L blocks and width d; shadow backbone of L_s blocks and width d_s; rank r; update width k.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from shadowtune.config.checking import check_choices, check_range, from_mapping
@@ -15,18 +15,25 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class ShadowConfig:
-    """Everything that shapes a shadow. The defaults are the paper's variant.
+    """Everything that shapes a shadow. The defaults are the paper's variant; ``recommended()`` is what we advise.
 
     Raises:
         ConfigError: if a value is outside its range; the message lists every fault at once.
     """
 
+    variant: Literal["paper", "stateless"] = "paper"
+    """What a boundary computes. "paper": Eq. 2-7, from h and the shadow state s. "stateless": a correction of h that
+    reads h alone, each token normalized, with a scale by which the best learning rate does not depend on rank, width
+    and depth (``core/injection.py``). The attached model then needs the shadow's backbone for ``head_mixing``, the
+    shadow's loss terms and drafts only, and does not run it otherwise. Of the settings of a boundary it knows ``rank``,
+    ``alpha``, ``dropout``, ``dropout_position``, ``depth_sharing``, ``inject_first`` and ``channel_scaling``."""
     rank: int = 16
     """r, width of the injection's bottleneck (Eq. 3). At least 1."""
     update_width: int = 8
     """k, hidden width of the update's transform and gate (Eq. 5-6). At least 1."""
     alpha: float = 0.1
-    """Scale of the injection (Eq. 4). Not negative."""
+    """Scale of the injection (Eq. 4). Not negative. In the variant "stateless" it is in units of the usual size of a
+    block's input, and 1 is a good value."""
     dropout: float = 0.2
     """Probability in [0, 1) of dropping an entry of the injection's bottleneck and of the transform."""
     shadow_loss_weight: float = 0.05
@@ -133,6 +140,7 @@ class ShadowConfig:
         )
         check_choices(
             self,
+            variant=("paper", "stateless"),
             depth_sharing=("backbone", "full"),
             activation=("silu", "gelu"),
             dropout_position=("rank", "hidden"),
