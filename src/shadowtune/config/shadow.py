@@ -3,10 +3,11 @@
 Symbols: base of L blocks and width d; shadow backbone of L_s blocks and width d_s; rank r; update width k.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from shadowtune.config.checking import check_choices, check_range, from_mapping
+from shadowtune.config.presets import recommended_shadow
 from shadowtune.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -181,6 +182,18 @@ class ShadowConfig:
             raise ConfigError("; ".join(faults))
         object.__setattr__(self, "init_layers", layers)
         object.__setattr__(self, "num_shadow_layers", len(layers))
+
+    @classmethod
+    def recommended(cls, **changes: Any) -> "ShadowConfig":
+        """Return what we advise in place of the paper's settings: one recipe for all tasks (docs/method.md).
+
+        The shadow's own loss has weight 1, for a loop that trains both networks at once. ``preset: recommended`` of a
+        training file trains the shadow alone first and then leaves it out.
+
+        Args:
+            **changes: fields that replace the recipe's.
+        """
+        return cls(**{**recommended_shadow(changes), **changes})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ShadowConfig":

@@ -11,8 +11,8 @@ injection; they meet in the gap, so they are one operation (h, s) -> (h', s'):
 The first boundary only injects: no state has been refined before it. The update after the last block is read by nobody
 and does not exist. Shapes: h, s are (..., d); W_down (d, r), W_up (r, d); T and G have the hidden width k.
 
-Not in the paper: the variant "stateless", whose equations stand in ``injection.py``; and with ``config.head_mixing`` the
-head behind the last block sees h_L + gamma s0 outside of training.
+Not in the paper: the variant "stateless", whose equations stand in ``injection.py``; and with ``config.head_mixing``
+the head behind the last block sees h_L + gamma s0 outside of training.
 """
 
 import torch
@@ -31,8 +31,8 @@ class Boundaries(nn.Module):
         hidden_size: d, the width of the base.
         config: the shadow's settings.
 
-    With ``config.channel_scaling``, row i of a boundary's W_down is used times ``channel_scales[boundary, i]``. The variant
-    "stateless" has these scales always, and the size of each block's usual input in ``input_sizes``.
+    With ``config.channel_scaling``, row i of a boundary's W_down is used times ``channel_scales[boundary, i]``. The
+    variant "stateless" has these scales always, and the size of each block's usual input in ``input_sizes``.
 
     The parameters are used in their own dtype: (h, s) is brought to it and h' is returned in the dtype of h, so a
     bfloat16 base with float32 boundaries computes the boundaries in float32. Under autocast torch decides.

@@ -87,7 +87,7 @@ class Shadow(nn.Module):
         run_shadow: bool = False,
         **kwargs: Any,
     ) -> ShadowState:
-        """Run the shadow backbone where it is needed; return the state of an attached call, ready for the base's blocks.
+        """Run the shadow backbone where it is needed; return the state of a call, ready for the base's blocks.
 
         Args:
             run_shadow: whether the backbone runs even where the attached model does not read s0 (variant "stateless"):
