@@ -234,6 +234,21 @@ class ShadowPair(PreTrainedModel):
         """Whether a call with labels needs s0 beside the attached model's output: for the shadow's terms, or drafts."""
         return weights.shadow > 0 or weights.teach or (self.training and self.shadow.draft_fusion is not None)
 
+    def freeze_unused(self) -> None:
+        """Freeze what no gradient reaches in attached training: a backbone that neither boundaries nor losses read.
+
+        An optimizer would keep moments of it, and data parallelism wait for gradients that never come.
+        """
+        weights, config = self.loss_weights(), self.shadow.config
+        if config.variant == "paper" or weights.shadow or weights.teach or config.shadow_loss_weight_end:
+            return
+        used = {"shadow.boundaries", "shadow.draft_fusion", "score"}
+        parts = {f"shadow.{name}": module for name, module in self.shadow.named_children()}
+        parts |= {name: module for name, module in self.trained_modules().items() if name != "shadow"}
+        for name, module in parts.items():
+            if name not in used:
+                module.requires_grad_(False)
+
     def loss_weights(self, shadow_loss_weight: float | None = None) -> LossWeights:
         """Return the weights of the shadow's terms, lambda replaced if it is given."""
         config = self.shadow.config

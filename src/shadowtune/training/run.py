@@ -25,6 +25,7 @@ from shadowtune.model.methods import (
     parameter_table,
     trainable_parameters,
 )
+from shadowtune.model.pair import ShadowPair
 from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import peak_memory_mb
 from shadowtune.training import drafting
@@ -36,7 +37,7 @@ from shadowtune.training.mixing import fit_head_mixing
 from shadowtune.training.pretraining import ProjectionsFirst, set_up_pretraining, taught_rows
 from shadowtune.training.rows import TrainingRows, check_rows, frequent_tokens, load_training_rows
 from shadowtune.training.run_dir import RunDirectory
-from shadowtune.training.shadow_first import alone, freeze_unused, together
+from shadowtune.training.shadow_first import alone, together
 from shadowtune.training.trainer import ShadowTrainer, with_row_numbers
 
 
@@ -114,8 +115,8 @@ def train(
         for part, total, trained in parameter_table(model):
             report(f"parameters: {part}: {total:,} of which trainable {trained:,}")
         before = trainable_parameters(model)
-        if config.stage == "task":
-            freeze_unused(model)
+        if config.stage == "task" and isinstance(model, ShadowPair):
+            model.freeze_unused()
         trained = before if config.shadow_first else trainable_parameters(model)
         with arguments.main_process_first(local=False):
             if main:

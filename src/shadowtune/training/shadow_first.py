@@ -7,10 +7,7 @@ small network needs, and the boundaries then learn beside a state that already k
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
 from shadowtune.config.training import TrainConfig
-from shadowtune.model.pair import ShadowPair
 
 DIRECTORY = "shadow"
 """Run directory of the shadow's own run, in that of the whole."""
@@ -44,20 +41,3 @@ def together(config: TrainConfig) -> TrainConfig:
     """Return the settings of what follows: joint training of a shadow that starts from its own run."""
     start = str(Path(config.output) / DIRECTORY / "model")
     return replace(config, shadow=replace(config.shadow, init_layers=None, init_from=start))
-
-
-def freeze_unused(model: nn.Module) -> None:
-    """Freeze what no gradient reaches in joint training: the backbone that neither boundaries nor losses read.
-
-    An optimizer would keep moments of it, and data parallelism wait for gradients that never come.
-    """
-    if not isinstance(model, ShadowPair) or model.shadow.boundaries.config.variant == "paper":
-        return
-    weights, config = model.loss_weights(), model.shadow.config
-    if weights.shadow or weights.teach or config.shadow_loss_weight_end:
-        return
-    for name, module in model.shadow.named_children():
-        if name not in ("boundaries", "draft_fusion"):
-            module.requires_grad_(False)
-    if "shadow_score" in model.trained_modules():
-        model.trained_modules()["shadow_score"].requires_grad_(False)
