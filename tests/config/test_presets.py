@@ -119,9 +119,9 @@ def test_a_method_of_a_comparison_takes_it():
 
 
 def test_a_misspelt_setting_beside_a_preset_is_refused():
-    with pytest.raises(ConfigError, match="unknown key shadow.rnak"):
+    with pytest.raises(ConfigError, match=r"unknown key shadow\.rnak"):
         read(preset="recommended", shadow={"rnak": 3})
-    with pytest.raises(ConfigError, match="unknown key methods.shadow.presett"):
+    with pytest.raises(ConfigError, match=r"unknown key methods\.shadow\.presett"):
         CompareConfig(tasks={"clinc150": None}, methods={"shadow": {"presett": "recommended"}})
 
 

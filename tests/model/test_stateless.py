@@ -194,5 +194,5 @@ def test_other_libraries_cannot_hold_it_and_convert_says_so(tmp_path, format):
     base = type(base).from_pretrained(tmp_path / "base")
     model = ShadowForCausalLM.from_base(base, ShadowConfig(**STATELESS))
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ConfigError, match="variant='?stateless"):
+    with pytest.raises(ConfigError, match=r"variant='?stateless"):
         convert(str(tmp_path / "saved"), tmp_path / "theirs", format)

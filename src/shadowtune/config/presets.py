@@ -1,7 +1,7 @@
 """Named recipes: training settings that a file takes over by ``preset: NAME``, under those that it sets itself.
 
-A recipe says how a shadow is built and trained, for every task alike. It leaves alone what a task and its budget decide:
-data, epochs, batch size, precision. Its learning rate is where a search should begin.
+A recipe says how a shadow is built and trained, for every task alike. It leaves alone what a task and its budget
+decide: data, epochs, batch size, precision. Its learning rate is where a search should begin.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 RECOMMENDED_SHADOW: Mapping[str, Any] = MappingProxyType(
     {
         "variant": "stateless",
-        "rank": 128,
+        "rank": 32,
         "alpha": 0.5,
         "dropout": 0.0,
         "inject_first": True,
@@ -30,7 +30,7 @@ ALONE_FIRST: Mapping[str, Any] = MappingProxyType(
     }
 )
 """What the recipe adds where the shadow can learn the rows alone first: for language models, on a task."""
-RATE: Mapping[str, Any] = MappingProxyType({"learning_rate": 1.5e-3})
+RATE: Mapping[str, Any] = MappingProxyType({"learning_rate": 1e-3})
 """Where a search for the learning rate begins."""
 PRESETS = ("paper", "recommended")
 """Names of the recipes."""
