@@ -57,15 +57,16 @@ def check_same_past(shadow_cache: Cache, base_cache: Cache) -> None:
 
 def can_count(cache: Cache) -> bool:
     """Whether the layers of a shadow's view can count tokens in place of holding keys: none of them holds any yet."""
-    kinds = (DynamicLayer, StaticLayer)
-    return all(type(layer) in kinds and (not layer.is_initialized or _counts(layer)) for layer in cache.layers)
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer | StaticLayer)]
+    plain = len(layers) == len(cache) and all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
+    return plain and all(not layer.is_initialized or _counts(layer) for layer in layers)
 
 
-def count_tokens(cache: Cache, rows: int, tokens: int, like: torch.Tensor) -> None:
-    """Let the layers of a shadow's view count more tokens of each row, in the dtype and on the device of ``like``."""
-    keys = like.new_zeros(rows, 1, tokens, 1)
-    for layer in cache.layers:
-        layer.update(keys, keys)
+def count_tokens(cache: Cache, embeds: torch.Tensor) -> None:
+    """Let the layers of a shadow's view count the tokens of a call, given as their embeddings (B, T, d)."""
+    keys = embeds.new_zeros(embeds.shape[0], 1, embeds.shape[1], 1)
+    for index in range(len(cache)):
+        cache.update(keys, keys, index)
 
 
 def check_holds_keys(cache: Cache) -> None:

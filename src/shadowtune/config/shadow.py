@@ -34,7 +34,7 @@ class ShadowConfig:
     """k, hidden width of the update's transform and gate (Eq. 5-6). At least 1."""
     alpha: float = 0.1
     """Scale of the injection (Eq. 4). Not negative. In the variant "stateless" it is in units of the usual size of a
-    block's input, and 1 is a good value."""
+    block's input, and 0.5 is a good value."""
     dropout: float = 0.2
     """Probability in [0, 1) of dropping an entry of the injection's bottleneck and of the transform."""
     shadow_loss_weight: float = 0.05

@@ -9,7 +9,7 @@ M (N, sum of r) is 1 in the columns of the token's own shadow and 0 elsewhere, a
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ class InjectionMixture:
     def __init__(self, members: Sequence[Boundaries]) -> None:
         self.config = members[0].config
         like = members[0].injection_downs
-        self.parameters = [_side_by_side(parts) for parts in zip(*(member.split() for member in members), strict=True)]
+        split = [cast(list[InjectionParameters], member.split()) for member in members]
+        self.parameters = [_side_by_side(parts) for parts in zip(*split, strict=True)]
         self.columns = own_columns([member.config.rank for member in members], like)
         gammas = [member.config.head_mixing for member in members]
         self.head_mixing = like.new_tensor([gamma or 0.0 for gamma in (*gammas, None)]) if any(gammas) else None

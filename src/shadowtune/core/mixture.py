@@ -15,7 +15,7 @@ as for one shadow. Tokens of no shadow have no columns, and pass as they are. Th
 """
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class Mixture:
         assert len({mixing_key(member) for member in members}) == 1
         self.config = members[0].config
         self.activation = ACTIVATIONS[self.config.activation]
-        split = [member.split() for member in members]
+        split = [cast(list[BoundaryParameters], member.split()) for member in members]
         scales = [member.config.alpha for member in members]
         self.parameters = [_side_by_side(parts, scales) for parts in zip(*split, strict=True)]
         last = [parts[-1] for parts in split]

@@ -119,8 +119,13 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         use_cache = use_cache if labels is None else False
         weights = self.loss_weights(shadow_loss_weight)
         run_shadow = run_shadow or (labels is not None and self.needs_shadow(weights))
-        cache = {"past_key_values": past_key_values, "use_cache": use_cache}
-        output, state = self.encode(**inputs, **cache, shadow_states=shadow_states, run_shadow=run_shadow)
+        output, state = self.encode(
+            **inputs,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            shadow_states=shadow_states,
+            run_shadow=run_shadow,
+        )
         hidden_states = output.last_hidden_state
         assert hidden_states is not None
         joint = None

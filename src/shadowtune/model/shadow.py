@@ -100,7 +100,7 @@ class Shadow(nn.Module):
             call = (input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache)
             return ShadowState(self.boundaries, self.initial_states(*call, **kwargs))
         if cache is not None and use_cache:
-            count_tokens(cache, *inputs_embeds.shape[:2], inputs_embeds)
+            count_tokens(cache, inputs_embeds)
         return ShadowState(self.boundaries, None)
 
     def initial_states(
