@@ -1,9 +1,9 @@
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedCache, StaticLayer
 
-from shadowtune.attach.cache import check_same_past, split_cache
+from shadowtune.attach.cache import can_count, check_holds_keys, check_same_past, count_tokens, split_cache
 from shadowtune.errors import AttachError
 from tests.support.bases import tiny_config
 
@@ -99,3 +99,43 @@ def test_static_views_of_different_pasts_are_told_apart_while_the_base_is_empty(
         check_same_past(*views)
     fill(views[1])
     check_same_past(*views)
+
+
+@pytest.mark.parametrize("cache", [DynamicCache(config=FULL), StaticCache(config=FULL, max_cache_len=40)], ids=str)
+def test_layers_without_keys_count_tokens_and_do_not_pass_for_filled(cache):
+    shadow, base = split_cache(cache, 1, 3)
+    assert can_count(shadow)
+    check_holds_keys(shadow)
+    for new, length in ((4, 4), (1, 5)):
+        count_tokens(shadow, torch.zeros(2, new, 32))
+        fill(base, new)
+        assert int(cache.get_seq_length()) == length
+    check_same_past(shadow, base)
+    assert can_count(shadow)
+    with pytest.raises(AttachError, match="holds 5 tokens that the shadow's backbone has not seen"):
+        check_holds_keys(shadow)
+
+
+def test_counts_follow_what_is_done_with_a_cache():
+    cache = DynamicCache(config=FULL)
+    shadow, base = split_cache(cache, 1, 3)
+    count_tokens(shadow, torch.zeros(2, 6, 32))
+    for index in range(len(base)):
+        base.update(torch.ones(2, 1, 6, 2), torch.ones(2, 1, 6, 2), index)
+    cache.crop(-2)
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
+    cache.batch_select_indices(torch.tensor([1, 0, 2]))
+    assert {layer.keys.shape[0] for layer in cache.layers} == {3}
+    assert {layer.get_seq_length() for layer in cache.layers} == {4}
+    assert can_count(shadow)
+
+
+def test_layers_that_hold_keys_or_change_them_do_not_count():
+    cache = DynamicCache(config=FULL)
+    shadow, _ = split_cache(cache, 1, 3)
+    fill(shadow)
+    assert not can_count(shadow)
+    check_holds_keys(shadow)
+    quantized = QuantizedCache("fp8", config=FULL)
+    assert not can_count(quantized)

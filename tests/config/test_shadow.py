@@ -19,6 +19,7 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("name", "bad", "good"),
     [
+        ("variant", "statless", "stateless"),
         ("rank", 0, 1),
         ("update_width", 0, 1),
         ("alpha", -0.1, 0.0),
@@ -54,6 +55,7 @@ def test_all_faults_are_told_at_once():
 
 def test_to_dict_and_from_dict_are_inverse_for_every_field():
     config = ShadowConfig(
+        variant="stateless",
         rank=3,
         update_width=5,
         alpha=0.7,

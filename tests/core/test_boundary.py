@@ -23,6 +23,9 @@ VARIANTS: dict[str, dict] = {
     "inject_first": {"inject_first": True},
     "channel_scaling": {"channel_scaling": True},
     "channel_scaling_full_sharing": {"channel_scaling": True, "depth_sharing": "full"},
+    "stateless": {"variant": "stateless"},
+    "stateless_first": {"variant": "stateless", "inject_first": True},
+    "stateless_full_sharing": {"variant": "stateless", "depth_sharing": "full", "channel_scaling": True},
     "peft": {
         "update_norm": False,
         "update_bias": True,

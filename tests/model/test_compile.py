@@ -44,9 +44,13 @@ def test_a_forward_call_through_inductor():
     close(compiled(model, "inductor")(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
+STATELESS = {"variant": "stateless", "alpha": 0.003}
+
+
+@pytest.mark.parametrize("settings", [{}, STATELESS], ids=["paper", "stateless"])
 @torch.no_grad()
-def test_decode_steps_with_a_static_cache():
-    model, ids = perturbed_model(), tokens(2, 20)
+def test_decode_steps_with_a_static_cache(settings):
+    model, ids = perturbed_model(**settings), tokens(2, 20)
     expected = model(ids, use_cache=False).logits
     cache = StaticCache(config=model.config, max_cache_len=32)
     model(ids[:, :8], past_key_values=cache, use_cache=True)
@@ -68,9 +72,10 @@ def training_step(model, call, *inputs):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
 
 
+@pytest.mark.parametrize("settings", [{}, STATELESS], ids=["paper", "stateless"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_training_step(checkpointed):
-    model, ids = perturbed_model(dropout=0.0).train(), tokens(2, 9)
+def test_a_training_step(checkpointed, settings):
+    model, ids = perturbed_model(dropout=0.0, **settings).train(), tokens(2, 9)
     labels = ids.clone()
     labels[:, :5] = -100
     if checkpointed:

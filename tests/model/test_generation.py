@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, MinLengthLogitsProcessor, StaticCache, TextStreamer
 from transformers.cache_utils import QuantizedCache
 
+from shadowtune import attach
 from shadowtune.compatibility import CACHE, cache_of
 from shadowtune.errors import AttachError
 from tests.support.bases import tiny_base
@@ -37,10 +38,18 @@ def models():
     narrow = {"hidden_size": 16, "num_shadow_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     settings = {"llama": narrow}
     kinds = ("llama", "mistral", "gemma2", "opt", "gpt_oss", "qwen3_next")
-    return {kind: endless(perturbed_model(kind, **settings.get(kind, {}))) for kind in kinds}
+    made = {kind: endless(perturbed_model(kind, **settings.get(kind, {}))) for kind in kinds}
+    for name, mixing in (("stateless", None), ("stateless_mixed", 0.5)):
+        made[name] = endless(perturbed_model("llama", **narrow, **STATELESS, head_mixing=mixing))
+    made["stateless_gemma2"] = endless(perturbed_model("gemma2", **STATELESS))
+    return made
 
 
-@pytest.fixture(params=["llama", "mistral", "gemma2", "opt", "gpt_oss", "qwen3_next"])
+STATELESS = {"variant": "stateless", "alpha": 0.003}
+KINDS = ["llama", "mistral", "gemma2", "opt", "gpt_oss", "qwen3_next"]
+
+
+@pytest.fixture(params=[*KINDS, "stateless", "stateless_mixed", "stateless_gemma2"])
 def model(request, models):
     return models[request.param].set_mode("attached")
 
@@ -62,6 +71,69 @@ def logits(model, ids, **inputs):
 
 def close(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
+
+
+def backbone_passes(model):
+    """A list that grows with each pass of the shadow's backbone, and the handle that ends it."""
+    passes = []
+    return passes, model.shadow.backbone.register_forward_pre_hook(lambda *args: passes.append(1))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_stateless_shadow_decodes_without_its_backbone(models, choice):
+    model = models["stateless"].set_mode("attached")
+    passes, handle = backbone_passes(model)
+    ids = tokens(2, 9)
+    cached = generate(model, ids, **CHOICES[choice])
+    assert torch.equal(cached, generate(model, ids, use_cache=False, **CHOICES[choice]))
+    handle.remove()
+    assert passes == []
+    assert not torch.equal(cached, generate(model.set_mode("base"), ids, **CHOICES[choice])[: len(cached)])
+
+
+@pytest.mark.parametrize("name", ["stateless_mixed", "llama"])
+def test_a_shadow_that_is_read_runs_its_backbone(models, name):
+    model = models[name].set_mode("attached")
+    passes, handle = backbone_passes(model)
+    generate(model, tokens(2, 9))
+    handle.remove()
+    assert len(passes) == NEW
+
+
+@torch.no_grad()
+def test_where_drafts_began_the_backbone_keeps_up_with_the_cache(models):
+    model, ids = models["stateless"].set_mode("attached"), tokens(1, 20)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :9], past_key_values=cache, use_cache=True, run_shadow=True)
+    model(ids[:, 9:], past_key_values=cache, use_cache=True)
+    states = model.set_mode("detached")(ids[:, :1], past_key_values=cache, use_cache=True).logits
+    close(states[:, 0], logits(model, torch.cat([ids, ids[:, :1]], 1))[:, -1])
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@torch.no_grad()
+def test_tokens_that_the_backbone_has_not_seen_are_not_taken_for_seen(models, kind):
+    model, ids = models["stateless"].set_mode("attached"), tokens(1, 9)
+    cache = kind(config=model.config, **({} if kind is DynamicCache else {"max_cache_len": 20}))
+    model(ids, past_key_values=cache, use_cache=True)
+    assert int(cache.get_seq_length()) == 9
+    with pytest.raises(AttachError, match="9 tokens that the shadow's backbone has not seen"):
+        model.set_mode("detached")(ids[:, :1], past_key_values=cache, use_cache=True)
+    with pytest.raises(AttachError, match="has not seen"):
+        model.run_backbone(ids[:, :1], None, torch.tensor([[9]]), cache)
+
+
+@torch.no_grad()
+def test_an_attached_base_runs_without_the_backbone_too(models):
+    model, ids = models["stateless"].set_mode("attached"), tokens(1, 20)
+    expected = logits(model, ids)
+    passes, handle = backbone_passes(model)
+    with attach(model.base, model.shadow):
+        cache = cache_of(model.base(ids[:, :9], use_cache=True))
+        continued = model.base(ids[:, 9:], use_cache=True, **{CACHE: cache}).logits
+    handle.remove()
+    assert passes == []
+    close(continued, expected[:, 9:])
 
 
 @pytest.mark.parametrize("mode", MODES)

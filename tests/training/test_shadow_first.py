@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from shadowtune import ShadowConfig
 from shadowtune.errors import ConfigError, TrainingError
 from shadowtune.model.pair import ShadowPair
+from shadowtune.model.shadow import Shadow
 from shadowtune.training import run as run_module
 from shadowtune.training.run import build_model, train
 from shadowtune.training.shadow_first import alone, together
@@ -60,6 +61,51 @@ def test_alone_it_learns_from_the_text_and_never_runs_the_base(tmp_path, monkeyp
     assert (own.shadow.shadow_loss_weight, own.shadow.distillation_weight) == (1.0, 0.0)
     assert (own.epochs, own.max_steps, own.optimizer.backbone_learning_rate) == (2.0, None, None)
     assert own.shadow.init_layers == (0,)
+
+
+STATELESS = {"variant": "stateless", "alpha": 0.01, "shadow_loss_weight": 0.0, "distillation_weight": 0.0}
+
+
+def test_a_stateless_shadow_rests_while_its_boundaries_learn(tmp_path, monkeypatch):
+    config = config_in(tmp_path, shadow=ShadowConfig(**{**SHADOW, **STATELESS}))
+    ran = []
+    initial_states = Shadow.initial_states
+
+    def spy(self, *args, **kwargs):
+        ran.append(torch.is_grad_enabled())
+        return initial_states(self, *args, **kwargs)
+
+    monkeypatch.setattr(Shadow, "initial_states", spy)
+    train(alone(config), quiet=True)
+    passes_alone = len(ran)
+    summary = train(config, overwrite=True, quiet=True)
+    assert len(ran) == 2 * passes_alone > 0, "it ran in its own part only"
+    first, whole = saved(Path(config.output) / "shadow"), saved(Path(config.output))
+    for name, tensor in first.items():
+        moved = bool((whole[name] != tensor).any())
+        assert moved == name.startswith("shadow.boundaries.injection"), name
+    everything = sum(p.numel() for p in build_model(config).shadow.parameters())
+    assert summary.trainable_parameters == everything, "what its own part trained counts"
+
+
+def test_where_the_shadow_is_never_trained_it_does_not_count(tmp_path):
+    config = config_in(tmp_path, shadow=ShadowConfig(**{**SHADOW, **STATELESS}), shadow_epochs=0.0)
+    boundaries = build_model(config).shadow.boundaries
+    summary = train(config, quiet=True)
+    assert summary.trainable_parameters == sum(p.numel() for p in boundaries.parameters())
+
+
+def test_a_stateless_shadow_with_a_loss_of_its_own_learns_beside_its_base(tmp_path):
+    config = config_in(
+        tmp_path, shadow=ShadowConfig(**{**SHADOW, **STATELESS, "shadow_loss_weight": 0.5}), shadow_epochs=0.0
+    )
+    begun = snapshot(build_model(config))
+    train(config, quiet=True)
+    whole = saved(Path(config.output))
+    for name, tensor in begun.items():
+        if name in whole:
+            measured = name.endswith(("channel_scales", "input_sizes"))
+            assert bool((whole[name] != tensor).any()) != measured, name
 
 
 class StoppedError(Exception):

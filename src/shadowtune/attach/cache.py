@@ -5,8 +5,13 @@ decoding needs, and cropping, beam reordering, batch selection, static, offloade
 transformers. Each network is handed a view: a ``Cache`` around its own slice of the same layer objects, in which it
 finds exactly what it would find alone. The shadow's layers stand first because they are used in both modes, attached
 and detached: the length of the cache, read at its first layer, is right in both.
+
+A shadow whose backbone the attached model does not read (variant "stateless") leaves its layers without keys. They then
+count tokens: a key of one head and width 1 stands for each, so that whatever is done with the cache (cropping, beams,
+batches) is done with the count as well.
 """
 
+import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from shadowtune.errors import AttachError
@@ -48,6 +53,35 @@ def check_same_past(shadow_cache: Cache, base_cache: Cache) -> None:
         "past_key_values holds tokens that the base has not seen: it was filled in mode 'detached'; "
         "start mode 'attached' with a new cache"
     )
+
+
+def can_count(cache: Cache) -> bool:
+    """Whether the layers of a shadow's view can count tokens in place of holding keys: none of them holds any yet."""
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer | StaticLayer)]
+    plain = len(layers) == len(cache) and all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
+    return plain and all(not layer.is_initialized or _counts(layer) for layer in layers)
+
+
+def count_tokens(cache: Cache, embeds: torch.Tensor) -> None:
+    """Let the layers of a shadow's view count the tokens of a call, given as their embeddings (B, T, d)."""
+    keys = embeds.new_zeros(embeds.shape[0], 1, embeds.shape[1], 1)
+    for index in range(len(cache)):
+        cache.update(keys, keys, index)
+
+
+def check_holds_keys(cache: Cache) -> None:
+    """Raise AttachError if a shadow's view counts tokens whose keys its backbone would need."""
+    if any(layer.is_initialized and _counts(layer) for layer in cache.layers if isinstance(layer, CacheLayerMixin)):
+        raise AttachError(
+            f"past_key_values holds {int(cache.get_seq_length())} tokens that the shadow's backbone has not seen: in "
+            "mode 'attached' this shadow runs without it; start mode 'detached' and drafts with a new cache"
+        )
+
+
+def _counts(layer: CacheLayerMixin) -> bool:
+    """Whether an initialized layer counts tokens. No attention has a single head of width 1: rotation takes pairs."""
+    keys = layer.keys
+    return isinstance(keys, torch.Tensor) and keys.ndim == 4 and keys.shape[1] * keys.shape[3] == 1
 
 
 def _is_started(cache: Cache) -> bool:

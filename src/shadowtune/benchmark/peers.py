@@ -8,6 +8,7 @@ made equal.
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,6 +18,7 @@ from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.model.budget import Growth, count_parameters, equal_sizes, growth_of
+from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.methods import make_trainable
 
 INSTALL = "pip install 'shadowtune[bench]'"
@@ -51,6 +53,15 @@ def shadow_contender(rank: int) -> Contender:
         return make_trainable(base, "shadow", shadow=config)
 
     return Contender(build, "intermediate_size", step=8)
+
+
+def _recommended(base: PreTrainedModel, size: int | None) -> nn.Module:
+    """As in the joint stage: the shadow has learned alone before, and rests."""
+    assert size is not None
+    config = ShadowConfig.recommended(rank=size, init_layers=None, shadow_loss_weight=0.0)
+    model = cast(ShadowForCausalLM, make_trainable(base, "shadow", shadow=config))
+    model.freeze_unused()
+    return model
 
 
 def _lora(base: PreTrainedModel, size: int | None) -> nn.Module:
@@ -95,9 +106,10 @@ PEERS: dict[str, Contender] = {
     "dora": Contender(_dora, "rank", package="peft"),
     "peft-shadow": Contender(_peft_shadow, "intermediate_size", step=8, package="peft"),
     "shadow-peft": Contender(_shadow_peft, "intermediate_size", step=8, package="shadow_peft"),
+    "shadow-recommended": Contender(_recommended, "rank"),
     "base": Contender(_base, None),
 }
-"""What ours can be measured against; "base" is the bare base, whose forward pass is the floor."""
+"""What the paper's variant can be measured against; "base" is the bare base, whose forward pass is the floor."""
 CONTENDERS = {OURS: shadow_contender(RANK), **PEERS}
 
 

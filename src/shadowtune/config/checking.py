@@ -5,12 +5,14 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from shadowtune.errors import ConfigError
 
 Settings = TypeVar("Settings")
+COMPLETIONS: dict[type, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {}
+"""By settings dataclass, what completes a mapping before it is read, as a preset does."""
 
 
 def check_range(settings: Any, **bounds: tuple[float, float | None]) -> None:
@@ -62,6 +64,8 @@ def from_mapping(kind: type[Settings], values: Any, where: str) -> Settings:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'the config'} must be a mapping of keys to values, got {values!r}")
+    if kind in COMPLETIONS:
+        values = COMPLETIONS[kind](values)
     hints = typing.get_type_hints(kind)
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     faults, arguments = [], {}

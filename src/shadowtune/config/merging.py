@@ -6,17 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from shadowtune.config.checking import nearest
+from shadowtune.config.presets import preset_of
 from shadowtune.errors import ConfigError
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Put mappings over one another, nested ones too; the last one wins."""
+    """Put training settings over one another, nested ones too; the last one wins.
+
+    A layer with a ``preset`` brings the preset's settings, which win over the layers before it.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        preset = preset_of(_merge(merged, layer)) if "preset" in layer else {}
+        merged = _merge(merged, preset, layer)
+    return merged
+
+
+def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
             below = merged.get(key)
             if isinstance(value, Mapping):
-                merged[key] = merge(below if isinstance(below, Mapping) else {}, value)
+                merged[key] = _merge(below if isinstance(below, Mapping) else {}, value)
             else:
                 merged[key] = value
     return merged

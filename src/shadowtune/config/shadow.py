@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from shadowtune.config.checking import check_choices, check_range, from_mapping
+from shadowtune.config.presets import recommended_shadow
 from shadowtune.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -15,18 +16,25 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class ShadowConfig:
-    """Everything that shapes a shadow. The defaults are the paper's variant.
+    """Everything that shapes a shadow. The defaults are the paper's variant; ``recommended()`` is what we advise.
 
     Raises:
         ConfigError: if a value is outside its range; the message lists every fault at once.
     """
 
+    variant: Literal["paper", "stateless"] = "paper"
+    """What a boundary computes. "paper": Eq. 2-7, from h and the shadow state s. "stateless": a correction of h that
+    reads h alone, each token normalized, with a scale by which the best learning rate does not depend on rank, width
+    and depth (``core/injection.py``). The attached model then needs the shadow's backbone for ``head_mixing``, the
+    shadow's loss terms and drafts only, and does not run it otherwise. Of the settings of a boundary it knows ``rank``,
+    ``alpha``, ``dropout``, ``dropout_position``, ``depth_sharing``, ``inject_first`` and ``channel_scaling``."""
     rank: int = 16
     """r, width of the injection's bottleneck (Eq. 3). At least 1."""
     update_width: int = 8
     """k, hidden width of the update's transform and gate (Eq. 5-6). At least 1."""
     alpha: float = 0.1
-    """Scale of the injection (Eq. 4). Not negative."""
+    """Scale of the injection (Eq. 4). Not negative. In the variant "stateless" it is in units of the usual size of a
+    block's input, and 0.5 is a good value."""
     dropout: float = 0.2
     """Probability in [0, 1) of dropping an entry of the injection's bottleneck and of the transform."""
     shadow_loss_weight: float = 0.05
@@ -133,6 +141,7 @@ class ShadowConfig:
         )
         check_choices(
             self,
+            variant=("paper", "stateless"),
             depth_sharing=("backbone", "full"),
             activation=("silu", "gelu"),
             dropout_position=("rank", "hidden"),
@@ -173,6 +182,18 @@ class ShadowConfig:
             raise ConfigError("; ".join(faults))
         object.__setattr__(self, "init_layers", layers)
         object.__setattr__(self, "num_shadow_layers", len(layers))
+
+    @classmethod
+    def recommended(cls, **changes: Any) -> "ShadowConfig":
+        """Return what we advise in place of the paper's settings: one recipe for all tasks (docs/method.md).
+
+        The shadow's own loss has weight 1, for a loop that trains both networks at once. ``preset: recommended`` of a
+        training file trains the shadow alone first and then leaves it out.
+
+        Args:
+            **changes: fields that replace the recipe's.
+        """
+        return cls(**{**recommended_shadow(changes), **changes})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ShadowConfig":

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shadowtune.config.checking import check_range
+from shadowtune.config.checking import COMPLETIONS, check_range
 from shadowtune.config.data import DataConfig
+from shadowtune.config.merging import merge
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.errors import ConfigError
 
@@ -62,6 +63,10 @@ class TrainConfig:
 
     data: DataConfig
     """The rows."""
+    preset: Literal["paper", "recommended"] | None = None
+    """A recipe whose settings a file takes over where it does not set them itself (``config/presets.py``).
+    "recommended" is one for all tasks, of which only ``optimizer.learning_rate`` is to be tuned; "paper" is the method
+    as published. Read with a file or a mapping; ``ShadowConfig.recommended()`` is for use in Python."""
     model: str = "smollm2-135m"
     """The base: a directory, a Hub id, or "smollm2-135m", which comes from PyPI."""
     revision: str | None = None
@@ -139,9 +144,9 @@ class TrainConfig:
     drafting_epochs: float = 0.0
     """Passes at the end in which a drafter (shadow.draft_rank) learns what the attached model itself answers to the
     training prompts. Nothing else changes then. Below 1: one pass, over such a part of the prompts."""
-    fit_head_mixing: bool = False
+    fit_head_mixing: bool | Literal["auto"] = False
     """Whether, after training, ``shadow.head_mixing`` is chosen on the validation rows: of 0, 0.1, ..., 1 what makes
-    the attached model's loss smallest. Needs ``data.validation``."""
+    the attached model's loss smallest. Needs ``data.validation``; "auto" does it where that is set."""
     draft_vocabulary: int | None = 4096
     """So many of the most frequent tokens of the training answers are saved with a shadow, for it to draft from in
     speculative decoding; None lets it draft from all."""
@@ -198,8 +203,7 @@ class TrainConfig:
                 f"drafting_epochs={self.drafting_epochs:g} trains a drafter beside a task: set shadow.draft_rank, such "
                 "as 64, or leave drafting_epochs out"
             )
-        mixes = (self.method, self.stage, self.task) == ("shadow", "task", "causal_lm")
-        if self.fit_head_mixing and not (mixes and self.data.validation is not None):
+        if self.fit_head_mixing is True and not self._can_fit_head_mixing:
             raise ConfigError(
                 "fit_head_mixing chooses shadow.head_mixing of a causal_lm on validation rows: set data.validation "
                 "and method=shadow, or leave it out"
@@ -210,6 +214,16 @@ class TrainConfig:
             raise ConfigError(
                 f"num_labels is set to {self.num_labels}, but task is {self.task}; set task=classification"
             )
+
+    @property
+    def fits_head_mixing(self) -> bool:
+        """Whether the weight of the shadow's own logits is chosen after training."""
+        return bool(self.fit_head_mixing) and self._can_fit_head_mixing
+
+    @property
+    def _can_fit_head_mixing(self) -> bool:
+        mixes = (self.method, self.stage, self.task) == ("shadow", "task", "causal_lm")
+        return mixes and self.data.validation is not None
 
     @property
     def shadow_first(self) -> bool:
@@ -264,3 +278,6 @@ class TrainConfig:
                 f"{cache} cannot spare the base's forward pass while shadow.matching_weight="
                 f"{self.shadow.matching_weight} needs its hidden states; leave one of the two out"
             )
+
+
+COMPLETIONS[TrainConfig] = merge

@@ -10,9 +10,9 @@ from shadowtune.core.losses import JointLoss, LossWeights, joined, relative_squa
 
 def joint_classification_loss(
     logits: Tensor,
-    shadow_logits: Tensor,
+    shadow_logits: Tensor | None,
     hidden_states: Tensor,
-    initial_states: Tensor,
+    initial_states: Tensor | None,
     labels: Tensor,
     weights: LossWeights,
     problem_type: str | None = None,
@@ -22,9 +22,9 @@ def joint_classification_loss(
 
     Args:
         logits: (B, C), of the attached model.
-        shadow_logits: (B, C), of the shadow.
+        shadow_logits: (B, C), of the shadow; None if all weights of its terms are 0.
         hidden_states: (B, d), what the logits were made of.
-        initial_states: (B, d), what the shadow's logits were made of.
+        initial_states: (B, d), what the shadow's logits were made of; None likewise.
         labels: as in ``classification_loss``.
         weights: of the shadow's terms.
         problem_type: as in ``classification_loss``.
@@ -33,6 +33,9 @@ def joint_classification_loss(
     Where several classes or numbers are predicted, the distillation is the squared difference of the logits.
     """
     base = classification_loss(logits, labels, problem_type, num_items_in_batch)
+    if shadow_logits is None or initial_states is None:
+        assert not (weights.shadow or weights.teach)
+        return JointLoss(base, base, None)
     shadow = classification_loss(shadow_logits, labels, problem_type, num_items_in_batch)
     count = labels.numel() if num_items_in_batch is None else num_items_in_batch
     distillation = matching = None

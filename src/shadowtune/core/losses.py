@@ -115,7 +115,7 @@ def head_sums(head: Head, h: Tensor, s: Tensor | None, targets: Tensor, temperat
 def joint_causal_loss(
     head: Head,
     hidden_states: Tensor,
-    initial_states: Tensor,
+    initial_states: Tensor | None,
     labels: Tensor,
     weights: LossWeights,
     num_items_in_batch: Tensor | int | None = None,
@@ -125,11 +125,16 @@ def joint_causal_loss(
     Args:
         head: the base's own.
         hidden_states: (B, T, d), the attached model's last hidden states, after the final norm.
-        initial_states: s0, (B, T, d).
+        initial_states: s0, (B, T, d); None if all weights of the shadow's terms are 0.
         labels: (B, T), unshifted.
         weights: of the shadow's terms.
         num_items_in_batch: labelled tokens of the whole optimizer step; by default those of this call.
     """
+    if initial_states is None:
+        assert not (weights.shadow or weights.teach)
+        targets, h = labelled_rows(labels, hidden_states)
+        base = head_sums(head, h, None, targets).base
+        return _mean_terms(base, None, None, h, h, targets, weights, num_items_in_batch)
     targets, h, s = labelled_rows(labels, hidden_states, initial_states)
     alone = weights.shadow == weights.distillation == 0
     states = None if alone else s.to(h.dtype)  # the vocabulary's product is half of the cost: skip what is not trained

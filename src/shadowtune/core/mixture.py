@@ -10,11 +10,12 @@ ShadowPEFT (https://arxiv.org/abs/2604.19254), Eq. 2-7, for N tokens of which ea
 
 M_r (N, sum of r) and M_k (N, sum of k) are 1 in the columns of the token's own shadow and 0 elsewhere. What is not a
 token's own is multiplied by 0, so each gets what it would get alone, whatever the ranks; and the operations are as many
-as for one shadow. Tokens of no shadow have no columns, and pass as they are.
+as for one shadow. Tokens of no shadow have no columns, and pass as they are. The variant "stateless" stands in
+``injection_mixture.py``.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,8 @@ class MixedParameters(NamedTuple):
 def mixing_key(boundaries: Boundaries) -> Hashable:
     """Return what two shadows of one base must have in common to be crossed together."""
     config, downs = boundaries.config, boundaries.injection_downs
-    return (boundaries.count, downs.dtype, downs.device, config.activation, config.inject_first, config.update_norm)
+    kind = (config.variant, config.activation, config.inject_first, config.update_norm)
+    return (boundaries.count, downs.dtype, downs.device, *kind)
 
 
 class Mixture:
@@ -58,14 +60,14 @@ class Mixture:
         assert len({mixing_key(member) for member in members}) == 1
         self.config = members[0].config
         self.activation = ACTIVATIONS[self.config.activation]
-        split = [member.split() for member in members]
+        split = [cast(list[BoundaryParameters], member.split()) for member in members]
         scales = [member.config.alpha for member in members]
         self.parameters = [_side_by_side(parts, scales) for parts in zip(*split, strict=True)]
         last = [parts[-1] for parts in split]
         like = members[0].injection_downs
         widths = [0 if part.gate is None else part.gate.down.shape[1] for part in last]
-        self.injection_columns = _own_columns([part.injection.down.shape[1] for part in last], like)
-        self.update_columns = _own_columns(widths, like).repeat(1, 2)
+        self.injection_columns = own_columns([part.injection.down.shape[1] for part in last], like)
+        self.update_columns = own_columns(widths, like).repeat(1, 2)
         updates = [part.transform is not None for part in last]
         self.updates = None if all(updates) else like.new_tensor([[float(on)] for on in (*updates, False)])
         gammas = [member.config.head_mixing for member in members]
@@ -105,8 +107,11 @@ class MixedBoundaries:
         """Return each boundary's parameters."""
         return self._mixture.parameters
 
-    def cross(self, parameters: MixedParameters, hidden_states: Tensor, shadow_states: Tensor) -> tuple[Tensor, Tensor]:
+    def cross(
+        self, parameters: MixedParameters, hidden_states: Tensor, shadow_states: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Cross a boundary: h and s (B, T, d) to h' in the dtype of h and s' in that of the parameters."""
+        assert shadow_states is not None
         p, (down, up, *_) = parameters, parameters.injection
         h = hidden_states.reshape(-1, hidden_states.shape[-1]).to(down.dtype)
         s = shadow_states.reshape(h.shape).to(down.dtype)
@@ -116,10 +121,11 @@ class MixedBoundaries:
         crossed = torch.addmm(h, inner, up)
         return crossed.to(hidden_states.dtype).view(hidden_states.shape), s.view(hidden_states.shape)
 
-    def mix(self, hidden_states: Tensor, initial_states: Tensor) -> Tensor:
+    def mix(self, hidden_states: Tensor, initial_states: Tensor | None) -> Tensor:
         """Return what the head sees: h_L + gamma s0 (B, T, d), gamma being that of the token's shadow, 0 for none."""
         if self._head_mixing is None:
             return hidden_states
+        assert initial_states is not None
         return mix(hidden_states, initial_states, self._head_mixing.view(*hidden_states.shape[:-1], 1))
 
     def _update(self, h: Tensor, s: Tensor, p: MixedParameters) -> Tensor:
@@ -170,6 +176,6 @@ def _lines(mlps: Sequence[Mlp | None]) -> Tensor:
     return torch.stack([zeros if mlp is None or mlp.up_bias is None else mlp.up_bias for mlp in (*mlps, None)])
 
 
-def _own_columns(widths: Sequence[int], like: Tensor) -> Tensor:
+def own_columns(widths: Sequence[int], like: Tensor) -> Tensor:
     """1 where a column belongs to a member, a last line without any, (A + 1, sum of widths)."""
     return torch.cat([torch.block_diag(*(like.new_ones(1, width) for width in widths)), like.new_zeros(1, sum(widths))])

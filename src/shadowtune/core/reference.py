@@ -12,6 +12,9 @@ from torch import Tensor
 
 from shadowtune.config.shadow import ShadowConfig
 
+RANK_EXPONENT = 1.0
+"""p of ``injection.py``, written down once more."""
+
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """LayerNorm over the last axis, eps 1e-5."""
@@ -38,8 +41,26 @@ def mlp(x: Tensor, p: Mapping[str, Tensor], which: str, slot: int, activation: s
     return outer
 
 
+def stateless(index: int, h: Tensor, p: Mapping[str, Tensor], config: ShadowConfig) -> Tensor:
+    """One stateless boundary without dropout, h -> h' (``injection.py``), token by token."""
+    boundaries, d = p["channel_scales"].shape
+    slot = 0 if config.depth_sharing == "full" else index
+    f = config.alpha * (16 / config.rank) ** RANK_EXPONENT * (30 / boundaries) * (576 / d)
+    if config.depth_sharing == "full":
+        f = f * p["boundary_scales"][index]
+    corrected = []
+    for token in h.reshape(-1, d):
+        scaled = p["channel_scales"][index] * token
+        x = scaled / torch.sqrt((scaled**2).sum() / d + 1e-6)
+        correction = x @ p["injection_downs"][slot] @ p["injection_ups"][slot]
+        corrected.append(token + f * p["input_sizes"][index] * correction)
+    return torch.stack(corrected).reshape(h.shape)
+
+
 def boundary(index: int, h: Tensor, s: Tensor, p: Mapping[str, Tensor], config: ShadowConfig) -> tuple[Tensor, Tensor]:
     """One boundary without dropout, (h, s) -> (h', s'); ``p`` are the stacked parameters by name (Eq. 2-7)."""
+    if config.variant == "stateless":
+        return stateless(index, h, p, config), s
     shared = config.depth_sharing == "full"
     if config.update and index > 0:
         slot = 0 if shared else index - 1

@@ -1,6 +1,6 @@
 """The shadow state of one forward call."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -16,10 +16,12 @@ class Crossings(Protocol):
     def split(self) -> list[Any]:
         """Return the parameters of each boundary."""
 
-    def cross(self, parameters: Any, hidden_states: Tensor, shadow_states: Tensor) -> tuple[Tensor, Tensor]:
+    def cross(
+        self, parameters: Any, hidden_states: Tensor, shadow_states: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Cross the boundary with these parameters: (h, s) -> (h', s')."""
 
-    def mix(self, hidden_states: Tensor, initial_states: Tensor) -> Tensor:
+    def mix(self, hidden_states: Tensor, initial_states: Tensor | None) -> Tensor:
         """Return what the head sees of the last hidden states and s0."""
 
 
@@ -28,15 +30,20 @@ class ShadowState:
 
     One is made for each forward call and handed down as the keyword ``shadow``; nothing keeps it after the call. So
     threads do not mix, an exception leaves nothing behind, and the call alone chooses which shadow it runs with.
+
+    Args:
+        boundaries: of the shadow.
+        initial: s0 (B, T, d); None where the shadow's backbone has not run, because nothing reads it.
     """
 
     __slots__ = ("boundaries", "depth", "given", "initial", "parameters", "value")
 
-    def __init__(self, boundaries: Crossings, initial: Tensor) -> None:
+    def __init__(self, boundaries: Crossings, initial: Tensor | None) -> None:
         self.boundaries = boundaries
         self.parameters = boundaries.split()
         self.initial = initial
-        self.given = initial if boundaries.config.backbone_loss == "joint" else initial.detach()
+        joint = initial is None or boundaries.config.backbone_loss == "joint"
+        self.given = initial if joint else cast(Tensor, initial).detach()
         """s0 as the attached model sees it."""
         self.value = self.given
         self.depth = -1

@@ -90,6 +90,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         teacher_tokens: Tensor | None = None,
         teacher_log_probabilities: Tensor | None = None,
         shadow_states: Tensor | None = None,
+        run_shadow: bool = False,
         **kwargs: Any,
     ) -> ShadowCausalLMOutput | CausalLMOutputWithPast:
         """Compute logits, and with labels the joint loss (Eq. 8-9).
@@ -104,6 +105,8 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
                 mode "detached", and unless ``matching_weight`` needs more of the base, they spare its forward pass.
             teacher_log_probabilities: (B, T, k), of those tokens, as ``core/top_tokens.py`` describes them.
             shadow_states: s0 (B, T, d) where ``run_backbone`` has made it already; in mode "attached".
+            run_shadow: whether the shadow's backbone runs in mode "attached" even where nothing in this call needs it,
+                so that its part of the cache holds these tokens.
 
         Returns:
             Logits (B, T, V); None in training with labels, where only labelled positions reach the head.
@@ -116,19 +119,25 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             cache = {CACHE: past_key_values, "use_cache": use_cache}
             return self.base(**inputs, **cache, labels=labels, logits_to_keep=logits_to_keep)
         use_cache = use_cache if labels is None else False
+        weights = self.loss_weights(shadow_loss_weight)
+        run_shadow = run_shadow or (labels is not None and self.needs_shadow(weights))
         output, state = self.encode(
-            **inputs, past_key_values=past_key_values, use_cache=use_cache, shadow_states=shadow_states
+            **inputs,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            shadow_states=shadow_states,
+            run_shadow=run_shadow,
         )
         hidden_states = output.last_hidden_state
         assert hidden_states is not None
         joint = None
         if labels is not None:
-            weights = self.loss_weights(shadow_loss_weight)
             if self.mode == "attached":
                 joint = self._attached_loss(hidden_states, state.initial, labels, weights, num_items_in_batch)
             else:
                 teacher = self._teacher(weights, (teacher_tokens, teacher_log_probabilities), inputs)
                 weights = LossWeights(1.0) if teacher is None else weights
+                assert state.initial is not None
                 joint = detached_causal_loss(self.head, state.initial, labels, weights, num_items_in_batch, teacher)
         logits = None
         if labels is None or not self.training:
@@ -147,16 +156,17 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
     def _attached_loss(
         self,
         hidden_states: Tensor,
-        initial_states: Tensor,
+        initial_states: Tensor | None,
         labels: Tensor,
         weights: LossWeights,
         num_items_in_batch: Tensor | int | None,
     ) -> JointLoss:
-        """The joint loss, and in training that of the draft fusion."""
+        """The joint loss, and in training that of the draft fusion; only the attached model's where s0 is not there."""
         joint = joint_causal_loss(self.head, hidden_states, initial_states, labels, weights, num_items_in_batch)
         fusion = self.shadow.draft_fusion
         if fusion is None or not self.training:
             return joint
+        assert initial_states is not None
         seen = self.shadow.boundaries.mixed(hidden_states, initial_states)  # as when it drafts
         draft = draft_loss(self.head, fusion, seen, initial_states, labels, num_items_in_batch)
         return joint._replace(total=joint.total + draft, draft=draft)

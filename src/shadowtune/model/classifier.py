@@ -122,30 +122,31 @@ class ShadowForSequenceClassification(ShadowPair):
                 **{CACHE: past_key_values},
                 **kwargs,
             )
-        output, state = self.encode(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
-        )
+        weights = self.loss_weights(shadow_loss_weight)
+        run_shadow = self.mode == "detached" or (labels is not None and self.needs_shadow(weights))
+        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        output, state = self.encode(*text, run_shadow=run_shadow, **kwargs)
         hidden_states = output.last_hidden_state
         assert hidden_states is not None
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
         last = last_token(attention_mask, input_ids, self.base.config.pad_token_id, hidden_states.shape[1])
         # As transformers does, the head sees every position: of one row alone it rounds its products differently.
         dtype = self.score.weight.dtype
-        logits = shadow_logits = self.shadow_score(state.initial.to(dtype))[rows, last]
-        if self.mode == "attached":
-            logits = self.score(hidden_states.to(dtype))[rows, last]
+        head = self.score if self.mode == "attached" else self.shadow_score
+        logits = head(hidden_states.to(dtype))[rows, last]
         joint = None
         if labels is not None and self.mode == "detached":
             loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
             joint = JointLoss(loss, None, loss)
         elif labels is not None:
+            s = state.initial
             joint = joint_classification_loss(
                 logits,
-                shadow_logits,
+                None if s is None else self.shadow_score(s.to(dtype))[rows, last],
                 hidden_states[rows, last],
-                state.initial[rows, last],
+                None if s is None else s[rows, last],
                 labels,
-                self.loss_weights(shadow_loss_weight),
+                weights,
                 self.config.problem_type,
                 num_items_in_batch,
             )

@@ -28,8 +28,9 @@ class Trunk(nn.Module):
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
         """Return the last hidden states before the head, (B, T, d)."""
         slot = kwargs.pop(SLOT, None)
-        output, state = self.model.encode(input_ids, **kwargs)
-        if slot is not None:
+        wanted = slot is not None and self.model.shadow.config.shadow_loss_weight > 0
+        output, state = self.model.encode(input_ids, run_shadow=wanted, **kwargs)
+        if wanted:
             slot.append(state.initial)
         return output
 

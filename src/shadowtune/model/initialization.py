@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadowtune.attach.architectures import Finish, architecture_of
 from shadowtune.config.shadow import ShadowConfig
+from shadowtune.core.boundary import Boundaries
 from shadowtune.errors import ConfigError
 from shadowtune.model.backbone import (
     PretrainedBackbone,
@@ -24,7 +25,7 @@ from shadowtune.model.backbone import (
     mirror_config,
     sizes_of,
 )
-from shadowtune.model.channel_scales import measure_channel_scales
+from shadowtune.model.channel_scales import measure_channel_scales, measure_input_sizes
 from shadowtune.model.checkpoint import read_tensors
 from shadowtune.model.configuration import Initialization, ProjectionStart, ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint
@@ -62,11 +63,24 @@ def start_shadow(base: PreTrainedModel, config: ShadowConfig, dtype: torch.dtype
         shadow = Shadow(config, base.config, mirror_config(base.config, config))
         copy_position_embeddings(shadow.backbone, base)
         shadow, start = shadow.cast(dtype), Initialization("random")
-    if config.channel_scaling and base.device.type != "meta":  # on "meta" only shapes are asked for
-        scales = measure_channel_scales(base)[0 if config.inject_first else 1 :]
-        shadow.boundaries.channel_scales = scales.to(shadow.boundaries.injection_downs)
+    if base.device.type != "meta":  # where only shapes are asked for
+        _measure(base, shadow.boundaries)
     logger.info("the shadow starts %s", start)
     return shadow, start
+
+
+@torch.no_grad()
+def _measure(base: PreTrainedModel, boundaries: Boundaries) -> None:
+    """Fill in what the boundaries know of the base's hidden states."""
+    config, first = boundaries.config, 0 if boundaries.config.inject_first else 1
+    scales = measure_channel_scales(base)[first:] if config.channel_scaling else None
+    if boundaries.input_sizes is not None:
+        sizes = measure_input_sizes(base)[first:]
+        boundaries.input_sizes.copy_(sizes)
+        assert boundaries.channel_scales is not None  # those of this variant make each channel's size 1
+        boundaries.channel_scales.copy_((1.0 if scales is None else scales) / sizes[:, None])
+    elif scales is not None:
+        boundaries.channel_scales = scales.to(boundaries.injection_downs)
 
 
 @torch.no_grad()

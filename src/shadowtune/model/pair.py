@@ -170,16 +170,19 @@ class ShadowPair(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         shadow_states: Tensor | None = None,
+        run_shadow: bool = False,
         **kwargs: Any,
     ) -> tuple[BaseModelOutputWithPast, ShadowState]:
         """Run the shadow backbone and, when attached, the base's blocks beside it.
 
         Args:
             shadow_states: s0 (B, T, d), where ``run_backbone`` has made it of these tokens already.
+            run_shadow: whether the shadow backbone runs when attached even if the attached model does not read s0.
 
         Returns:
             The base's output, whose ``last_hidden_state`` (B, T, d) goes to the head and is s0 itself when detached,
-            with the whole cache; and the state. Other keywords go to both networks.
+            with the whole cache; and the state, without an s0 where nothing needs it. Other keywords go to both
+            networks.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds")
@@ -197,10 +200,11 @@ class ShadowPair(PreTrainedModel):
         if shadow_states is None:
             embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             begun = (input_ids, embeds, attention_mask, position_ids, shadow_cache, use_cache)
-            state = self.shadow.begin(*begun, **kwargs)
+            state = self.shadow.begin(*begun, run_shadow=run_shadow or self.mode == "detached", **kwargs)
         else:
             state = ShadowState(self.shadow.boundaries, shadow_states)
         if self.mode == "detached":
+            assert state.initial is not None
             return BaseModelOutputWithPast(last_hidden_state=state.initial, **{CACHE: cache}), state
         output = self.architecture.decoder_of(self.base)(
             input_ids=input_ids,
@@ -227,6 +231,25 @@ class ShadowPair(PreTrainedModel):
         cache, _ = split_cache(past_key_values, self.shadow.num_cache_layers, depth)
         embeds = self.base.get_input_embeddings()(input_ids)
         return self.shadow.initial_states(input_ids, embeds, attention_mask, position_ids, cache, use_cache=True)
+
+    def needs_shadow(self, weights: LossWeights) -> bool:
+        """Whether a call with labels needs s0 beside the attached model's output: for the shadow's terms, or drafts."""
+        return weights.shadow > 0 or weights.teach or (self.training and self.shadow.draft_fusion is not None)
+
+    def freeze_unused(self) -> None:
+        """Freeze what no gradient reaches in attached training: a backbone that neither boundaries nor losses read.
+
+        An optimizer would keep moments of it, and data parallelism wait for gradients that never come.
+        """
+        weights, config = self.loss_weights(), self.shadow.config
+        if config.variant == "paper" or weights.shadow or weights.teach or config.shadow_loss_weight_end:
+            return
+        used = {"shadow.boundaries", "shadow.draft_fusion", "score"}
+        parts = {f"shadow.{name}": module for name, module in self.shadow.named_children()}
+        parts |= {name: module for name, module in self.trained_modules().items() if name != "shadow"}
+        for name, module in parts.items():
+            if name not in used:
+                module.requires_grad_(False)
 
     def loss_weights(self, shadow_loss_weight: float | None = None) -> LossWeights:
         """Return the weights of the shadow's terms, lambda replaced if it is given."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from shadowtune.attach.cache import can_count, check_holds_keys, count_tokens
 from shadowtune.compatibility import CACHE, takes_cache
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import Boundaries
@@ -76,9 +77,32 @@ class Shadow(nn.Module):
         """Blocks of the shadow backbone, each of which needs one layer of the cache."""
         return self.backbone.config.num_hidden_layers
 
-    def begin(self, *args: Any, **kwargs: Any) -> ShadowState:
-        """Run the shadow backbone, called as ``initial_states`` is; return its state, ready for the base's blocks."""
-        return ShadowState(self.boundaries, self.initial_states(*args, **kwargs))
+    def begin(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        run_shadow: bool = False,
+        **kwargs: Any,
+    ) -> ShadowState:
+        """Run the shadow backbone where it is needed; return the state of a call, ready for the base's blocks.
+
+        Args:
+            run_shadow: whether the backbone runs even where the attached model does not read s0 (variant "stateless"):
+                for the shadow's own loss, or for drafts to come. It also runs where the cache holds its keys already.
+            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, **kwargs: as for
+                ``initial_states``.
+        """
+        cache = past_key_values
+        if run_shadow or self.boundaries.reads_states or not (cache is None or can_count(cache)):
+            call = (input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache)
+            return ShadowState(self.boundaries, self.initial_states(*call, **kwargs))
+        if cache is not None and use_cache:
+            count_tokens(cache, inputs_embeds)
+        return ShadowState(self.boundaries, None)
 
     @takes_cache
     def initial_states(
@@ -104,7 +128,10 @@ class Shadow(nn.Module):
 
         Raises:
             ShadowtuneError: if a backbone with its own embedding is given ``inputs_embeds`` only.
+            AttachError: if the cache holds tokens that the backbone has not seen.
         """
+        if past_key_values is not None:
+            check_holds_keys(past_key_values)
         if self.embedding is not None:
             if input_ids is None:
                 raise ShadowtuneError("this shadow's backbone has its own embedding: pass input_ids, not inputs_embeds")

@@ -40,8 +40,8 @@ def fit_head_mixing(
     for start in range(0, len(rows), batch_size):
         batch = {name: each.to(model.device) for name, each in collate(list(rows[start : start + batch_size])).items()}
         labels = batch.pop("labels")
-        output, state = model.encode(**batch, use_cache=False)
-        assert output.last_hidden_state is not None
+        output, state = model.encode(**batch, use_cache=False, run_shadow=True)
+        assert output.last_hidden_state is not None and state.initial is not None
         targets, h, s = labelled_rows(labels, output.last_hidden_state, state.initial)
         for index, gamma in enumerate(GAMMAS):
             sums[index] += summed_cross_entropy(model.logits_of(mix(h, s, gamma)), targets).double().cpu()

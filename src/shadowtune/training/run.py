@@ -25,6 +25,7 @@ from shadowtune.model.methods import (
     parameter_table,
     trainable_parameters,
 )
+from shadowtune.model.pair import ShadowPair
 from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import peak_memory_mb
 from shadowtune.training import drafting
@@ -113,6 +114,10 @@ def train(
             model.set_draft_vocabulary(frequent_tokens(rows.train, config.draft_vocabulary))
         for part, total, trained in parameter_table(model):
             report(f"parameters: {part}: {total:,} of which trainable {trained:,}")
+        before = trainable_parameters(model)
+        if config.stage == "task" and isinstance(model, ShadowPair):
+            model.freeze_unused()
+        trained = before if config.shadow_first else trainable_parameters(model)
         with arguments.main_process_first(local=False):
             if main:
                 run.begin(config, resume)
@@ -123,10 +128,10 @@ def train(
         trainer.add_callback(interrupt)
         with interrupt.watching():
             output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
-            if config.fit_head_mixing:
+            if config.fits_head_mixing:
                 _fit_head_mixing(config, model, rows, report)
             taught = _teach_drafter(config, run, model, rows, report, quiet) if config.drafter_last else None
-        return _finish(config, run, trainer, output.training_loss, first, taught)
+        return _finish(config, run, trainer, output.training_loss, trained, first, taught)
 
 
 def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module:
@@ -210,10 +215,14 @@ def _finish(
     run: RunDirectory,
     trainer: ShadowTrainer,
     training_loss: float,
+    trained: int,
     first: TrainSummary | None,
     drafting_seconds: float | None,
 ) -> TrainSummary | None:
-    """Write the trained model and then, as the sign that the run has finished, the summary."""
+    """Write the trained model and then, as the sign that the run has finished, the summary.
+
+    ``trained`` counts the parameters that some part of the run trained.
+    """
     model: Any = trainer.model
     progress = trainer.progress()
     with whole_directory(run.model, trainer.accelerator) as staging:
@@ -232,7 +241,7 @@ def _finish(
         perplexity = math.exp(min(measured[-1], 700.0))  # beyond it a float overflows
     summary = TrainSummary(
         method=config.method,
-        trainable_parameters=trainable_parameters(model),
+        trainable_parameters=trained,
         steps=trainer.state.global_step,
         train_seconds=progress.seconds + (0.0 if first is None else first.train_seconds),
         tokens_per_second=progress.tokens / progress.seconds,

@@ -83,8 +83,9 @@ def passes(monkeypatch):
 
 @pytest.mark.parametrize("speculate", [True, 1, 4, *(SpeculationConfig(length=3, drafter=name) for name in DRAFTERS)])
 @pytest.mark.parametrize("inputs", [one(), left_padded()], ids=["one", "padded"])
-def test_greedy_says_the_same(speculate, inputs):
-    model = perturbed_model()
+@pytest.mark.parametrize("settings", [{}, {"variant": "stateless", "alpha": 0.003}], ids=["paper", "stateless"])
+def test_greedy_says_the_same(speculate, inputs, settings):
+    model = perturbed_model(**settings)
     plain = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
     fast = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, speculate=speculate)
     assert torch.equal(plain, fast)

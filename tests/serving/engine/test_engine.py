@@ -82,6 +82,27 @@ def test_models_of_different_ranks_share_a_batch_with_the_bare_base(speculation)
     assert served.counters()["passes"] < 40, "they shared passes"
 
 
+@pytest.mark.parametrize("speculation", [None, SpeculationConfig(length=3)], ids=["plain", "drafts"])
+def test_stateless_models_share_a_batch_and_run_their_backbones_where_something_reads_them(speculation):
+    base = tiny_base()
+    common = {"variant": "stateless", "alpha": 0.003}
+    models = {
+        "a": adapter(base, 1, **common),
+        "b": adapter(base, 2, **common, rank=7, channel_scaling=True),
+        "c": adapter(base, 3, **common, depth_sharing="full", head_mixing=0.4),
+        "paper": adapter(base, 4),
+    }
+    seen = []
+    models["a"].shadow.backbone.register_forward_pre_hook(lambda *args: seen.append("a"))
+    requests = [request(model, 5 + index, max_tokens=12) for index, model in enumerate([*models, "base", "b", "a"])]
+    wanted = expected({**models, "base": base}, requests)
+    assert seen == []
+    served = engine(models, speculation=speculation)
+    assert answers(served, requests) == wanted
+    assert (seen != []) == (speculation is not None)
+    assert len({tuple(answer) for answer in wanted[:3]}) == 3, "the shadows must differ"
+
+
 def test_models_that_cannot_be_mixed_are_served_side_by_side():
     base = tiny_base()
     models = {

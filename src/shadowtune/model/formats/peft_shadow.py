@@ -57,6 +57,7 @@ SETTINGS: dict[str, Any] = {
     "activation": "gelu",
     "inject_first": True,
     "head_mixing": None,
+    "variant": "paper",
 }
 """How PEFT computes."""
 TRAINING: dict[str, Any] = {"transform_dropout": False, "dropout_position": "hidden"}

@@ -49,6 +49,7 @@ SETTINGS: dict[str, Any] = {
     "activation": "silu",
     "inject_first": False,
     "head_mixing": None,
+    "variant": "paper",
 }
 """How shadow-peft computes."""
 TRAINING: dict[str, Any] = {"transform_dropout": True, "dropout_position": "rank"}

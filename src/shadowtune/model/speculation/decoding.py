@@ -70,6 +70,7 @@ class Speculator:
             )
         cache: Cache = model_kwargs[CACHE]
         cache.activate_past_recording()
+        model_kwargs["run_shadow"] = True  # a drafter needs the prompt's keys, whether or not the attached model does
         first = model._prefill(input_ids, generation_config, model_kwargs)
         drop_last(cache, 0)
         pad, room = generation_config._pad_token_tensor, stopping_criteria.max_length

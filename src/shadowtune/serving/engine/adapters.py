@@ -57,6 +57,11 @@ class Adapter:
         self._served = ExitStack()
         self._served.enter_context(few_rows(model.shadow))
 
+    @property
+    def runs_backbone(self) -> bool:
+        """Whether a pass needs this shadow's backbone: for the attached model's output, or for drafts to come."""
+        return self.boundaries.reads_states or self.drafting is not None
+
     def close(self) -> None:
         """Give the model back as it was."""
         self._served.close()

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
+from shadowtune.core.injection_mixture import InjectionMixture
 from shadowtune.core.mixture import Mixture, mixing_key
 from shadowtune.core.state import ShadowState
 from shadowtune.serving.engine.adapters import Adapter, padded
@@ -38,7 +39,7 @@ class Networks:
         self._decoder: Any = architecture.decoder_of(base)
         self._finish = architecture.finish(base.config.get_text_config(decoder=True))
         self._depth = len(architecture.blocks_of(base))
-        self._mixtures: OrderedDict[tuple[Adapter, ...], Mixture] = OrderedDict()
+        self._mixtures: OrderedDict[tuple[Adapter, ...], Mixture | InjectionMixture] = OrderedDict()
 
     def join(self, row: Row) -> None:
         """Give a row its slots."""
@@ -93,33 +94,44 @@ class Networks:
     def _state(
         self, rows: Sequence[Row], tokens: Sequence[Sequence[int]], known: Known, width: int
     ) -> ShadowState | None:
-        """Gather s0 of all shadows into the order of the rows, with the boundaries that refine it."""
+        """Gather s0 of all shadows into the order of the rows, with the boundaries that refine it.
+
+        Backbones that neither the attached model nor a drafter needs do not run; beside others, their rows get zeros.
+        """
         members = tuple(sorted({row.adapter for row in rows if row.adapter is not None}, key=lambda each: each.name))
         if not members:
             return None
         parts, done = list(known), {row for some, _ in known for row in some}
         for member in members:
             places = [place for place, row in enumerate(rows) if row.adapter is member and row not in done]
-            if places:
+            if places and member.runs_backbone:
                 some = [rows[place] for place in places]
                 parts.append((some, member.initial_states(some, [tokens[place] for place in places])))
         alone = len(members) == 1 and all(row.adapter is not None for row in rows)
         if alone and len(parts) == 1 and parts[0][1].shape[1] == width:
             return ShadowState(members[0].boundaries, parts[0][1])
-        like, place_of = parts[0][1], {row: place for place, row in enumerate(rows)}
-        states = like.new_zeros(len(rows), width, like.shape[2])
-        for own, part in parts:
-            places = [place_of[row] for row in own]
-            states[torch.tensor(places, device=states.device), : part.shape[1]] = part.to(states.dtype)
+        states = _gathered(rows, parts, width) if parts else None
         if alone:
             return ShadowState(members[0].boundaries, states)
         owners = [None if row.adapter is None else members.index(row.adapter) for row in rows]
         return ShadowState(self._mixture(members).of_rows(owners, width), states)
 
-    def _mixture(self, members: tuple[Adapter, ...]) -> Mixture:
+    def _mixture(self, members: tuple[Adapter, ...]) -> Mixture | InjectionMixture:
         if members not in self._mixtures:
-            self._mixtures[members] = Mixture([member.boundaries for member in members])
+            stateless = members[0].boundaries.config.variant == "stateless"
+            kind = InjectionMixture if stateless else Mixture
+            self._mixtures[members] = kind([member.boundaries for member in members])
         self._mixtures.move_to_end(members)
         while len(self._mixtures) > MIXTURES:
             self._mixtures.popitem(last=False)
         return self._mixtures[members]
+
+
+def _gathered(rows: Sequence[Row], parts: Known, width: int) -> Tensor:
+    """Put the s0 of some rows each into one tensor (B, T, d) in the order of all rows, zeros for the others."""
+    like, place_of = parts[0][1], {row: place for place, row in enumerate(rows)}
+    states = like.new_zeros(len(rows), width, like.shape[2])
+    for own, part in parts:
+        places = [place_of[row] for row in own]
+        states[torch.tensor(places, device=states.device), : part.shape[1]] = part.to(states.dtype)
+    return states
