@@ -216,17 +216,18 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         Raises:
             ConfigError: if ``speculate`` is none of these, or does not go with the mode or other arguments.
         """
-        settings = SpeculationConfig.of(speculate)
-        if settings is not None:
+        speculation = SpeculationConfig.of(speculate)
+        if speculation is not None:
             faults = [name for name in ("assistant_model", "custom_generate") if kwargs.get(name) is not None]
             if self.mode != "attached" or faults:
                 against = f"mode {self.mode!r}" if self.mode != "attached" else faults[0]
                 raise ConfigError(f"speculate={speculate!r} does not go with {against}; leave one of them out")
-            kwargs["custom_generate"] = Speculator(settings, kwargs.get("streamer"), kwargs.get("synced_gpus"))
+            kwargs["custom_generate"] = Speculator(speculation, kwargs.get("streamer"), kwargs.get("synced_gpus"))
         with few_rows(self):
             if self.mode == "base":
-                if len(args) < 2:
-                    kwargs.setdefault("generation_config", self.generation_config)
+                if len(args) < 2 and kwargs.get("generation_config") is None:
+                    settings = copy.deepcopy(self.generation_config)
+                    kwargs = {**settings.update(**kwargs), "generation_config": settings}
                 return cast(GenerationMixin, self.base).generate(*args, **kwargs)  # type: ignore[misc]
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
