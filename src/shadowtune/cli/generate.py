@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer each prompt, streaming as the tokens come."""
     check_json_target(arguments.json)
     prompts = arguments.prompt or [sys.stdin.read()]
+    from shadowtune.core.prepacked_linear import prepacked_linear
     from shadowtune.evaluation.answering import Sampling, answer
     from shadowtune.evaluation.run import FinishedRun
 
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     limits = (arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.num_beams, arguments.seed)
     sampling = Sampling(*limits, speculate)
     rows = []
-    with finished.mode(arguments.mode) as model:
+    with finished.mode(arguments.mode) as model, prepacked_linear(model):  # nothing trains in this process
         for prompt in prompts:
             text = prompt if arguments.raw else finished.prompt(prompt)
             answered = answer(model, finished.tokenizer, text, sampling, finished.dataset.chat_template, _write)

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -15,9 +15,9 @@ from shadowtune.attach.architectures import Finish
 from shadowtune.compatibility import CACHE, cache_of, takes_cache
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.drafting import draft_loss
-from shadowtune.core.few_rows import few_rows, is_plain_linear
 from shadowtune.core.head import Head
 from shadowtune.core.losses import JointLoss, LossWeights, detached_causal_loss, joint_causal_loss
+from shadowtune.core.prepacked_linear import is_plain_linear
 from shadowtune.core.top_tokens import TopTokens
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
@@ -213,12 +213,26 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
                 against = f"mode {self.mode!r}" if self.mode != "attached" else faults[0]
                 raise ConfigError(f"speculate={speculate!r} does not go with {against}; leave one of them out")
             kwargs["custom_generate"] = Speculator(settings, kwargs.get("streamer"), kwargs.get("synced_gpus"))
-        with few_rows(self):
-            if self.mode == "base":
-                if len(args) < 2:
-                    kwargs.setdefault("generation_config", self.generation_config)
-                return cast(GenerationMixin, self.base).generate(*args, **kwargs)  # type: ignore[misc]
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        if self.mode == "base":
+            if len(args) < 2:
+                kwargs = self._base_settings(**kwargs)
+            return cast(GenerationMixin, self.base).generate(*args, **kwargs)  # type: ignore[misc]
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _base_settings(self, generation_config: GenerationConfig | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Keywords with which the base's own ``generate`` does what this model's generation config says.
+
+        They are put into one config, because transformers deprecates a config beside further settings; those that are
+        None stay beside it, for in a config None means the base's own value.
+        """
+        own = self.generation_config.to_dict()
+        if generation_config is None and own == self.base.generation_config.to_dict():
+            return kwargs
+        settings = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        settings.update(**own, defaults_only=True, allow_custom_entries=True)
+        unset = {name: value for name, value in kwargs.items() if value is None}
+        rest = settings.update(**{name: value for name, value in kwargs.items() if value is not None})
+        return {"generation_config": settings, **rest, **unset}
 
     @property
     def draft_vocabulary(self) -> Tensor | None:
