@@ -1,5 +1,6 @@
 """From a model to a directory and back: the base it names, the check that it is that base, the shadow's tensors."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from shadowtune.config.checking import nearest
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import find_file, read_tensors, trained_tensors, write_tensors, writing_into
 from shadowtune.model.configuration import ShadowModelConfig
@@ -19,6 +21,11 @@ from shadowtune.models import NAMED, resolve
 
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 AUTO_KEYWORDS = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "code_revision", "use_safetensors")
+
+
+IGNORED_SAVE_KEYWORDS = ("safe_serialization", "save_function", "save_original_format", "save_peft_format")
+"""Keywords of ``save_pretrained`` that concern how transformers writes other files."""
+REFUSED_SAVE_VALUES = {"safe_serialization": False}
 
 
 def lasting_name(name: str) -> str:
@@ -43,6 +50,22 @@ def save_pair(model: Any, directory: Path, state_dict: Mapping[str, Tensor] | No
         model.config.to_json_file(staging / CONFIG_NAME, use_diff=False)
         if model.can_generate():
             model.generation_config.to_json_file(staging / GENERATION_CONFIG_NAME)
+
+
+def check_save_keywords(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a ``save_pretrained`` call that are for ``push_to_hub``.
+
+    Raises:
+        TypeError: for one that is unknown, or asks for a file that this library does not write.
+    """
+    hub = inspect.signature(model.push_to_hub).parameters
+    known = {*hub, *IGNORED_SAVE_KEYWORDS}
+    for name, value in given.items():
+        if name not in known:
+            raise TypeError(f"save_pretrained() got an unexpected keyword argument {name!r}{nearest(name, known)}")
+        if name in REFUSED_SAVE_VALUES and value == REFUSED_SAVE_VALUES[name]:
+            raise TypeError(f"save_pretrained({name}={value!r}): a shadow is saved as safetensors only")
+    return {name: value for name, value in given.items() if name in hub}
 
 
 def read_config(path_or_id: str, **hub: Any) -> ShadowModelConfig:
@@ -96,7 +119,7 @@ def check_base(config: ShadowModelConfig, base: PreTrainedModel, check_weights: 
     expected, found = config.base_config.get_text_config(decoder=True), base.config.get_text_config(decoder=True)
     name = base.config.name_or_path or base.config.model_type
     for key, word in (("hidden_size", "width"), ("num_hidden_layers", "blocks"), ("vocab_size", "tokens")):
-        want, have = vars(expected).get(key), vars(found).get(key)
+        want, have = getattr(expected, key), getattr(found, key)  # by the names of its attribute map too
         if want != have:
             raise CheckpointError(
                 f"wrong base: the shadow was made for {config.base_name_or_path or expected.model_type} with {key} "

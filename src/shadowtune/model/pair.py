@@ -26,7 +26,8 @@ from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint
 from shadowtune.model.fused_head import Trunk
 from shadowtune.model.initialization import start_shadow
-from shadowtune.model.loading import lasting_name, load_pair, save_pair
+from shadowtune.model.keywords import known_keywords
+from shadowtune.model.loading import check_save_keywords, lasting_name, load_pair, save_pair
 from shadowtune.model.shadow import Shadow
 
 Mode = Literal["attached", "detached", "base"]
@@ -58,6 +59,9 @@ class ShadowPair(PreTrainedModel):
         self.base.requires_grad_(False)
         self.shadow: Shadow = shadow
         self.mode: Mode = "attached"
+        config._attn_implementation = self.base.config._attn_implementation
+        self._known_keywords = known_keywords(self, self.architecture.decoder_of(self.base), shadow.backbone)
+        self.post_init()
         for handle in install_hooks(self.base):
             weakref.finalize(self, handle.remove).atexit = False
 
@@ -87,6 +91,7 @@ class ShadowPair(PreTrainedModel):
             base_revision=vars(base.config).get("_commit_hash"),
             base_fingerprint=base_fingerprint(base),
             initialization=asdict(initialization),
+            name_or_path=base.config.name_or_path or "",  # where trainers find a tokenizer and a reference model
         )
         return cls(model_config, base, shadow.to(base.device))
 
@@ -127,22 +132,27 @@ class ShadowPair(PreTrainedModel):
     ) -> None:
         """Write ``config.json``, ``model.safetensors`` (trained tensors only) and ``generation_config.json``.
 
+        Keywords of ``PreTrainedModel.save_pretrained`` that concern other formats of files may be given and do nothing.
+
         Args:
             save_directory: made if it does not exist; an interrupted save leaves what was there.
             is_main_process: whether this process writes, in distributed training.
             state_dict: the model's gathered state, where a sharded trainer collected it.
-            push_to_hub: whether to upload as well, to ``kwargs["repo_id"]`` or the directory's name.
+            push_to_hub: whether to upload as well, to ``repo_id`` or the directory's name.
             max_shard_size: size above which tensors are split over several files.
+            **kwargs: for the upload, as for ``push_to_hub``: ``repo_id``, ``private``, ``token``, ``revision``, ...
 
         Raises:
             CheckpointError: if the directory cannot be written.
+            TypeError: if there is no such keyword, so that a misspelt ``private`` publishes nothing.
         """
+        hub = check_save_keywords(self, kwargs)
         if not is_main_process:
             return
         directory = Path(save_directory)
         save_pair(self, directory, state_dict, max_shard_size)
         if push_to_hub:
-            self.push_to_hub(kwargs.get("repo_id", directory.name))
+            self.push_to_hub(**{"repo_id": directory.name, "max_shard_size": max_shard_size, **hub})
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Return what is trained and saved, by its path in the model."""
@@ -178,8 +188,8 @@ class ShadowPair(PreTrainedModel):
             shadow_states: s0 (B, T, d), where ``run_backbone`` has made it of these tokens already.
 
         Returns:
-            The base's output, whose ``last_hidden_state`` (B, T, d) goes to the head and is s0 itself when detached,
-            with the whole cache; and the state. Other keywords go to both networks.
+            The base's output, or the shadow backbone's when detached. Its ``last_hidden_state`` (B, T, d) goes to the
+            head and is s0 when detached; it has the whole cache. And the state. Other keywords go to both networks.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds")
@@ -197,11 +207,13 @@ class ShadowPair(PreTrainedModel):
         if shadow_states is None:
             embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             begun = (input_ids, embeds, attention_mask, position_ids, shadow_cache, use_cache)
-            state = self.shadow.begin(*begun, **kwargs)
+            alone = self.shadow.run(*begun, **kwargs)
         else:
-            state = ShadowState(self.shadow.boundaries, shadow_states)
+            alone = BaseModelOutputWithPast(last_hidden_state=shadow_states)
+        state = ShadowState(self.shadow.boundaries, alone.last_hidden_state)
         if self.mode == "detached":
-            return BaseModelOutputWithPast(last_hidden_state=state.initial, **{CACHE: cache}), state
+            set_cache(alone, cache)
+            return alone, state
         output = self.architecture.decoder_of(self.base)(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -242,6 +254,12 @@ class ShadowPair(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """Return the base's token embedding."""
         return self.base.get_input_embeddings()
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Choose how both networks attend (``PreTrainedModel.set_attn_implementation``)."""
+        self.base.set_attn_implementation(*args, **kwargs)
+        self.shadow.backbone.set_attn_implementation(*args, **kwargs)
+        self.config._attn_implementation = self.base.config._attn_implementation
 
     def get_decoder(self) -> nn.Module:
         """Return the base's headless model."""
@@ -284,8 +302,20 @@ class ShadowPair(PreTrainedModel):
             first: Any = self.architecture.blocks_of(self.base)[0]
             first.gradient_checkpointing = False
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def post_init(self) -> None:
+        """Take over what the two networks say of themselves: their blocks, plans and precisions, for whoever places,
+        shards or quantizes the model. No weight is touched."""
+        super().post_init()
+        self._no_split_modules = set(self._no_split_modules or ()) | set(self.shadow.backbone._no_split_modules or ())
+        for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            vars(self)[name] |= set(vars(self.shadow.backbone)[name])
+        self._keys_to_ignore_on_save = {f"base.{name}" for name in self.base.state_dict()}  # a save holds the shadow
+
+    def init_weights(self) -> None:
         """Nothing: base and shadow are initialized where they are built."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing, likewise."""
 
     @property
     def trunk(self) -> nn.Module:
