@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from shadowtune import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification
+from shadowtune import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification, ShadowModelConfig
 from tests.slow.transformers_mixins import model_tester_mixin
-from tests.support.bases import BLOCKS, VOCABULARY, WIDTH, tiny_base, tiny_classifier
+from tests.support.bases import VOCABULARY, WIDTH, tiny_base, tiny_classifier
 from tests.support.shadows import perturb
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -51,20 +51,24 @@ class _Tester:
 
     is_training = True
     batch_size, seq_length = 3, 7
-    hidden_size, num_hidden_layers, num_attention_heads = WIDTH, BLOCKS, 4
+    hidden_size, num_hidden_layers, num_attention_heads = WIDTH, 2, 4
 
     def __init__(self, kind: type, architecture: str) -> None:
         self.kind, self.architecture = kind, architecture
         if kind.test_mode == "detached":  # type: ignore[attr-defined]
             self.num_hidden_layers = 1
+        self.sizes: dict[str, Any] = {"num_hidden_layers": 2}
+        if architecture == "gemma3_text":
+            self.sizes["layer_types"] = ["sliding_attention", "full_attention"]
 
     def prepare_config_and_inputs_for_common(self) -> Any:
         if issubclass(self.kind, ShadowForCausalLM):
-            base = tiny_base(self.architecture)
+            base = tiny_base(self.architecture, **self.sizes)
         else:
-            base = tiny_classifier(self.architecture)
+            base = tiny_classifier(self.architecture, **self.sizes)
         config = self.kind.from_base(base, ShadowConfig(rank=4, update_width=3, alpha=0.7)).config  # type: ignore[attr-defined]
         config.base_fingerprint = None  # the mixin makes models of other random weights from it
+        config = ShadowModelConfig.from_dict(config.to_dict())  # as it is read from a file, before there is a model
         ids = torch.randint(3, VOCABULARY, (self.batch_size, self.seq_length), generator=torch.manual_seed(0))
         return config, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -79,6 +83,7 @@ def _case(mixin: Any, parent: type, architecture: str, mode: str) -> type[unitte
     fields: dict[str, Any] = {
         "all_model_classes": (kind,),
         "setUp": lambda self: setattr(self, "model_tester", _Tester(kind, architecture)),
+        "_prepare_for_class": _prepare_for_class,
         "__module__": __name__,
     }
     for test in dir(mixin):
@@ -86,6 +91,15 @@ def _case(mixin: Any, parent: type, architecture: str, mode: str) -> type[unitte
         if test.startswith("test_") and callable(getattr(mixin, test)) and reasons:
             fields[test] = pytest.mark.xfail(strict=True, reason=reasons[0])(_copy(getattr(mixin, test)))
     return type(name, (mixin, unittest.TestCase), fields)
+
+
+def _prepare_for_class(self: Any, inputs: Any, model_class: Any, return_labels: bool = False) -> Any:
+    """Copy inputs; labels, which the mixin adds to classes of transformers by their names."""
+    inputs = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    if return_labels:
+        causal = issubclass(model_class, ShadowForCausalLM)
+        inputs["labels"] = inputs["input_ids"].clone() if causal else torch.arange(len(inputs["input_ids"])) % 3
+    return inputs
 
 
 def _copy(function: Any) -> Any:

@@ -98,20 +98,23 @@ class ShadowPair(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        path_or_id: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *args: Any,
         base: PreTrainedModel | str | None = None,
         check_base_weights: bool = True,
         mode: Mode = "attached",
+        output_loading_info: bool = False,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Any:
         """Load a saved shadow beside its base.
 
         Args:
-            path_or_id: a directory written by ``save_pretrained``, or a Hub id.
+            pretrained_model_name_or_path: a directory written by ``save_pretrained``, or a Hub id.
             base: the base itself, or its path or id; by default the one that ``config.json`` names.
             check_base_weights: whether a base of the right shape but with other weights is refused.
             mode: what it computes at first, as for ``set_mode``.
+            output_loading_info: whether to return the model and a dictionary of missing, unexpected and mismatched
+                keys, as transformers does. They are all empty: such keys are an error here.
             **kwargs: hub keywords (``revision``, ``token``, ...) apply to the shadow; the rest (``dtype``,
                 ``device_map``, ``attn_implementation``, ``quantization_config``, ...) loads the base.
 
@@ -119,7 +122,10 @@ class ShadowPair(PreTrainedModel):
             CheckpointError: if a file is missing or damaged, or the base is not the shadow's.
             ConfigError: if there is no such mode.
         """
-        return load_pair(cls, os.fspath(path_or_id), base, check_base_weights, **kwargs).set_mode(mode)
+        path = os.fspath(pretrained_model_name_or_path)
+        model = load_pair(cls, path, base, check_base_weights, **kwargs).set_mode(mode)
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        return (model, {kind: set() for kind in kinds}) if output_loading_info else model
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -193,6 +199,9 @@ class ShadowPair(PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds")
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, name):
+                kwargs.setdefault(name, True)
         if use_cache is None:
             use_cache = bool(self.base.config.get_text_config(decoder=True).use_cache) and not self.training
         cache = past_key_values
@@ -254,6 +263,19 @@ class ShadowPair(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """Return the base's token embedding."""
         return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the base's token embedding."""
+        self.base.set_input_embeddings(value)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the base's head."""
+        self.base.set_output_embeddings(value)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the base knows."""
+        return self.base.config.get_text_config(decoder=True).vocab_size
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Choose how both networks attend (``PreTrainedModel.set_attn_implementation``)."""
