@@ -75,6 +75,7 @@ class ShadowModelConfig(PreTrainedConfig):
         base_name_or_path: str = "",
         base_revision: str | None = None,
         base_fingerprint: str | None = None,
+        base_signature: dict[str, Any] | None = None,
         initialization: dict[str, Any] | None = None,
         draft_vocabulary_size: int | None = None,
         schema_version: int = SCHEMA_VERSION,
@@ -92,6 +93,7 @@ class ShadowModelConfig(PreTrainedConfig):
         self.base_name_or_path = base_name_or_path
         self.base_revision = base_revision
         self.base_fingerprint = base_fingerprint
+        self.base_signature = base_signature
         self.initialization = initialization
         self.draft_vocabulary_size = draft_vocabulary_size
         if self.base_config is not None:

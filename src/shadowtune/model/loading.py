@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
@@ -14,7 +15,7 @@ from shadowtune.config.checking import nearest
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import find_file, read_tensors, trained_tensors, write_tensors, writing_into
 from shadowtune.model.configuration import ShadowModelConfig
-from shadowtune.model.fingerprint import base_fingerprint
+from shadowtune.model.fingerprint import base_fingerprint, base_signature, has_signature
 from shadowtune.model.formats.adapter import PeerAdapter
 from shadowtune.model.formats.opening import open_peer
 from shadowtune.models import NAMED, resolve
@@ -125,13 +126,21 @@ def check_base(config: ShadowModelConfig, base: PreTrainedModel, check_weights: 
                 f"wrong base: the shadow was made for {config.base_name_or_path or expected.model_type} with {key} "
                 f"{want}, but {name} has {key} {have} ({word})"
             )
-    fingerprint = base_fingerprint(base) if check_weights and config.base_fingerprint else None
-    if fingerprint is not None and fingerprint != config.base_fingerprint:
+    if check_weights and not has_weights(base, config):
         raise CheckpointError(
-            f"wrong base: {name} has the right shape but other weights (fingerprint {fingerprint}) than "
+            f"wrong base: {name} has the right shape but other weights (fingerprint {base_fingerprint(base)}) than "
             f"{config.base_name_or_path or 'the base'} that the shadow was trained beside ({config.base_fingerprint}); "
             "pass check_base_weights=False to use it all the same"
         )
+
+
+def has_weights(base: PreTrainedModel, config: ShadowModelConfig) -> bool:
+    """Whether a base has the weights of a shadow's own, as far as its config describes them."""
+    if config.base_signature is not None:
+        return has_signature(base, config.base_signature)
+    if config.base_fingerprint is None or base.dtype is torch.float16:  # rounded twice, it has another fingerprint
+        return True
+    return base_fingerprint(base) in (None, config.base_fingerprint)
 
 
 def load_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], source: str) -> None:
@@ -218,4 +227,5 @@ def _place_peer(
     config.base_name_or_path = lasting_name(loaded.config.name_or_path or "")
     config.base_revision = vars(loaded.config).get("_commit_hash")
     config.base_fingerprint = base_fingerprint(loaded)
+    config.base_signature = base_signature(loaded)
     return config, tensors, loaded

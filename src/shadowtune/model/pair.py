@@ -23,7 +23,7 @@ from shadowtune.core.losses import JointLoss, LossWeights
 from shadowtune.core.state import ShadowState
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
-from shadowtune.model.fingerprint import base_fingerprint
+from shadowtune.model.fingerprint import base_fingerprint, base_signature
 from shadowtune.model.fused_head import Trunk
 from shadowtune.model.initialization import start_shadow
 from shadowtune.model.keywords import known_keywords
@@ -90,6 +90,7 @@ class ShadowPair(PreTrainedModel):
             base_name_or_path=lasting_name(base.config.name_or_path or ""),
             base_revision=vars(base.config).get("_commit_hash"),
             base_fingerprint=base_fingerprint(base),
+            base_signature=base_signature(base),
             initialization=asdict(initialization),
             name_or_path=base.config.name_or_path or "",  # where trainers find a tokenizer and a reference model
         )
@@ -312,6 +313,7 @@ class ShadowPair(PreTrainedModel):
         self.config.vocab_size = embedding.num_embeddings
         self.config.base_config.get_text_config(decoder=True).vocab_size = embedding.num_embeddings
         self.config.base_fingerprint = base_fingerprint(self.base)
+        self.config.base_signature = base_signature(self.base)
         return embedding
 
     def enable_input_require_grads(self) -> None:
