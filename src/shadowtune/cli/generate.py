@@ -40,6 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
     from shadowtune.evaluation.run import FinishedRun
 
     finished = FinishedRun.open(arguments.run)
+    if finished.config.task == "classification":
+        raise ConfigError(
+            f"{arguments.run} is a classification run: it predicts classes and generates no text; measure it with "
+            f"shadowtune evaluate {arguments.run}"
+        )
     speculate = speculation_of(arguments, finished)
     if speculate is not None and arguments.mode != "attached":
         raise ConfigError(f"--speculate is for --mode attached, got {arguments.mode}; leave one of them out")

@@ -92,7 +92,6 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         teacher_tokens: Tensor | None = None,
         teacher_log_probabilities: Tensor | None = None,
         shadow_states: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> ShadowCausalLMOutput | CausalLMOutputWithPast:
         """Compute logits, and with labels the joint loss (Eq. 8-9).
@@ -107,9 +106,10 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
                 mode "detached", and unless ``matching_weight`` needs more of the base, they spare its forward pass.
             teacher_log_probabilities: (B, T, k), of those tokens, as ``core/top_tokens.py`` describes them.
             shadow_states: s0 (B, T, d) where ``run_backbone`` has made it already; in mode "attached".
-            shift_labels: (B, T), labels that are shifted already: that of position t is the token after it. They take
-                the place of ``labels``, which must be given too, as transformers' Trainer does under context
-                parallelism, where the next token of the last position belongs to another process.
+            **kwargs: further keywords of the base's decoder. Also ``shift_labels`` (B, T), labels that are shifted
+                already: that of position t is the token after it. They take the place of ``labels``, which must be
+                given too, as transformers' Trainer does under context parallelism, where the next token of the last
+                position belongs to another process.
 
         Returns:
             Logits (B, T, V); None in training with labels, where only labelled positions reach the head.
@@ -118,6 +118,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             TypeError: for a keyword that nothing reads.
             ConfigError: if a trainer computes the loss by itself, from the logits, and the shadow's would be lost.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # by name, Trainer would look for it in every batch
         check_keywords(kwargs, self._known_keywords, self)
         check_labels(labels, shift_labels, num_items_in_batch, loses_terms=self.training)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
@@ -306,7 +307,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         cache = pop_cache(kwargs)
         if attention_mask is None or cache is None:
             return attention_mask
-        return F.pad(attention_mask, (0, max(0, cache.get_max_cache_shape() - attention_mask.shape[1])))
+        return F.pad(attention_mask, (0, max(0, cache.get_max_length() - attention_mask.shape[1])))
 
     def _get_static_cache_init_shape(self) -> None:
         """The two networks' key shapes and dtypes may differ, so a static cache is filled in on first use."""

@@ -185,6 +185,7 @@ def load_pair(cls: Any, path_or_id: str, base: PreTrainedModel | str | None, che
         tensors = read_tensors(path_or_id, **hub)
         loaded = load_base(cls.auto_base, config, base, **shared, **kwargs)
     check_base(config, loaded, check_weights)
+    config.name_or_path = path_or_id
     assert config.backbone_config is not None
     config.backbone_config._attn_implementation = loaded.config._attn_implementation
     model = cls(config, loaded)
