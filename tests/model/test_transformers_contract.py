@@ -124,7 +124,9 @@ def test_half_of_a_sequence_counts_the_label_that_belongs_to_the_next_process():
         parts.append(model(ids, labels=ids, shift_labels=only, num_items_in_batch=1).loss)
     torch.testing.assert_close(sum(parts), whole)
     last = model(ids[:, :5], labels=ids[:, :5], shift_labels=shifted[:, :5], num_items_in_batch=1).base_loss
-    expected = nn.functional.cross_entropy(model(ids).logits[:, :5].flatten(0, 1), ids[:, 1:6].flatten(), reduction="sum")
+    expected = nn.functional.cross_entropy(
+        model(ids).logits[:, :5].flatten(0, 1), ids[:, 1:6].flatten(), reduction="sum"
+    )
     torch.testing.assert_close(last, expected)
 
 
@@ -191,7 +193,7 @@ def test_assisted_decoding_of_a_detached_model_returns_hidden_states(monkeypatch
 
 @pytest.mark.parametrize("mode", ["attached", "detached"])
 def test_continuous_batching_of_two_networks_is_refused(mode):
-    with pytest.raises(ConfigError, match="generate_batch.*serve"):
+    with pytest.raises(ConfigError, match=r"generate_batch.*serve"):
         perturbed_model().set_mode(mode).generate_batch([[5, 6, 7], [8, 9]])
 
 
@@ -207,8 +209,9 @@ def test_an_attached_base_refuses_a_cache_that_is_none_of_two_networks():
         """As transformers' paged cache, no ``Cache``."""
 
     base = tiny_base()
-    with attach(base, ShadowForCausalLM.from_base(base, ShadowConfig(rank=2)).shadow), pytest.raises(
-        AttachError, match="Paged"
+    with (
+        attach(base, ShadowForCausalLM.from_base(base, ShadowConfig(rank=2)).shadow),
+        pytest.raises(AttachError, match="Paged"),
     ):
         base(tokens(1, 5), **{CACHE: Paged()})
 
@@ -387,7 +390,8 @@ def recorded(method, calls):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [({"privat": True}, "'privat' .did you mean private"), ({"safe_serialization": False}, "safetens")]
+    ("given", "said"),
+    [({"privat": True}, "'privat' .did you mean private"), ({"safe_serialization": False}, "safetens")],
 )
 def test_a_save_with_a_keyword_that_nothing_reads_writes_and_publishes_nothing(given, said, tmp_path, monkeypatch):
     uploads = []
@@ -402,15 +406,15 @@ def test_an_upload_is_private_where_the_hub_is_called(tmp_path, monkeypatch):
     """Through transformers' own ``push_to_hub``, up to the Hub's client."""
     made = []
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def create_repo(self, repo_id, **kwargs):
         made.append((repo_id, kwargs))
-        raise Stop
+        raise StopError
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         perturbed_model().save_pretrained(tmp_path, push_to_hub=True, repo_id="me/mine", private=True, token="secret")
     assert (made[0][0], made[0][1]["private"], made[0][1]["token"]) == ("me/mine", True, "secret")
 
@@ -429,7 +433,7 @@ def padless():
 def test_mode_base_of_a_classifier_reads_padded_batches_without_a_pad_token(side):
     model, ids = padless().set_mode("base"), tokens(2, 9)
     mask = torch.ones_like(ids)
-    mask[0, :3 if side == "left" else None] = 0 if side == "left" else 1
+    mask[0, : 3 if side == "left" else None] = 0 if side == "left" else 1
     if side == "right":
         mask[0, -3:] = 0
     found = model(ids, attention_mask=mask, labels=torch.tensor([0, 2]))

@@ -113,7 +113,7 @@ class DecodeSubject(ModelSubject):
         perturb(self.model, DTYPES[settings.adapter_dtype])
         self.mark_loaded(self.model)
         self.prepacked = ExitStack()
-        if isinstance(self.model, ShadowForCausalLM):  # as the command line and the server run it, until this process ends
+        if isinstance(self.model, ShadowForCausalLM):  # as the CLI and the server run it, until this process ends
             self.prepacked.enter_context(prepacked_linear(self.model))
         self.options: dict[str, Any] = {
             "do_sample": False,

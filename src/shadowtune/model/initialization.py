@@ -28,7 +28,7 @@ from shadowtune.model.channel_scales import measure_channel_scales
 from shadowtune.model.checkpoint import read_tensors
 from shadowtune.model.configuration import Initialization, ProjectionStart, ShadowModelConfig
 from shadowtune.model.formats.projected import is_projected, read_projected
-from shadowtune.model.loading import lasting_name, has_weights, load_tensors, read_config
+from shadowtune.model.loading import has_weights, lasting_name, load_tensors, read_config
 from shadowtune.model.projection_fit import fit_projection, projection_error
 from shadowtune.model.pruning import prune_blocks
 from shadowtune.model.shadow import Shadow

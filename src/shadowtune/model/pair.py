@@ -328,7 +328,8 @@ class ShadowPair(PreTrainedModel):
 
     def post_init(self) -> None:
         """Take over what the two networks say of themselves: their blocks, plans and precisions, for whoever places,
-        shards or quantizes the model. No weight is touched."""
+        shards or quantizes the model. No weight is touched.
+        """
         super().post_init()
         self._no_split_modules = set(self._no_split_modules or ()) | set(self.shadow.backbone._no_split_modules or ())
         for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):

@@ -295,7 +295,11 @@ def test_models_are_given_back_as_they_were():
         return fast(models["a"]), fast(models["b"])
 
     assert with_engine(engine(models), work) == (False, True)
-    assert not any(isinstance(vars(layer).get("forward"), PrepackedForward) for model in models.values() for layer in model.modules())
+    assert not any(
+        isinstance(vars(layer).get("forward"), PrepackedForward)
+        for model in models.values()
+        for layer in model.modules()
+    )
 
 
 def test_adapters_come_and_go_while_others_answer(tmp_path):
