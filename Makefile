@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo robot test test-latest test-lowest check fmt types install clean
+.PHONY: demo robot test test-slow test-latest test-lowest check fmt types install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -24,6 +24,9 @@ robot: install  ## a robot that answers what it can: train, detach, export, cali
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+test-slow: install  ## transformers' own model tests on our classes, from the sdist of the installed version; 15 minutes
+	$(BIN)/python -m pytest -m slow tests/slow
+
 LATEST := .venv-latest
 SELECTION := tests/fresh tests/test_compatibility.py tests/attach tests/model/test_generation.py \
 	tests/model/speculation/test_decoding.py
@@ -35,7 +38,7 @@ test-latest: install  ## a selection, with what pip brings today: a wheel, no co
 	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install -q --python $(LATEST)/bin/python \
 		$$(grep ^torch== constraints.txt) "$$(echo dist/*.whl)[dev]" $(if $(BEYOND),--override .ci/beyond.txt)
 	$(LATEST)/bin/python -m pip list 2>/dev/null | grep -iE '^(torch|transformers|peft|trl|accelerate) '
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m 'fresh or not fresh' $(SELECTION)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m 'not slow' $(SELECTION)
 
 test-lowest: install  ## the whole suite on the oldest transformers that pyproject.toml allows
 	grep -v ^transformers== constraints.txt > .constraints-lowest

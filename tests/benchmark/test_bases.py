@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from shadowtune.benchmark.bases import base_config, base_tokenizer, real_base
-from shadowtune.errors import CheckpointError
+from shadowtune.benchmark.bases import base_config, base_tokenizer, check_length, real_base
+from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.budget import shapeless_base
 from tests.support.bases import tiny_base
 from tests.support.tokenizers import tiny_tokenizer
@@ -53,3 +53,8 @@ def test_a_shapeless_base_has_every_parameter_and_no_memory():
     real = real_base("tiny", torch.float32, CPU)
     assert {parameter.device.type for parameter in shapeless.parameters()} == {"meta"}
     assert shapeless.num_parameters() == real.num_parameters()
+
+
+def test_positions_of_a_base_with_names_of_its_own_are_known():
+    with pytest.raises(ConfigError, match="length 129 exceeds the 128 positions"):
+        check_length(tiny_base("gpt2").config, 129, "it")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from shadowtune.benchmark.passes import PEERS, PassesSettings, open_subject, plan
-from shadowtune.core.few_rows import FewRowsLinear
+from shadowtune.core.prepacked_linear import PrepackedForward
 from shadowtune.errors import ConfigError
 
 SMALL = {"model": "tiny", "past": 7, "tokens": (1, 5), "repeats": 1, "warm_up": 0}
@@ -33,14 +33,14 @@ def test_every_subject_passes_and_leaves_the_cache_as_it_was(name):
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch is built without MKL")
-@pytest.mark.parametrize(("name", "turned"), [("attached", True), ("base", True), ("as-usual", False)])
-def test_products_of_few_rows_are_turned_around_for_all_but_one(name, turned, monkeypatch):
+@pytest.mark.parametrize(("name", "prepacked"), [("attached", True), ("base", True), ("as-usual", False)])
+def test_products_of_small_batches_are_prepacked_for_all_but_one(name, prepacked, monkeypatch):
     one, seen = subject(name), []
     one.prepare({"tokens": 5})
-    forward = FewRowsLinear.forward
-    monkeypatch.setattr(FewRowsLinear, "forward", lambda layer, x: seen.append(layer) or forward(layer, x))
+    forward = PrepackedForward.__call__
+    monkeypatch.setattr(PrepackedForward, "__call__", lambda layer, x: seen.append(layer) or forward(layer, x))
     one.measure()
-    assert bool(seen) == turned
+    assert bool(seen) == prepacked
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from shadowtune.cli.main import main
 from tests.support.commands import ROWS, write_config, write_rows
+from tests.support.runs import model_directory
 from tests.support.tasks import write_task_data
 
 
@@ -81,6 +83,23 @@ def test_classification_run_is_evaluated_by_its_classes(base, tmp_path):
     rows = rows_of(tmp_path / "r.json")
     assert [row["mode"] for row in rows] == ["attached", "detached", "base"]
     assert all(row["rows"] == 3 for row in rows)
+
+
+def test_a_classification_run_on_a_base_without_a_pad_token_works_in_every_mode_and_generates_nothing(tmp_path, capsys):
+    base = Path(model_directory(tmp_path / "base", pad_token_id=None))
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": word, "label": len(word) % 3} for word in ("a", "at", "the")])
+    config = write_config(tmp_path / "c.yaml", base, data, tmp_path / "run", "task: classification\n")
+    assert main(["train", str(config), "--quiet"]) == 0
+    command = ["evaluate", str(tmp_path / "run"), "--data", str(data), "--quiet"]
+    assert main([*command, "--json", str(tmp_path / "r.json")]) == 0
+    assert [row["mode"] for row in rows_of(tmp_path / "r.json")] == ["attached", "detached", "base"]
+    assert main(["detach", str(tmp_path / "run"), "--out", str(tmp_path / "small")]) == 0
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["pad_token_id"] == 0
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), "the"]) == 2
+    assert "is a classification run: it predicts classes" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["lm-eval", str(tmp_path / "run"), "--tasks", "x"]) == 2
+    assert "is a classification run" in capsys.readouterr().err.splitlines()[-1]
 
 
 TASK = """name: teams

@@ -1,7 +1,8 @@
 import pytest
 
-from shadowtune.data.checks import check_encoded
+from shadowtune.data.checks import check_encoded, check_tokenizer
 from shadowtune.errors import DataError
+from tests.support.tokenizers import tiny_tokenizer
 
 
 def row(ids, labels=None, number=1):
@@ -49,3 +50,30 @@ def test_rows_beyond_the_positions_are_refused_with_the_way_out():
     refuse(
         [row([1, 2, 3]), row([1] * 4, number=6)], r"\(6\) are longer than .* 3 positions; set data\.max_length=3", 10, 3
     )
+
+
+def beyond(tokens, pad=None):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<new{index}>" for index in range(tokens)])
+    if pad is not None:
+        tokenizer.add_special_tokens({"pad_token": pad})
+    return tokenizer
+
+
+def test_a_tokenizer_that_the_model_has_rows_for_passes():
+    check_tokenizer(tiny_tokenizer(), len(tiny_tokenizer()))
+    check_tokenizer(tiny_tokenizer(), 97)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_with_what_to_do():
+    size = len(tiny_tokenizer())
+    with pytest.raises(
+        DataError, match=rf"tokens up to id {size + 1}, .*ends at {size - 1}; .*resize_token_embeddings"
+    ):
+        check_tokenizer(beyond(2), size)
+
+
+def test_a_pad_token_beyond_the_embedding_is_named():
+    size = len(tiny_tokenizer())
+    with pytest.raises(DataError, match=rf"pad token '<pad2>' has id {size}, .*such as the end token '<\|im_end\|>'"):
+        check_tokenizer(beyond(0, pad="<pad2>"), size)

@@ -49,3 +49,8 @@ def test_a_prompt_beyond_the_positions_is_refused_with_both_numbers(model):
 def test_sampling_out_of_range_is_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         Sampling(**settings)
+
+
+def test_positions_of_a_base_with_names_of_its_own_are_known():
+    with pytest.raises(DataError, match="128 positions"):
+        answer(perturbed_model("gpt2"), tiny_tokenizer(), "say one", Sampling(200))

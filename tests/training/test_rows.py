@@ -10,6 +10,7 @@ from shadowtune.data.collate import CausalCollator, ClassificationCollator, Pack
 from shadowtune.errors import CheckpointError, ConfigError, DataError
 from shadowtune.model.methods import make_trainable
 from shadowtune.training.rows import check_rows, load_tokenizer, load_training_rows
+from shadowtune.training.run import train
 from tests.support.bases import tiny_base
 from tests.support.runs import rows_file, run_config
 from tests.support.tasks import write_task_data
@@ -140,3 +141,15 @@ def test_blocks_beyond_the_models_positions_are_named_with_the_setting(tmp_path)
     rows = load_training_rows(replace(config, data=DataConfig(train=train, block_size=32)))
     with pytest.raises(DataError, match=r"longer than the model's 16 positions; .*block_size"):
         check_rows(rows, tiny_base(max_position_embeddings=16))
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "classification"])
+def test_a_tokenizer_beyond_the_model_is_refused_before_anything_is_trained(task, tmp_path):
+    config = run_config(tmp_path, task)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<new{index}>" for index in range(40)])
+    tokenizer.add_special_tokens({"pad_token": "<pad2>"})
+    tokenizer.save_pretrained(config.model)
+    with pytest.raises(DataError, match="pad token '<pad2>' has id"):
+        train(config)
+    assert not (tmp_path / "run" / "model").exists()

@@ -404,3 +404,11 @@ def test_autocast_and_low_precision_train_to_finite_numbers_in_the_chosen_precis
     after = snapshot(model)
     assert {tensor.dtype for name, tensor in after.items() if name.startswith("shadow.")} == {dtype}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name.startswith("base."))
+
+
+@pytest.mark.parametrize("option", ["label_smoothing_factor", "compute_loss_func"])
+def test_another_loss_than_the_objective_is_refused(option, tmp_path):
+    smoothed = {"label_smoothing_factor": 0.1} if option == "label_smoothing_factor" else {}
+    function = {} if smoothed else {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()}
+    with pytest.raises(ConfigError, match=f"{option} has no effect"):
+        trainer_of(model_of(), arguments(tmp_path, **smoothed), causal_rows(), **function)

@@ -23,8 +23,13 @@ def split_cache(cache: Cache, shadow_layers: int, base_layers: int) -> tuple[Cac
     A fresh cache made for the base alone, or made without a config, is given the missing layers.
 
     Raises:
-        AttachError: if the cache belongs to a model of another depth.
+        AttachError: if the cache belongs to a model of another depth, or is of a kind that has no layers to share.
     """
+    if not isinstance(cache, Cache):
+        raise AttachError(
+            f"a {type(cache).__name__} holds one network, but an attached model has two; use a cache of transformers' "
+            "class Cache, and generate() in place of continuous batching"
+        )
     if len(cache) == 0 and cache.layer_class_to_replicate is not None:
         cache.layers.extend(cache.layer_class_to_replicate() for _ in range(shadow_layers + base_layers))
     elif len(cache) == base_layers and cache.get_seq_length() == 0:

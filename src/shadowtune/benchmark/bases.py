@@ -101,7 +101,8 @@ def base_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def check_length(config: PreTrainedConfig, length: int, model: str) -> None:
     """Raise ConfigError if a row of ``length`` tokens has more than the base has positions for."""
-    positions = vars(config.get_text_config(decoder=True)).get("max_position_embeddings")
+    text, name = config.get_text_config(decoder=True), "max_position_embeddings"
+    positions = vars(text).get(text.attribute_map.get(name, name))
     if positions is not None and length > positions:
         raise ConfigError(f"length {length} exceeds the {positions} positions of {model}")
 

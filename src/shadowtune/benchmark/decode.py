@@ -5,6 +5,7 @@ some would do nothing. The subjects that end in "-compiled" keep a static cache 
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from shadowtune.benchmark.peers import CONTENDERS, OURS, check_peers, equal_budg
 from shadowtune.benchmark.subject import ModelSubject
 from shadowtune.benchmark.timing import DTYPES
 from shadowtune.config.checking import check_choices
+from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.pair import Mode
@@ -110,6 +112,9 @@ class DecodeSubject(ModelSubject):
             self.model.set_mode(decoder.mode)
         perturb(self.model, DTYPES[settings.adapter_dtype])
         self.mark_loaded(self.model)
+        self.prepacked = ExitStack()
+        if isinstance(self.model, ShadowForCausalLM):  # as the CLI and the server run it, until this process ends
+            self.prepacked.enter_context(prepacked_linear(self.model))
         self.options: dict[str, Any] = {
             "do_sample": False,
             "min_new_tokens": settings.new,

@@ -6,6 +6,7 @@ same random prompts of different lengths by the same attached model, greedily.
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, check_known,
 from shadowtune.benchmark.decode import perturb
 from shadowtune.benchmark.peers import CONTENDERS, OURS
 from shadowtune.benchmark.subject import ModelSubject
+from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.data.answers import generate_answers
 from shadowtune.errors import ConfigError
 
@@ -62,6 +64,8 @@ class EvaluateSubject(ModelSubject):
         self.load(settings.model, CONTENDERS[OURS], None)
         perturb(self.model, torch.float32)
         self.mark_loaded(self.model.eval())
+        self.prepacked = ExitStack()
+        self.prepacked.enter_context(prepacked_linear(self.model))  # as evaluate runs it, until this process ends
         self.tokenizer = base_tokenizer(settings.model)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token_id = 0

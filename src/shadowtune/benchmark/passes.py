@@ -20,7 +20,7 @@ from shadowtune.benchmark.bench import Bench, Case, Plan, Settings, check_known,
 from shadowtune.benchmark.speculate import load_model
 from shadowtune.benchmark.timing import DTYPES, TimedSubject
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.core.few_rows import BEFORE_PACKING, TURNED, few_rows
+from shadowtune.core.prepacked_linear import PRODUCTS_BEFORE_PACKING, TRANSPOSED_ROWS, prepacked_linear
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.decoding import drop_last
 from shadowtune.model.speculation.drafters import make_drafter
@@ -68,7 +68,7 @@ class PassesSubject(TimedSubject):
         self.mark_loaded(self.model)
         self.products = ExitStack()
         if name != "as-usual":
-            self.products.enter_context(few_rows(self.model))  # until this process ends, as while something generates
+            self.products.enter_context(prepacked_linear(self.model))  # until this process ends, as in the server
         self.ids = torch.zeros(1, 0, dtype=torch.long)
         self.cache: Cache = DynamicCache(config=self.model.config)
 
@@ -81,9 +81,9 @@ class PassesSubject(TimedSubject):
         self.cache = DynamicCache(config=owner.config)
         self.cache.activate_past_recording()
         self._pass(past)
-        for _ in range(BEFORE_PACKING + 1):  # weights are packed, as after the first rounds of drafts
-            self._pass(past[:, : TURNED.start])
-            drop_last(self.cache, min(self.past, TURNED.start))
+        for _ in range(PRODUCTS_BEFORE_PACKING + 1):  # weights are packed, as after the first rounds of drafts
+            self._pass(past[:, : TRANSPOSED_ROWS.start])
+            drop_last(self.cache, min(self.past, TRANSPOSED_ROWS.start))
         return self.warm()
 
     def measure(self) -> float:

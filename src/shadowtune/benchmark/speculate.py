@@ -9,6 +9,7 @@ share of the tokens that stood where they were judged.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from shadowtune.benchmark.timing import DTYPES, TimedSubject
 from shadowtune.config.checking import check_choices
 from shadowtune.config.data import DataConfig
 from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.data.collate import left_pad
 from shadowtune.data.dataset import Dataset
 from shadowtune.errors import ConfigError, ShadowtuneError
@@ -103,6 +105,9 @@ class SpeculateSubject(TimedSubject):
         if name == "assisted":
             self.options["assistant_model"] = self.model.detached().eval()
         self.mark_loaded(self.model)
+        self.prepacked = ExitStack()
+        if isinstance(self.model, ShadowForCausalLM):  # as the CLI and the server run it, until this process ends
+            self.prepacked.enter_context(prepacked_linear(self.model))
         self.prompts = self._prompts()
         self.batch, self.next, self.new_tokens = 1, 0, 0
 

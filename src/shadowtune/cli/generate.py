@@ -35,17 +35,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer each prompt, streaming as the tokens come."""
     check_json_target(arguments.json)
     prompts = arguments.prompt or [sys.stdin.read()]
+    from shadowtune.core.prepacked_linear import prepacked_linear
     from shadowtune.evaluation.answering import Sampling, answer
     from shadowtune.evaluation.run import FinishedRun
 
     finished = FinishedRun.open(arguments.run)
+    if finished.config.task == "classification":
+        raise ConfigError(
+            f"{arguments.run} is a classification run: it predicts classes and generates no text; measure it with "
+            f"shadowtune evaluate {arguments.run}"
+        )
     speculate = speculation_of(arguments, finished)
     if speculate is not None and arguments.mode != "attached":
         raise ConfigError(f"--speculate is for --mode attached, got {arguments.mode}; leave one of them out")
     limits = (arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.num_beams, arguments.seed)
     sampling = Sampling(*limits, speculate)
     rows = []
-    with finished.mode(arguments.mode) as model:
+    with finished.mode(arguments.mode) as model, prepacked_linear(model):  # nothing trains in this process
         for prompt in prompts:
             text = prompt if arguments.raw else finished.prompt(prompt)
             answered = answer(model, finished.tokenizer, text, sampling, finished.dataset.chat_template, _write)

@@ -3,11 +3,41 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from shadowtune.core.head import IGNORE_INDEX
 from shadowtune.errors import DataError
 
 NAMED = 5
 """Rows named in a message."""
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Check that the model has a row of its embedding for every token of the tokenizer, padding included.
+
+    Args:
+        tokenizer: that of the run.
+        vocab_size: tokens that the model knows.
+
+    Raises:
+        DataError: with what to do about it; later it would be an index error deep inside of the model, or on a GPU
+            an assertion that ends the process.
+    """
+    hint = (
+        "add rows for the new tokens to the base (base.resize_token_embeddings(len(tokenizer)), save it with the "
+        "tokenizer and train beside that) or use the tokenizer that came with the model"
+    )
+    pad = tokenizer.pad_token_id
+    if isinstance(pad, int) and pad >= vocab_size:
+        raise DataError(
+            f"the pad token {tokenizer.pad_token!r} has id {pad}, but the model's vocabulary ends at {vocab_size - 1}; "
+            f"choose a pad token that the model knows, such as the end token {tokenizer.eos_token!r}, or {hint}"
+        )
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise DataError(
+            f"the tokenizer has tokens up to id {highest}, but the model's vocabulary ends at {vocab_size - 1}; {hint}"
+        )
 
 
 def check_encoded(rows: Sequence[Mapping[str, Any]], vocab_size: int, max_positions: int | None) -> None:

@@ -12,6 +12,7 @@ from shadowtune.config.checking import check_range
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.data.encoding import prompt_ids
 from shadowtune.errors import DataError
+from shadowtune.model.methods import context_length
 from shadowtune.model.speculation.decoding import Speculator
 
 
@@ -79,7 +80,7 @@ def answer(
     ids = prompt_ids(prompt, tokenizer, chat_template)
     if not prompt.strip():
         raise DataError("the prompt is empty")
-    positions = vars(model.config.get_text_config(decoder=True)).get("max_position_embeddings")
+    positions = context_length(model)
     if positions is not None and len(ids) + sampling.max_new_tokens > positions:
         raise DataError(
             f"prompt ({len(ids)} tokens) and answer ({sampling.max_new_tokens}) exceed the model's {positions} "

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shadowtune.errors import DataError, ShadowtuneError
+from shadowtune.errors import ConfigError, DataError, ShadowtuneError
 from shadowtune.evaluation.run import FinishedRun
 
 
@@ -35,6 +35,7 @@ def evaluate_with_harness(
 
     Raises:
         ShadowtuneError: if the harness is not installed.
+        ConfigError: if the run predicts classes.
         DataError: if it has no such task, or the task's data cannot be loaded.
     """
     try:
@@ -42,6 +43,8 @@ def evaluate_with_harness(
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         raise ShadowtuneError("the lm-evaluation-harness is not installed: pip install 'shadowtune[harness]'") from None
+    if finished.config.task == "classification":
+        raise ConfigError(f"{finished.path} is a classification run; the harness needs a model of language")
     manager = _task_manager(None if include_path is None else str(include_path))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:

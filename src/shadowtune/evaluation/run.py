@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from shadowtune.config.loading import load_config
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.config.training import TrainConfig
+from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.data.collate import CausalCollator, ClassificationCollator
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.prompt_format import PromptFormat
@@ -139,7 +140,7 @@ class FinishedRun:
         """
         data = self.dataset if task is None else self.dataset.of_task(task)
         rows = data.held_out(split, source, limit)
-        with self.mode(mode) as model:
+        with self.mode(mode) as model, prepacked_linear(model):  # nothing trains meanwhile
             if self.config.task == "classification":
                 result = self._classify(model, data, rows, batch_size, progress, said)
             else:

@@ -5,24 +5,26 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from shadowtune.attach.architectures import Finish
-from shadowtune.compatibility import CACHE, cache_of, takes_cache
+from shadowtune.compatibility import CACHE, cache_of, pop_cache, takes_cache
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.drafting import draft_loss
-from shadowtune.core.few_rows import few_rows, is_plain_linear
-from shadowtune.core.head import Head
+from shadowtune.core.head import IGNORE_INDEX, Head
 from shadowtune.core.losses import JointLoss, LossWeights, detached_causal_loss, joint_causal_loss
+from shadowtune.core.prepacked_linear import is_plain_linear
 from shadowtune.core.top_tokens import TopTokens
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
 from shadowtune.model.fused_head import carry_shadow_loss
+from shadowtune.model.keywords import check_keywords, check_labels
 from shadowtune.model.pair import ShadowPair, loss_terms
 from shadowtune.model.speculation.decoding import Speculator
 
@@ -107,15 +109,28 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             shadow_states: s0 (B, T, d) where ``run_backbone`` has made it already; in mode "attached".
             run_shadow: whether the shadow's backbone runs in mode "attached" even where nothing in this call needs it,
                 so that its part of the cache holds these tokens.
+            **kwargs: further keywords of the base's decoder. Also ``shift_labels`` (B, T), labels that are shifted
+                already: that of position t is the token after it. They take the place of ``labels``, which must be
+                given too, as transformers' Trainer does under context parallelism, where the next token of the last
+                position belongs to another process.
 
         Returns:
             Logits (B, T, V); None in training with labels, where only labelled positions reach the head.
+
+        Raises:
+            TypeError: for a keyword that nothing reads.
+            ConfigError: if a trainer computes the loss by itself, from the logits, and the shadow's would be lost.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # by name, Trainer would look for it in every batch
+        check_keywords(kwargs, self._known_keywords, self)
+        check_labels(labels, shift_labels, num_items_in_batch, loses_terms=self.training)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         inputs = {**text, "position_ids": position_ids, **kwargs}
         if self.mode == "base":
             if num_items_in_batch is not None:
                 inputs["num_items_in_batch"] = num_items_in_batch
+            if shift_labels is not None:
+                inputs["shift_labels"] = shift_labels
             cache = {CACHE: past_key_values, "use_cache": use_cache}
             return self.base(**inputs, **cache, labels=labels, logits_to_keep=logits_to_keep)
         use_cache = use_cache if labels is None else False
@@ -132,13 +147,18 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         assert hidden_states is not None
         joint = None
         if labels is not None:
-            if self.mode == "attached":
-                joint = self._attached_loss(hidden_states, state.initial, labels, weights, num_items_in_batch)
-            else:
+            teacher = None
+            if self.mode == "detached":
                 teacher = self._teacher(weights, (teacher_tokens, teacher_log_probabilities), inputs)
+            h, s = hidden_states, state.initial
+            if shift_labels is not None:
+                labels, h, s, teacher = _as_unshifted(shift_labels, h, s, teacher)
+            if self.mode == "attached":
+                joint = self._attached_loss(h, s, labels, weights, num_items_in_batch)
+            else:
                 weights = LossWeights(1.0) if teacher is None else weights
-                assert state.initial is not None
-                joint = detached_causal_loss(self.head, state.initial, labels, weights, num_items_in_batch, teacher)
+                assert s is not None
+                joint = detached_causal_loss(self.head, s, labels, weights, num_items_in_batch, teacher)
         logits = None
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -223,13 +243,40 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
                 against = f"mode {self.mode!r}" if self.mode != "attached" else faults[0]
                 raise ConfigError(f"speculate={speculate!r} does not go with {against}; leave one of them out")
             kwargs["custom_generate"] = Speculator(speculation, kwargs.get("streamer"), kwargs.get("synced_gpus"))
-        with few_rows(self):
-            if self.mode == "base":
-                if len(args) < 2 and kwargs.get("generation_config") is None:
-                    settings = copy.deepcopy(self.generation_config)
-                    kwargs = {**settings.update(**kwargs), "generation_config": settings}
-                return cast(GenerationMixin, self.base).generate(*args, **kwargs)  # type: ignore[misc]
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        if self.mode == "base":
+            if len(args) < 2:
+                kwargs = self._base_settings(**kwargs)
+            return cast(GenerationMixin, self.base).generate(*args, **kwargs)  # type: ignore[misc]
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _base_settings(self, generation_config: GenerationConfig | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Keywords with which the base's own ``generate`` does what this model's generation config says.
+
+        They are put into one config, because transformers deprecates a config beside further settings; those that are
+        None stay beside it, for in a config None means the base's own value.
+        """
+        own = self.generation_config.to_dict()
+        if generation_config is None and own == self.base.generation_config.to_dict():
+            return kwargs
+        settings = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        settings.update(**own, defaults_only=True, allow_custom_entries=True)
+        unset = {name: value for name, value in kwargs.items() if value is None}
+        rest = settings.update(**{name: value for name, value in kwargs.items() if value is not None})
+        return {"generation_config": settings, **rest, **unset}
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Batch continuously (``generate_batch``) with the base alone, in mode "base".
+
+        Raises:
+            ConfigError: in the other modes: transformers' paged cache has no room for a second network.
+        """
+        if self.mode == "base":
+            return cast(Any, self.base).init_continuous_batching(*args, **kwargs)
+        raise ConfigError(
+            f"generate_batch (continuous batching) does not go with mode {self.mode!r}: its paged cache holds one "
+            "network; serve requests with `shadowtune serve cloud`, generate from a padded batch, or take "
+            "model.detached(), a plain model"
+        )
 
     @property
     def draft_vocabulary(self) -> Tensor | None:
@@ -264,8 +311,25 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """Leave the (B, T) mask as it is: the two networks may attend differently and each makes its own from it."""
-        return attention_mask
+        """Leave the (B, T) mask two-dimensional: the two networks may attend differently and make their own from it.
+
+        It is padded to the length of the cache, so that a compiled step sees one shape, not a longer one each time.
+        """
+        cache = pop_cache(kwargs)
+        if attention_mask is None or cache is None:
+            return attention_mask
+        return F.pad(attention_mask, (0, max(0, cache.get_max_length() - attention_mask.shape[1])))
 
     def _get_static_cache_init_shape(self) -> None:
         """The two networks' key shapes and dtypes may differ, so a static cache is filled in on first use."""
+
+
+def _as_unshifted(
+    shift_labels: Tensor, h: Tensor, s: Tensor | None, teacher: Tensor | TopTokens | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | TopTokens | None]:
+    """Move shifted labels (B, T) behind the tokens that they belong to, (B, T + 1), and lengthen the rest alike."""
+    labels = F.pad(shift_labels, (1, 0), value=IGNORE_INDEX)
+    h, s = F.pad(h, (0, 0, 0, 1)), None if s is None else F.pad(s, (0, 0, 0, 1))
+    if isinstance(teacher, TopTokens):
+        return labels, h, s, TopTokens(*(F.pad(known, (0, 0, 0, 1)) for known in teacher))
+    return labels, h, s, None if teacher is None else F.pad(teacher, (0, 0, 0, 1))

@@ -17,6 +17,7 @@ from shadowtune.core.losses import JointLoss
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_classifier
+from shadowtune.model.keywords import check_keywords, check_labels
 from shadowtune.model.pair import ShadowPair, loss_terms
 
 
@@ -110,8 +111,16 @@ class ShadowForSequenceClassification(ShadowPair):
             labels: (B,) classes; (B,) or (B, C) numbers for regression; (B, C) zeros and ones for several classes.
             num_items_in_batch: labels in the whole optimizer step; all loss terms are divided by it.
             shadow_loss_weight: lambda of this call; None takes the config's.
+
+        Raises:
+            TypeError: for a keyword that nothing reads.
+            ConfigError: if a trainer computes the loss by itself, from the logits, and the shadow's would be lost.
         """
-        if self.mode == "base":
+        check_keywords(kwargs, self._known_keywords, self)
+        weights = self.loss_weights(shadow_loss_weight)
+        loses_terms = self.training and self.mode == "attached" and (weights.shadow != 0 or weights.teach)
+        check_labels(labels, None, num_items_in_batch, loses_terms)
+        if self.mode == "base" and self.base.config.pad_token_id is not None:
             return self.base(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -122,14 +131,15 @@ class ShadowForSequenceClassification(ShadowPair):
                 **{CACHE: past_key_values},
                 **kwargs,
             )
-        weights = self.loss_weights(shadow_loss_weight)
+        texts = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        if self.mode == "base":
+            return self._base_without_pad(texts, labels, num_items_in_batch, **kwargs)
         run_shadow = self.mode == "detached" or (labels is not None and self.needs_shadow(weights))
-        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
-        output, state = self.encode(*text, run_shadow=run_shadow, **kwargs)
+        output, state = self.encode(*texts, run_shadow=run_shadow, **kwargs)
         hidden_states = output.last_hidden_state
         assert hidden_states is not None
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
-        last = last_token(attention_mask, input_ids, self.base.config.pad_token_id, hidden_states.shape[1])
+        last = last_token(attention_mask, input_ids, self.config.pad_token_id, hidden_states.shape[1])
         # As transformers does, the head sees every position: of one row alone it rounds its products differently.
         dtype = self.score.weight.dtype
         head = self.score if self.mode == "attached" else self.shadow_score
@@ -159,6 +169,32 @@ class ShadowForSequenceClassification(ShadowPair):
             **loss_terms(joint),
         )
 
+    def _base_without_pad(
+        self, texts: tuple[Any, ...], labels: Tensor | None, num_items_in_batch: Tensor | int | None, **kwargs: Any
+    ) -> SequenceClassifierOutputWithPast:
+        """What the bare base says, where its config names no pad token and its own forward refuses batches."""
+        input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache = texts
+        output = self.architecture.decoder_of(self.base)(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **{CACHE: past_key_values},
+            **kwargs,
+        )
+        states = output.last_hidden_state
+        last = last_token(attention_mask, input_ids, self.config.pad_token_id, states.shape[1])
+        logits = self.base.get_submodule("score")(states)[torch.arange(len(states), device=states.device), last]
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
+        fields = {"hidden_states": output.hidden_states, "attentions": output.attentions, CACHE: cache_of(output)}
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, **fields)
+
     def detached(self) -> PreTrainedModel:
-        """Return the detached shadow as a plain sequence classifier of the backbone's own architecture."""
-        return detached_classifier(self.base, self.shadow, self.shadow_score)
+        """Return the detached shadow as a plain sequence classifier of the backbone's own architecture.
+
+        Its pad token is this model's, ``config.pad_token_id``; without one it takes one text at a time.
+        """
+        return detached_classifier(self.base, self.shadow, self.shadow_score, self.config.pad_token_id)

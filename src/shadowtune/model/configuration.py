@@ -7,6 +7,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from shadowtune.compatibility import CACHE_NAMES
 from shadowtune.config.checking import from_mapping
 from shadowtune.config.shadow import SCHEMA_VERSION, ShadowConfig
 from shadowtune.errors import CheckpointError
@@ -54,6 +55,16 @@ class ShadowModelConfig(PreTrainedConfig):
 
     model_type = "shadow"
     sub_configs = {"base_config": AutoConfig, "backbone_config": AutoConfig}
+    keys_to_ignore_at_inference = [
+        *CACHE_NAMES,
+        "base_loss",
+        "shadow_loss",
+        "distillation_loss",
+        "matching_loss",
+        "draft_loss",
+        "last_hidden_state",
+    ]
+    """Fields of the models' outputs that are no predictions, for ``Trainer.predict`` and ``compute_metrics``."""
     has_no_defaults_at_init = True
 
     def __init__(
@@ -64,6 +75,7 @@ class ShadowModelConfig(PreTrainedConfig):
         base_name_or_path: str = "",
         base_revision: str | None = None,
         base_fingerprint: str | None = None,
+        base_signature: dict[str, Any] | None = None,
         initialization: dict[str, Any] | None = None,
         draft_vocabulary_size: int | None = None,
         schema_version: int = SCHEMA_VERSION,
@@ -81,12 +93,16 @@ class ShadowModelConfig(PreTrainedConfig):
         self.base_name_or_path = base_name_or_path
         self.base_revision = base_revision
         self.base_fingerprint = base_fingerprint
+        self.base_signature = base_signature
         self.initialization = initialization
         self.draft_vocabulary_size = draft_vocabulary_size
         if self.base_config is not None:
             text = self.base_config.get_text_config(decoder=True)
             for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"):
                 kwargs.setdefault(name, getattr(text, name))
+            positions = [_positions(text), _positions(self.backbone_config)]
+            if any(positions):
+                kwargs.setdefault("max_position_embeddings", min(number for number in positions if number))
             for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "use_cache"):
                 kwargs.setdefault(name, getattr(text, name, None))
             for name in ("id2label", "label2id", "problem_type"):
@@ -118,6 +134,16 @@ class ShadowModelConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(both, name, getattr(self, name))
         return both
+
+
+def _positions(config: PreTrainedConfig | None) -> int | None:
+    """How many tokens a network has positions for; None if its config does not say."""
+    if config is None:
+        return None
+    text = config.get_text_config(decoder=True)
+    name = "max_position_embeddings"
+    number = text.to_dict().get(text.attribute_map.get(name, name))
+    return number if isinstance(number, int) else None
 
 
 def _cache_types(backbone: PreTrainedConfig) -> list[str]:

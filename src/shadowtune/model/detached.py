@@ -45,10 +45,12 @@ def detached_causal_lm(base: PreTrainedModel, shadow: Shadow) -> PreTrainedModel
 
 
 @torch.no_grad()
-def detached_classifier(base: PreTrainedModel, shadow: Shadow, score: nn.Linear) -> PreTrainedModel:
+def detached_classifier(
+    base: PreTrainedModel, shadow: Shadow, score: nn.Linear, pad_token_id: int | None
+) -> PreTrainedModel:
     """Build the sequence classifier that the detached shadow with its head ``score`` (d -> classes) is."""
-    names = ("pad_token_id", "problem_type", "id2label", "label2id")
-    settings = {name: copy.deepcopy(vars(base.config)[name]) for name in names}
+    names = ("problem_type", "id2label", "label2id")
+    settings = {name: copy.deepcopy(vars(base.config)[name]) for name in names} | {"pad_token_id": pad_token_id}
     plain = _plain(AutoModelForSequenceClassification, base, shadow, **settings)
     cast(nn.Linear, plain.get_submodule("score")).weight.copy_(_folded_head(score, shadow))
     return plain

@@ -28,9 +28,8 @@ from shadowtune.model.backbone import (
 from shadowtune.model.channel_scales import measure_channel_scales, measure_input_sizes
 from shadowtune.model.checkpoint import read_tensors
 from shadowtune.model.configuration import Initialization, ProjectionStart, ShadowModelConfig
-from shadowtune.model.fingerprint import base_fingerprint
 from shadowtune.model.formats.projected import is_projected, read_projected
-from shadowtune.model.loading import lasting_name, load_tensors, read_config
+from shadowtune.model.loading import has_weights, lasting_name, load_tensors, read_config
 from shadowtune.model.projection_fit import fit_projection, projection_error
 from shadowtune.model.pruning import prune_blocks
 from shadowtune.model.shadow import Shadow
@@ -213,8 +212,7 @@ def _from_adapter(base: PreTrainedModel, config: ShadowConfig, directory: str, d
     if own == "mirror":
         _check_sizes(backbone, base, config)
         backbone.vocab_size = text.vocab_size
-    fingerprint = base_fingerprint(base)
-    if None not in (fingerprint, source.base_fingerprint) and fingerprint != source.base_fingerprint:
+    if not has_weights(base, source):
         logger.warning("init_from %s was trained beside another base, %s", directory, source.base_name_or_path)
     backbone._attn_implementation = base.config._attn_implementation
     tensors = read_tensors(directory)

@@ -1,24 +1,32 @@
 """From a model to a directory and back: the base it names, the check that it is that base, the shadow's tensors."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from shadowtune.config.checking import nearest
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import find_file, read_tensors, trained_tensors, write_tensors, writing_into
 from shadowtune.model.configuration import ShadowModelConfig
-from shadowtune.model.fingerprint import base_fingerprint
+from shadowtune.model.fingerprint import base_fingerprint, base_signature, has_signature
 from shadowtune.model.formats.adapter import PeerAdapter
 from shadowtune.model.formats.opening import open_peer
 from shadowtune.models import NAMED, resolve
 
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 AUTO_KEYWORDS = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "code_revision", "use_safetensors")
+
+
+IGNORED_SAVE_KEYWORDS = ("safe_serialization", "save_function", "save_original_format", "save_peft_format")
+"""Keywords of ``save_pretrained`` that concern how transformers writes other files."""
+REFUSED_SAVE_VALUES = {"safe_serialization": False}
 
 
 def lasting_name(name: str) -> str:
@@ -43,6 +51,22 @@ def save_pair(model: Any, directory: Path, state_dict: Mapping[str, Tensor] | No
         model.config.to_json_file(staging / CONFIG_NAME, use_diff=False)
         if model.can_generate():
             model.generation_config.to_json_file(staging / GENERATION_CONFIG_NAME)
+
+
+def check_save_keywords(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a ``save_pretrained`` call that are for ``push_to_hub``.
+
+    Raises:
+        TypeError: for one that is unknown, or asks for a file that this library does not write.
+    """
+    hub = inspect.signature(model.push_to_hub).parameters
+    known = {*hub, *IGNORED_SAVE_KEYWORDS}
+    for name, value in given.items():
+        if name not in known:
+            raise TypeError(f"save_pretrained() got an unexpected keyword argument {name!r}{nearest(name, known)}")
+        if name in REFUSED_SAVE_VALUES and value == REFUSED_SAVE_VALUES[name]:
+            raise TypeError(f"save_pretrained({name}={value!r}): a shadow is saved as safetensors only")
+    return {name: value for name, value in given.items() if name in hub}
 
 
 def read_config(path_or_id: str, **hub: Any) -> ShadowModelConfig:
@@ -96,19 +120,27 @@ def check_base(config: ShadowModelConfig, base: PreTrainedModel, check_weights: 
     expected, found = config.base_config.get_text_config(decoder=True), base.config.get_text_config(decoder=True)
     name = base.config.name_or_path or base.config.model_type
     for key, word in (("hidden_size", "width"), ("num_hidden_layers", "blocks"), ("vocab_size", "tokens")):
-        want, have = vars(expected).get(key), vars(found).get(key)
+        want, have = getattr(expected, key), getattr(found, key)  # by the names of its attribute map too
         if want != have:
             raise CheckpointError(
                 f"wrong base: the shadow was made for {config.base_name_or_path or expected.model_type} with {key} "
                 f"{want}, but {name} has {key} {have} ({word})"
             )
-    fingerprint = base_fingerprint(base) if check_weights and config.base_fingerprint else None
-    if fingerprint is not None and fingerprint != config.base_fingerprint:
+    if check_weights and not has_weights(base, config):
         raise CheckpointError(
-            f"wrong base: {name} has the right shape but other weights (fingerprint {fingerprint}) than "
+            f"wrong base: {name} has the right shape but other weights (fingerprint {base_fingerprint(base)}) than "
             f"{config.base_name_or_path or 'the base'} that the shadow was trained beside ({config.base_fingerprint}); "
             "pass check_base_weights=False to use it all the same"
         )
+
+
+def has_weights(base: PreTrainedModel, config: ShadowModelConfig) -> bool:
+    """Whether a base has the weights of a shadow's own, as far as its config describes them."""
+    if config.base_signature is not None:
+        return has_signature(base, config.base_signature)
+    if config.base_fingerprint is None or base.dtype is torch.float16:  # rounded twice, it has another fingerprint
+        return True
+    return base_fingerprint(base) in (None, config.base_fingerprint)
 
 
 def load_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], source: str) -> None:
@@ -153,6 +185,7 @@ def load_pair(cls: Any, path_or_id: str, base: PreTrainedModel | str | None, che
         tensors = read_tensors(path_or_id, **hub)
         loaded = load_base(cls.auto_base, config, base, **shared, **kwargs)
     check_base(config, loaded, check_weights)
+    config.name_or_path = path_or_id
     assert config.backbone_config is not None
     config.backbone_config._attn_implementation = loaded.config._attn_implementation
     model = cls(config, loaded)
@@ -195,4 +228,5 @@ def _place_peer(
     config.base_name_or_path = lasting_name(loaded.config.name_or_path or "")
     config.base_revision = vars(loaded.config).get("_commit_hash")
     config.base_fingerprint = base_fingerprint(loaded)
+    config.base_signature = base_signature(loaded)
     return config, tensors, loaded

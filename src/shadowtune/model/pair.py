@@ -23,10 +23,11 @@ from shadowtune.core.losses import JointLoss, LossWeights
 from shadowtune.core.state import ShadowState
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
-from shadowtune.model.fingerprint import base_fingerprint
+from shadowtune.model.fingerprint import base_fingerprint, base_signature
 from shadowtune.model.fused_head import Trunk
 from shadowtune.model.initialization import start_shadow
-from shadowtune.model.loading import lasting_name, load_pair, save_pair
+from shadowtune.model.keywords import known_keywords
+from shadowtune.model.loading import check_save_keywords, lasting_name, load_pair, save_pair
 from shadowtune.model.shadow import Shadow
 
 Mode = Literal["attached", "detached", "base"]
@@ -58,6 +59,9 @@ class ShadowPair(PreTrainedModel):
         self.base.requires_grad_(False)
         self.shadow: Shadow = shadow
         self.mode: Mode = "attached"
+        config._attn_implementation = self.base.config._attn_implementation
+        self._known_keywords = known_keywords(self, self.architecture.decoder_of(self.base), shadow.backbone)
+        self.post_init()
         for handle in install_hooks(self.base):
             weakref.finalize(self, handle.remove).atexit = False
 
@@ -86,27 +90,32 @@ class ShadowPair(PreTrainedModel):
             base_name_or_path=lasting_name(base.config.name_or_path or ""),
             base_revision=vars(base.config).get("_commit_hash"),
             base_fingerprint=base_fingerprint(base),
+            base_signature=base_signature(base),
             initialization=asdict(initialization),
+            name_or_path=base.config.name_or_path or "",  # where trainers find a tokenizer and a reference model
         )
         return cls(model_config, base, shadow.to(base.device))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        path_or_id: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *args: Any,
         base: PreTrainedModel | str | None = None,
         check_base_weights: bool = True,
         mode: Mode = "attached",
+        output_loading_info: bool = False,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Any:
         """Load a saved shadow beside its base.
 
         Args:
-            path_or_id: a directory written by ``save_pretrained``, or a Hub id.
+            pretrained_model_name_or_path: a directory written by ``save_pretrained``, or a Hub id.
             base: the base itself, or its path or id; by default the one that ``config.json`` names.
             check_base_weights: whether a base of the right shape but with other weights is refused.
             mode: what it computes at first, as for ``set_mode``.
+            output_loading_info: whether to return the model and a dictionary of missing, unexpected and mismatched
+                keys, as transformers does. They are all empty: such keys are an error here.
             **kwargs: hub keywords (``revision``, ``token``, ...) apply to the shadow; the rest (``dtype``,
                 ``device_map``, ``attn_implementation``, ``quantization_config``, ...) loads the base.
 
@@ -114,7 +123,10 @@ class ShadowPair(PreTrainedModel):
             CheckpointError: if a file is missing or damaged, or the base is not the shadow's.
             ConfigError: if there is no such mode.
         """
-        return load_pair(cls, os.fspath(path_or_id), base, check_base_weights, **kwargs).set_mode(mode)
+        path = os.fspath(pretrained_model_name_or_path)
+        model = load_pair(cls, path, base, check_base_weights, **kwargs).set_mode(mode)
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        return (model, {kind: set() for kind in kinds}) if output_loading_info else model
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -127,22 +139,27 @@ class ShadowPair(PreTrainedModel):
     ) -> None:
         """Write ``config.json``, ``model.safetensors`` (trained tensors only) and ``generation_config.json``.
 
+        Keywords of ``PreTrainedModel.save_pretrained`` that concern other formats of files may be given and do nothing.
+
         Args:
             save_directory: made if it does not exist; an interrupted save leaves what was there.
             is_main_process: whether this process writes, in distributed training.
             state_dict: the model's gathered state, where a sharded trainer collected it.
-            push_to_hub: whether to upload as well, to ``kwargs["repo_id"]`` or the directory's name.
+            push_to_hub: whether to upload as well, to ``repo_id`` or the directory's name.
             max_shard_size: size above which tensors are split over several files.
+            **kwargs: for the upload, as for ``push_to_hub``: ``repo_id``, ``private``, ``token``, ``revision``, ...
 
         Raises:
             CheckpointError: if the directory cannot be written.
+            TypeError: if there is no such keyword, so that a misspelt ``private`` publishes nothing.
         """
+        hub = check_save_keywords(self, kwargs)
         if not is_main_process:
             return
         directory = Path(save_directory)
         save_pair(self, directory, state_dict, max_shard_size)
         if push_to_hub:
-            self.push_to_hub(kwargs.get("repo_id", directory.name))
+            self.push_to_hub(**{"repo_id": directory.name, "max_shard_size": max_shard_size, **hub})
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Return what is trained and saved, by its path in the model."""
@@ -180,12 +197,15 @@ class ShadowPair(PreTrainedModel):
             run_shadow: whether the shadow backbone runs when attached even if the attached model does not read s0.
 
         Returns:
-            The base's output, whose ``last_hidden_state`` (B, T, d) goes to the head and is s0 itself when detached,
-            with the whole cache; and the state, without an s0 where nothing needs it. Other keywords go to both
-            networks.
+            The base's output, or the shadow backbone's when detached. Its ``last_hidden_state`` (B, T, d) goes to the
+            head and is s0 when detached; it has the whole cache. And the state, without an s0 where nothing needs it.
+            Other keywords go to both networks.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds")
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, name):
+                kwargs.setdefault(name, True)
         if use_cache is None:
             use_cache = bool(self.base.config.get_text_config(decoder=True).use_cache) and not self.training
         cache = past_key_values
@@ -197,15 +217,21 @@ class ShadowPair(PreTrainedModel):
             shadow_cache, base_cache = split_cache(cache, self.shadow.num_cache_layers, depth)
             if self.mode == "attached" and shadow_states is None:
                 check_same_past(shadow_cache, base_cache)
-        if shadow_states is None:
-            embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            begun = (input_ids, embeds, attention_mask, position_ids, shadow_cache, use_cache)
-            state = self.shadow.begin(*begun, run_shadow=run_shadow or self.mode == "detached", **kwargs)
+        boundaries, detached = self.shadow.boundaries, self.mode == "detached"
+        if shadow_states is not None:
+            alone = BaseModelOutputWithPast(last_hidden_state=shadow_states)
+            state = ShadowState(boundaries, shadow_states)
         else:
-            state = ShadowState(self.shadow.boundaries, shadow_states)
-        if self.mode == "detached":
-            assert state.initial is not None
-            return BaseModelOutputWithPast(last_hidden_state=state.initial, **{CACHE: cache}), state
+            embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            call = (input_ids, embeds, attention_mask, position_ids, shadow_cache, use_cache)
+            if detached:
+                alone = self.shadow.run(*call, **kwargs)
+                state = ShadowState(boundaries, alone.last_hidden_state)
+            else:
+                state = self.shadow.begin(*call, run_shadow=run_shadow, **kwargs)
+        if detached:
+            set_cache(alone, cache)
+            return alone, state
         output = self.architecture.decoder_of(self.base)(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -266,6 +292,25 @@ class ShadowPair(PreTrainedModel):
         """Return the base's token embedding."""
         return self.base.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the base's token embedding."""
+        self.base.set_input_embeddings(value)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the base's head."""
+        self.base.set_output_embeddings(value)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the base knows."""
+        return self.base.config.get_text_config(decoder=True).vocab_size
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Choose how both networks attend (``PreTrainedModel.set_attn_implementation``)."""
+        self.base.set_attn_implementation(*args, **kwargs)
+        self.shadow.backbone.set_attn_implementation(*args, **kwargs)
+        self.config._attn_implementation = self.base.config._attn_implementation
+
     def get_decoder(self) -> nn.Module:
         """Return the base's headless model."""
         return self.architecture.decoder_of(self.base)
@@ -295,6 +340,7 @@ class ShadowPair(PreTrainedModel):
         self.config.vocab_size = embedding.num_embeddings
         self.config.base_config.get_text_config(decoder=True).vocab_size = embedding.num_embeddings
         self.config.base_fingerprint = base_fingerprint(self.base)
+        self.config.base_signature = base_signature(self.base)
         return embedding
 
     def enable_input_require_grads(self) -> None:
@@ -307,8 +353,21 @@ class ShadowPair(PreTrainedModel):
             first: Any = self.architecture.blocks_of(self.base)[0]
             first.gradient_checkpointing = False
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def post_init(self) -> None:
+        """Take over what the two networks say of themselves: their blocks, plans and precisions, for whoever places,
+        shards or quantizes the model. No weight is touched.
+        """
+        super().post_init()
+        self._no_split_modules = set(self._no_split_modules or ()) | set(self.shadow.backbone._no_split_modules or ())
+        for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            vars(self)[name] |= set(vars(self.shadow.backbone)[name])
+        self._keys_to_ignore_on_save = {f"base.{name}" for name in self.base.state_dict()}  # a save holds the shadow
+
+    def init_weights(self) -> None:
         """Nothing: base and shadow are initialized where they are built."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing, likewise."""
 
     @property
     def trunk(self) -> nn.Module:

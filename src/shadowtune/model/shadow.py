@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from shadowtune.attach.cache import can_count, check_holds_keys, count_tokens
 from shadowtune.compatibility import CACHE, takes_cache
@@ -115,7 +116,23 @@ class Shadow(nn.Module):
         use_cache: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """Run the shadow backbone and return s0, (B, T, d) (Eq. 1).
+        """Run the shadow backbone, called as ``run`` is, and return s0, (B, T, d) (Eq. 1)."""
+        both = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
+        states: Tensor = self.run(*both, **kwargs).last_hidden_state
+        return states
+
+    @takes_cache
+    def run(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the shadow backbone; its output, with s0 (B, T, d) in the place of ``last_hidden_state`` (Eq. 1).
 
         Args:
             input_ids: (B, T); needed by a backbone with its own embedding.
@@ -124,7 +141,7 @@ class Shadow(nn.Module):
             position_ids: (B, T), or None for consecutive ones.
             past_key_values: the shadow's own view of the cache.
             use_cache: whether the backbone writes to that view.
-            **kwargs: handed to the backbone.
+            **kwargs: handed to the backbone. Hidden states (B, T, d_s) and attentions, if asked for, are its own.
 
         Raises:
             ShadowtuneError: if a backbone with its own embedding is given ``inputs_embeds`` only.
@@ -148,7 +165,8 @@ class Shadow(nn.Module):
             **{CACHE: past_key_values},
             **kwargs,
         )
-        return self.projection(output.last_hidden_state)
+        output.last_hidden_state = self.projection(output.last_hidden_state)
+        return output
 
     def _needs_grad_input(self, embeds: Tensor) -> bool:
         """Whether a checkpointed backbone would learn nothing from these embeddings, which are frozen.

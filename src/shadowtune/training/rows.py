@@ -13,7 +13,7 @@ from shadowtune.attach.architectures import ARCHITECTURES
 from shadowtune.config.training import TrainConfig
 from shadowtune.core.head import IGNORE_INDEX
 from shadowtune.data.blocks import BlockReport
-from shadowtune.data.checks import check_encoded
+from shadowtune.data.checks import check_encoded, check_tokenizer
 from shadowtune.data.collate import CausalCollator, ClassificationCollator, PackedCollator
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.encoding import EncodingReport
@@ -87,13 +87,14 @@ def check_rows(rows: TrainingRows, model: nn.Module) -> None:
     """Check that the rows fit the model and have something to learn, and tell the model how they are padded.
 
     Raises:
-        DataError: naming the first rows at fault.
+        DataError: naming the first rows at fault, or what of the tokenizer is beyond the model.
         ConfigError: if rows are packed and the model would let documents see each other.
     """
     if isinstance(rows.collate, PackedCollator):
         _check_packing(model)
     config: Any = model.config
     text = config.get_text_config(decoder=True)
+    check_tokenizer(rows.tokenizer, text.vocab_size)
     for split in (rows.train, rows.validation):
         if split is not None:
             check_encoded(split, text.vocab_size, context_length(model))

@@ -35,6 +35,9 @@ class ShadowTrainer(Trainer):
         keep_checkpoints: how many of the latest checkpoints stay on disk.
         **kwargs: as for ``transformers.Trainer``. Batches may carry "rows" (B,), their rows' numbers, for messages.
             Evaluation measures the loss alone.
+
+    Raises:
+        ConfigError: if an option asks for another loss than the objective's.
     """
 
     def __init__(
@@ -47,6 +50,12 @@ class ShadowTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        for name, given in (
+            ("label_smoothing_factor", self.args.label_smoothing_factor != 0),
+            ("compute_loss_func", self.compute_loss_func is not None),
+        ):
+            if given:
+                raise ConfigError(f"{name} has no effect here: the objective is the loss; leave it out")
         self._objective = objective
         self.backbone_learning_rate = backbone_learning_rate
         self.skip_nonfinite = skip_nonfinite

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from shadowtune import ShadowForCausalLM
+from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.formats.conversion import convert
 from shadowtune.model.formats.projected import read_projected
@@ -59,3 +59,19 @@ def test_damage_is_named(projected, tmp_path):
         save_file({name: tensor for name, tensor in tensors.items() if name != lost}, file)
         with pytest.raises(CheckpointError, match=lost.removeprefix("shadow_model.")):
             convert(projected, tmp_path / "out", "plain")
+
+
+def test_one_without_a_head_of_its_own_is_a_backbone_and_no_model(projected, tmp_path):
+    """PEFT writes such: the head is the base's."""
+    base, file = tiny_base("llama"), f"{projected}/model.safetensors"
+    if "gpt2" in read_projected(projected).backbone_config.model_type:
+        base = tiny_base("gpt2")
+    whole = ShadowForCausalLM.from_base(base, ShadowConfig(backbone=projected, rank=2))
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, file)
+    without = ShadowForCausalLM.from_base(base, ShadowConfig(backbone=projected, rank=2))
+    for mode in ("attached", "detached"):
+        logits = [model.set_mode(mode).eval()(**batch()).logits for model in (whole, without)]
+        assert torch.equal(*logits)
+    with pytest.raises(CheckpointError, match=r"no lm_head\.weight.*backbone: "):
+        convert(projected, tmp_path / "out", "plain")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.core.few_rows import FewRowsLinear
+from shadowtune.core.prepacked_linear import PrepackedForward
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError, UnsupportedArchitectureError
 from shadowtune.serving.engine.networks import Networks
@@ -306,7 +306,7 @@ def test_models_are_given_back_as_they_were():
     models = {"a": adapter(base, 1), "b": adapter(base, 2)}
 
     def fast(model):
-        return any(isinstance(layer, FewRowsLinear) for layer in model.shadow.modules())
+        return any(isinstance(vars(layer).get("forward"), PrepackedForward) for layer in model.shadow.modules())
 
     async def work(served):
         await ask_all(served, [request("a"), request("b")])
@@ -316,7 +316,11 @@ def test_models_are_given_back_as_they_were():
         return fast(models["a"]), fast(models["b"])
 
     assert with_engine(engine(models), work) == (False, True)
-    assert not any(isinstance(layer, FewRowsLinear) for model in models.values() for layer in model.modules())
+    assert not any(
+        isinstance(vars(layer).get("forward"), PrepackedForward)
+        for model in models.values()
+        for layer in model.modules()
+    )
 
 
 def test_adapters_come_and_go_while_others_answer(tmp_path):

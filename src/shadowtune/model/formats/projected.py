@@ -35,8 +35,8 @@ class Projected:
     """(V, d_s)."""
     projection: Tensor
     """(d, d_s)."""
-    head: Tensor
-    """(V, d)."""
+    head: Tensor | None
+    """(V, d); None where the file leaves it to the base, as those that PEFT writes do."""
     generation: GenerationConfig | None
     """How it generates by default, if it says."""
 
@@ -60,7 +60,6 @@ def read_projected(path_or_id: str, **hub: Any) -> Projected:
     prefix = f"shadow_model.{place.nested}"
     named = {
         "projection": "shadow_hidden_projection.weight",
-        "head": "lm_head.weight",
         "embedding": f"shadow_model.{place.embedding_key}",
     }
     missing = [key for key in named.values() if key not in tensors]
@@ -77,7 +76,7 @@ def read_projected(path_or_id: str, **hub: Any) -> Projected:
         state,
         FrozenEmbedding(config, tensors[named["embedding"]]),
         tensors[named["projection"]],
-        tensors[named["head"]],
+        tensors.get("lm_head.weight"),
         GenerationConfig.from_pretrained(path_or_id, **hub) if has_generation else None,
     )
 
@@ -101,8 +100,13 @@ def plain_of(projected: Projected, source: str) -> PreTrainedModel:
     """Build the plain model with the same logits: head(Proj(z)) = (W_head W_proj) z.
 
     Raises:
-        CheckpointError: naming ``source``, if tensors do not fit its config.
+        CheckpointError: naming ``source``, if tensors do not fit its config, or it has no head.
     """
+    if projected.head is None:
+        raise CheckpointError(
+            f"{source} has no lm_head.weight: it was saved without a head, so it is no model by itself; start a shadow "
+            f"from it (backbone: {source}) beside a base, whose head it uses"
+        )
     config = projected.backbone_config
     architecture = architecture_of(config)
     config.tie_word_embeddings = False

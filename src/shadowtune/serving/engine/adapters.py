@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.core.few_rows import few_rows
+from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM
@@ -55,7 +55,7 @@ class Adapter:
         self.ends = ends_of(model.generation_config)
         self.positions = positions_of(backbone.config)
         self._served = ExitStack()
-        self._served.enter_context(few_rows(model.shadow))
+        self._served.enter_context(prepacked_linear(model.shadow))
 
     @property
     def runs_backbone(self) -> bool:

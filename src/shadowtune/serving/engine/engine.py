@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowtune.config.checking import nearest
-from shadowtune.core.few_rows import few_rows
+from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.causal_lm import ShadowForCausalLM
@@ -141,7 +141,7 @@ class Engine:
 
     def _run(self) -> None:
         """What the thread does: commands as they come, and steps as long as there are rows."""
-        with few_rows(self._base):
+        with prepacked_linear(self._base):
             while not self._closing or self._scheduler.busy or not self._commands.empty():
                 if not self._scheduler.busy:
                     self._commands.get()()

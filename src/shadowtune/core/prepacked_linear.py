@@ -1,0 +1,157 @@
+"""Prepacked linear layers: matrix products of small batches on processors, up to three times as fast as ``x W^T``.
+
+A decoding step of some sequences, or a pass that verifies a draft, multiplies few rows by each weight of the base. MKL
+brings W into another order for each product of 4 rows or more, which costs more than the product. Within the context
+``prepacked_linear`` W is kept in that order: a second copy, made once the layer has met small batches some times. Where
+there is no copy, (W x^T)^T still reads W better than x W^T does. The sums are the same but for the order in which they
+are added.
+
+A copy does not follow its weight. The caller who opens the context promises that the weights stay as they are until it
+closes; this is why no library call opens one by itself (``ShadowForCausalLM.generate`` never does).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_ROWS = 64
+"""Rows up to which a product of a packed weight is faster (docs/log.md)."""
+TRANSPOSED_ROWS = range(4, 49)
+"""Rows for which (W x^T)^T is; these are also what makes a copy worth its memory, not single rows."""
+PRODUCTS_BEFORE_PACKING = 8
+"""Products of such rows that a layer computes before its weight is copied: a few tokens are not worth a copy."""
+MAX_PACKED_BYTES = 2 * 2**30
+"""Largest weights of all layers together that are copied."""
+
+
+@contextmanager
+def prepacked_linear(*modules: nn.Module) -> Iterator[None]:
+    """Within this context the linear layers of the modules multiply small batches the fast way, where there is one.
+
+    That is float32 on a processor with MKL and without gradients; all else is computed as before. The context owns the
+    copies of the weights and drops them at its end. Until then each of its layers has an attribute ``forward`` of its
+    own, as hooks of accelerate set it; classes, parameters and keys are not touched. A layer that has such an attribute
+    already, by accelerate or by another such context, is left alone.
+
+    Args:
+        modules: their weights must not change within the context, neither in place nor through ``.data``: what is
+            computed with an old copy would be wrong without notice.
+    """
+    layers = [layer for module in modules for layer in module.modules() if _gains(layer)]
+    size = sum(weight.nbytes for weight in {layer.weight for layer in layers})
+    packed_weights = PackedWeights(enabled=size <= MAX_PACKED_BYTES and packing_works())
+    replaced = []
+    for layer in layers:
+        if "forward" not in vars(layer):  # a layer that two of the modules share was met before
+            replaced.append(PrepackedForward(layer, packed_weights))
+            layer.forward = replaced[-1]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for forward in replaced:
+            if vars(forward.layer).get("forward") is forward:
+                del forward.layer.forward
+        packed_weights.close()
+
+
+class PackedWeights:
+    """The packed copies that one context owns: one for each weight, however many layers share it."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._copies: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._copies)
+
+    def get(self, weight: Tensor) -> Tensor | None:
+        """Return the copy of a weight, if there is one already."""
+        return self._copies.get(id(weight))
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """Copy a weight (N, K) into MKL's order."""
+        packed = self._copies[id(weight)] = _pack(weight)
+        return packed
+
+    def close(self) -> None:
+        """Drop all copies and make no more."""
+        self.enabled = False
+        self._copies.clear()
+
+
+class PrepackedForward:
+    """``forward`` of one linear layer within ``prepacked_linear``."""
+
+    def __init__(self, layer: nn.Linear, packed_weights: PackedWeights) -> None:
+        self.layer = layer
+        self._weight, self._packed_weights, self._products = layer.weight, packed_weights, 0
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """Compute (..., K) -> (..., N)."""
+        weight, bias = self.layer.weight, self.layer.bias
+        rows = input.numel() // input.shape[-1]
+        usual = torch.is_grad_enabled() or torch.compiler.is_compiling() or weight is not self._weight
+        if usual or not 0 < rows <= MAX_ROWS:
+            return F.linear(input, weight, bias)
+        packed = self.packed(rows)
+        if packed is not None:
+            product: Tensor = torch.ops.mkl._mkl_linear(input, packed, weight, bias, rows)
+            return product
+        if rows not in TRANSPOSED_ROWS:
+            return F.linear(input, weight, bias)
+        columns = input.reshape(rows, -1).t()
+        transposed = torch.mm(weight, columns) if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
+        return transposed.t().contiguous().view(*input.shape[:-1], -1)
+
+    def packed(self, rows: int) -> Tensor | None:
+        """Return the weight in MKL's order, if it is worth it by now."""
+        packed = self._packed_weights.get(self._weight)
+        if packed is None and self._packed_weights.enabled and rows in TRANSPOSED_ROWS:
+            self._products += 1
+            if self._products > PRODUCTS_BEFORE_PACKING:
+                packed = self._packed_weights.pack(self._weight)
+        return packed
+
+    def __reduce__(self) -> Any:
+        """Let a copy or a pickle of the layer have the ordinary ``forward``: the packed weights are the context's."""
+        return partial, (nn.Linear.forward, self.layer)
+
+
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is an ordinary linear layer with an ordinary weight, not a quantized one."""
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+
+
+@cache
+def packing_works() -> bool:
+    """Whether MKL multiplies packed weights here, by other numbers of rows than they were packed for too.
+
+    It does in all versions seen, but no documentation promises the latter: so it is tried once.
+    """
+    if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
+        return False
+    for outputs, inputs in ((96, 40), (33, 130), (256, 64)):
+        weight = torch.linspace(-1, 1, outputs * inputs).sin().reshape(outputs, inputs)
+        packed = _pack(weight)
+        for rows in (1, 7, 16, 33, MAX_ROWS):
+            x = torch.linspace(-2, 2, rows * inputs).cos().reshape(rows, inputs)
+            if not torch.allclose(torch.ops.mkl._mkl_linear(x, packed, weight, None, rows), x @ weight.t(), atol=1e-4):
+                return False
+    return True
+
+
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), MAX_ROWS)
+    return packed
+
+
+def _gains(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    if not is_plain_linear(layer) or not layer.weight.is_contiguous():
+        return False
+    weight = layer.weight
+    return weight.device.type == "cpu" and weight.dtype is torch.float32 and torch.backends.mkl.is_available()
