@@ -14,6 +14,7 @@ from shadowtune.errors import ShadowtuneError
 from shadowtune.export.card import Card
 from shadowtune.export.places import check_free, staged
 from shadowtune.model.detached import write_plain
+from shadowtune.model.older_versions import write_older_keys
 
 BUILT_IN_PROMPTS = (
     "The capital of France is",
@@ -73,6 +74,7 @@ def write_detached(
         write_plain(plain, staging)
         tokenizer.save_pretrained(str(staging))
         (prompt_format or PromptFormat()).save(staging)
+        write_older_keys(staging)
         parameters = sum(parameter.numel() for parameter in plain.parameters())
         (staging / "README.md").write_text(card.text(parameters, directory.name))
         loaded: PreTrainedModel = _AUTOS[card.task].from_pretrained(staging).to(plain.device).eval()

@@ -14,10 +14,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export import gguf_file, onnx_file
+from shadowtune.export.genai_config import write_genai_config
 from shadowtune.export.places import check_free, staged
 from shadowtune.export.runtimes import GgufModel, OnnxModel, Runtime, TorchModel
 from shadowtune.export.verification import TIE, Agreement, compare, require_equal
 from shadowtune.model.detached import write_plain
+from shadowtune.model.older_versions import write_older_keys
 from shadowtune.model.quantization import quantization_arguments
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -48,6 +50,8 @@ def _write_onnx(
         model.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(str(directory))
     prompt_format.save(directory)
+    write_genai_config(model, tokenizer, directory, onnx_file.FILE)
+    write_older_keys(directory)
 
 
 def _write_safetensors(
@@ -58,10 +62,12 @@ def _write_safetensors(
     if quantization in DTYPES:
         copied: Any = copy.deepcopy(model)
         write_plain(copied.to(DTYPES[quantization]), directory)
+        write_older_keys(directory)
         return
     settings = quantization_arguments("int8", torch.float32)
     quantized = AutoModelForCausalLM.from_pretrained(str(model.config.name_or_path), dtype=torch.float32, **settings)
     quantized.save_pretrained(directory)
+    write_older_keys(directory)
     for file in directory.glob("*.safetensors"):
         file.chmod(0o644)
 
