@@ -15,6 +15,7 @@ from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint
 from shadowtune.model.formats.adapter import PeerAdapter
 from shadowtune.model.formats.opening import open_peer
+from shadowtune.model.replacement import recover_directory
 from shadowtune.models import NAMED, resolve
 
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -47,6 +48,7 @@ def save_pair(model: Any, directory: Path, state_dict: Mapping[str, Tensor] | No
 
 def read_config(path_or_id: str, **hub: Any) -> ShadowModelConfig:
     """Read ``config.json``; raises CheckpointError if it is missing, damaged or not a shadow's."""
+    recover_directory(Path(path_or_id))
     try:
         config = ShadowModelConfig.from_pretrained(path_or_id, **hub)
         kind = ShadowModelConfig.get_config_dict(path_or_id, **hub)[0].get("model_type")

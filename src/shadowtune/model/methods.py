@@ -34,6 +34,7 @@ from shadowtune.model.objective import (
     own_causal_objective,
     own_class_objective,
 )
+from shadowtune.model.replacement import recover_directory
 from shadowtune.models import resolve
 
 Method = Literal["shadow", "lora", "dora", "full", "peft"]
@@ -126,6 +127,7 @@ def load_trained(
     Raises:
         CheckpointError: if the files are missing or damaged, or the base is another one.
     """
+    recover_directory(Path(directory))
     directory = str(directory)
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory} does not exist: the run has not finished training")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import SaveStrategy
 
@@ -29,7 +29,8 @@ from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import peak_memory_mb
 from shadowtune.training import drafting
 from shadowtune.training.arguments import training_arguments
-from shadowtune.training.checkpoints import whole_directory
+from shadowtune.training.checkpoints import whole_directory, writing_run
+from shadowtune.training.inputs import TrainingInputs
 from shadowtune.training.interruption import StopBetweenSteps
 from shadowtune.training.metrics import MetricsFile
 from shadowtune.training.mixing import fit_head_mixing
@@ -107,21 +108,27 @@ def train(
             report("base and shadow together")
         rows = load_training_rows(config)
         report(f"data: {rows.report}")
-        model = build_model(together(config) if config.shadow_first else config, rows.num_labels)
+        settings = together(config) if config.shadow_first else config
+        base = load_run_base(settings, rows.num_labels)
+        inputs = TrainingInputs.of(base, rows) if main else None
+        if inputs is not None and resume:
+            run.check_inputs(inputs)
+        model = build_model(settings, rows.num_labels, base)
         check_rows(rows, model)
         if config.draft_vocabulary is not None and config.stage == "task" and isinstance(model, ShadowForCausalLM):
             model.set_draft_vocabulary(frequent_tokens(rows.train, config.draft_vocabulary))
         for part, total, trained in parameter_table(model):
             report(f"parameters: {part}: {total:,} of which trainable {trained:,}")
         with arguments.main_process_first(local=False):
-            if main:
+            if inputs is not None:
                 run.begin(config, resume)
+                inputs.save(run.path)
         trainer = make_trainer(config, run, arguments, model, rows)
         if config.distillation_cache is not None:
             trainer.train_dataset = taught_rows(config, model, rows, trainer.accelerator, report)
         interrupt = StopBetweenSteps()
         trainer.add_callback(interrupt)
-        with interrupt.watching():
+        with interrupt.watching(), writing_run(run.path, run.checkpoints):
             output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
             if config.fit_head_mixing:
                 _fit_head_mixing(config, model, rows, report)
@@ -129,8 +136,8 @@ def train(
         return _finish(config, run, trainer, output.training_loss, first, taught)
 
 
-def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module:
-    """Load the base of a run and make it trainable with the run's method, seeded."""
+def load_run_base(config: TrainConfig, num_labels: int | None = None) -> PreTrainedModel:
+    """Load the base of a run, seeded: a head for other classes starts at random."""
     dtype = vars(torch)[config.base_dtype]
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attention}
     kwargs |= quantization_arguments(config.base_quantization, dtype)
@@ -139,7 +146,12 @@ def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module
     if num_labels is not None:
         kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a head for other classes starts anew
     set_seed(config.seed)
-    base = load_base(config.model, config.task, **kwargs)
+    return load_base(config.model, config.task, **kwargs)
+
+
+def build_model(config: TrainConfig, num_labels: int | None = None, base: PreTrainedModel | None = None) -> nn.Module:
+    """Make the base of a run, which may be loaded already, trainable with the run's method."""
+    base = load_run_base(config, num_labels) if base is None else base
     trained_in = vars(torch)[config.trainable_dtype]
     model = make_trainable(base, config.method, config.task, config.shadow, config.lora, trained_in, config.peft)
     return set_up_pretraining(model, config.projection_steps) if config.stage == "pretrain" else model
@@ -216,7 +228,7 @@ def _finish(
     """Write the trained model and then, as the sign that the run has finished, the summary."""
     model: Any = trainer.model
     progress = trainer.progress()
-    with whole_directory(run.model, trainer.accelerator) as staging:
+    with whole_directory(run.model, trainer.accelerator, run.checkpoints) as staging:
         trainer.save_model(str(staging))
         if trainer.args.should_save:
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
