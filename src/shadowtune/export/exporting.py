@@ -19,6 +19,7 @@ from shadowtune.export.places import check_free, staged
 from shadowtune.export.runtimes import GgufModel, OnnxModel, Runtime, TorchModel
 from shadowtune.export.verification import TIE, Agreement, compare, require_equal
 from shadowtune.model.detached import write_plain
+from shadowtune.model.malformed import reading
 from shadowtune.model.older_versions import write_older_keys
 from shadowtune.model.quantization import quantization_arguments
 
@@ -137,10 +138,8 @@ def default_path(directory: Path, to: str, quantization: str) -> Path:
 
 def read_tokenizer(directory: str, **kwargs: str) -> Tokenizer:
     """Read a tokenizer; raises CheckpointError if there is none."""
-    try:
+    with reading(f"{directory} has no tokenizer"):
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, **kwargs)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} has no tokenizer: {str(error).splitlines()[0]}") from None
     return tokenizer
 
 
@@ -150,17 +149,13 @@ def read_plain(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
     Raises:
         CheckpointError: if it holds no plain causal language model with a tokenizer.
     """
-    try:
+    with reading(f"cannot read {directory}"):
         config = AutoConfig.from_pretrained(directory)
         kinds = config.architectures or []
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
             raise CheckpointError(f"{directory} is a classifier; only causal language models are exported")
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         return model, AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot read {directory}: {str(error).splitlines()[0]}") from None
 
 
 def export(

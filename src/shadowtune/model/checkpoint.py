@@ -171,7 +171,7 @@ def _shards_of(index: str) -> dict[str, str | None]:
     try:
         content = json.loads(Path(index).read_text())
         return {name: content["metadata"][CHECKSUM][name] for name in sorted(set(content["weight_map"].values()))}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged or not one of a shadow: {error!r}") from None
 
 

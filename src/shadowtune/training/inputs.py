@@ -64,7 +64,7 @@ class TrainingInputs:
             changed = [words for name, words in NAMES.items() if recorded[name] != asdict(self)[name]]
         except FileNotFoundError:
             raise CheckpointError(
-                f"cannot resume {directory}: it has no {FILE}, so what it was trained on is unknown; start a new output=..."
+                f"cannot resume {directory}: it has no {FILE}, so what it was trained on is unknown; start anew"
             ) from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"cannot resume {directory}: {file} is damaged ({error!r})") from None
@@ -73,7 +73,7 @@ class TrainingInputs:
         if changed:
             raise ConfigError(
                 f"cannot resume {directory}: since it began, {' and '.join(changed)} changed; put back what was there, "
-                "or start a new output=..."
+                "or start anew"
             )
 
 
