@@ -3,7 +3,7 @@
 import copy
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export import gguf_file, onnx_file
+from shadowtune.export.card import FILE as CARD
+from shadowtune.export.card import Card, Form, describe_prompt
 from shadowtune.export.genai_config import write_genai_config
 from shadowtune.export.places import check_free, staged
 from shadowtune.export.runtimes import GgufModel, OnnxModel, Runtime, TorchModel
@@ -167,6 +169,7 @@ def export(
     prompts: Sequence[list[int]],
     max_new_tokens: int = 32,
     prompt_format: PromptFormat | None = None,
+    card: Card | None = None,
 ) -> Exported:
     """Write a model, run what was written, and keep it only if it says the same.
 
@@ -179,18 +182,21 @@ def export(
             matrices rounded likewise; otherwise the agreement with the model itself is measured.
         max_new_tokens: of each continuation.
         prompt_format: what stands around a user's words; by default the tokenizer's chat template alone.
+        card: what is known about the model, for README.md; beside a single file it has the file's name and ``.md``.
 
     Raises:
         ShadowtuneError: if ``out`` is taken, the format cannot express the model, or tokens differ.
     """
-    kind = FORMATS[to]
-    check_free(out)
+    kind, prompt_format = FORMATS[to], prompt_format or PromptFormat()
+    beside = out.with_name(f"{out.name}.md")
+    for target in (out, beside) if kind.single_file else (out,):
+        check_free(target)
     exact = quantization in DTYPES
     reference = TorchModel(_rounded(model, DTYPES[quantization]) if exact else model)
     length = max(map(len, prompts)) + max_new_tokens
     with staged(out.parent if kind.single_file else out) as staging:
         written = staging / out.name if kind.single_file else staging
-        kind.write(model, tokenizer, written, quantization, prompt_format or PromptFormat())
+        kind.write(model, tokenizer, written, quantization, prompt_format)
         runtime = kind.open(written, length)
         if isinstance(runtime, GgufModel):
             _check_tokens(runtime, tokenizer, prompts)
@@ -200,6 +206,11 @@ def export(
             require_equal(agreement, f"{to} {quantization}")
         files = [written] if kind.single_file else list(staging.iterdir())
         size = sum(file.stat().st_size for file in files)
+        card = card or Card("")
+        card = card if card.prompt else replace(card, prompt=describe_prompt(prompt_format, tokenizer))
+        form: Form = "gguf" if to == "gguf" else "onnx" if to == "onnx" else "detached"
+        text = card.text(model.num_parameters(), out.name, form, bool(tokenizer.chat_template))
+        (staging / (beside.name if kind.single_file else CARD)).write_text(text, encoding="utf-8")
     return Exported(out, size, type(runtime).__name__, agreement)
 
 

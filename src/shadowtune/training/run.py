@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,16 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import SaveStrategy
 
 from shadowtune.config.training import TrainConfig
+from shadowtune.data.dataset import Dataset
+from shadowtune.export.card import (
+    Card,
+    Form,
+    describe_prompt,
+    measuring_conditions,
+    training_costs,
+    training_facts,
+    write_card,
+)
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.checkpoint import writing_into
 from shadowtune.model.methods import (
@@ -25,8 +36,9 @@ from shadowtune.model.methods import (
     parameter_table,
     trainable_parameters,
 )
+from shadowtune.model.older_versions import write_older_keys
 from shadowtune.model.quantization import quantization_arguments
-from shadowtune.provenance import peak_memory_mb
+from shadowtune.provenance import peak_memory_mb, provenance
 from shadowtune.training import drafting
 from shadowtune.training.arguments import training_arguments
 from shadowtune.training.checkpoints import whole_directory, writing_run
@@ -228,14 +240,6 @@ def _finish(
     """Write the trained model and then, as the sign that the run has finished, the summary."""
     model: Any = trainer.model
     progress = trainer.progress()
-    with whole_directory(run.model, trainer.accelerator, run.checkpoints) as staging:
-        trainer.save_model(str(staging))
-        if trainer.args.should_save:
-            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-            if config.method in ("lora", "dora", "peft"):  # PEFT writes none, but a classifier's head needs one
-                model.config.save_pretrained(staging)
-    if trainer.args.process_index != 0:
-        return None
     losses, measured = (
         [line[name] for line in trainer.state.log_history if name in line] for name in ("loss", "eval_loss")
     )
@@ -255,6 +259,27 @@ def _finish(
         shadow_seconds=None if first is None else first.train_seconds,
         drafting_seconds=drafting_seconds,
     )
+    with whole_directory(run.model, trainer.accelerator, run.checkpoints) as staging:
+        trainer.save_model(str(staging))
+        if trainer.args.should_save:
+            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+            if config.method in ("lora", "dora", "peft"):  # PEFT writes none, but a classifier's head needs one
+                model.config.save_pretrained(staging)
+            write_older_keys(staging)
+            _write_card(config, staging, run.model.name, trainer.processing_class, summary)
+    if trainer.args.process_index != 0:
+        return None
     with writing_into(run.path) as staging:
         (staging / run.summary_file.name).write_text(json.dumps(asdict(summary), indent=2) + "\n")
     return summary
+
+
+def _write_card(config: TrainConfig, directory: Path, name: str, tokenizer: Any, summary: TrainSummary) -> None:
+    """Write the model card of a run that has just ended."""
+    prompt = ""
+    if config.task == "causal_lm" and config.stage == "task":
+        prompt = describe_prompt(Dataset.open(config.data).prompt_format, tokenizer)
+    measured, conditions = training_costs(asdict(summary)), measuring_conditions(provenance())
+    card = Card(config.model, config.task, training_facts(config), measured, conditions, prompt)
+    form: Form = "attached" if config.method == "shadow" else "full" if config.method == "full" else "adapter"
+    write_card(directory, card, form, name, tokenizer, summary.trainable_parameters)
