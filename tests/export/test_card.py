@@ -91,15 +91,13 @@ def test_a_detached_model_has_the_same_facts_and_code_of_its_own(detached):
     example(card, path)
 
 
-@pytest.mark.parametrize(
-    ("to", "library"), [("onnx", "onnxruntime"), ("gguf", "gguf"), ("safetensors", "transformers")]
-)
+@pytest.mark.parametrize(("to", "library"), [("onnx", "onnxruntime"), ("safetensors", "transformers")])
 def test_every_export_goes_on_with_the_card_of_what_it_was_made_from(to, library, detached, tmp_path):
-    pytest.importorskip({"gguf": "xllamacpp", "onnx": "onnxruntime", "safetensors": "torch"}[to])
+    pytest.importorskip({"onnx": "onnxruntime", "safetensors": "torch"}[to])
     path, config = detached
-    out = tmp_path / ("small.gguf" if to == "gguf" else "small")
+    out = tmp_path / "small"
     assert main(["export", str(path / "small"), "--to", to, "--out", str(out)]) == 0
-    card = tmp_path / "small.gguf.md" if to == "gguf" else out / "README.md"
+    card = out / "README.md"
     assert (metadata(card)["library_name"], metadata(card)["base_model"]) == (library, config.model)
     before, after = read_card(path / "small"), card.read_text()
     assert before.measured.keys() >= {"accuracy, detached", "training loss"}
@@ -109,20 +107,12 @@ def test_every_export_goes_on_with_the_card_of_what_it_was_made_from(to, library
     example(card, tmp_path)
 
 
-def test_a_card_beside_a_file_is_never_written_over(detached, tmp_path, capsys):
-    (tmp_path / "small.gguf.md").write_text("mine")
-    arguments = ["export", str(detached[0] / "small"), "--to", "gguf", "--out", str(tmp_path / "small.gguf")]
-    assert main(arguments) == 2
-    assert "small.gguf.md exists already" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["small.gguf.md"]
-
-
 def test_names_with_quotes_and_bars_stay_what_they_are(tmp_path):
     card = Card('a "b": |c', training={"data | more": "x | y"}, measured={"m": "1"}, conditions="here", prompt="as is")
     (tmp_path / "README.md").write_text(card.text(12, 'it"s', "detached"))
     assert metadata(tmp_path / "README.md")["base_model"] == 'a "b": |c'
     assert read_card(tmp_path) == replace(card, prompt="")
-    assert 'directory = "it\\"s"' in (tmp_path / "README.md").read_text()
+    assert "from_pretrained('it\"s')" in (tmp_path / "README.md").read_text()
     assert "## Prompt\n\nas is\n" in (tmp_path / "README.md").read_text()
 
 

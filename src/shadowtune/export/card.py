@@ -16,7 +16,7 @@ from shadowtune.models import NAMED
 FILE = "README.md"
 YOUR_TEXT = "your text"
 """Stands for a request in what a card shows."""
-Form = Literal["attached", "adapter", "full", "detached", "onnx", "gguf"]
+Form = Literal["attached", "adapter", "full", "detached", "onnx"]
 """What was saved: a shadow beside its base, an adapter of PEFT, a whole model, or the shadow alone in a format of
 ``shadowtune export``."""
 LIBRARIES: dict[Form, str] = {
@@ -25,7 +25,6 @@ LIBRARIES: dict[Form, str] = {
     "full": "transformers",
     "detached": "transformers",
     "onnx": "onnxruntime",
-    "gguf": "gguf",
 }
 RELATIONS: dict[Form, str] = {"attached": "adapter", "adapter": "adapter", "full": "finetune"}
 """Between the base and what was saved, in the words of the Hub; a detached shadow is a model of its own."""
@@ -35,7 +34,6 @@ TITLES: dict[Form, str] = {
     "full": "Fine-tuned model",
     "detached": "Detached shadow",
     "onnx": "Detached shadow, ONNX",
-    "gguf": "Detached shadow, GGUF",
 }
 AUTOS = {"causal_lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
 PIPELINES = {"causal_lm": "text-generation", "classification": "text-classification"}
@@ -63,7 +61,7 @@ class Card:
 
         Args:
             parameters: of the model as it is saved, tied ones once; None leaves them out.
-            name: of the directory or file, as the example opens it.
+            name: of the directory, as the example opens it.
             form: what was saved.
             chat: whether the saved tokenizer has a chat template, which the example then uses.
         """
@@ -71,8 +69,6 @@ class Card:
         lines += ["```python", *self._example(name, form, chat), "```"]
         if form == "onnx":
             lines += ["", "onnxruntime-genai (`Model(directory)`) and optimum (`ORTModelForCausalLM`) open it as well."]
-        if form == "gguf":
-            lines += ["", f"In llama.cpp: `llama-server -m {name}`."]
         if self.prompt:
             lines += ["", "## Prompt", "", self.prompt]
         for title, rows in (("Training", self.training), ("Measured", self.measured)):
@@ -109,14 +105,13 @@ class Card:
 
     def _example(self, name: str, form: Form, chat: bool) -> list[str]:
         """Code that answers one request, run in the directory that holds what was saved."""
-        directory = json.dumps(name, ensure_ascii=False)
-        if form in ("onnx", "gguf"):
+        if form == "onnx":
             return [
                 "from pathlib import Path",
                 "",
                 "from shadowtune.export.opening import open_model",
                 "",
-                f"opened = open_model(Path({directory}))",
+                f"opened = open_model(Path({name!r}))",
                 f'messages = [{{"role": "user", "content": "{YOUR_TEXT}"}}]',
                 "prompt = opened.prompt_format.encode(messages, opened.tokenizer)",
                 "answer = opened.runtime.generate(prompt, 64, opened.ends)",
@@ -136,9 +131,8 @@ class Card:
         return [
             *self._imports(form, auto),
             "",
-            f"directory = {directory}  # the directory of this file",
-            *self._loading(form, auto),
-            "tokenizer = AutoTokenizer.from_pretrained(directory)",
+            *self._loading(name, form, auto),
+            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
             *asked,
         ]
 
@@ -154,17 +148,17 @@ class Card:
             return [*ours, "from peft import PeftModel", *lines]
         return lines
 
-    def _loading(self, form: Form, auto: str) -> list[str]:
+    def _loading(self, name: str, form: Form, auto: str) -> list[str]:
         if form != "adapter":
-            return [f"model = {auto}.from_pretrained(directory)"]
+            return [f"model = {auto}.from_pretrained({name!r})"]
         base = json.dumps(self.base, ensure_ascii=False)
         base = f"shadowtune.models.resolve({base})" if self.base in NAMED else base
         settings = ""
         if self.task == "classification":
-            settings = ", config=AutoConfig.from_pretrained(directory), ignore_mismatched_sizes=True"
+            settings = f", config=AutoConfig.from_pretrained({name!r}), ignore_mismatched_sizes=True"
         return [
             f"base = {auto}.from_pretrained({base}{settings})",
-            "model = PeftModel.from_pretrained(base, directory)",
+            f"model = PeftModel.from_pretrained(base, {name!r})",
         ]
 
 

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export import gguf_file, onnx_file
-from shadowtune.export.card import FILE as CARD
-from shadowtune.export.card import Card, Form, describe_prompt
+from shadowtune.export.card import Card, Form, describe_prompt, write_card
 from shadowtune.export.genai_config import write_genai_config
 from shadowtune.export.places import check_free, staged
 from shadowtune.export.runtimes import GgufModel, OnnxModel, Runtime, TorchModel
@@ -102,6 +101,8 @@ FORMATS = {
 }
 """The formats by their names on the command line."""
 
+_FORMS: dict[str, Form] = {"onnx": "onnx", "safetensors": "detached"}
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -182,15 +183,13 @@ def export(
             matrices rounded likewise; otherwise the agreement with the model itself is measured.
         max_new_tokens: of each continuation.
         prompt_format: what stands around a user's words; by default the tokenizer's chat template alone.
-        card: what is known about the model, for README.md; beside a single file it has the file's name and ``.md``.
+        card: what is known about the model, for the README.md of a directory.
 
     Raises:
         ShadowtuneError: if ``out`` is taken, the format cannot express the model, or tokens differ.
     """
     kind, prompt_format = FORMATS[to], prompt_format or PromptFormat()
-    beside = out.with_name(f"{out.name}.md")
-    for target in (out, beside) if kind.single_file else (out,):
-        check_free(target)
+    check_free(out)
     exact = quantization in DTYPES
     reference = TorchModel(_rounded(model, DTYPES[quantization]) if exact else model)
     length = max(map(len, prompts)) + max_new_tokens
@@ -204,13 +203,12 @@ def export(
         agreement = compare(runtime, reference, prompts, max_new_tokens, ends, TIE if exact else 0.0)
         if exact:
             require_equal(agreement, f"{to} {quantization}")
+        if not kind.single_file:
+            card = card or Card("")
+            card = card if card.prompt else replace(card, prompt=describe_prompt(prompt_format, tokenizer))
+            write_card(staging, card, _FORMS[to], out.name, tokenizer, model.num_parameters())
         files = [written] if kind.single_file else list(staging.iterdir())
         size = sum(file.stat().st_size for file in files)
-        card = card or Card("")
-        card = card if card.prompt else replace(card, prompt=describe_prompt(prompt_format, tokenizer))
-        form: Form = "gguf" if to == "gguf" else "onnx" if to == "onnx" else "detached"
-        text = card.text(model.num_parameters(), out.name, form, bool(tokenizer.chat_template))
-        (staging / (beside.name if kind.single_file else CARD)).write_text(text, encoding="utf-8")
     return Exported(out, size, type(runtime).__name__, agreement)
 
 

@@ -37,7 +37,7 @@ class Progress:
 
 
 @contextmanager
-def whole_directory(target: Path, accelerator: Accelerator, checkpoints: Path) -> Iterator[Path]:
+def whole_directory(target: Path, accelerator: Accelerator, checkpoints: Path | None = None) -> Iterator[Path]:
     """Context: fill a staging directory, which then takes the place of ``target`` in one step.
 
     Every process enters and may write; the first one makes the exchange. After an error, or a kill at any moment,
@@ -46,7 +46,8 @@ def whole_directory(target: Path, accelerator: Accelerator, checkpoints: Path) -
     Args:
         target: the directory.
         accelerator: of the training.
-        checkpoints: directory whose last checkpoint is named where the files cannot be written.
+        checkpoints: directory whose last checkpoint is named where the files cannot be written; by default the one
+            that ``target`` is in.
 
     Raises:
         CheckpointError: if the files cannot be written, for instance because the disk is full.
@@ -68,7 +69,9 @@ def whole_directory(target: Path, accelerator: Accelerator, checkpoints: Path) -
             raise
         if not is_write_error(cause) and not isinstance(cause, RuntimeError):  # torch.save's for a full disk
             raise
-        raise CheckpointError(f"cannot write {target}: {write_reason(cause)}; {kept(checkpoints)}") from error
+        raise CheckpointError(
+            f"cannot write {target}: {write_reason(cause)}; {kept(checkpoints or target.parent)}"
+        ) from error
     accelerator.wait_for_everyone()
 
 
