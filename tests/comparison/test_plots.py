@@ -1,3 +1,6 @@
+import pytest
+
+from shadowtune.comparison import plots
 from shadowtune.comparison.plots import draw_accuracies, draw_costs, draw_curves, draw_scaling
 
 COSTS = {"train_seconds": 3.0, "peak_memory_mb": 100.0, "trainable_parameters": 5e6}
@@ -42,3 +45,30 @@ def test_accuracy_over_parameters_is_a_line_for_each_kind():
     assert picture == draw_scaling(list(reversed(rows[:-1]))[::-1], kinds)
     assert picture != draw_scaling([{**rows[0], "trainable_parameters": 2}, *rows[1:]], kinds)
     assert picture != draw_scaling(rows, kinds | {"lora-4": "shadow"})
+
+
+def axes_of(monkeypatch, draw_it):
+    """The axes that a drawing function fills."""
+    figures = []
+    monkeypatch.setattr(plots, "png", lambda figure: figures.append(figure) or b"")
+    draw_it()
+    return figures[0].axes
+
+
+def test_a_loss_that_was_logged_once_is_a_mark(monkeypatch):
+    curves = {"a": {"lora": [[(1, 2.0), (2, 1.0)]], "shadow": [[(3, 1.5)]]}}
+    (axes,) = axes_of(monkeypatch, lambda: draw_curves(curves, METHODS))
+    assert [line.get_marker() for line in axes.lines] == ["None", "o"]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_axes_show_no_accuracy_below_0_or_above_100(value, monkeypatch):
+    rows = [
+        {**row, "accuracy": value, "accuracy_low": max(0, value - 0.1), "accuracy_high": min(1, value + 0.1)}
+        for row in ROWS
+    ]
+    for axes in axes_of(monkeypatch, lambda: draw_accuracies(rows, METHODS)):
+        assert 0 <= axes.get_xlim()[0] < axes.get_xlim()[1] <= 100
+    kinds = {"lora": "lora", "shadow": "shadow"}
+    for axes in axes_of(monkeypatch, lambda: draw_scaling(rows, kinds)):
+        assert 0 <= axes.get_ylim()[0] < axes.get_ylim()[1] <= 100

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from shadowtune.comparison.analysis import Analysis
-from shadowtune.comparison.report import verdict, write_report
+from shadowtune.comparison.report import tables_of, verdict, write_report
 from tests.comparison.test_analysis import config, find, rows
 from tests.support.comparisons import result_row
 
@@ -81,3 +81,12 @@ def test_the_tables_agree_with_the_analysis(analysis):
     row = find(results_table(analysis), method="lora")
     assert (row["accuracy %"], row["rows x seeds"], row["trained"]) == ("60.0", "400 x 2", "1,000")
     assert find(tables_of(analysis)["Differences"], against="lora")["points"] == "+15.0"
+
+
+def test_settings_are_said_to_be_of_the_sweep_only_where_one_chose_them(tmp_path):
+    found = [{**row, "size": "lora.rank 15", "setting": {}} for row in rows()]
+    tables = tables_of(Analysis(config(output=str(tmp_path)), found))
+    assert not [heading for heading in tables if "sweep" in heading]
+    assert all(row.keys() == {"task", "method", "size"} for row in tables["Sizes within the budget"])
+    without = tables_of(Analysis(config(output=str(tmp_path)), rows()))
+    assert not {"Sizes within the budget", "Settings that the sweep chose"} & without.keys()

@@ -4,6 +4,7 @@ import torch
 from shadowtune.data.encoding import prompt_ids
 from shadowtune.errors import ConfigError, DataError
 from shadowtune.evaluation.answering import Sampling, answer
+from tests.support.bases import tiny_config
 from tests.support.shadows import perturbed_model
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -54,3 +55,28 @@ def test_sampling_out_of_range_is_refused(settings):
 def test_positions_of_a_base_with_names_of_its_own_are_known():
     with pytest.raises(DataError, match="128 positions"):
         answer(perturbed_model("gpt2"), tiny_tokenizer(), "say one", Sampling(200))
+
+
+class Spaced:
+    """A model whose answers begin with a space, as they do after a prompt like ``Intent:``."""
+
+    device = torch.device("cpu")
+    config = tiny_config()
+
+    def __init__(self, answer):
+        self.ids = tiny_tokenizer()(answer, return_tensors="pt")["input_ids"]
+
+    def generate(self, input_ids, streamer=None, **kwargs):
+        if streamer is not None:
+            for part in (input_ids, *self.ids[0].split(1)):
+                streamer.put(part)
+            streamer.end()
+        return torch.cat([input_ids, self.ids], -1)
+
+
+@pytest.mark.parametrize("text", [" the sea is", "  a b ", "sea"])
+def test_the_space_before_an_answer_is_no_part_of_it(text):
+    pieces = []
+    result = answer(Spaced(text), tiny_tokenizer(), "say", Sampling(9), stream=pieces.append)
+    assert result.answer == "".join(pieces) == text.lstrip()
+    assert answer(Spaced(text), tiny_tokenizer(), "say", Sampling(9)).answer == text.lstrip()

@@ -1,9 +1,11 @@
 import itertools
 import json
+import shutil
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from shadowtune.evaluation import report
 from shadowtune.evaluation.report import draw, new_figure, page, png, read_losses, write_page
 
 ROWS = [
@@ -57,3 +59,50 @@ def test_the_files_are_written_together(tmp_path):
     write_page(tmp_path / "new", b"picture", "text")
     assert (tmp_path / "new" / "report.png").read_bytes() == b"picture"
     assert (tmp_path / "new" / "report.html").read_text() == "text"
+
+
+def axes_of(monkeypatch, draw_it):
+    """The axes that a drawing function fills."""
+    figures = []
+    monkeypatch.setattr(report, "png", lambda figure: figures.append(figure) or b"")
+    draw_it()
+    return figures[0].axes
+
+
+def test_a_loss_that_was_logged_once_is_a_mark_and_one_that_never_was_is_a_word(monkeypatch):
+    losses = axes_of(monkeypatch, lambda: draw(ROWS, {"lora": [(1, 2.0), (2, 1.0)], "shadow": [(5, 2.0)]}))[2]
+    assert [line.get_marker() for line in losses.lines] == ["None", "o"]
+    losses = axes_of(monkeypatch, lambda: draw(ROWS, {"shadow": []}))[2]
+    assert [text.get_text() for text in losses.texts] == ["no step was logged"]
+
+
+def test_an_interval_that_begins_above_its_mean_by_rounding_is_drawn():
+    assert draw([{**ROWS[0], "accuracy_low": ROWS[0]["accuracy"] + 1e-12}], {}).startswith(b"\x89PNG")
+
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+@pytest.mark.parametrize("width", [360, 800])
+def test_the_page_fits_the_width_of_a_phone_and_its_tables_scroll_by_themselves(width, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    wide = [{f"a long heading of column {number}": "x" * 60 for number in range(14)}]
+    text = page("shadowtune demo", wide, wide, png(new_figure(12, 3)), "/a/path/without/blanks" * 12)
+    (tmp_path / "report.html").write_text(text)
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        phone = browser.new_context(viewport={"width": width, "height": 700}, is_mobile=True, device_scale_factor=2)
+        shown = phone.new_page()
+        shown.goto((tmp_path / "report.html").as_uri())
+        assert shown.evaluate("window.innerWidth") == width
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+        assert shown.evaluate("document.querySelector('.table').scrollWidth") > width
+        browser.close()
+
+
+def test_the_page_tells_a_phone_its_width_and_every_table_stands_in_a_box_that_scrolls():
+    text = page("title", ROWS, ROWS, b"", "note")
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert text.count('<div class="table"><table>') == text.count("<table>") == 2
+    assert ".table { overflow-x: auto" in text

@@ -4,6 +4,7 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from shadowtune.errors import CheckpointError
 from shadowtune.training.checkpoints import (
@@ -28,7 +29,7 @@ def fill(directory, text):
 
 
 def test_a_directory_appears_when_it_is_whole(accelerator, tmp_path):
-    with whole_directory(tmp_path / "target", accelerator) as staging:
+    with whole_directory(tmp_path / "target", accelerator, tmp_path / "checkpoints") as staging:
         fill(staging, "new")
         assert not (tmp_path / "target").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
@@ -38,27 +39,52 @@ def test_a_directory_appears_when_it_is_whole(accelerator, tmp_path):
 def test_the_old_directory_is_replaced_as_a_whole(accelerator, tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "stale").write_text("old")
-    with whole_directory(tmp_path / "target", accelerator) as staging:
+    with whole_directory(tmp_path / "target", accelerator, tmp_path / "checkpoints") as staging:
         fill(staging, "new")
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["inner"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
-def test_after_a_failure_the_old_directory_is_what_it_was_and_the_space_is_free_again(error, accelerator, tmp_path):
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FULL, "No space left on device"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 1"), "is the disk full"),
+        (Exception("No space left on device (os error 28)"), "No space left on device"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device"),
+    ],
+    ids=["python", "torch", "tokenizers", "safetensors"],
+)
+def test_after_a_failure_the_old_directory_is_what_it_was_and_the_space_is_free_again(
+    error, words, accelerator, tmp_path
+):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "kept").write_text("old")
     with (  # noqa: PT012 - the block is what fails
-        pytest.raises(CheckpointError, match=r"cannot write .*target: "),
-        whole_directory(tmp_path / "target", accelerator) as staging,
+        pytest.raises(CheckpointError, match=rf"cannot write .*target: .*{words}.*; no checkpoint was saved before"),
+        whole_directory(tmp_path / "target", accelerator, tmp_path / "checkpoints") as staging,
     ):
         fill(staging, "new")
         raise error
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "kept"]
 
 
+def test_other_errors_are_not_taken_for_a_full_disk(accelerator, tmp_path):
+    for error in (Exception("something else"), ValueError("No space left"), KeyError("os error")):
+        with (
+            pytest.raises(type(error)) as caught,
+            whole_directory(tmp_path / "target", accelerator, tmp_path),
+        ):
+            raise error
+        assert caught.value is error
+        assert not list(tmp_path.iterdir())
+
+
 def test_leftovers_of_a_killed_save_are_cleared_away(accelerator, tmp_path):
     (tmp_path / ".saving" / "other").mkdir(parents=True)
-    with whole_directory(tmp_path / "target", accelerator) as staging:
+    with whole_directory(tmp_path / "target", accelerator, tmp_path / "checkpoints") as staging:
         fill(staging, "new")
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
@@ -75,7 +101,9 @@ def test_running_out_of_space_while_saving_keeps_the_last_checkpoint(limit, tmp_
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
     try:
-        with pytest.raises(CheckpointError, match="cannot write "):
+        with pytest.raises(
+            CheckpointError, match=r"cannot write .*checkpoint-4: .*checkpoint-3 is whole, and --resume"
+        ):
             trainer._save_checkpoint(model, None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -114,6 +142,35 @@ def test_a_file_that_was_cut_off_is_named(name, checkpoint):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=rf"{name} is damaged .*; delete {checkpoint} to resume from the one"):
         check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "progress.json", "files.json"])
+def test_a_file_that_is_missing_is_named_and_transformers_does_not_go_on_without_it(name, checkpoint, tmp_path):
+    (checkpoint / name).unlink()
+    message = rf"{name} is missing; delete {checkpoint} to resume from the one before"
+    with pytest.raises(CheckpointError, match=message):
+        check_checkpoint(checkpoint)
+    trainer = trainer_of(perturbed_model(), arguments(tmp_path, max_steps=2), causal_rows())
+    with pytest.raises(CheckpointError, match=message):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_file_of_another_checkpoint_is_named(name, checkpoint):
+    other = checkpoint.with_name("checkpoint-2") / name
+    if other.read_bytes() == (checkpoint / name).read_bytes():
+        pytest.skip("equal in both")
+    (checkpoint / name).write_bytes(other.read_bytes())
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged \(its contents are not those recorded"):
+        check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000])
+def test_a_damaged_list_of_files_is_one_line(content, checkpoint):
+    (checkpoint / "files.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"files.json is damaged .*; delete") as caught:
+        check_checkpoint(checkpoint)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_flipped_bit_in_the_optimizers_state_is_found(checkpoint):

@@ -199,3 +199,42 @@ def test_a_model_that_does_not_exist_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere") as caught:
         train(config, quiet=True)
     assert "\n" not in str(caught.value)
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def full_disk_of_tokenizers(*args, **kwargs):
+    raise Exception("No space left on device (os error 28)")  # as the package tokenizers raises it
+
+
+WRITES = {
+    "weights": ("shadowtune.model.checkpoint.save_file", full_disk, CheckpointError),
+    "tokenizer": ("transformers.PreTrainedTokenizerBase.save_pretrained", full_disk_of_tokenizers, CheckpointError),
+    "optimizer": ("torch.save", full_disk, CheckpointError),
+    "state": ("transformers.TrainerState.save_to_json", full_disk, CheckpointError),
+    "flushing": ("shadowtune.model.replacement.flush", full_disk, CheckpointError),
+    "log": ("shadowtune.training.metrics.json.dumps", full_disk, TrainingError),
+}
+
+
+@pytest.mark.parametrize("part", WRITES)
+def test_a_full_disk_after_a_checkpoint_is_one_line_that_names_it_and_leaves_no_rubbish(part, tmp_path, monkeypatch):
+    name, fail, error = WRITES[part]
+    config = run_config(tmp_path, save_steps=2)
+    step = run_module.ShadowTrainer.training_step
+
+    def fill(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            monkeypatch.setattr(name, fail)
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(run_module.ShadowTrainer, "training_step", fill)
+    with pytest.raises(error, match=r"No space left on device; .*checkpoint-2 is whole, and --resume") as caught:
+        train(config, quiet=True)
+    monkeypatch.undo()
+    assert "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "run").rglob("*") if "saving" in path.name]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert train(config, resume=True, quiet=True).steps == 6

@@ -133,7 +133,7 @@ def _points(done: "Calibration") -> list[dict[str, Any]]:
     curve = done.curves[done.policy.signal]
     rows = [("edge alone", curve[0]), ("promised", done.promised), ("found", done.found), ("cloud alone", curve[-1])]
     return [
-        {"": name, "accuracy": point.accuracy, "hand over rate": point.hand_over_rate, "cost": point.cost}
+        {"": name, "accuracy": point.accuracy, "hand over rate": point.hand_over_rate, "cost, cloud tokens": point.cost}
         for name, point in rows
         if point is not None
     ]

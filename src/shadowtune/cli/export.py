@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_json_target(arguments.json)
     _check_counts(arguments)
     from shadowtune.data.prompt_format import PromptFormat
+    from shadowtune.export.card import read_card
     from shadowtune.export.detaching import built_in_prompts, write_detached
     from shadowtune.export.exporting import check_export, default_path, export, read_plain
     from shadowtune.export.places import check_free
@@ -48,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
         model, tokenizer = read_plain(Path(scratch) / source.name if trained else source)
         prompts = trained.prompts if trained else built_in_prompts(tokenizer)
         form = trained.prompt_format if trained else PromptFormat.load(source)
-        exported = export(model, tokenizer, arguments.to, quantization, out, prompts, arguments.max_new_tokens, form)
+        card = trained.card if trained else read_card(source)
+        limits = (arguments.max_new_tokens, form, card)
+        exported = export(model, tokenizer, arguments.to, quantization, out, prompts, *limits)
     row = _row(exported, quantization, trained)
     print_table(f"Exported: {out}", [row])
     write_json(arguments.json, "export", [row])

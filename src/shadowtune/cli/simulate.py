@@ -31,7 +31,7 @@ HELP = {
     "rtt_ms": "milliseconds to the cloud and back",
     "jitter_ms": "by which a round trip is longer or shorter at most",
     "bandwidth_mbit": "megabits a second in each direction",
-    "price_per_1k_tokens": "of tokens that the cloud reads or writes",
+    "price_per_1k_tokens": "of tokens that the cloud reads or writes, in any currency; costs are in the same",
     "edge_speed": "how many times as fast the edge is as this machine",
     "cloud_speed": "likewise",
     "arrivals": ARRIVALS,
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     routers = {signal: replace(drawn, signal=signal) for signal in PLAIN_SIGNALS} | policies
     rows, verdicts = [_cells(result) for result in results], _verdicts(results)
     areas = [{"router": name, "area": area} for name, area in strategies.areas(world, routers).items()]
-    print_table(f"{len(world.records)} requests", rows)
+    print_table(f"{len(world.records)} requests", [_for_people(row) for row in rows])
     print_table("Area under accuracy over hand-over rate", areas)
     for line in (*verdicts, *map(_overload, world.overloaded())):
         print(line)
@@ -147,6 +147,12 @@ def _overload(side: str) -> str:
 
 def _cells(result: "Result") -> dict[str, Any]:
     return {name: value for name, value in vars(result).items() if name != "scores"}
+
+
+def _for_people(row: dict[str, Any]) -> dict[str, Any]:
+    """Say what the figures of a row are of; a cost is in the unit of --price-per-1k-tokens."""
+    words = {"cost": "cost of 1,000 requests", "p50": "p50, s", "p90": "p90, s", "p99": "p99, s"}
+    return {words.get(name, name): value for name, value in row.items()}
 
 
 def _write(output: Path, results: "list[Result]", curve: "list[Result]") -> None:

@@ -120,18 +120,18 @@ def _score(data: "Dataset", rows: "list[Row]", prompts: "list[EncodedPrompt]") -
 
 
 def _card(finished: "FinishedRun") -> "Card":
-    from shadowtune.export.card import Card, measured_accuracy
+    import json
 
-    config = finished.config
-    training = {
-        "data": config.data.source,
-        "epochs": f"{config.epochs:g}" if config.max_steps is None else f"{config.max_steps} steps",
-        "batch size": str(config.batch_size * config.gradient_accumulation_steps),
-        "learning rate": f"{config.optimizer.learning_rate:g}",
-        "shadow": f"{config.shadow.num_shadow_layers} blocks, loss weight {config.shadow.shadow_loss_weight:g}",
-        "seed": str(config.seed),
-    }
+    from shadowtune.export.card import Card, measured_accuracy, measuring_conditions, training_costs, training_facts
+
+    config, path = finished.config, finished.path
     measured: dict[str, str] = {}  # from evaluation-MODE-ROWS.json
-    for file in sorted(finished.path.glob("evaluation-*.json")):
+    for file in sorted(path.glob("evaluation-*.json")):
         measured |= measured_accuracy(file.stem.split("-")[1], file.read_text())
-    return Card(config.model, config.task, training, measured)
+    conditions = ""
+    try:
+        measured |= training_costs(json.loads((path / "summary.json").read_text()))
+        conditions = measuring_conditions(json.loads((path / "environment.json").read_text()))
+    except (OSError, ValueError):  # a run of an earlier version, or one that was edited
+        pass
+    return Card(config.model, config.task, training_facts(config), measured, conditions)

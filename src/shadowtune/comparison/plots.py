@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shadowtune.evaluation.report import new_figure, png
+from shadowtune.tables import keep_within, line_style
 
 COLUMNS = 3
 """Tasks beside each other."""
@@ -32,6 +33,7 @@ def draw_accuracies(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -
         axes.invert_yaxis()
         axes.set(title=task, xlabel="accuracy, %")
         axes.grid(axis="x", alpha=0.3)
+        keep_within(axes.xaxis, 0, 100)
     return png(figure)
 
 
@@ -50,10 +52,12 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], methods: Se
                 axes.plot(
                     steps,
                     losses,
+                    line_style(len(points)),
                     color=f"C{methods.index(method)}",
                     label=method if number == 0 else None,
                     alpha=0.7,
                     linewidth=1,
+                    markersize=4,
                 )
         axes.set(title=task, xlabel="step", ylabel="training loss", yscale="log")
         axes.legend(fontsize="small")
@@ -84,6 +88,7 @@ def draw_scaling(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, str]) ->
             style = "o--" if detached else "o-"
             axes.plot(millions, mean, style, color=color, label=f"{kind} detached" if detached else kind)
         axes.set(title=task, xlabel="trained parameters, millions", ylabel="accuracy, %", xscale="log")
+        keep_within(axes.yaxis, 0, 100)
         axes.legend(fontsize="small")
     return png(figure)
 

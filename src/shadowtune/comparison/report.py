@@ -83,7 +83,9 @@ def tables_of(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
         "setting": _settings(analysis.rows),
         "failed": [{"run": row["run"], "why": row["error"]} for row in analysis.failed],
     }
-    return {HEADINGS[name]: rows for name, rows in tables.items() if rows}
+    swept = any(row["setting"] for row in analysis.rows)
+    headings = HEADINGS if swept else HEADINGS | {"setting": "Sizes within the budget"}
+    return {headings[name]: rows for name, rows in tables.items() if rows}
 
 
 def results_table(analysis: Analysis) -> list[dict[str, Any]]:
@@ -131,6 +133,8 @@ def _settings(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         setting = ", ".join(f"{key} {value}" for key, value in row["setting"].items())
         if setting or row["size"]:
             chosen[row["task"], row["method"]] = {"size": row["size"], "setting": setting or None}
+    if not any(words["setting"] for words in chosen.values()):  # no sweep chose any
+        chosen = {key: {"size": words["size"]} for key, words in chosen.items()}
     return [{"task": task, "method": method, **words} for (task, method), words in chosen.items()]
 
 

@@ -51,10 +51,12 @@ class _Streamer(TextStreamer):
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._write = write
+        self._write, self._begun = write, False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass the text on."""
+        """Pass the text on, without the spaces that it begins with where a prompt ends before one."""
+        text = text if self._begun else text.lstrip(" ")
+        self._begun = self._begun or bool(text)
         self._write(text)
 
 
@@ -108,7 +110,7 @@ def answer(
     )
     seconds = time.perf_counter() - start
     fresh = output[0, len(ids) :]
-    text = str(tokenizer.decode(fresh, skip_special_tokens=True))
+    text = str(tokenizer.decode(fresh, skip_special_tokens=True)).lstrip(" ")
     if stream is not None and not live:
         stream(text)
     counted = None if speculator is None or not speculator.counts.passes else speculator.counts.tokens_per_pass

@@ -10,13 +10,15 @@ from typing import Any
 
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.checkpoint import writing_into
-from shadowtune.tables import format_value
+from shadowtune.tables import format_value, line_style
 
 COLORS = {"base": "#9aa0a6", "lora": "#e8913a", "shadow": "#3b6fd4", "shadow-detached": "#7fb2f0"}
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; width: 100%; margin: 1rem 0 } img { max-width: 100% }
+p, li, h1, h2, td { overflow-wrap: anywhere } img { max-width: 100%; height: auto }
+.table { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; width: 100% }
+td { min-width: 3.5rem }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child { text-align: left }
 """
@@ -43,8 +45,8 @@ def draw(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[tuple[
     names = [row["method"] for row in rows]
     heights = [100 * row["accuracy"] for row in rows]
     spread = [
-        [100 * (row["accuracy"] - row["accuracy_low"]) for row in rows],
-        [100 * (row["accuracy_high"] - row["accuracy"]) for row in rows],
+        [max(0.0, 100 * (row["accuracy"] - row["accuracy_low"])) for row in rows],
+        [max(0.0, 100 * (row["accuracy_high"] - row["accuracy"])) for row in rows],
     ]
     labels = [name.replace("-", "\n") for name in names]
     drawn = bars.bar(labels, heights, yerr=spread, capsize=4, color=[COLORS.get(name, "#888888") for name in names])
@@ -59,10 +61,13 @@ def draw(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[tuple[
     times.set(title="training time")
     times.margins(x=0.2)
     for name, points in curves.items():
-        losses.plot([step for step, _ in points], [loss for _, loss in points], label=name, color=COLORS.get(name))
+        steps, values = [step for step, _ in points], [loss for _, loss in points]
+        losses.plot(steps, values, line_style(len(points)), label=name, color=COLORS.get(name))
     losses.set(title="training loss", xlabel="step", yscale="log")
     if curves:
         losses.legend()
+    if not any(curves.values()):
+        losses.text(0.5, 0.5, "no step was logged", ha="center", transform=losses.transAxes)
     return png(figure)
 
 
@@ -107,7 +112,8 @@ def page(
 def html_page(title: str, parts: Iterable[str]) -> str:
     """Return a page of parts that are HTML already, under a title that is plain text."""
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
     )
 
@@ -118,12 +124,12 @@ def html_image(picture: bytes, description: str) -> str:
 
 
 def html_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return flat rows as a table; the keys of the first row are its columns."""
+    """Return flat rows as a table that scrolls where the page is narrower; the first row has its columns."""
     header = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in rows[0])
     body = "".join(
         f"<tr>{''.join(f'<td>{html.escape(format_value(value))}</td>' for value in row.values())}</tr>" for row in rows
     )
-    return f"<table><tr>{header}</tr>{body}</table>"
+    return f'<div class="table"><table><tr>{header}</tr>{body}</table></div>'
 
 
 def write_page(directory: Path, picture: bytes, text: str) -> None:

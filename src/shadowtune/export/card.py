@@ -1,12 +1,47 @@
-"""The model card of a detached shadow."""
+"""The model card, README.md, of what is saved: what it is, its prompt, code that runs it, what was measured."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from shadowtune.config.training import TrainConfig
+from shadowtune.data.prompt_format import PromptFormat
+from shadowtune.errors import ShadowtuneError
+from shadowtune.models import NAMED
+
+FILE = "README.md"
+YOUR_TEXT = "your text"
+"""Stands for a request in what a card shows."""
+Form = Literal["attached", "adapter", "full", "detached", "onnx"]
+"""What was saved: a shadow beside its base, an adapter of PEFT, a whole model, or the shadow alone in a format of
+``shadowtune export``."""
+LIBRARIES: dict[Form, str] = {
+    "attached": "shadowtune",
+    "adapter": "peft",
+    "full": "transformers",
+    "detached": "transformers",
+    "onnx": "onnxruntime",
+}
+RELATIONS: dict[Form, str] = {"attached": "adapter", "adapter": "adapter", "full": "finetune"}
+"""Between the base and what was saved, in the words of the Hub; a detached shadow is a model of its own."""
+TITLES: dict[Form, str] = {
+    "attached": "Shadow adapter",
+    "adapter": "Adapter",
+    "full": "Fine-tuned model",
+    "detached": "Detached shadow",
+    "onnx": "Detached shadow, ONNX",
+}
+AUTOS = {"causal_lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
+PIPELINES = {"causal_lm": "text-generation", "classification": "text-classification"}
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is known about a detached shadow."""
+    """What is known about a trained model, whatever form it is saved in."""
 
     base: str
     """Name of the base that it was trained beside."""
@@ -15,41 +50,182 @@ class Card:
     training: dict[str, str] = field(default_factory=dict)
     """How it was trained, as the rows of a table."""
     measured: dict[str, str] = field(default_factory=dict)
-    """What was measured on held-out rows, as the rows of a table."""
+    """What was measured, as the rows of a table."""
+    conditions: str = ""
+    """Under which ``measured`` was measured: hardware, versions, date."""
+    prompt: str = ""
+    """How a request becomes the model's prompt, in Markdown."""
 
-    def text(self, parameters: int, name: str) -> str:
+    def text(self, parameters: int | None, name: str, form: Form = "detached", chat: bool = False) -> str:
         """Return the card in Markdown, with the metadata block that the Hub reads.
 
         Args:
-            parameters: of the model, tied ones once.
-            name: of the directory, as the example shows it.
+            parameters: of the model as it is saved, tied ones once; None leaves them out.
+            name: of the directory, as the example opens it.
+            form: what was saved.
+            chat: whether the saved tokenizer has a chat template, which the example then uses.
         """
-        kind, pipeline = {
-            "causal_lm": ("AutoModelForCausalLM", "text-generation"),
-            "classification": ("AutoModelForSequenceClassification", "text-classification"),
-        }[self.task]
-        lines = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}", "tags: [shadowtune]", "---", ""]
-        lines += ["# Detached shadow", ""]
-        lines += [
-            f"A small model of {parameters:,} parameters that was trained beside {self.base or 'a larger model'} "
-            "(ShadowPEFT, https://arxiv.org/abs/2604.19254) and runs without it. It is an ordinary transformers model:",
-            "",
-            "```python",
-            f"from transformers import {kind}, AutoTokenizer",
-            "",
-            f"model = {kind}.from_pretrained({name!r})",
-            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
-            "```",
-        ]
-        for title, rows in (("Training", self.training), ("Measured on held-out rows", self.measured)):
+        lines = [*self._metadata(form), "", f"# {TITLES[form]}", "", *self._description(parameters, form), ""]
+        lines += ["```python", *self._example(name, form, chat), "```"]
+        if form == "onnx":
+            lines += ["", "onnxruntime-genai (`Model(directory)`) and optimum (`ORTModelForCausalLM`) open it as well."]
+        if self.prompt:
+            lines += ["", "## Prompt", "", self.prompt]
+        for title, rows in (("Training", self.training), ("Measured", self.measured)):
             if rows:
                 lines += ["", f"## {title}", "", "| | |", "|---|---|"]
                 lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()]
+        if self.measured and self.conditions:
+            lines += ["", f"Measured on {self.conditions}."]
         return "\n".join(lines) + "\n"
+
+    def _metadata(self, form: Form) -> list[str]:
+        lines = ["---", f"library_name: {LIBRARIES[form]}", f"pipeline_tag: {PIPELINES[self.task]}"]
+        if self.base:
+            lines += [f"base_model: {json.dumps(self.base, ensure_ascii=False)}"]
+            lines += [f"base_model_relation: {RELATIONS[form]}"] if form in RELATIONS else []
+        return [*lines, "tags:", "- shadowtune", "- ShadowPEFT", f"- {form}", "---"]
+
+    def _description(self, parameters: int | None, form: Form) -> list[str]:
+        size = "" if parameters is None else f" of {parameters:,} parameters"
+        beside = self.base or "a larger model"
+        paper = "(ShadowPEFT, https://arxiv.org/abs/2604.19254)"
+        return [
+            {
+                "attached": f"A shadow{size}, trained beside the frozen {beside} {paper}. Both together answer; the "
+                "base is loaded from where its name says.",
+                "adapter": f"An adapter{size} for the frozen {beside}.",
+                "full": f"A model{size}, fine-tuned from {beside}.",
+            }.get(
+                form,
+                f"A small model{size} that was trained beside {beside} {paper} and runs without it."
+                + (" It is an ordinary transformers model:" if form == "detached" else ""),
+            )
+        ]
+
+    def _example(self, name: str, form: Form, chat: bool) -> list[str]:
+        """Code that answers one request, run in the directory that holds what was saved."""
+        if form == "onnx":
+            return [
+                "from pathlib import Path",
+                "",
+                "from shadowtune.export.opening import open_model",
+                "",
+                f"opened = open_model(Path({name!r}))",
+                f'messages = [{{"role": "user", "content": "{YOUR_TEXT}"}}]',
+                "prompt = opened.prompt_format.encode(messages, opened.tokenizer)",
+                "answer = opened.runtime.generate(prompt, 64, opened.ends)",
+                "print(opened.tokenizer.decode(answer, skip_special_tokens=True))",
+            ]
+        auto = AUTOS[self.task]
+        if self.task == "classification":
+            asked = [
+                f'inputs = tokenizer("{YOUR_TEXT}", return_tensors="pt")',
+                'label = model(input_ids=inputs["input_ids"]).logits.argmax(-1).item()',
+                "print(model.config.id2label[label])",
+            ]
+        else:
+            asked = [*_inputs(chat), "output = model.generate(**inputs, max_new_tokens=64)"]
+            asked += ['answer = output[0, inputs["input_ids"].shape[1] :]']
+            asked += ["print(tokenizer.decode(answer, skip_special_tokens=True))"]
+        return [
+            *self._imports(form, auto),
+            "",
+            *self._loading(name, form, auto),
+            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+            *asked,
+        ]
+
+    def _imports(self, form: Form, auto: str) -> list[str]:
+        names = [auto, "AutoTokenizer"]
+        if form == "adapter" and self.task == "classification":
+            names = ["AutoConfig", *names]
+        lines = [f"from transformers import {', '.join(names)}"]
+        if form == "attached":
+            return ["import shadowtune  # so that transformers knows the model", *lines]
+        if form == "adapter":
+            ours = ["import shadowtune"] if self.base in NAMED else []
+            return [*ours, "from peft import PeftModel", *lines]
+        return lines
+
+    def _loading(self, name: str, form: Form, auto: str) -> list[str]:
+        if form != "adapter":
+            return [f"model = {auto}.from_pretrained({name!r})"]
+        base = json.dumps(self.base, ensure_ascii=False)
+        base = f"shadowtune.models.resolve({base})" if self.base in NAMED else base
+        settings = ""
+        if self.task == "classification":
+            settings = f", config=AutoConfig.from_pretrained({name!r}), ignore_mismatched_sizes=True"
+        return [
+            f"base = {auto}.from_pretrained({base}{settings})",
+            f"model = PeftModel.from_pretrained(base, {name!r})",
+        ]
+
+
+def _inputs(chat: bool) -> list[str]:
+    if not chat:
+        return [f'inputs = tokenizer("{YOUR_TEXT}", return_tensors="pt", return_token_type_ids=False)']
+    return [
+        f'messages = [{{"role": "user", "content": "{YOUR_TEXT}"}}]',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+    ]
 
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def describe_prompt(prompt_format: PromptFormat, tokenizer: Tokenizer) -> str:
+    """Show the prompt that a request becomes, special tokens included, as the model saw it in training."""
+    try:
+        ids = prompt_format.encode([{"role": "user", "content": YOUR_TEXT}], tokenizer)
+    except ShadowtuneError:  # a template of several fields
+        return f"The template of its rows, whose fields are all needed:\n\n```text\n{prompt_format.template}\n```"
+    return f'The request "{YOUR_TEXT}" becomes this prompt:\n\n```text\n{tokenizer.decode(ids)}\n```'
+
+
+def training_facts(config: TrainConfig) -> dict[str, str]:
+    """Return the rows of ``Card.training`` that a run's settings give."""
+    facts = {
+        "method": config.method,
+        "data": config.data.source,
+        "epochs": f"{config.epochs:g}" if config.max_steps is None else f"{config.max_steps} steps",
+        "batch size": str(config.batch_size * config.gradient_accumulation_steps),
+        "learning rate": f"{config.optimizer.learning_rate:g}",
+        "seed": str(config.seed),
+    }
+    if config.method == "shadow":
+        shadow = config.shadow
+        facts["shadow"] = f"{shadow.num_shadow_layers} blocks, loss weight {shadow.shadow_loss_weight:g}"
+    return facts
+
+
+def training_costs(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the rows of ``Card.measured`` that a run's ``summary.json`` gives; none of what it lacks."""
+    words = {
+        "training loss": ("final_loss", "{:.4g}, at the end"),
+        "training time": ("train_seconds", "{:,.1f} s"),
+        "training speed": ("tokens_per_second", "{:,.0f} tokens/s"),
+        "training memory": ("peak_memory_mb", "{:,.0f} MB at most"),
+    }
+    return {
+        name: form.format(summary[key])
+        for name, (key, form) in words.items()
+        if isinstance(summary.get(key), int | float)
+    }
+
+
+def measuring_conditions(provenance: Mapping[str, Any]) -> str:
+    """Return ``Card.conditions`` of what ``shadowtune.provenance`` recorded."""
+    versions = provenance.get("versions") or {}
+    known = {name: versions[name] for name in ("shadowtune", "torch", "transformers", "peft") if name in versions}
+    devices = provenance.get("devices") or []
+    hardware = ", ".join(devices) or f"{provenance.get('processor')}, {provenance.get('threads')} threads"
+    software = ", ".join(f"{name} {version}" for name, version in known.items())
+    commit = f", commit {provenance['commit']}" if provenance.get("commit") else ""
+    return f"{hardware}, {software}, {provenance.get('date')}{commit}"
 
 
 def measured_accuracy(mode: str, report: str) -> dict[str, str]:
@@ -60,8 +236,54 @@ def measured_accuracy(mode: str, report: str) -> dict[str, str]:
         report: the text of the report.
     """
     try:
-        (row,) = json.loads(report)["rows"]
+        document = json.loads(report)
+        (row,) = document["rows"]
         interval = f"(95 % interval {row['accuracy_low']:.3f} to {row['accuracy_high']:.3f})"
-        return {f"accuracy, {mode}": f"{row['accuracy']:.3f} on {row['rows']} rows {interval}"}
-    except (ValueError, KeyError, TypeError):
+        value = f"{row['accuracy']:.3f} on {row['rows']} rows {interval}"
+        if document.get("provenance"):
+            value += f"; {measuring_conditions(document['provenance'])}"
+        return {f"accuracy, {mode}": value}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def write_card(
+    directory: Path, card: Card, form: Form, name: str, tokenizer: Tokenizer, parameters: int | None
+) -> None:
+    """Write README.md into a directory that is being saved, in place of one that another library put there.
+
+    Args:
+        directory: where the files are now.
+        card: what is known.
+        form: what is saved.
+        name: that the directory will have.
+        tokenizer: as it is saved beside the model.
+        parameters: as for ``Card.text``.
+    """
+    (directory / FILE).write_text(card.text(parameters, name, form, bool(tokenizer.chat_template)), encoding="utf-8")
+
+
+def read_card(directory: Path, task: str = "causal_lm") -> Card:
+    """Read what the card of a saved model says, to go on with it in another form; what it lacks stays empty.
+
+    Args:
+        directory: with a README.md that ``write_card`` wrote, or another one, or none.
+        task: of the model.
+    """
+    try:
+        lines = (directory / FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return Card("", task)
+    base, conditions, section = "", "", ""
+    tables: dict[str, dict[str, str]] = {"## Training": {}, "## Measured": {}}
+    for line in lines:
+        if line.startswith('base_model: "') and line.endswith('"') and not base:
+            base = str(json.loads(line.removeprefix("base_model: ")))
+        elif line.startswith("## "):
+            section = line
+        elif section in tables and line.startswith("| ") and line.endswith(" |") and line != "| | |":
+            key, _, value = line[2:-2].replace("\\|", "\0").partition(" | ")
+            tables[section][key.replace("\0", "|")] = value.replace("\0", "|")
+        elif section == "## Measured" and line.startswith("Measured on "):
+            conditions = line.removeprefix("Measured on ").removesuffix(".")
+    return Card(base, task, tables["## Training"], tables["## Measured"], conditions)

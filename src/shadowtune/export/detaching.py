@@ -1,6 +1,7 @@
 """From a trained shadow to a plain transformers directory that is known to compute the same."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ShadowtuneError
-from shadowtune.export.card import Card
+from shadowtune.export.card import Card, describe_prompt, write_card
 from shadowtune.export.places import check_free, staged
 from shadowtune.model.detached import write_plain
+from shadowtune.model.older_versions import write_older_keys
 
 BUILT_IN_PROMPTS = (
     "The capital of France is",
@@ -72,9 +74,13 @@ def write_detached(
     with staged(directory) as staging:
         write_plain(plain, staging)
         tokenizer.save_pretrained(str(staging))
-        (prompt_format or PromptFormat()).save(staging)
+        prompt_format = prompt_format or PromptFormat()
+        prompt_format.save(staging)
+        write_older_keys(staging)
         parameters = sum(parameter.numel() for parameter in plain.parameters())
-        (staging / "README.md").write_text(card.text(parameters, directory.name))
+        if not card.prompt and card.task == "causal_lm":
+            card = replace(card, prompt=describe_prompt(prompt_format, tokenizer))
+        write_card(staging, card, "detached", directory.name, tokenizer, parameters)
         loaded: PreTrainedModel = _AUTOS[card.task].from_pretrained(staging).to(plain.device).eval()
         _compare(plain, loaded, prompts, True, f"the files for {directory} and the model")
     return loaded

@@ -3,7 +3,7 @@
 import copy
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export import gguf_file, onnx_file
+from shadowtune.export.card import Card, Form, describe_prompt, write_card
+from shadowtune.export.genai_config import write_genai_config
 from shadowtune.export.places import check_free, staged
 from shadowtune.export.runtimes import GgufModel, OnnxModel, Runtime, TorchModel
 from shadowtune.export.verification import TIE, Agreement, compare, require_equal
 from shadowtune.model.detached import write_plain
+from shadowtune.model.malformed import reading
+from shadowtune.model.older_versions import write_older_keys
 from shadowtune.model.quantization import quantization_arguments
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -48,6 +52,8 @@ def _write_onnx(
         model.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(str(directory))
     prompt_format.save(directory)
+    write_genai_config(model, tokenizer, directory, onnx_file.FILE)
+    write_older_keys(directory)
 
 
 def _write_safetensors(
@@ -58,10 +64,12 @@ def _write_safetensors(
     if quantization in DTYPES:
         copied: Any = copy.deepcopy(model)
         write_plain(copied.to(DTYPES[quantization]), directory)
+        write_older_keys(directory)
         return
     settings = quantization_arguments("int8", torch.float32)
     quantized = AutoModelForCausalLM.from_pretrained(str(model.config.name_or_path), dtype=torch.float32, **settings)
     quantized.save_pretrained(directory)
+    write_older_keys(directory)
     for file in directory.glob("*.safetensors"):
         file.chmod(0o644)
 
@@ -92,6 +100,8 @@ FORMATS = {
     ),
 }
 """The formats by their names on the command line."""
+
+_FORMS: dict[str, Form] = {"onnx": "onnx", "safetensors": "detached"}
 
 
 @dataclass(frozen=True)
@@ -131,10 +141,8 @@ def default_path(directory: Path, to: str, quantization: str) -> Path:
 
 def read_tokenizer(directory: str, **kwargs: str) -> Tokenizer:
     """Read a tokenizer; raises CheckpointError if there is none."""
-    try:
+    with reading(f"{directory} has no tokenizer"):
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, **kwargs)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} has no tokenizer: {str(error).splitlines()[0]}") from None
     return tokenizer
 
 
@@ -144,17 +152,13 @@ def read_plain(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
     Raises:
         CheckpointError: if it holds no plain causal language model with a tokenizer.
     """
-    try:
+    with reading(f"cannot read {directory}"):
         config = AutoConfig.from_pretrained(directory)
         kinds = config.architectures or []
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
             raise CheckpointError(f"{directory} is a classifier; only causal language models are exported")
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         return model, AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot read {directory}: {str(error).splitlines()[0]}") from None
 
 
 def export(
@@ -166,6 +170,7 @@ def export(
     prompts: Sequence[list[int]],
     max_new_tokens: int = 32,
     prompt_format: PromptFormat | None = None,
+    card: Card | None = None,
 ) -> Exported:
     """Write a model, run what was written, and keep it only if it says the same.
 
@@ -178,18 +183,19 @@ def export(
             matrices rounded likewise; otherwise the agreement with the model itself is measured.
         max_new_tokens: of each continuation.
         prompt_format: what stands around a user's words; by default the tokenizer's chat template alone.
+        card: what is known about the model, for the README.md of a directory.
 
     Raises:
         ShadowtuneError: if ``out`` is taken, the format cannot express the model, or tokens differ.
     """
-    kind = FORMATS[to]
+    kind, prompt_format = FORMATS[to], prompt_format or PromptFormat()
     check_free(out)
     exact = quantization in DTYPES
     reference = TorchModel(_rounded(model, DTYPES[quantization]) if exact else model)
     length = max(map(len, prompts)) + max_new_tokens
     with staged(out.parent if kind.single_file else out) as staging:
         written = staging / out.name if kind.single_file else staging
-        kind.write(model, tokenizer, written, quantization, prompt_format or PromptFormat())
+        kind.write(model, tokenizer, written, quantization, prompt_format)
         runtime = kind.open(written, length)
         if isinstance(runtime, GgufModel):
             _check_tokens(runtime, tokenizer, prompts)
@@ -197,6 +203,10 @@ def export(
         agreement = compare(runtime, reference, prompts, max_new_tokens, ends, TIE if exact else 0.0)
         if exact:
             require_equal(agreement, f"{to} {quantization}")
+        if not kind.single_file:
+            card = card or Card("")
+            card = card if card.prompt else replace(card, prompt=describe_prompt(prompt_format, tokenizer))
+            write_card(staging, card, _FORMS[to], out.name, tokenizer, model.num_parameters())
         files = [written] if kind.single_file else list(staging.iterdir())
         size = sum(file.stat().st_size for file in files)
     return Exported(out, size, type(runtime).__name__, agreement)

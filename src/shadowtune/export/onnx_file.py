@@ -18,11 +18,12 @@ from shadowtune.export.onnx_graph import Graph
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 QUANTIZATIONS = ("f32", "f16", "int8", "int4")
 FILE = "model.onnx"
-KEEP = "num_logits_to_keep"
-"""Optional input: how many positions get logits, counted from the end; 0, if it is not given, for all."""
+FIRST_LOGITS = 2
+"""Value in ``attention_mask``, where others are 0 or 1, of the first new position that gets logits; without it, all
+new positions do. A further input would be unknown to other programs, and onnxruntime warns of optional ones."""
 
 _OPSET, _MICROSOFT_OPSET, _IR = 18, 1, 8
-_FLOAT, _INT64 = 1, 7
+_FLOAT, _INT64, _BOOL = 1, 7, 9
 _LOWEST = float(np.finfo(np.float32).min)
 _EVERYTHING = 2**31 - 1
 
@@ -30,9 +31,11 @@ _EVERYTHING = 2**31 - 1
 def write_onnx(model: PreTrainedModel, file: Path, quantization: str) -> None:
     """Write a causal language model.
 
-    Inputs are ``input_ids``, ``attention_mask`` (past and present) and ``position_ids``, int64, and
-    ``past_key_values.N.key`` and ``.value`` (B, key-value heads, past, head width); outputs ``logits`` and
-    ``present.N.key`` and ``.value``. All of them are float32, however the matrices are stored.
+    Inputs are ``input_ids`` (B, S), ``attention_mask`` (B, past + S) and ``position_ids`` (B, S), int64, and
+    ``past_key_values.N.key`` and ``.value`` (B, key-value heads, past, head width); outputs ``logits`` (B, S, V), of
+    fewer positions with ``FIRST_LOGITS`` in the mask, and ``present.N.key`` and ``.value``. The caches and logits are
+    float32, however the matrices are stored. Names of inputs, outputs and axes are those of optimum, which computes
+    the shapes of outputs from the names of their axes.
 
     Args:
         model: in float32.
@@ -94,7 +97,7 @@ class _Writer:
         self._positions()
         for index in range(self.config.num_hidden_layers):
             state = self._block(state, index, model.get_submodule(f"model.layers.{index}"))
-        kept = graph.node("Slice", state, self._first_kept(), graph.constant([_EVERYTHING]), graph.constant([1]))
+        kept = graph.node("Slice", state, self.first_kept, graph.constant([_EVERYTHING]), graph.constant([1]))
         kept = self._norm(kept, "model.norm")
         if self.config.tie_word_embeddings:
             logits = graph.linear(kept, "model.embed_tokens", table)
@@ -102,13 +105,6 @@ class _Writer:
             logits = self._linear(kept, "lm_head")
         graph.rename(logits, "logits")
         return self._proto()
-
-    def _first_kept(self) -> str:
-        """Where the positions start that get logits: minus ``KEEP``, or before everything."""
-        graph = self.graph
-        every = graph.node("Equal", KEEP, graph.constant(0))
-        start = graph.node("Where", every, graph.constant(-_EVERYTHING), graph.node("Neg", KEEP))
-        return str(graph.node("Reshape", start, graph.constant([1])))
 
     def _positions(self) -> None:
         """Write the rotations (B, 1, S, width) of the positions, and what may attend to what: (B, 1, 1, S, T)."""
@@ -125,8 +121,13 @@ class _Writer:
         keys = graph.node("Range", zero, total, one)
         queries = graph.node("Range", graph.node("Sub", total, fresh), total, one)
         before = graph.node("LessOrEqual", keys, graph.node("Unsqueeze", queries, graph.constant([1])))
-        real = graph.node("Cast", graph.node("Unsqueeze", "attention_mask", graph.constant([1, 2, 3])), to=9)
+        real = graph.node("Cast", graph.node("Unsqueeze", "attention_mask", graph.constant([1, 2, 3])), to=_BOOL)
         self.hidden = graph.node("Not", graph.node("And", before, real))
+
+        mask = graph.node("ReduceMax", "attention_mask", graph.constant([0]), keepdims=0)
+        marked = graph.node("Cast", graph.node("Greater", mask, one), to=_FLOAT)
+        first = graph.node("Sub", graph.node("ArgMax", marked, axis=0, keepdims=1), graph.node("Sub", total, fresh))
+        self.first_kept = graph.node("Max", first, graph.constant([0]))
 
     def _block(self, state: str, index: int, block: nn.Module) -> str:
         graph, name = self.graph, f"model.layers.{index}"
@@ -192,18 +193,18 @@ class _Writer:
         from onnx import helper, numpy_helper
 
         describe = helper.make_tensor_value_info
+        batch, fresh, past = "batch_size", "sequence_length", "past_sequence_length"
+        both = f"{past} + {fresh}"
         inputs = [
-            describe("input_ids", _INT64, ["batch", "sequence"]),
-            describe("attention_mask", _INT64, ["batch", "total"]),
-            describe("position_ids", _INT64, ["batch", "sequence"]),
+            describe("input_ids", _INT64, [batch, fresh]),
+            describe("attention_mask", _INT64, [batch, both]),
+            describe("position_ids", _INT64, [batch, fresh]),
         ]
-        outputs = [describe("logits", _FLOAT, ["batch", "kept", self.config.vocab_size])]
+        outputs = [describe("logits", _FLOAT, [batch, fresh, self.config.vocab_size])]
         for index in range(self.config.num_hidden_layers):
             for part in ("key", "value"):
-                past, total = (["batch", self.shared, length, self.width] for length in ("past", "total"))
-                inputs.append(describe(f"past_key_values.{index}.{part}", _FLOAT, past))
-                outputs.append(describe(f"present.{index}.{part}", _FLOAT, total))
-        inputs.append(describe(KEEP, _INT64, []))
-        constants = {**self.graph.constants, KEEP: np.asarray(0, np.int64)}
-        stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+                before, after = ([batch, self.shared, length, self.width] for length in (past, both))
+                inputs.append(describe(f"past_key_values.{index}.{part}", _FLOAT, before))
+                outputs.append(describe(f"present.{index}.{part}", _FLOAT, after))
+        stored = [numpy_helper.from_array(array, name) for name, array in self.graph.constants.items()]
         return helper.make_graph(self.graph.nodes, "model", inputs, outputs, stored)

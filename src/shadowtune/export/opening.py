@@ -15,6 +15,7 @@ from shadowtune.export import onnx_file
 from shadowtune.export.exporting import FORMATS, read_tokenizer
 from shadowtune.export.gguf_file import PROMPT_FORMAT, SPECIAL_TOKENS, TOKENIZER
 from shadowtune.export.runtimes import Runtime, TorchModel
+from shadowtune.model.malformed import reading
 
 POSITIONS = 2048
 """Of a model that does not say how many it has."""
@@ -51,7 +52,7 @@ def open_model(path: Path, max_length: int | None = None) -> OpenModel:
     if not (path / "config.json").is_file():
         hint = "; it is a run: shadowtune detach it first" if (path / "config.yaml").is_file() else ""
         raise CheckpointError(f"{path} holds no detached model (a directory with config.json, or a GGUF file){hint}")
-    try:
+    with reading(f"cannot read {path}"):
         if json.loads((path / "config.json").read_text()).get("model_type") == "shadow":
             raise CheckpointError(f"{path} is a saved shadow, not yet detached: shadowtune detach {path} --out DIR")
         config = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
@@ -60,10 +61,6 @@ def open_model(path: Path, max_length: int | None = None) -> OpenModel:
         tokenizer = read_tokenizer(str(path))
         file = path / "generation_config.json"
         generation = GenerationConfig.from_pretrained(path) if file.is_file() else GenerationConfig()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
     settings = vars(config)
     positions = settings.get("max_position_embeddings", settings.get("n_positions")) or POSITIONS
     ends = _ends(generation.eos_token_id, tokenizer.eos_token_id)
@@ -115,7 +112,8 @@ def _gguf_tokenizer(file: Path, metadata: dict[str, Any]) -> Tokenizer:
     """The tokenizer that we put into the metadata; of others' files, what transformers makes of them."""
     if TOKENIZER not in metadata:
         return read_tokenizer(str(file.parent), gguf_file=file.name)
-    special = json.loads(metadata.get(SPECIAL_TOKENS, "{}"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=FastTokenizer.from_str(metadata[TOKENIZER]), **special)
+    with reading(f"{file} has a damaged tokenizer"):
+        special = json.loads(metadata.get(SPECIAL_TOKENS, "{}"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=FastTokenizer.from_str(metadata[TOKENIZER]), **special)
     tokenizer.chat_template = metadata.get("tokenizer.chat_template")
     return tokenizer

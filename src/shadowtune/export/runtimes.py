@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shadowtune.compatibility import CACHE, cache_of
 from shadowtune.errors import CheckpointError, ShadowtuneError
-from shadowtune.export.onnx_file import FILE, KEEP
+from shadowtune.export.onnx_file import FILE, FIRST_LOGITS
 
 SECONDS_TO_A_TOKEN = 300.0
 """For which llama.cpp may say nothing before it counts as stuck."""
@@ -106,11 +106,12 @@ class OnnxModel(Stepwise):
         if cache is None:
             cache = [np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32) for entry in self._past]
         past = cache[0].shape[2]
+        mask = np.ones((1, past + len(input_ids)), np.int64)
+        mask[0, -1] = FIRST_LOGITS  # those of the last position are enough
         feed = {
             "input_ids": np.asarray([input_ids], np.int64),
-            "attention_mask": np.ones((1, past + len(input_ids)), np.int64),
+            "attention_mask": mask,
             "position_ids": np.arange(past, past + len(input_ids), dtype=np.int64)[None],
-            KEEP: np.asarray(1, np.int64),
             **{entry.name: array for entry, array in zip(self._past, cache, strict=True)},
         }
         logits, *cache = self.session.run(None, feed)

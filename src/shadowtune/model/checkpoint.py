@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,11 +23,14 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from shadowtune.errors import CheckpointError
+from shadowtune.model.replacement import flush
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "shadow_adapter.pt", "model.pt")
 CHECKSUM = "sha256"
+TORCH_WRITE_ERRORS = ("inline_container", "iostream error", "PytorchStreamWriter")
+"""What ``torch.save`` says, in a RuntimeError, when a file ends early; it does not say why."""
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_size: str | int = "5GB") -> None:
@@ -68,17 +72,37 @@ def writing_into(directory: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as staging:
             yield Path(staging)
             _move(Path(staging), directory)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
+    except Exception as error:
+        if isinstance(error, CheckpointError) or not is_write_error(error):
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise CheckpointError(f"cannot write to {directory}: {reason}") from None
+        raise CheckpointError(f"cannot write to {directory}: {write_reason(error)}") from error
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether an exception means that a file could not be written.
+
+    Libraries in Rust tell of the operating system's errors in exceptions of other kinds: safetensors in its own,
+    tokenizers in bare ones.
+    """
+    bare = type(error) is Exception and "os error" in str(error)
+    return bare or isinstance(error, OSError | SafetensorError)
+
+
+def write_reason(error: Exception) -> str:
+    """Return why a file could not be written, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if any(part in str(error) for part in TORCH_WRITE_ERRORS):
+        return "a file could not be written to its end; is the disk full?"
+    if number := re.search(r"os error (\d+)", str(error)):
+        return os.strerror(int(number[1]))
+    return " ".join(str(error).split())
 
 
 def _move(staging: Path, directory: Path) -> None:
     files = sorted(staging.iterdir(), key=lambda path: (path.name == "config.json", path.name == INDEX))
     for path in files:
-        _sync(path)
+        flush(path)
     names = {path.name for path in files}
     stale: list[Path] = []
     if not names.isdisjoint({WEIGHTS, INDEX}):  # the index comes first: with it gone, its shards are read by nobody
@@ -89,16 +113,7 @@ def _move(staging: Path, directory: Path) -> None:
             for gone in stale:
                 gone.unlink(missing_ok=True)
         os.replace(path, directory / path.name)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(directory)
 
 
 def trained_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -156,7 +171,7 @@ def _shards_of(index: str) -> dict[str, str | None]:
     try:
         content = json.loads(Path(index).read_text())
         return {name: content["metadata"][CHECKSUM][name] for name in sorted(set(content["weight_map"].values()))}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged or not one of a shadow: {error!r}") from None
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from shadowtune.attach.architectures import architecture_of
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.checkpoint import WEIGHTS, write_tensors
+from shadowtune.model.older_versions import keep_rope_theta
 from shadowtune.model.shadow import Shadow
 
 
@@ -74,6 +75,7 @@ def _plain(auto: Any, base: PreTrainedModel, shadow: Shadow, **changes: Any) -> 
     config.vocab_size = base.config.get_text_config(decoder=True).vocab_size
     for name, value in changes.items():
         setattr(config, name, value)
+    keep_rope_theta(config)
     plain = auto.from_config(config, dtype=shadow.boundaries.injection_downs.dtype).to(base.device).eval()
     missing = architecture_of(config).decoder_of(plain).load_state_dict(shadow.backbone.state_dict(), strict=False)
     assert not missing.unexpected_keys

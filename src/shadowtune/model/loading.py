@@ -18,8 +18,13 @@ from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint, base_signature, has_signature
 from shadowtune.model.formats.adapter import PeerAdapter
 from shadowtune.model.formats.opening import open_peer
+from shadowtune.model.malformed import check_numbers, one_line, reading
+from shadowtune.model.replacement import recover_directory
+from shadowtune.model.shadow import Shadow
 from shadowtune.models import NAMED, resolve
 
+PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Of tensors that are computed with; what is not, such as a list of tokens, is of integers."""
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 AUTO_KEYWORDS = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "code_revision", "use_safetensors")
 
@@ -71,14 +76,16 @@ def check_save_keywords(model: PreTrainedModel, given: Mapping[str, Any]) -> dic
 
 def read_config(path_or_id: str, **hub: Any) -> ShadowModelConfig:
     """Read ``config.json``; raises CheckpointError if it is missing, damaged or not a shadow's."""
+    recover_directory(Path(path_or_id))
+    what = f"cannot read config.json of {path_or_id}"
     try:
-        config = ShadowModelConfig.from_pretrained(path_or_id, **hub)
-        kind = ShadowModelConfig.get_config_dict(path_or_id, **hub)[0].get("model_type")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"cannot read config.json of {path_or_id}: {reason}") from None
+        with reading(what):
+            values = ShadowModelConfig.get_config_dict(path_or_id, **hub)[0]
+            kind = values.get("model_type")
+            check_numbers(values, what)
+            config = ShadowModelConfig.from_pretrained(path_or_id, **hub)
+    except ConfigError as error:
+        raise CheckpointError(f"{what}: {one_line(error)}") from None
     if kind != "shadow":
         raise CheckpointError(f"{path_or_id} is not a shadow: its config.json has model_type {kind!r}, not 'shadow'")
     if config.base_config is None or config.backbone_config is None:
@@ -149,6 +156,18 @@ def load_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
     Raises:
         CheckpointError: naming ``source`` and the missing, unexpected or wrongly shaped keys.
     """
+    check_tensors(modules, tensors, source)
+    for prefix, module in modules.items():
+        own = {name[len(prefix) + 1 :]: tensor for name, tensor in _under(prefix, tensors).items()}
+        module.load_state_dict(own, strict=True)
+
+
+def check_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Compare saved tensors with those of modules, which may be on the meta device; arguments as ``load_tensors``.
+
+    Raises:
+        CheckpointError: naming ``source`` and the keys that are missing, unexpected, or of another shape or kind.
+    """
     expected = {f"{prefix}.{name}": t for prefix, module in modules.items() for name, t in module.state_dict().items()}
     faults = [f"missing {_few(sorted(expected.keys() - tensors.keys()))}"] if expected.keys() - tensors.keys() else []
     if tensors.keys() - expected.keys():
@@ -156,11 +175,10 @@ def load_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
     for name in sorted(expected.keys() & tensors.keys()):
         if expected[name].shape != tensors[name].shape:
             faults.append(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
+        elif (tensors[name].dtype in PRECISIONS) != (expected[name].dtype in PRECISIONS):
+            faults.append(f"{name} has dtype {tensors[name].dtype}, where {expected[name].dtype} is meant")
     if faults:
-        raise CheckpointError(f"{source} does not fit its config.json: {'; '.join(faults)}")
-    for prefix, module in modules.items():
-        own = {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
-        module.load_state_dict(own, strict=True)
+        raise CheckpointError(f"{source} does not fit its config.json: {'; '.join(faults[:8])}")
 
 
 def _few(names: list[str]) -> str:
@@ -186,9 +204,15 @@ def load_pair(cls: Any, path_or_id: str, base: PreTrainedModel | str | None, che
         loaded = load_base(cls.auto_base, config, base, **shared, **kwargs)
     check_base(config, loaded, check_weights)
     config.name_or_path = path_or_id
-    assert config.backbone_config is not None
+    assert config.base_config is not None and config.backbone_config is not None
+    broken = f"config.json of {path_or_id} makes no shadow"
+    with reading(broken), torch.device("meta"):  # its sizes may be anything, so nothing is reserved for them yet
+        sizes = (config.shadow_config, config.base_config, config.backbone_config)
+        expected = Shadow(*sizes, draft_vocabulary_size=config.draft_vocabulary_size)
+    check_tensors({"shadow": expected}, _under("shadow", tensors), path_or_id)
     config.backbone_config._attn_implementation = loaded.config._attn_implementation
-    model = cls(config, loaded)
+    with reading(broken):
+        model = cls(config, loaded)
     for prefix, module in model.trained_modules().items():
         for name, tensor in module.state_dict(keep_vars=True).items():  # each keeps the dtype it was saved with
             tensor.data = tensor.data.to(tensors.get(f"{prefix}.{name}", tensor).dtype)
@@ -198,12 +222,13 @@ def load_pair(cls: Any, path_or_id: str, base: PreTrainedModel | str | None, che
         tensors = trained_tensors(heads) | tensors
     load_tensors(model.trained_modules(), tensors, path_or_id)
     if model.can_generate() and find_file(path_or_id, GENERATION_CONFIG_NAME, **hub) is not None:
-        try:
+        with reading(f"{GENERATION_CONFIG_NAME} of {path_or_id} is damaged"):
             model.generation_config = GenerationConfig.from_pretrained(path_or_id, **hub)
-        except (OSError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{GENERATION_CONFIG_NAME} of {path_or_id} is damaged: {reason}") from None
     return model.eval()
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def _place_peer(
@@ -224,7 +249,8 @@ def _place_peer(
         loaded = _load_auto(auto, name, **kwargs)
     else:
         loaded = name
-    config, tensors = peer.build(loaded.config, backbone)
+    with reading(f"{peer.source} makes no shadow"):
+        config, tensors = peer.build(loaded.config, backbone)
     config.base_name_or_path = lasting_name(loaded.config.name_or_path or "")
     config.base_revision = vars(loaded.config).get("_commit_hash")
     config.base_fingerprint = base_fingerprint(loaded)

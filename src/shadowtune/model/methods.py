@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,10 +20,11 @@ from transformers import (
 
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
-from shadowtune.errors import CheckpointError, ShadowtuneError
+from shadowtune.errors import CheckpointError
 from shadowtune.model.adapters import add_adapters, lora_settings, open_adapters
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.classifier import ShadowForSequenceClassification
+from shadowtune.model.malformed import reading
 from shadowtune.model.objective import (
     Objective,
     causal_objective,
@@ -34,6 +34,7 @@ from shadowtune.model.objective import (
     own_causal_objective,
     own_class_objective,
 )
+from shadowtune.model.replacement import recover_directory
 from shadowtune.models import resolve
 
 Method = Literal["shadow", "lora", "dora", "full", "peft"]
@@ -41,9 +42,6 @@ Task = Literal["causal_lm", "classification"]
 
 AUTO: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 PAIRS: dict[str, Any] = {"causal_lm": ShadowForCausalLM, "classification": ShadowForSequenceClassification}
-UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
-"""What transformers and PEFT raise for files that are missing, damaged, or of another shape than their config says, or
-where a package is missing that reads or runs them."""
 OBJECTIVES: dict[str, tuple[Objective, Objective]] = {
     "shadow": (joint_causal_objective, joint_class_objective),
     "peft": (own_causal_objective, own_class_objective),
@@ -57,12 +55,8 @@ def load_base_config(name: str) -> PreTrainedConfig:
     Raises:
         CheckpointError: if there is no such model.
     """
-    try:
+    with reading(f"cannot load the model {name}"):
         return AutoConfig.from_pretrained(resolve(name))
-    except (OSError, ValueError) as error:
-        if isinstance(error, ShadowtuneError):
-            raise
-        raise CheckpointError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
 
 
 def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedModel:
@@ -71,12 +65,8 @@ def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedM
     Raises:
         CheckpointError: if there is no such model or it cannot be read.
     """
-    try:
-        base = AUTO[task].from_pretrained(resolve(name), **kwargs)
-    except UNREADABLE as error:
-        if isinstance(error, ShadowtuneError):
-            raise
-        raise CheckpointError(f"cannot load the model {name}: {_reason(error)}") from None
+    with reading(f"cannot load the model {name}"):
+        base: PreTrainedModel = AUTO[task].from_pretrained(resolve(name), **kwargs)
     base.config.name_or_path = name
     return base
 
@@ -126,6 +116,7 @@ def load_trained(
     Raises:
         CheckpointError: if the files are missing or damaged, or the base is another one.
     """
+    recover_directory(Path(directory))
     directory = str(directory)
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory} does not exist: the run has not finished training")
@@ -138,31 +129,19 @@ def load_trained(
     if task == "classification":  # the base may have no head, or one for other classes
         kwargs |= {"config": _saved_config(directory), "ignore_mismatched_sizes": True}
     base = load_base(base_name, task, **kwargs)
-    try:
+    with reading(f"cannot load the adapters in {directory}"):
         return open_adapters(base, directory).eval()
-    except UNREADABLE as error:
-        if isinstance(error, ShadowtuneError):
-            raise
-        raise CheckpointError(f"cannot load the adapters in {directory}: {_reason(error)}") from None
 
 
 def _is_peft_shadow(directory: str) -> bool:
     """Whether PEFT's Shadow tuner left the adapter: it is a shadow, so it is opened as one, to be detached."""
-    try:
-        return json.loads((Path(directory) / "adapter_config.json").read_text())["peft_type"] == "SHADOW"
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read adapter_config.json of {directory}: {_reason(error)}") from None
+    with reading(f"cannot read adapter_config.json of {directory}"):
+        return bool(json.loads((Path(directory) / "adapter_config.json").read_text())["peft_type"] == "SHADOW")
 
 
 def _saved_config(directory: str) -> PreTrainedConfig:
-    try:
+    with reading(f"cannot read config.json of {directory}"):
         return AutoConfig.from_pretrained(directory)
-    except UNREADABLE as error:
-        raise CheckpointError(f"cannot read config.json of {directory}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def context_length(model: nn.Module) -> int | None:

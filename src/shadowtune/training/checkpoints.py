@@ -1,23 +1,25 @@
 """Directories that are whole or absent, and what a checkpoint records beside the trainer's own files."""
 
 import dataclasses
+import hashlib
 import json
-import os
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import get_last_checkpoint
 
-from shadowtune.errors import CheckpointError, ShadowtuneError
+from shadowtune.errors import CheckpointError, ShadowtuneError, TrainingError
+from shadowtune.model.checkpoint import is_write_error, write_reason
+from shadowtune.model.replacement import replace_directory, staging_of
 
-STAGING = ".saving"
-"""Directory, beside the finished ones, in which a new one grows."""
 PROGRESS = "progress.json"
+FILES = "files.json"
+"""Names of all files of a checkpoint, each with the SHA-256 of its contents."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,22 @@ class Progress:
 
 
 @contextmanager
-def whole_directory(target: Path, accelerator: Accelerator) -> Iterator[Path]:
+def whole_directory(target: Path, accelerator: Accelerator, checkpoints: Path | None = None) -> Iterator[Path]:
     """Context: fill a staging directory, which then takes the place of ``target`` in one step.
 
     Every process enters and may write; the first one makes the exchange. After an error, or a kill at any moment,
     ``target`` is what it was.
 
+    Args:
+        target: the directory.
+        accelerator: of the training.
+        checkpoints: directory whose last checkpoint is named where the files cannot be written; by default the one
+            that ``target`` is in.
+
     Raises:
         CheckpointError: if the files cannot be written, for instance because the disk is full.
     """
-    staging = target.parent / STAGING / target.name
+    staging = staging_of(target)
     try:
         if accelerator.is_main_process:
             shutil.rmtree(staging.parent, ignore_errors=True)
@@ -53,34 +61,46 @@ def whole_directory(target: Path, accelerator: Accelerator) -> Iterator[Path]:
         yield staging
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            _exchange(staging, target)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
+            replace_directory(target)
+    except Exception as error:
         shutil.rmtree(staging.parent, ignore_errors=True)
-        if isinstance(error, ShadowtuneError):
+        cause = error.__cause__ if isinstance(error, CheckpointError) else error  # of a save within this one
+        if isinstance(cause, ShadowtuneError) or not isinstance(cause, Exception):
             raise
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"cannot write {target}: {reason}; checkpoints saved before are kept") from error
+        if not is_write_error(cause) and not isinstance(cause, RuntimeError):  # torch.save's for a full disk
+            raise
+        raise CheckpointError(
+            f"cannot write {target}: {write_reason(cause)}; {kept(checkpoints or target.parent)}"
+        ) from error
     accelerator.wait_for_everyone()
 
 
-def _exchange(staging: Path, target: Path) -> None:
-    """Flush everything under ``staging`` to the disk and rename it to ``target``."""
-    for path in [*staging.rglob("*"), staging]:
-        _flush(path)
-    if target.exists():
-        os.replace(target, staging.parent / "old")
-    os.replace(staging, target)
-    _flush(target.parent)
-    shutil.rmtree(staging.parent, ignore_errors=True)
+@contextmanager
+def writing_run(run: Path, checkpoints: Path) -> Iterator[None]:
+    """Context in which a file of a run that cannot be written, such as its log on a full disk, ends in one line.
 
-
-def _flush(path: Path) -> None:
-    """Make the operating system write a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    Raises:
+        TrainingError: naming the last checkpoint.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if isinstance(error, ShadowtuneError):
+            raise
+        message = f"cannot write to {error.filename or run}: {write_reason(error)}; {kept(checkpoints)}"
+        raise TrainingError(message) from error
+
+
+def kept(checkpoints: Path) -> str:
+    """Say which checkpoint a run can go on from."""
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    return "no checkpoint was saved before" if last is None else f"{last} is whole, and --resume goes on from it"
+
+
+def write_files(checkpoint: Path) -> None:
+    """Record the names and contents of all files of a checkpoint that is about to be finished."""
+    digests = {str(path.relative_to(checkpoint)): _digest(path) for path in _files_of(checkpoint)}
+    (checkpoint / FILES).write_text(json.dumps(digests, indent=2) + "\n")
 
 
 def write_progress(checkpoint: Path, progress: Progress) -> None:
@@ -97,26 +117,49 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Read every file of a checkpoint through; torch's archives carry checksums.
+    """Compare every file of a checkpoint with what was written.
 
     Raises:
-        CheckpointError: naming the first file that is damaged, and how to go on without this checkpoint.
+        CheckpointError: naming the first file that is missing or differs, and how to go on without this checkpoint.
     """
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+    for name, digest in check_complete(checkpoint).items():
         try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt"):
-                    pass
-            elif path.suffix in (".pt", ".pth", ".bin"):
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip() is not None:
-                        raise zipfile.BadZipFile("its contents do not match their checksum")
-            elif path.suffix == ".json":
-                json.loads(path.read_text())
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            raise _damaged(path, checkpoint, error) from None
+            found = _digest(checkpoint / name)
+        except OSError as error:
+            raise _damaged(checkpoint / name, checkpoint, error.strerror) from None
+        if found != digest:
+            raise _damaged(checkpoint / name, checkpoint, f"its contents are not those recorded in {FILES}")
 
 
-def _damaged(path: Path, checkpoint: Path, error: Exception) -> CheckpointError:
+def check_complete(checkpoint: Path) -> dict[str, str]:
+    """Return the digests of a checkpoint's files by name; raises CheckpointError if one of the files is missing."""
+    try:
+        digests: Any = json.loads((checkpoint / FILES).read_text())
+        names = {str(path.relative_to(checkpoint)) for path in _files_of(checkpoint)}
+        missing = sorted(digests.keys() - names)
+    except FileNotFoundError:
+        digests, missing = {}, [FILES]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise _damaged(checkpoint / FILES, checkpoint, error) from None
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint / missing[0]} is missing; delete {checkpoint} to resume from the one before it"
+        )
+    return dict(digests)
+
+
+def _files_of(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / FILES)
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while piece := handle.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, checkpoint: Path, error: Any) -> CheckpointError:
     reason = " ".join(str(error).split())
     return CheckpointError(f"{path} is damaged ({reason}); delete {checkpoint} to resume from the one before it")

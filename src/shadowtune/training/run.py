@@ -7,15 +7,26 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import SaveStrategy
 
 from shadowtune.config.training import TrainConfig
+from shadowtune.data.dataset import Dataset
+from shadowtune.export.card import (
+    Card,
+    Form,
+    describe_prompt,
+    measuring_conditions,
+    training_costs,
+    training_facts,
+    write_card,
+)
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.checkpoint import writing_into
 from shadowtune.model.methods import (
@@ -25,12 +36,14 @@ from shadowtune.model.methods import (
     parameter_table,
     trainable_parameters,
 )
+from shadowtune.model.older_versions import write_older_keys
 from shadowtune.model.pair import ShadowPair
 from shadowtune.model.quantization import quantization_arguments
-from shadowtune.provenance import peak_memory_mb
+from shadowtune.provenance import peak_memory_mb, provenance
 from shadowtune.training import drafting
 from shadowtune.training.arguments import training_arguments
-from shadowtune.training.checkpoints import whole_directory
+from shadowtune.training.checkpoints import whole_directory, writing_run
+from shadowtune.training.inputs import TrainingInputs
 from shadowtune.training.interruption import StopBetweenSteps
 from shadowtune.training.metrics import MetricsFile
 from shadowtune.training.mixing import fit_head_mixing
@@ -108,7 +121,12 @@ def train(
             report("base and shadow together")
         rows = load_training_rows(config)
         report(f"data: {rows.report}")
-        model = build_model(together(config) if config.shadow_first else config, rows.num_labels)
+        settings = together(config) if config.shadow_first else config
+        base = load_run_base(settings, rows.num_labels)
+        inputs = TrainingInputs.of(base, rows) if main else None
+        if inputs is not None and resume:
+            run.check_inputs(inputs)
+        model = build_model(settings, rows.num_labels, base)
         check_rows(rows, model)
         if config.draft_vocabulary is not None and config.stage == "task" and isinstance(model, ShadowForCausalLM):
             model.set_draft_vocabulary(frequent_tokens(rows.train, config.draft_vocabulary))
@@ -119,14 +137,15 @@ def train(
             model.freeze_unused()
         trained = before if config.shadow_first else trainable_parameters(model)
         with arguments.main_process_first(local=False):
-            if main:
+            if inputs is not None:
                 run.begin(config, resume)
+                inputs.save(run.path)
         trainer = make_trainer(config, run, arguments, model, rows)
         if config.distillation_cache is not None:
             trainer.train_dataset = taught_rows(config, model, rows, trainer.accelerator, report)
         interrupt = StopBetweenSteps()
         trainer.add_callback(interrupt)
-        with interrupt.watching():
+        with interrupt.watching(), writing_run(run.path, run.checkpoints):
             output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
             if config.fits_head_mixing:
                 _fit_head_mixing(config, model, rows, report)
@@ -134,8 +153,8 @@ def train(
         return _finish(config, run, trainer, output.training_loss, trained, first, taught)
 
 
-def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module:
-    """Load the base of a run and make it trainable with the run's method, seeded."""
+def load_run_base(config: TrainConfig, num_labels: int | None = None) -> PreTrainedModel:
+    """Load the base of a run, seeded: a head for other classes starts at random."""
     dtype = vars(torch)[config.base_dtype]
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attention}
     kwargs |= quantization_arguments(config.base_quantization, dtype)
@@ -144,7 +163,12 @@ def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module
     if num_labels is not None:
         kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a head for other classes starts anew
     set_seed(config.seed)
-    base = load_base(config.model, config.task, **kwargs)
+    return load_base(config.model, config.task, **kwargs)
+
+
+def build_model(config: TrainConfig, num_labels: int | None = None, base: PreTrainedModel | None = None) -> nn.Module:
+    """Make the base of a run, which may be loaded already, trainable with the run's method."""
+    base = load_run_base(config, num_labels) if base is None else base
     trained_in = vars(torch)[config.trainable_dtype]
     model = make_trainable(base, config.method, config.task, config.shadow, config.lora, trained_in, config.peft)
     return set_up_pretraining(model, config.projection_steps) if config.stage == "pretrain" else model
@@ -225,14 +249,6 @@ def _finish(
     """
     model: Any = trainer.model
     progress = trainer.progress()
-    with whole_directory(run.model, trainer.accelerator) as staging:
-        trainer.save_model(str(staging))
-        if trainer.args.should_save:
-            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-            if config.method in ("lora", "dora", "peft"):  # PEFT writes none, but a classifier's head needs one
-                model.config.save_pretrained(staging)
-    if trainer.args.process_index != 0:
-        return None
     losses, measured = (
         [line[name] for line in trainer.state.log_history if name in line] for name in ("loss", "eval_loss")
     )
@@ -252,6 +268,27 @@ def _finish(
         shadow_seconds=None if first is None else first.train_seconds,
         drafting_seconds=drafting_seconds,
     )
+    with whole_directory(run.model, trainer.accelerator, run.checkpoints) as staging:
+        trainer.save_model(str(staging))
+        if trainer.args.should_save:
+            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+            if config.method in ("lora", "dora", "peft"):  # PEFT writes none, but a classifier's head needs one
+                model.config.save_pretrained(staging)
+            write_older_keys(staging)
+            _write_card(config, staging, run.model.name, trainer.processing_class, summary)
+    if trainer.args.process_index != 0:
+        return None
     with writing_into(run.path) as staging:
         (staging / run.summary_file.name).write_text(json.dumps(asdict(summary), indent=2) + "\n")
     return summary
+
+
+def _write_card(config: TrainConfig, directory: Path, name: str, tokenizer: Any, summary: TrainSummary) -> None:
+    """Write the model card of a run that has just ended."""
+    prompt = ""
+    if config.task == "causal_lm" and config.stage == "task":
+        prompt = describe_prompt(Dataset.open(config.data).prompt_format, tokenizer)
+    measured, conditions = training_costs(asdict(summary)), measuring_conditions(provenance())
+    card = Card(config.model, config.task, training_facts(config), measured, conditions, prompt)
+    form: Form = "attached" if config.method == "shadow" else "full" if config.method == "full" else "adapter"
+    write_card(directory, card, form, name, tokenizer, summary.trainable_parameters)

@@ -1,6 +1,7 @@
 """The run directory: one training run, everything it was made from, and what it left.
 
 config.yaml         the resolved settings           environment.json   commit, versions, hardware, date
+inputs.json         digests of base, tokenizer and rows, compared on --resume
 metrics.jsonl       a line per log step             checkpoints/       whole checkpoints, for --resume
 model/              the trained model               summary.json       what it cost; there when the run has finished
 tensorboard/        the same lines for TensorBoard     shadow/            the run in which the shadow learned alone
@@ -21,8 +22,11 @@ from shadowtune.config.loading import dump_config, load_config
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import CheckpointError, ConfigError, TrainingError
 from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.replacement import recover_directory
 from shadowtune.provenance import provenance
 from shadowtune.training.checkpoints import check_checkpoint
+from shadowtune.training.inputs import TrainingInputs
+from shadowtune.training.shadow_first import DIRECTORY
 
 MAY_CHANGE = (
     "output",
@@ -77,6 +81,7 @@ class RunDirectory:
             ConfigError: if the run to resume was made with other settings.
             CheckpointError: if the checkpoint to resume from is damaged.
         """
+        recover_directory(self.model)
         if overwrite or not (self.config_file.exists() or self.last_checkpoint()):
             return
         if not resume:
@@ -89,6 +94,19 @@ class RunDirectory:
             )
         if (last := self.last_checkpoint()) is not None:
             check_checkpoint(Path(last))
+
+    def check_inputs(self, inputs: TrainingInputs) -> None:
+        """Refuse to resume with other rows, base or tokenizer than those that this run, or a part of it, began with.
+
+        Raises:
+            ConfigError: naming what has changed.
+            CheckpointError: if it was not recorded, or the record is damaged.
+        """
+        if self.last_checkpoint() is not None:
+            inputs.check(self.path)
+        first = RunDirectory(self.path / DIRECTORY)  # the shadow's own run
+        if first.last_checkpoint() is not None or first.model.is_dir():
+            inputs.check(first.path)
 
     def begin(self, config: TrainConfig, resume: bool) -> None:
         """Write the settings and the environment; unless resuming, remove what an earlier run left.
@@ -116,6 +134,7 @@ class RunDirectory:
 
     def is_finished(self, config: TrainConfig) -> bool:
         """Whether a run with exactly these settings has left its model here."""
+        recover_directory(self.model)
         if not (self.summary_file.is_file() and self.config_file.is_file() and self.model.is_dir()):
             return False
         return replace(self.read_config(), output=config.output) == config

@@ -115,11 +115,11 @@ class TaughtRows(Sequence[dict[str, Any]]):
 
 
 def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Hash the "input_ids" and "labels" of all rows, in their order."""
+    """Hash the "input_ids" and "labels" of all rows, in their order; a label may also be one class."""
     digest = hashlib.sha256()
     for row in rows:
         for name in ("input_ids", "labels"):
-            values = array("i", row[name])
+            values = array("i", [row[name]] if isinstance(row[name], int) else row[name])
             digest.update(f"{len(values)}:".encode())
             digest.update(values.tobytes())
     return digest.hexdigest()[:16]

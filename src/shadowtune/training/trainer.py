@@ -18,7 +18,14 @@ from shadowtune.model.checkpoint import read_tensors
 from shadowtune.model.loading import load_tensors
 from shadowtune.model.objective import Objective, is_finite
 from shadowtune.model.pair import ShadowPair
-from shadowtune.training.checkpoints import Progress, read_progress, whole_directory, write_progress
+from shadowtune.training.checkpoints import (
+    Progress,
+    check_complete,
+    read_progress,
+    whole_directory,
+    write_files,
+    write_progress,
+)
 from shadowtune.training.metrics import LeaveOutNonfinite
 from shadowtune.training.sampling import EpochSampler
 
@@ -78,6 +85,7 @@ class ShadowTrainer(Trainer):
         """
         self._started = time.perf_counter()
         if isinstance(resume_from_checkpoint, str):
+            check_complete(Path(resume_from_checkpoint))  # transformers goes on without the optimizer's state
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             losses = [line["loss"] for line in state.log_history if "loss" in line]
             if losses and state.global_step >= self._total_steps():
@@ -222,7 +230,8 @@ class ShadowTrainer(Trainer):
             if parameter.requires_grad and not is_finite(parameter):
                 raise TrainingError(f"{name} holds NaN or infinite values at step {step}; not saved")
         directory, progress = Path(super()._get_output_dir(trial)), self.progress()
-        with whole_directory(directory / f"{PREFIX_CHECKPOINT_DIR}-{step}", self.accelerator) as staging:
+        target = directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        with whole_directory(target, self.accelerator, directory) as staging:
             self._staging = staging.parent
             try:
                 super()._save_checkpoint(model, trial)
@@ -230,6 +239,9 @@ class ShadowTrainer(Trainer):
                 self._staging = None
             if self.args.should_save:
                 write_progress(staging, progress)
+            self.accelerator.wait_for_everyone()  # for the states of the others' random numbers
+            if self.args.should_save:
+                write_files(staging)
         if self.args.should_save:
             rotate_checkpoints(output_dir=str(directory), save_total_limit=self.keep_checkpoints)
 

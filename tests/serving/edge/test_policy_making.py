@@ -119,3 +119,13 @@ def test_the_picture_is_drawn():
     assert png(figure).startswith(b"\x89PNG")
     lines = {line.get_label() for line in figure.axes[0].get_lines()}
     assert {"logprob", "learned", "random", "chosen", "checked"} <= lines
+
+
+def test_the_picture_has_a_unit_of_costs_and_no_percentage_that_there_cannot_be():
+    figure = new_figure(11, 4.5)
+    draw(figure, made(rows()))
+    shares, costs = figure.axes
+    assert costs.get_xlabel() == "cost of a request, in cloud tokens"
+    for low, high in (shares.get_xlim(), shares.get_ylim(), costs.get_ylim()):
+        assert 0 <= low < high <= 100
+    assert costs.get_xlim()[0] == 0

@@ -36,3 +36,18 @@ def test_accuracy_stands_over_cost_and_over_the_median_latency():
 
 def test_without_a_curve_there_is_none():
     assert "every threshold" not in drawn([])[0]
+
+
+def test_costs_have_a_unit_and_axes_show_nothing_that_there_cannot_be():
+    figure = Figure()
+    draw(figure, [result("always-edge", 0.0, 0, 0.01), result("always-cloud", 1.0, 20, 0.2)], [])
+    left, _ = figure.axes
+    assert left.get_xlabel() == "cost of 1,000 requests, in the unit of the token price"
+    assert (left.get_xlim()[0], left.get_ylim()) == (0, (0, 100))
+
+
+def test_a_curve_of_one_threshold_is_a_mark():
+    figure = Figure()
+    draw(figure, RESULTS, [result("logprob", 0.7, 1, 0.1)])
+    lines = {line.get_label(): line.get_marker() for line in figure.axes[0].lines}
+    assert lines["every threshold"] == "o"

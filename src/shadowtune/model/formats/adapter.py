@@ -18,6 +18,7 @@ from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import save_readable
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.formats.mapping import Place
+from shadowtune.model.malformed import check_numbers, one_line
 from shadowtune.model.shadow import Shadow
 
 PROJECTED = ("causal_lm_with_hidden_projection", "shadow_proj_causal_lm")
@@ -71,8 +72,9 @@ def read_json(file: str) -> dict[str, Any]:
     """Read a JSON object; raises CheckpointError if it is damaged."""
     try:
         values = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {one_line(error)}") from None
+    check_numbers(values, f"{file} is damaged")
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} is damaged: it must hold a JSON object, not {type(values).__name__}")
     return values

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from shadowtune.serving.simulation.world import Result
+from shadowtune.tables import keep_within, line_style
 
 MARKERS = {"always-edge": "s", "always-cloud": "D", "lora-cloud": "v", "verify": "^", "oracle": "*"}
-AXES = {"cost": "cost of 1,000 requests", "p50": "median latency, s"}
+AXES = {"cost": "cost of 1,000 requests, in the unit of the token price", "p50": "median latency, s"}
 
 
 def draw(figure: Any, results: Sequence[Result], curve: Sequence[Result]) -> None:
@@ -16,7 +17,9 @@ def draw(figure: Any, results: Sequence[Result], curve: Sequence[Result]) -> Non
     for axes, (x, label) in zip(figure.subplots(1, 2, sharey=True), AXES.items(), strict=True):
         axes.plot(*_points(random, x), ".:", color="#9aa0a6", label="random")
         if curve:
-            axes.plot(*_points(curve, x), "-", color="#3b6fd4", linewidth=1.2, label="every threshold")
+            axes.plot(
+                *_points(curve, x), line_style(len(curve)), color="#3b6fd4", linewidth=1.2, label="every threshold"
+            )
         for number, result in enumerate(others):
             marker = MARKERS.get(result.policy, "o")
             axes.plot(*_points([result], x), marker, color=f"C{number}", markersize=8, label=result.policy)
@@ -25,6 +28,8 @@ def draw(figure: Any, results: Sequence[Result], curve: Sequence[Result]) -> Non
     left, right = figure.axes
     left.set(ylabel="accuracy, %")
     right.set(xscale="log")
+    keep_within(left.yaxis, 0, 100)  # which both share
+    keep_within(left.xaxis, 0)
     right.legend(fontsize="small")
 
 
