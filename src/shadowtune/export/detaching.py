@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from shadowtune.data.baking import save_prompts
+from shadowtune.data.encoding import prompt_ids
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ShadowtuneError
 from shadowtune.export.card import Card
@@ -31,7 +33,7 @@ _AUTOS = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSeque
 
 def built_in_prompts(tokenizer: Tokenizer) -> list[list[int]]:
     """Return the token ids of the built-in prompts."""
-    return [tokenizer(text)["input_ids"] for text in BUILT_IN_PROMPTS]
+    return [prompt_ids(text, tokenizer, chat_template=False) for text in BUILT_IN_PROMPTS]
 
 
 def write_detached(
@@ -71,8 +73,7 @@ def write_detached(
             parameter.data = parameter.data.to(dtype)
     with staged(directory) as staging:
         write_plain(plain, staging)
-        tokenizer.save_pretrained(str(staging))
-        (prompt_format or PromptFormat()).save(staging)
+        save_prompts(tokenizer, prompt_format or PromptFormat(), staging)
         parameters = sum(parameter.numel() for parameter in plain.parameters())
         (staging / "README.md").write_text(card.text(parameters, directory.name))
         loaded: PreTrainedModel = _AUTOS[card.task].from_pretrained(staging).to(plain.device).eval()

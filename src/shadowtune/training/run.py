@@ -16,6 +16,9 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import SaveStrategy
 
 from shadowtune.config.training import TrainConfig
+from shadowtune.data.baking import save_prompts
+from shadowtune.data.ends import record_ends
+from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.checkpoint import writing_into
 from shadowtune.model.methods import (
@@ -34,7 +37,13 @@ from shadowtune.training.interruption import StopBetweenSteps
 from shadowtune.training.metrics import MetricsFile
 from shadowtune.training.mixing import fit_head_mixing
 from shadowtune.training.pretraining import ProjectionsFirst, set_up_pretraining, taught_rows
-from shadowtune.training.rows import TrainingRows, check_rows, frequent_tokens, load_training_rows
+from shadowtune.training.rows import (
+    TrainingRows,
+    check_rows,
+    format_to_record,
+    frequent_tokens,
+    load_training_rows,
+)
 from shadowtune.training.run_dir import RunDirectory
 from shadowtune.training.shadow_first import alone, together
 from shadowtune.training.trainer import ShadowTrainer, with_row_numbers
@@ -106,9 +115,14 @@ def train(
             first = train(alone(config), resume, overwrite, report, quiet)
             report("base and shadow together")
         rows = load_training_rows(config)
-        report(f"data: {rows.report}")
+        ends = [rows.tokenizer.convert_ids_to_tokens(token) for token in rows.prompt_format.ends]
+        report(f"data: {rows.report}" + (f"; answers end in {', '.join(ends)}" if ends else ""))
+        if rows.unread:
+            report(f"warning: no setting reads {', '.join(rows.unread)} of the training rows")
         model = build_model(together(config) if config.shadow_first else config, rows.num_labels)
         check_rows(rows, model)
+        form = format_to_record(rows, model.generation_config if config.task == "causal_lm" else None)
+        _stop_at(model, form)
         if config.draft_vocabulary is not None and config.stage == "task" and isinstance(model, ShadowForCausalLM):
             model.set_draft_vocabulary(frequent_tokens(rows.train, config.draft_vocabulary))
         for part, total, trained in parameter_table(model):
@@ -123,10 +137,18 @@ def train(
         trainer.add_callback(interrupt)
         with interrupt.watching():
             output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
+            _stop_at(model, form)  # transformers has put the tokenizer's end token into the generation config
             if config.fit_head_mixing:
                 _fit_head_mixing(config, model, rows, report)
             taught = _teach_drafter(config, run, model, rows, report, quiet) if config.drafter_last else None
-        return _finish(config, run, trainer, output.training_loss, first, taught)
+            _stop_at(model, form)
+        return _finish(config, run, trainer, form, output.training_loss, first, taught)
+
+
+def _stop_at(model: Any, form: PromptFormat) -> None:
+    """Write the format's end tokens into the model's generation config."""
+    if form.ends:
+        record_ends(model, form.ends)
 
 
 def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module:
@@ -199,7 +221,8 @@ def _teach_drafter(
         shutil.rmtree(place.path, ignore_errors=True)
         place.path.mkdir()
     chosen = drafting.chosen_rows(config, rows.train)
-    own = replace(rows, train=drafting.own_answers(model, rows.tokenizer, chosen, report), validation=None)
+    answered = drafting.own_answers(model, rows.tokenizer, chosen, report)
+    own = replace(rows, train=answered, validation=None)
     with drafting.only_the_drafter(model):
         make_trainer(settings, place, arguments, model, own).train()
     return time.perf_counter() - start
@@ -209,6 +232,7 @@ def _finish(
     config: TrainConfig,
     run: RunDirectory,
     trainer: ShadowTrainer,
+    form: PromptFormat,
     training_loss: float,
     first: TrainSummary | None,
     drafting_seconds: float | None,
@@ -222,6 +246,10 @@ def _finish(
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
             if config.method in ("lora", "dora", "peft"):  # PEFT writes none, but a classifier's head needs one
                 model.config.save_pretrained(staging)
+            if config.task == "classification":
+                form.save(staging)
+            else:
+                save_prompts(trainer.processing_class, form, staging)
     if trainer.args.process_index != 0:
         return None
     losses, measured = (
