@@ -44,7 +44,7 @@ def ends_to_record(
 
     Args:
         taught: tokens that end the learned answers.
-        inside: tokens that occur in learned answers before their end. Where they end the base's answers, they end none now.
+        inside: tokens that occur in learned answers before their end. They end no answer, even if they did the base's.
         generation_config: of the base.
         tokenizer: of the base.
     """
@@ -56,3 +56,4 @@ def record_ends(model: Any, ends: Sequence[int]) -> None:
     """Let a model's generation config stop at these tokens; nothing changes if there are none."""
     if ends and model.generation_config is not None:
         model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+        model.generation_config._from_model_config = False  # else transformers may make it anew from the model's config

@@ -61,6 +61,11 @@ class PromptFormat:
         needed = [name for name in self.fields if name not in self.optional_fields]
         return self.main_field or (needed[0] if len(needed) == 1 else None)
 
+    @property
+    def further_fields(self) -> tuple[str, ...]:
+        """Fields beside the one that takes a single text."""
+        return tuple(name for name in self.fields if name != self.text_field)
+
     def learned_from(self, report: EncodingReport) -> "PromptFormat":
         """Return this format with what was read off the training rows; its ends are still those of the rows alone."""
         return replace(
@@ -105,8 +110,8 @@ class PromptFormat:
         if name is None:
             raise DataError(
                 f"the model's template has the fields {', '.join(self.fields)}, and nothing says which of them a text "
-                "alone is; give them by name (--field NAME=VALUE; over HTTP: fields), send the whole prompt (--raw; over "
-                "HTTP: /v1/completions), or train with data.main_field"
+                "alone is; give them by name (--field NAME=VALUE; over HTTP: fields), send the whole prompt (--raw; "
+                "over HTTP: /v1/completions), or train with data.main_field"
             )
         if name in given:
             raise DataError(f"the text and the field {name} are the same part of the prompt; give one of them")

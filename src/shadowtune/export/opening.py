@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from shadowtune.data.baking import as_trained
 from shadowtune.data.ends import end_tokens, ends_of_config
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.errors import CheckpointError
+from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export import onnx_file
 from shadowtune.export.exporting import FORMATS, read_tokenizer
 from shadowtune.export.gguf_file import PROMPT_FORMAT, SPECIAL_TOKENS, TOKENIZER
@@ -65,7 +65,7 @@ def open_model(path: Path, max_length: int | None = None) -> OpenModel:
         file = path / "generation_config.json"
         generation = GenerationConfig.from_pretrained(path) if file.is_file() else GenerationConfig()
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, ShadowtuneError):
             raise
         raise CheckpointError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
     settings = vars(config)
