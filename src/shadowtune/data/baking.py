@@ -55,18 +55,20 @@ def bake(tokenizer: PreTrainedTokenizerBase, form: PromptFormat) -> tuple[PreTra
         form: of the prompts.
 
     Returns:
-        Both as they came where the tokenizer's own chat template already makes these prompts, or no chat template can:
-        the rows' template has several fields, and none is the main one.
+        Both as they came where the tokenizer's own chat template already makes these prompts. Where the rows' template
+        has several fields and none is the main one, a message is the whole prompt, filled in already.
     """
     original: Any = form.tokenizer_chat_template if form.baked else tokenizer.chat_template
     plain = as_trained(copy.deepcopy(tokenizer), form)
     unbaked = replace(form, baked=False, tokenizer_chat_template=None)
-    text = _chat_template(plain, form)
+    whole = form.template is not None and form.text_field is None
+    shown = replace(form, template=None, optional_fields=()) if whole else form
+    text = _chat_template(plain, shown)
     if text is None:
         return plain, unbaked
     baked = copy.deepcopy(plain)
     baked.chat_template = text
-    difference = _difference(baked, plain, form)
+    difference = _difference(baked, plain, shown)
     if difference is not None:
         logger.warning("the saved chat template does not make the prompts of training: %s", difference)
         return plain, unbaked
@@ -110,14 +112,12 @@ def has_format(directory: Path) -> bool:
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase, form: PromptFormat) -> str | None:
-    """Return Jinja text that makes the format's prompts; None if the tokenizer's own does, or none can."""
-    if form.template is not None and form.text_field is None:
-        return None
+    """Return Jinja text that makes the format's prompts; None if the tokenizer's own does."""
     if not form.takes_conversations(tokenizer):
         begin = "{{ bos_token }}" if begin_tokens(tokenizer) else ""
         return _SINGLE + begin + _prompt(form, "messages[0]['content']")
     original = str(tokenizer.get_chat_template())
-    parts = [_default(name, value) for name, value in form.template_kwargs.items()]
+    parts = [_setting(name, value) for name, value in form.template_kwargs.items()]
     if form.template is not None:
         parts.append(_FILL_LAST.replace("PROMPT", _prompt(form, "message['content']")))
     if not parts and not form.answer_prefix:
@@ -151,11 +151,11 @@ def _prompt(form: PromptFormat, words: str) -> str:
     return made
 
 
-def _default(name: str, value: Any) -> str:
-    """Return Jinja text that sets a variable where the caller does not."""
+def _setting(name: str, value: Any) -> str:
+    """Return Jinja text that sets a variable, also where the caller has: llama.cpp gives every template its own."""
     literal = _quoted(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     literal = "none" if value is None else literal
-    return "{%- if " + name + " is not defined -%}{%- set " + name + " = " + literal + " -%}{%- endif -%}"
+    return "{%- set " + name + " = " + literal + " -%}"
 
 
 def _quoted(text: str) -> str:

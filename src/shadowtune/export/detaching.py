@@ -73,9 +73,14 @@ def write_detached(
             parameter.data = parameter.data.to(dtype)
     with staged(directory) as staging:
         write_plain(plain, staging)
-        save_prompts(tokenizer, prompt_format or PromptFormat(), staging)
+        form: PromptFormat | None = None
+        if card.task == "classification":  # it reads texts as they are
+            tokenizer.save_pretrained(str(staging))
+            (prompt_format or PromptFormat()).save(staging)
+        else:
+            form = save_prompts(tokenizer, prompt_format or PromptFormat(), staging)
         parameters = sum(parameter.numel() for parameter in plain.parameters())
-        (staging / "README.md").write_text(card.text(parameters, directory.name))
+        (staging / "README.md").write_text(card.text(parameters, directory.name, form))
         loaded: PreTrainedModel = _AUTOS[card.task].from_pretrained(staging).to(plain.device).eval()
         _compare(plain, loaded, prompts, True, f"the files for {directory} and the model")
     return loaded
