@@ -1,6 +1,7 @@
 """Tokenizers whose chat templates have the shape of real ones, and tiny runs that learn their rows by heart."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def learned_run(
     steps: int = 60,
     base: dict[str, Any] | None = None,
     method: Any = "shadow",
+    report: Callable[[str], None] = lambda line: None,
     **data: Any,
 ) -> Path:
     """Train a tiny model until it knows its rows by heart; returns the run directory."""
@@ -115,5 +117,5 @@ def learned_run(
         max_steps=steps,
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant"),
     )
-    train(config, quiet=True)
+    train(config, report=report, quiet=True)
     return path / "run"

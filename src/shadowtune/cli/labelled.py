@@ -78,13 +78,12 @@ def data_of_format(form: "PromptFormat", source: str) -> "Dataset":
     from shadowtune.config.data import DataConfig
     from shadowtune.data.dataset import Dataset
 
-    template = {} if form.template is None else {"main_field": form.main_field}
     settings = DataConfig(
         train=source,
         template=form.template,
         chat_template=form.chat_template,
         optional_fields=form.optional_fields,
-        **template,
+        main_field=None if form.template is None else form.main_field,
     )
     return replace(Dataset.open(settings), form=form)
 

@@ -167,7 +167,7 @@ def _quoted(text: str) -> str:
 def _difference(baked: PreTrainedTokenizerBase, plain: PreTrainedTokenizerBase, form: PromptFormat) -> str | None:
     """Return what a baked tokenizer and a format make of the same message, if it is not the same prompt."""
     needed = [name for name in form.fields if name != form.text_field and name not in form.optional_fields]
-    fields = {name: f"{PROBE} {name}" for name in needed}
+    fields: dict[str, Any] = {name: f"{PROBE} {name}" for name in needed}
     try:
         found = baked.apply_chat_template([dict(asked(PROBE))], tokenize=False, add_generation_prompt=True, **fields)
         ids = form.encode([asked(PROBE)], plain, fields=fields)

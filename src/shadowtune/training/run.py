@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import SaveStrategy
 
@@ -115,7 +115,7 @@ def train(
             first = train(alone(config), resume, overwrite, report, quiet)
             report("base and shadow together")
         rows = load_training_rows(config)
-        ends = [rows.tokenizer.convert_ids_to_tokens(token) for token in rows.prompt_format.ends]
+        ends = rows.tokenizer.convert_ids_to_tokens(list(rows.prompt_format.ends))
         report(f"data: {rows.report}" + (f"; answers end in {', '.join(ends)}" if ends else ""))
         if rows.unread:
             report(f"warning: no setting reads {', '.join(rows.unread)} of the training rows")
@@ -142,7 +142,7 @@ def train(
                 _fit_head_mixing(config, model, rows, report)
             taught = _teach_drafter(config, run, model, rows, report, quiet) if config.drafter_last else None
             _stop_at(model, form)
-        return _finish(config, run, trainer, form, output.training_loss, first, taught)
+        return _finish(config, run, trainer, rows.tokenizer, form, output.training_loss, first, taught)
 
 
 def _stop_at(model: Any, form: PromptFormat) -> None:
@@ -232,6 +232,7 @@ def _finish(
     config: TrainConfig,
     run: RunDirectory,
     trainer: ShadowTrainer,
+    tokenizer: PreTrainedTokenizerBase,
     form: PromptFormat,
     training_loss: float,
     first: TrainSummary | None,
@@ -249,7 +250,7 @@ def _finish(
             if config.task == "classification":
                 form.save(staging)
             else:
-                save_prompts(trainer.processing_class, form, staging)
+                save_prompts(tokenizer, form, staging)
     if trainer.args.process_index != 0:
         return None
     losses, measured = (
