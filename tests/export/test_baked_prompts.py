@@ -183,3 +183,14 @@ def test_where_no_field_is_the_main_one_a_message_is_the_whole_prompt(tmp_path):
     assert stock.apply_chat_template(USER, tokenize=False, add_generation_prompt=True) == "sea"
     assert saved.baked
     assert Path(tmp_path / "prompt_format.json").is_file()
+
+
+@pytest.mark.parametrize("data", [{}, {"block_size": 8}], ids=["rows", "blocks"])
+def test_a_run_on_plain_texts_leaves_the_chat_template_as_it_is(data, tmp_path):
+    texts = [{"text": "the sea is wet"}, {"text": "the sun is big"}]
+    for template in (CHATML, None):
+        path = tmp_path / ("with" if template else "without")
+        path.mkdir()
+        run = learned_run(path, texts, chat_tokenizer(template), 1, **data)
+        assert AutoTokenizer.from_pretrained(run / "model").chat_template == template
+        assert FinishedRun.open(run).prompt_format.ends == (2,)

@@ -61,6 +61,8 @@ def bake(tokenizer: PreTrainedTokenizerBase, form: PromptFormat) -> tuple[PreTra
     original: Any = form.tokenizer_chat_template if form.baked else tokenizer.chat_template
     plain = as_trained(copy.deepcopy(tokenizer), form)
     unbaked = replace(form, baked=False, tokenizer_chat_template=None)
+    if not form.answers:
+        return plain, unbaked
     whole = form.template is not None and form.text_field is None
     shown = replace(form, template=None, optional_fields=()) if whole else form
     text = _chat_template(plain, shown)

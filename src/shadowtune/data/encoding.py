@@ -17,6 +17,7 @@ from shadowtune.data.prompts import (
     Conversation,
     Example,
     FieldNames,
+    Text,
     place_of,
     read_classified,
     read_example,
@@ -61,6 +62,8 @@ class EncodingReport:
     """What the chat template puts at the start of every answer; it was moved to the end of the prompts."""
     template_kwargs: dict[str, Any] = field(default_factory=dict, compare=False)
     """What every row gave the chat template beside its messages."""
+    answers: bool = field(default=True, compare=False)
+    """Whether any row has a prompt and an answer, rather than being plain text."""
     unread: tuple[str, ...] = field(default=(), compare=False)
     """Fields of the rows that nothing reads."""
 
@@ -146,6 +149,7 @@ def encode_rows(
         inside=frozenset(inside),
         answer_prefix=answer_prefix,
         template_kwargs=_common_kwargs(examples),
+        answers=not examples or not all(isinstance(example, Text) for example in examples),
         unread=tuple(sorted(_unread(rows, fields))),
     )
 

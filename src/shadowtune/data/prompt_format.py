@@ -42,6 +42,8 @@ class PromptFormat:
     """What the chat template puts at the start of every answer, such as an empty block of thoughts; it ends prompts."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """What the chat template is given by name, where a request does not say otherwise."""
+    answers: bool = True
+    """Whether prompts and their answers were learned; else plain texts, and the tokenizer's chat template stays."""
     ends: tuple[int, ...] = field(default=(), compare=False)
     """Tokens that end an answer, those of the training rows first; empty if nothing was trained here."""
     baked: bool = field(default=False, compare=False)
@@ -69,7 +71,11 @@ class PromptFormat:
     def learned_from(self, report: EncodingReport) -> "PromptFormat":
         """Return this format with what was read off the training rows; its ends are still those of the rows alone."""
         return replace(
-            self, answer_prefix=report.answer_prefix, template_kwargs=report.template_kwargs, ends=report.ends
+            self,
+            answer_prefix=report.answer_prefix,
+            template_kwargs=report.template_kwargs,
+            answers=report.answers,
+            ends=report.ends,
         )
 
     def fill(self, text: str | None, fields: Mapping[str, Any] | None = None) -> str:

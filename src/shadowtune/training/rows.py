@@ -79,7 +79,7 @@ def _format_of(data: Dataset, report: EncodingReport | BlockReport) -> PromptFor
     """Return the format of the prompts, as read off the training rows."""
     if isinstance(report, EncodingReport):
         return data.prompt_format.learned_from(report)
-    return replace(data.prompt_format, ends=() if report.end is None else (report.end,))
+    return replace(data.prompt_format, answers=False, ends=() if report.end is None else (report.end,))
 
 
 def format_to_record(rows: TrainingRows, generation_config: Any) -> PromptFormat:
