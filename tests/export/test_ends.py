@@ -167,3 +167,26 @@ def test_other_methods_record_their_ends_too(method, tmp_path):
         assert finished.model.generation_config.eos_token_id == [STOP_ID, 0, 2]
     found = finished.evaluate("attached", source=str(tmp_path / "rows.jsonl"), max_new_tokens=20)
     assert any(answer[-1] == STOP_ID and len(answer) < 20 for answer in found.answers)
+
+
+@needs_onnx
+def test_onnxruntime_genai_is_told_the_ends_and_the_penalty(detached, tmp_path):
+    out = tmp_path / "onnx"
+    assert main(["export", str(detached), "--to", "onnx", "--out", str(out)]) == 0
+    written = json.loads((out / "genai_config.json").read_text())
+    assert written["model"]["eos_token_id"] == [STOP_ID, 0, 2]
+    assert written["search"]["repetition_penalty"] == 1.0
+    onnxruntime_genai = pytest.importorskip("onnxruntime_genai")
+    opened = open_model(out)
+    ids = opened.prompt_format.encode(MESSAGES, opened.tokenizer)
+    model = onnxruntime_genai.Model(str(out))
+    settings = onnxruntime_genai.GeneratorParams(model)
+    settings.set_search_options(max_length=len(ids) + 20)
+    generator = onnxruntime_genai.Generator(model, settings)
+    generator.append_tokens(ids)
+    fresh = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        fresh.append(int(generator.get_next_tokens()[0]))
+    assert opened.tokenizer.decode(fresh[:-1]).strip() == "wet"
+    assert fresh[-1] == STOP_ID

@@ -17,6 +17,7 @@ from shadowtune.data.ends import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export import gguf_file, onnx_file
+from shadowtune.export.genai import write_genai_config
 from shadowtune.export.places import check_free, staged
 from shadowtune.export.runtimes import GgufModel, OnnxModel, Runtime, TorchModel
 from shadowtune.export.verification import TIE, Agreement, compare, require_equal
@@ -49,6 +50,8 @@ def _write_onnx(
     model.config.save_pretrained(directory)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
+    ends = end_tokens(model, tokenizer, prompt_format.ends)
+    write_genai_config(model, tokenizer, ends, onnx_file.FILE, directory)
     save_prompts(tokenizer, prompt_format, directory)
 
 
