@@ -79,7 +79,9 @@ def test_where_only_some_answers_have_thoughts_the_prompt_keeps_what_all_begin_w
         {"messages": [*turns("sea"), {"role": "assistant", "content": "wet", "reasoning_content": "rain"}]},
     ]
     _, learned, report = encoded(rows, QWEN3)
-    assert report.answer_prefix == "<think>\n"
+    assert (report.answer_prefix, report.content_mark) == ("<think>\n", "</think>")
+    assert encoded(rows[1:], QWEN3)[2].content_mark == "</think>"
+    assert encoded(rows[:1], QWEN3)[2].content_mark == ""
     assert learned == ["\n</think>\n\nhot<|im_end|>", "rain\n</think>\n\nwet<|im_end|>"]
 
 

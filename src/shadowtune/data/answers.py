@@ -25,6 +25,7 @@ def generate_answers(
     progress: Progress = lambda done, total: None,
     speculate: SpeculationConfig | None = None,
     recorded_ends: Sequence[int] = (),
+    content_mark: str = "",
 ) -> tuple[list[str], list[list[int]]]:
     """Answer prompts greedily, rows of similar length together, each until its end token.
 
@@ -33,6 +34,7 @@ def generate_answers(
         prompts: token ids of each prompt, as the model saw them in training.
         speculate: how an attached model's shadow drafts ahead, which changes no answer; None for token by token.
         recorded_ends: ``PromptFormat.ends`` of the model.
+        content_mark: ``PromptFormat.content_mark`` of the model: the texts are what follows it.
 
     Returns:
         The answers in the order of the prompts: as text, without special tokens and the one that ends it, and as token
@@ -42,6 +44,7 @@ def generate_answers(
         raise DataError("there are no prompts to answer")
     model.eval()
     ends = end_tokens(model, tokenizer, recorded_ends)
+    mark = tokenizer(content_mark, add_special_tokens=False)["input_ids"] if content_mark else []
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts, answers = [""] * len(prompts), [[0]] * len(prompts)
     drafting = {} if speculate is None else {"speculate": speculate}
@@ -59,7 +62,7 @@ def generate_answers(
         )
         fresh = output[:, batch["input_ids"].shape[1] :].tolist()
         ended = [up_to_end(ids, ends) for ids in fresh]
-        unended = [ids[:-1] if ids and ids[-1] in ends else ids for ids in ended]
+        unended = [_content(ids[:-1] if ids and ids[-1] in ends else ids, mark) for ids in ended]
         decoded = tokenizer.batch_decode(unended, skip_special_tokens=True)
         for index, ids, text in zip(chosen, ended, decoded, strict=True):
             texts[index], answers[index] = text.strip(), ids
@@ -70,3 +73,9 @@ def generate_answers(
 def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
     """Cut off what follows the first token that ends an answer."""
     return ids[: next((place for place, token in enumerate(ids, start=1) if token in ends), len(ids))]
+
+
+def _content(ids: list[int], mark: list[int]) -> list[int]:
+    """Return the tokens of an answer behind the last place where the mark is, or all of them."""
+    places = [place for place in range(len(ids) - len(mark) + 1) if mark and ids[place : place + len(mark)] == mark]
+    return ids[places[-1] + len(mark) :] if places else ids

@@ -60,6 +60,8 @@ class EncodingReport:
     """Tokens that occur in learned answers before their end."""
     answer_prefix: str = field(default="", compare=False)
     """What the chat template puts at the start of every answer; it was moved to the end of the prompts."""
+    content_mark: str = field(default="", compare=False)
+    """What the chat template puts between an answer's thoughts and its content, where answers have thoughts."""
     template_kwargs: dict[str, Any] = field(default_factory=dict, compare=False)
     """What every row gave the chat template beside its messages."""
     answers: bool = field(default=True, compare=False)
@@ -121,8 +123,9 @@ def encode_rows(
         with_kwargs(read_example(row, fields, place), template_kwargs) for row, place in zip(rows, places, strict=True)
     ]
     rendered, numbers = _render(examples, places, tokenizer, chat_template)
+    found_prefix, content_mark = common_scaffold(rendered, tokenizer)
     if answer_prefix is None:
-        answer_prefix = common_scaffold(rendered, tokenizer)
+        answer_prefix = found_prefix
     fitted: list[dict[str, Any]] = []
     ends: Counter[int] = Counter()
     inside: set[int] = set()
@@ -148,6 +151,7 @@ def encode_rows(
         ends=tuple(token for token, _ in ends.most_common()),
         inside=frozenset(inside),
         answer_prefix=answer_prefix,
+        content_mark=content_mark,
         template_kwargs=_common_kwargs(examples),
         answers=not examples or not all(isinstance(example, Text) for example in examples),
         unread=tuple(sorted(_unread(rows, fields))),

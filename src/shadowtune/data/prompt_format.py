@@ -42,6 +42,9 @@ class PromptFormat:
     """What the chat template puts at the start of every answer, such as an empty block of thoughts; it ends prompts."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """What the chat template is given by name, where a request does not say otherwise."""
+    content_mark: str = field(default="", compare=False)
+    """What is between an answer's thoughts and its content, where training answers had thoughts: evaluation compares
+    what follows it."""
     answers: bool = True
     """Whether prompts and their answers were learned; else plain texts, and the tokenizer's chat template stays."""
     ends: tuple[int, ...] = field(default=(), compare=False)
@@ -73,6 +76,7 @@ class PromptFormat:
         return replace(
             self,
             answer_prefix=report.answer_prefix,
+            content_mark=report.content_mark,
             template_kwargs=report.template_kwargs,
             answers=report.answers,
             ends=report.ends,

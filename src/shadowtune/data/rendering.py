@@ -28,7 +28,7 @@ class Piece:
     closes: bool = False
     """Whether the end-of-sequence token must follow, because no token of the text itself ends it."""
     scaffold: str = field(default="", compare=False)
-    """What the chat template puts at the start of every answer, as far as this answer begins with it."""
+    """What the chat template puts before the content of an answer that has nothing but content."""
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> bool:
@@ -127,7 +127,7 @@ class Renderer:
                 f"{place}: the chat template changes or leaves out part of the assistant's text (message {turn + 1}), "
                 "which then cannot be learned; train prompts and completions with data.chat_template=false instead"
             )
-        added = _shared_start([start[len(before) :], answer]) if start.startswith(before) else ""
+        added = start[len(before) :] if start.startswith(before) else ""
         return before, Piece(answer, True, closes=not rest.rstrip().endswith(self._end_texts), scaffold=added)
 
     def _rewritten(self, example: Conversation, turn: int, before: str, after: str, place: str) -> str:
@@ -224,17 +224,22 @@ def render_messages(
     return Piece(Renderer(tokenizer, True).prompt(example, place), learned=False)
 
 
-def common_scaffold(sequences: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what the chat template puts at the start of every answer: it belongs to the prompt.
+def common_scaffold(sequences: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return what the chat template puts at the start of every answer, and what it puts before the content after that.
 
-    Where answers begin with different parts of it, what they share up to the end of a line or of an added token.
+    The first belongs to the prompt. The second is empty unless answers have more than content, such as thoughts: then
+    answers share less of what the template puts there, up to the end of a line or of an added token.
     """
-    scaffolds = {piece.scaffold for pieces in sequences for piece in pieces if piece.learned}
-    shared = _shared_start(list(scaffolds))
-    if len(scaffolds) > 1:
+    answers = [piece for pieces in sequences for piece in pieces if piece.learned]
+    starts = {_shared_start([piece.scaffold, piece.text]) for piece in answers}
+    whole = max((piece.scaffold for piece in answers), key=len, default="")
+    shared = _shared_start(list(starts))
+    if shared != whole:
         marks = ["\n", *tokenizer.get_added_vocab()]
         shared = shared[: max(shared.rfind(mark) + len(mark) if mark in shared else 0 for mark in marks)]
-    return shared.rstrip(" ") if shared.strip() else ""
+    prefix = shared.rstrip(" ") if shared.strip() else ""
+    same = {piece.scaffold for piece in answers} == {whole}
+    return prefix, whole.removeprefix(prefix).strip() if same else ""
 
 
 def move_scaffold(pieces: Sequence[Piece], scaffold: str) -> list[Piece]:

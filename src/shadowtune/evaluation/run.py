@@ -188,6 +188,7 @@ class FinishedRun:
             said,
             speculate,
             self.prompt_format.ends,
+            self.prompt_format.content_mark,
         )
 
 
