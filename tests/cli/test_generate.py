@@ -4,6 +4,7 @@ import json
 import pytest
 
 from shadowtune.cli.main import main
+from tests.support.chats import chat_tokenizer, learned_run
 
 
 def test_answers_are_printed_and_measured(shadow_run, tmp_path, capsys):
@@ -73,3 +74,54 @@ def test_speculation_that_cannot_be_is_refused_in_a_line(shadow_run, options, sa
 def test_only_a_shadow_drafts(lora_run, capsys):
     assert main(["generate", str(lora_run), "say one", "--speculate"]) == 2
     assert "--speculate needs a shadow that generates" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def fields_run(tmp_path_factory):
+    rows = [
+        {"instruction": "say", "input": "one", "completion": "a"},
+        {"instruction": "say", "completion": "b", "origin": "x"},
+    ]
+    settings = {"template": "{instruction}\n\n{input}", "optional_fields": ("input",), "chat_template": False}
+    return learned_run(tmp_path_factory.mktemp("fields"), rows, chat_tokenizer(), 1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [
+        (["say"], "say"),
+        (["say", "--field", "input=two"], "say\n\ntwo"),
+        (["--field", "instruction=do", "--field", "input=a=b"], "do\n\na=b"),
+        (["--field", "instruction=do"], "do"),
+        (["whole prompt", "--raw"], "whole prompt"),
+    ],
+)
+def test_fields_of_a_template_are_given_by_name(fields_run, arguments, prompt, tmp_path):
+    command = ["generate", str(fields_run), *arguments, "--max-new-tokens", "2", "--json", str(tmp_path / "r.json")]
+    assert main(command) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--field", "input=two"], "instruction is not given"),
+        (["say", "--field", "inptu=two"], "no field 'inptu' (did you mean input?)"),
+        (["say", "--field", "input"], "--field takes NAME=VALUE, got 'input'"),
+        (["say", "--field", "input=a", "--field", "input=b"], "--field input is given twice"),
+        (["say", "--field", "input=a", "--raw"], "leave one of them out"),
+        (["say", "--field", "instruction=a"], "are the same part of the prompt"),
+    ],
+)
+def test_fields_that_do_not_fit_are_one_line(fields_run, arguments, said, capsys):
+    assert main(["generate", str(fields_run), *arguments]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_field_of_the_rows_that_nothing_reads_is_named_once(tmp_path):
+    lines = []
+    rows = [{"prompt": "a", "completion": "b", "origin": "x", "id": 1}] * 3
+    learned_run(tmp_path, rows, chat_tokenizer(), 1, report=lines.append)
+    assert [line for line in lines if "warning" in line] == [
+        "warning: no setting reads id, origin of the training rows"
+    ]

@@ -53,3 +53,18 @@ def test_the_models_own_ends_still_end_an_answer(model):
     for configured, expected in ((None, [2]), (5, [2, 5]), ([7, 2], [2, 7])):
         model.generation_config.eos_token_id = configured
         assert end_tokens(model, tokenizer) == expected
+
+
+def test_thoughts_are_no_part_of_the_texts_that_are_compared(model, prompts):
+    tokenizer = tiny_tokenizer()
+    whole, ids = generate_answers(model, tokenizer, prompts, 6)
+    for prompt, answer in zip(prompts, ids, strict=True):
+        for place, token in enumerate(answer[:-1]):
+            mark = tokenizer.decode([token])
+            if tokenizer(mark, add_special_tokens=False)["input_ids"] != [token]:
+                continue
+            (found,), same = generate_answers(model, tokenizer, [prompt], 6, content_mark=mark)
+            last = max(index for index, other in enumerate(answer) if other == token and place <= index)
+            assert found == tokenizer.decode(answer[last + 1 :], skip_special_tokens=True).strip()
+            assert same == [answer], "the tokens are all of them"
+    assert generate_answers(model, tokenizer, prompts, 6, content_mark="zzz")[0] == whole

@@ -35,10 +35,20 @@ def test_one_message_becomes_the_prompt_of_training():
     assert chat.encode([user("wake me")], TOKENIZER) == prompt_ids("Request: wake me", TOKENIZER)
 
 
-def test_without_a_chat_template_the_last_message_alone_is_read():
-    messages = [{"role": "system", "content": "be short"}, user("one"), user("two")]
-    assert decoded(REQUEST.encode(messages, TOKENIZER)) == "Request: two\nIntent:"
-    assert decoded(PromptFormat("Q {text}").encode(messages, BARE), BARE) == "Q two"
+@pytest.mark.parametrize(
+    ("messages", "lost"),
+    [
+        ([{"role": "system", "content": "be short"}, user("two")], "a system message"),
+        ([user("one"), {"role": "assistant", "content": "x"}, user("two")], "earlier turns"),
+        ([user("one"), user("two")], "earlier turns"),
+        ([{"role": "system", "content": "two"}], "its role"),
+    ],
+)
+def test_without_a_chat_template_what_the_model_cannot_read_is_refused(messages, lost):
+    for form, tokenizer in ((REQUEST, TOKENIZER), (PromptFormat("Q {text}"), BARE)):
+        with pytest.raises(DataError, match=f"of which {lost} would be lost") as caught:
+            form.encode(messages, tokenizer)
+        assert "\n" not in str(caught.value)
 
 
 def test_with_a_chat_template_all_messages_are_read_and_the_last_is_filled_in():

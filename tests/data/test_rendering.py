@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shadowtune.data.prompts import Completion, Conversation, Text
-from shadowtune.data.rendering import Piece, has_template, render, render_prompt, target_of
+from shadowtune.data.rendering import Piece, Renderer, has_template, render, render_prompt, target_of
 from shadowtune.errors import DataError
 from tests.support.properties import property_test
 from tests.support.templates import REFUSING, REWRITING, UNCLOSED
@@ -20,6 +20,10 @@ def turns(*contents, first="user"):
 
 def pieces(example, tokenizer=CHATML, chat_template=True):
     return render(example, tokenizer, chat_template, "here")
+
+
+def sequences(example, tokenizer=CHATML, chat_template=True):
+    return Renderer(tokenizer, chat_template).sequences(example, "here")
 
 
 def refuse(example, message, tokenizer=CHATML, chat_template=True):
@@ -108,10 +112,13 @@ def test_an_answer_that_is_empty_or_ends_like_the_turn_gets_the_turns_end_once(a
     assert pieces(Completion("hi", answer), tiny_tokenizer(UNCLOSED))[1] == Piece(answer, learned=True, closes=True)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_for_several_answers_only():
+def test_a_template_that_rewrites_earlier_turns_makes_a_sequence_of_each_answer():
     tokenizer = tiny_tokenizer(REWRITING)
-    assert pieces(Conversation(turns("a", "b")), tokenizer)[1] == Piece("think b<|im_end|>", learned=True)
-    refuse(Conversation(turns("a", "b", "c", "d")), "the chat template writes earlier turns anew", tokenizer)
+    one, two = sequences(Conversation(turns("a", "b", "c", "d")), tokenizer)
+    start = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert one == [Piece(start, False), Piece("think b<|im_end|>", True)]
+    again = start + "b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    assert two == [Piece(again, False), Piece("think d<|im_end|>", True)], "the earlier answer has no thoughts any more"
 
 
 def test_what_the_template_refuses_is_one_line():

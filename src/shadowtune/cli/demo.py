@@ -181,7 +181,8 @@ def _answer_three(run: Any) -> list[dict[str, Any]]:
         with run.mode(mode) as model:
             for example in examples:
                 prompt = run.prompt(example["request"])
-                answered = answer(model, run.tokenizer, prompt, Sampling(max_new_tokens=12), chat_template=False)
+                sampling, form = Sampling(max_new_tokens=12), run.prompt_format
+                answered = answer(model, run.tokenizer, prompt, sampling, prompt_format=form)
                 example |= {mode: answered.answer.strip(), f"{mode}_seconds": answered.seconds}
     return examples
 

@@ -44,7 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         trained = open_trained(source, arguments.limit) if _needs_detaching(source) else None
         if trained is not None:
-            write_detached(trained.model, trained.tokenizer, Path(scratch) / source.name, trained.card, trained.prompts)
+            plain = Path(scratch) / source.name
+            write_detached(
+                trained.model, trained.tokenizer, plain, trained.card, trained.prompts, None, trained.prompt_format
+            )
             trained.model = None  # its memory is needed no longer
         model, tokenizer = read_plain(Path(scratch) / source.name if trained else source)
         prompts = trained.prompts if trained else built_in_prompts(tokenizer)

@@ -12,6 +12,7 @@ EPILOG = """examples:
   shadowtune generate runs/clinc150 "wake me at six"
   shadowtune generate runs/clinc150 --mode detached --max-new-tokens 8 < request.txt
   shadowtune generate runs/gsm8k "Tom has 3 apples and buys 4 more. How many?" --speculate
+  shadowtune generate runs/alpaca --field instruction="Translate to French" --field input="good morning"
   (a number behind --speculate, not a prompt: write the prompt first, or --speculate=4)
 """
 
@@ -20,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run", help="run directory of shadowtune train")
     parser.add_argument("prompt", nargs="*", help="one or more prompts; read from standard input if there is none")
+    parser.add_argument(
+        "--field",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of the run's template; a prompt, if there is one, is its main field",
+    )
     parser.add_argument("--mode", default="attached", choices=("attached", "detached", "base"))
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) chooses the likeliest token")
@@ -34,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Answer each prompt, streaming as the tokens come."""
     check_json_target(arguments.json)
-    prompts = arguments.prompt or [sys.stdin.read()]
+    fields = _fields(arguments.field)
+    if fields and arguments.raw:
+        raise ConfigError("--raw takes whole prompts, and --field parts of one; leave one of them out")
+    prompts: list[str | None] = [*arguments.prompt] or ([None] if fields else [sys.stdin.read()])
     from shadowtune.core.prepacked_linear import prepacked_linear
     from shadowtune.evaluation.answering import Sampling, answer
     from shadowtune.evaluation.run import FinishedRun
@@ -53,8 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
     rows = []
     with finished.mode(arguments.mode) as model, prepacked_linear(model):  # nothing trains in this process
         for prompt in prompts:
-            text = prompt if arguments.raw else finished.prompt(prompt)
-            answered = answer(model, finished.tokenizer, text, sampling, finished.dataset.chat_template, _write)
+            text = prompt if arguments.raw and prompt is not None else finished.prompt(prompt, fields)
+            form = finished.prompt_format
+            answered = answer(model, finished.tokenizer, text, sampling, stream=_write, prompt_format=form)
             _write("\n")
             if answered.tokens_per_pass is not None:
                 speed = f"{answered.tokens_per_second:.1f} tokens/s"
@@ -62,6 +74,19 @@ def run(arguments: argparse.Namespace) -> int:
             rows.append({"mode": arguments.mode, "prompt": text, **vars(answered)})
     write_json(arguments.json, "generate", rows)
     return 0
+
+
+def _fields(given: list[str]) -> dict[str, str]:
+    """Return fields by their names; raises ConfigError if one is not NAME=VALUE, or is given twice."""
+    fields: dict[str, str] = {}
+    for pair in given:
+        name, separator, value = pair.partition("=")
+        if not name or not separator:
+            raise ConfigError(f"--field takes NAME=VALUE, got {pair!r}")
+        if name in fields:
+            raise ConfigError(f"--field {name} is given twice; give it once")
+        fields[name] = value
+    return fields
 
 
 def _write(text: str) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def read_labelled(data: "Dataset", tokenizer: Any, source: str | None, split: st
         Labelled(prompt.input_ids, text, _messages(data, row), right)
         for prompt, text, row, right in zip(prompts, texts, rows, references, strict=True)
     ]
-    longest = max(len(tokenizer(prompt.target)["input_ids"]) for prompt in prompts)
+    longest = max(len(tokenizer(prompt.target, add_special_tokens=False)["input_ids"]) for prompt in prompts)
     return LabelledSet(requests, data.metric, data.max_new_tokens or longest + ROOM, tokenizer)
 
 
@@ -78,14 +78,21 @@ def data_of_format(form: "PromptFormat", source: str) -> "Dataset":
     from shadowtune.config.data import DataConfig
     from shadowtune.data.dataset import Dataset
 
-    return Dataset.open(DataConfig(train=source, template=form.template, chat_template=form.chat_template))
+    settings = DataConfig(
+        train=source,
+        template=form.template,
+        chat_template=form.chat_template,
+        optional_fields=form.optional_fields,
+        main_field=None if form.template is None else form.main_field,
+    )
+    return replace(Dataset.open(settings), form=form)
 
 
 def _messages(data: "Dataset", row: "Row") -> tuple[dict[str, Any], ...] | None:
     """Return a user's words in a message, if the row has a field of them."""
     from shadowtune.config.templates import parse_template
 
-    if data.task is not None:
+    if data.task is not None or row.get("tools") or row.get("chat_template_kwargs"):
         return None
     pieces = [("", data.fields.prompt or "prompt")] if data.template is None else parse_template(data.template)
     fields = [name for _, name in pieces if name is not None]

@@ -72,13 +72,12 @@ def labelled_of(edge: Side, cloud: Side, source: str | None, split: str, limit: 
     Raises:
         ConfigError: if no side is a run, and there is no other source.
     """
-    from shadowtune.data.dataset import Dataset
-    from shadowtune.evaluation.run import read_run_config
+    from shadowtune.evaluation.run import read_run_config, run_dataset
     from shadowtune.export.exporting import read_tokenizer
 
     run = next((Path(side.source) for side in (cloud, edge) if not side.far and is_run(Path(side.source))), None)
     if run is not None:
-        data: Dataset = Dataset.open(read_run_config(run).data)
+        data = run_dataset(run, read_run_config(run))
         return read_labelled(data, read_tokenizer(str(run / "model")), source, split, limit)
     if source is None:
         raise ConfigError("neither side is a run with rows of its own; name a file of requests")

@@ -109,8 +109,7 @@ def read_source(path: Path) -> Source:
 def _read_run(path: Path) -> Source:
     import torch
 
-    from shadowtune.data.dataset import Dataset
-    from shadowtune.evaluation.run import read_run_config
+    from shadowtune.evaluation.run import read_run_config, run_dataset
     from shadowtune.model.quantization import quantization_arguments
 
     config = read_run_config(path)
@@ -120,7 +119,7 @@ def _read_run(path: Path) -> Source:
         raise CheckpointError(f"{path} has no model yet: the run has not finished training")
     dtype = vars(torch)[config.base_dtype]
     loading = {"dtype": dtype, **quantization_arguments(config.base_quantization, dtype)}
-    return Source(path, path / "model", config.model, Dataset.open(config.data).prompt_format, loading)
+    return Source(path, path / "model", config.model, run_dataset(path, config).prompt_format, loading)
 
 
 def open_shadow(source: Source, base: Any = None) -> "ShadowForCausalLM":

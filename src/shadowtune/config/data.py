@@ -12,6 +12,7 @@ _BROUGHT_BY_TASKS = (
     "train_split",
     "validation_split",
     "template",
+    "optional_fields",
     "prompt_field",
     "completion_field",
     "text_field",
@@ -44,6 +45,12 @@ class DataConfig:
     template: str | None = None
     """How a prompt is made from a row's fields, for instance "Request: {text}\\nIntent:"; None takes a field as it is.
     In classification it makes the text."""
+    optional_fields: tuple[str, ...] = ()
+    """Fields of the template that a row may lack, or have empty or null. The text between the field before and such a
+    field is left out with it: of "{instruction}\\n\\n{input}" only the instruction is left."""
+    main_field: str | None = None
+    """Field of the template that takes a user's words where there is one text alone: a prompt of ``generate``, a chat
+    message. None takes the only field that is not optional."""
     prompt_field: str | None = None
     """Field of the prompt, if it is not called ``prompt``."""
     completion_field: str | None = None
@@ -82,8 +89,17 @@ class DataConfig:
                         "text_field, or leave block_size out"
                     )
         if self.template is None:
+            if self.optional_fields or (self.main_field is not None and self.task is None):
+                raise ConfigError("optional_fields and main_field are fields of a template; set template")
             return
-        parse_template(self.template)
+        named = {name for _, name in parse_template(self.template)}
+        for setting in ("optional_fields", "main_field"):
+            value = vars(self)[setting]
+            unknown = sorted({value} - {None} - named if setting == "main_field" else set(value) - named)
+            if unknown:
+                raise ConfigError(f"{setting} names {', '.join(unknown)}, which the template does not have")
+        if self.main_field in self.optional_fields:
+            raise ConfigError(f"main_field={self.main_field} takes a user's words, so it cannot be optional")
         if self.prompt_field is not None or self.text_field is not None:
             raise ConfigError("template replaces prompt_field and text_field; set only one of them")
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.data.collate import left_pad
+from shadowtune.data.ends import end_tokens
 from shadowtune.errors import DataError
 
 Progress = Callable[[int, int], None]
@@ -23,6 +24,8 @@ def generate_answers(
     batch_size: int = 32,
     progress: Progress = lambda done, total: None,
     speculate: SpeculationConfig | None = None,
+    recorded_ends: Sequence[int] = (),
+    content_mark: str = "",
 ) -> tuple[list[str], list[list[int]]]:
     """Answer prompts greedily, rows of similar length together, each until its end token.
 
@@ -30,15 +33,18 @@ def generate_answers(
         model: anything with ``generate``; it is left in eval mode.
         prompts: token ids of each prompt, as the model saw them in training.
         speculate: how an attached model's shadow drafts ahead, which changes no answer; None for token by token.
+        recorded_ends: ``PromptFormat.ends`` of the model.
+        content_mark: ``PromptFormat.content_mark`` of the model: the texts are what follows it.
 
     Returns:
-        The answers in the order of the prompts: as text without special tokens, and as token ids up to the one that
-        ends them.
+        The answers in the order of the prompts: as text, without special tokens and the one that ends it, and as token
+        ids up to that one.
     """
     if not prompts:
         raise DataError("there are no prompts to answer")
     model.eval()
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer, recorded_ends)
+    mark = tokenizer(content_mark, add_special_tokens=False)["input_ids"] if content_mark else []
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts, answers = [""] * len(prompts), [[0]] * len(prompts)
     drafting = {} if speculate is None else {"speculate": speculate}
@@ -55,10 +61,11 @@ def generate_answers(
             **drafting,
         )
         fresh = output[:, batch["input_ids"].shape[1] :].tolist()
-        decoded = tokenizer.batch_decode(fresh, skip_special_tokens=True)
-        for index, ids, text in zip(chosen, fresh, decoded, strict=True):
-            texts[index] = text.strip()
-            answers[index] = up_to_end(ids, ends)
+        ended = [up_to_end(ids, ends) for ids in fresh]
+        unended = [_content(ids[:-1] if ids and ids[-1] in ends else ids, mark) for ids in ended]
+        decoded = tokenizer.batch_decode(unended, skip_special_tokens=True)
+        for index, ids, text in zip(chosen, ended, decoded, strict=True):
+            texts[index], answers[index] = text.strip(), ids
         progress(start + len(chosen), len(order))
     return texts, answers
 
@@ -68,8 +75,7 @@ def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
     return ids[: next((place for place, token in enumerate(ids, start=1) if token in ends), len(ids))]
 
 
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: the model's own, and the tokenizer's, which is learned to end answers."""
-    configured = model.generation_config.eos_token_id
-    ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    return sorted(ends - {None})
+def _content(ids: list[int], mark: list[int]) -> list[int]:
+    """Return the tokens of an answer behind the last place where the mark is, or all of them."""
+    places = [place for place in range(len(ids) - len(mark) + 1) if mark and ids[place : place + len(mark)] == mark]
+    return ids[places[-1] + len(mark) :] if places else ids

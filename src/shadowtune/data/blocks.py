@@ -3,7 +3,7 @@
 import bisect
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,8 @@ class BlockReport:
     """Tokens of each block but the last, which may be shorter."""
     tokens: int
     """In all blocks together."""
+    end: int | None = field(default=None, compare=False)
+    """The token between two texts."""
 
     def __str__(self) -> str:
         line = f"{self.documents:,} documents, {self.blocks:,} blocks of {self.block_size:,}, {self.tokens:,} tokens"
@@ -69,7 +71,8 @@ def encode_blocks(
     if rows and not blocks:
         raise DataError(f"the texts of all {len(rows)} rows make {len(stream)} tokens, too few for a block")
     tokens = sum(len(block["input_ids"]) for block in blocks)
-    return blocks, BlockReport(len(documents), len(rows) - len(documents), len(blocks), block_size, tokens)
+    counts = (len(documents), len(rows) - len(documents), len(blocks), block_size, tokens)
+    return blocks, BlockReport(*counts, tokenizer.eos_token_id if len(documents) > 1 else None)
 
 
 def _text(row: Mapping[str, Any], fields: FieldNames, place: str) -> str:

@@ -1,7 +1,7 @@
 """The data of a run: the rows of its own files or of its task, and how they become tokens."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,8 @@ class Dataset:
 
     settings: DataConfig
     task: Task | None = None
+    form: PromptFormat | None = None
+    """What was read off the training rows; None before that, or where nothing was trained."""
 
     @classmethod
     def open(cls, settings: DataConfig) -> "Dataset":
@@ -40,10 +42,22 @@ class Dataset:
             ConfigError: if there is no task of that name.
         """
         data = self.settings
-        return Dataset.open(
+        other = Dataset.open(
             DataConfig(
                 task=name, directory=data.directory, max_length=data.max_length, chat_template=data.chat_template
             )
+        )
+        if self.form is None:
+            return other
+        return replace(
+            other,
+            form=replace(
+                self.form,
+                template=other.template,
+                chat_template=other.chat_template,
+                optional_fields=(),
+                main_field=None,
+            ),
         )
 
     @property
@@ -68,8 +82,11 @@ class Dataset:
 
     @property
     def prompt_format(self) -> PromptFormat:
-        """What stands around a user's words: the template, where the row's field was, and the chat template."""
-        return PromptFormat(self.template, self.chat_template)
+        """How a user's words become a prompt: as read off the training rows, else as the settings say."""
+        if self.form is not None:
+            return self.form
+        settings = self.settings
+        return PromptFormat(self.template, self.chat_template, settings.optional_fields, settings.main_field)
 
     @property
     def chat_template(self) -> bool:
@@ -175,13 +192,17 @@ class Dataset:
                 raise ConfigError(f"task {self.task.config.name} has no classes to predict; set task=causal_lm")
             return encode_classification(rows, tokenizer, fields, self.max_length, overlong)
         only = data.completion_only or not training
-        return encode_rows(rows, tokenizer, fields, self.max_length, overlong, only, self.chat_template)
+        prefix = self.prompt_format.answer_prefix if self.form is not None or not training else None
+        given = self.prompt_format.template_kwargs
+        return encode_rows(rows, tokenizer, fields, self.max_length, overlong, only, self.chat_template, prefix, given)
 
     def encode_prompts(
         self, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
     ) -> list[EncodedPrompt]:
         """Encode the prompts of rows, for generation; raises DataError naming the row that cannot be read."""
-        return encode_prompts(rows, tokenizer, self.fields, self.max_length, self.chat_template)
+        form = self.prompt_format
+        shape = (self.fields, self.max_length, self.chat_template)
+        return encode_prompts(rows, tokenizer, *shape, form.answer_prefix, form.template_kwargs)
 
     def references(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[EncodedPrompt]) -> list[list[str]]:
         """Return for each row all answers that count as right: its task's, else the one that is its target."""

@@ -1,17 +1,15 @@
 """What a row says: a conversation, a prompt with its completion, plain text, or a text with its class."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shadowtune.config.checking import nearest
 from shadowtune.config.data import DataConfig
 from shadowtune.config.templates import parse_template
+from shadowtune.data.messages import Message, json_list, read_messages, read_template_kwargs, shorten
 from shadowtune.data.sources import Row
 from shadowtune.errors import DataError
-
-Message = Mapping[str, Any]
-"""One turn of a conversation: "role" and "content", both text, and whatever else a chat template reads."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +24,14 @@ class FieldNames:
     text: str | None = None
     label: str | None = None
     template: str | None = None
+    optional: tuple[str, ...] = ()
+    """Fields of the template that a row may lack."""
 
     @classmethod
     def from_config(cls, data: DataConfig) -> "FieldNames":
         """Take the names from the settings of a run."""
-        return cls(data.prompt_field, data.completion_field, data.text_field, data.label_field, data.template)
+        names = (data.prompt_field, data.completion_field, data.text_field, data.label_field, data.template)
+        return cls(*names, tuple(data.optional_fields))
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Conversation:
 
     messages: Sequence[Message]
     first_learned: int = 0
+    tools: list[Any] | None = None
+    """JSON schemas that the chat template shows."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What else the chat template is given."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Completion:
 
     prompt: str
     completion: str
+    tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,23 +80,45 @@ def read_example(row: Mapping[str, Any], fields: FieldNames, place: str) -> Exam
     Raises:
         DataError: naming the place, if the row has none of these or they do not hold what they should.
     """
+    extra = _template_arguments(row, place)
     if fields.template is not None:
-        prompt = fill_template(fields.template, row, place)
-        return Completion(prompt, text_of(row, fields.completion or "completion", place))
+        prompt = fill_template(fields.template, row, place, fields.optional)
+        return Completion(prompt, text_of(row, fields.completion or "completion", place), **extra)
     if fields.prompt is not None or fields.completion is not None:
-        return _read_completion(row, fields.prompt or "prompt", fields.completion or "completion", place)
+        return _read_completion(row, fields.prompt or "prompt", fields.completion or "completion", place, extra)
     if fields.text is not None:
         return Text(text_of(row, fields.text, place))
     if "messages" in row:
-        return Conversation(_messages_of(row, "messages", place))
+        return Conversation(read_messages(row["messages"], "messages", place), **extra)
     if "prompt" in row and "completion" in row:
-        return _read_completion(row, "prompt", "completion", place)
+        return _read_completion(row, "prompt", "completion", place, extra)
     if "text" in row:
         return Text(text_of(row, "text", place))
     raise DataError(
         f"{place}: needs messages, or prompt and completion, or text; it has {_keys(row)}. Name its fields with "
         "data.prompt_field, data.completion_field and data.text_field, or give a data.template"
     )
+
+
+def unread_fields(row: Mapping[str, Any], fields: FieldNames, classify: bool = False) -> set[str]:
+    """Return the names of a row's fields that ``read_example`` (or ``read_classified``) does not read."""
+    return set(map(str, row)) - _read_names(row, fields, classify)
+
+
+def _read_names(row: Mapping[str, Any], fields: FieldNames, classify: bool) -> set[str]:
+    filled = set() if fields.template is None else {name for _, name in parse_template(fields.template) if name}
+    if classify:
+        return (filled or {fields.text or "text"}) | {fields.label or "label"}
+    chat = {"tools", "chat_template_kwargs"}
+    if filled:
+        return filled | {fields.completion or "completion"} | chat
+    if fields.prompt is not None or fields.completion is not None:
+        return {fields.prompt or "prompt", fields.completion or "completion"} | chat
+    if fields.text is not None:
+        return {fields.text}
+    if "messages" in row:
+        return {"messages"} | chat
+    return {"prompt", "completion"} | chat if "prompt" in row and "completion" in row else {"text"}
 
 
 def read_classified(row: Mapping[str, Any], fields: FieldNames, place: str) -> tuple[str, int]:
@@ -99,33 +128,39 @@ def read_classified(row: Mapping[str, Any], fields: FieldNames, place: str) -> t
         DataError: naming the place and the field that is missing or holds something else.
     """
     if fields.template is not None:
-        text = fill_template(fields.template, row, place)
+        text = fill_template(fields.template, row, place, fields.optional)
     else:
         text = text_of(row, fields.text or "text", place)
     name = fields.label or "label"
     label = field_of(row, name, place)
     if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-        raise DataError(f"{place}: {name} must be the number of a class, from 0, got {_short(label)}")
+        raise DataError(f"{place}: {name} must be the number of a class, from 0, got {shorten(label)}")
     return text, label
 
 
-def fill_template(template: str, row: Mapping[str, Any], place: str) -> str:
-    """Put a row's fields into a template; ``place`` names the row in errors.
+def fill_template(template: str, row: Mapping[str, Any], place: str, optional: Sequence[str] = ()) -> str:
+    r"""Put a row's fields into a template; ``place`` names the row in errors.
+
+    An optional field that the row lacks, or that is null or empty, is left out together with the text between the field
+    before it and itself: of "{instruction}\n\n{input}" only the instruction is left.
 
     Raises:
-        DataError: if the row lacks a field that the template names, or it is no text.
+        DataError: if the row lacks a field that the template names and that is not optional, or it is no text.
         ConfigError: if the template is malformed.
     """
-    return "".join(
-        literal + ("" if name is None else text_of(row, name, place)) for literal, name in parse_template(template)
-    )
+    filled = ""
+    for literal, name in parse_template(template):
+        if name is not None and name in optional and row.get(name) in (None, ""):
+            continue
+        filled += literal + ("" if name is None else text_of(row, name, place))
+    return filled
 
 
 def text_of(row: Mapping[str, Any], name: str, place: str) -> str:
     """Return a field as text, numbers as they print; raises DataError if it is missing or anything else."""
     value = field_of(row, name, place)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise DataError(f"{place}: {name} must be text, got {_short(value)}")
+        raise DataError(f"{place}: {name} must be text, got {shorten(value)}")
     return str(value)
 
 
@@ -136,32 +171,26 @@ def field_of(row: Mapping[str, Any], name: str, place: str) -> Any:
     return row[name]
 
 
-def _read_completion(row: Mapping[str, Any], prompt: str, completion: str, place: str) -> Example:
+def _template_arguments(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return what a row gives its chat template beside the messages."""
+    arguments: dict[str, Any] = {}
+    if row.get("tools") is not None:
+        arguments["tools"] = json_list(row["tools"], "tools", place) or None
+    if row.get("chat_template_kwargs") is not None:
+        arguments["template_kwargs"] = read_template_kwargs(row["chat_template_kwargs"], place)
+    return arguments
+
+
+def _read_completion(
+    row: Mapping[str, Any], prompt: str, completion: str, place: str, extra: dict[str, Any]
+) -> Example:
     """Read a prompt and a completion, which are both text or, as in TRL, both lists of messages."""
     if not isinstance(field_of(row, prompt, place), list):
-        return Completion(text_of(row, prompt, place), text_of(row, completion, place))
-    asked = _messages_of(row, prompt, place)
-    return Conversation([*asked, *_messages_of(row, completion, place)], first_learned=len(asked))
-
-
-def _messages_of(row: Mapping[str, Any], name: str, place: str) -> list[Message]:
-    messages = field_of(row, name, place)
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: {name} must be a list of messages, got {_short(messages)}")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping):
-            raise DataError(f"{place}: message {number} of {name} must hold role and content, got {_short(message)}")
-        for key in ("role", "content"):
-            if not isinstance(field_of(message, key, f"{place}, message {number} of {name}"), str):
-                raise DataError(f"{place}: {key} of message {number} must be text, got {_short(message[key])}")
-    return messages
+        return Completion(text_of(row, prompt, place), text_of(row, completion, place), **extra)
+    asked = read_messages(row[prompt], prompt, place)
+    answered = read_messages(field_of(row, completion, place), completion, place)
+    return Conversation([*asked, *answered], first_learned=len(asked), **extra)
 
 
 def _keys(row: Mapping[str, Any]) -> str:
     return ", ".join(map(repr, row)) or "no fields"
-
-
-def _short(value: Any) -> str:
-    """Show a value in a message, no more than 60 characters of it."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

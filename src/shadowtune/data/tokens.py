@@ -1,7 +1,7 @@
 """From pieces of text to token ids, such that a prompt has the same ids alone and with its answer."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from transformers import PreTrainedTokenizerBase
@@ -22,11 +22,15 @@ class TokenizedPieces:
         ids: all tokens.
         labels: of the same length, -100 where nothing is learned.
         prompt_length: how many ids come before the last answer; 0 if there is no prompt.
+        ends: the token that ends each learned piece; not that of a text whose end was cut off.
+        inside: the other tokens of learned pieces.
     """
 
     ids: list[int]
     labels: list[int]
     prompt_length: int
+    ends: list[int] = field(default_factory=list)
+    inside: set[int] = field(default_factory=set)
 
     def truncate(self, length: int, begin_token: int | None) -> None:
         """Cut to so many tokens: the start of the prompt, less a begin token; if there is no prompt, the end.
@@ -37,6 +41,7 @@ class TokenizedPieces:
         excess = len(self.ids) - length
         if self.prompt_length == 0:
             del self.ids[length:], self.labels[length:]
+            self.ends = []
             return
         if excess >= self.prompt_length:
             answer = len(self.ids) - self.prompt_length
@@ -87,6 +92,9 @@ def tokenize_pieces(
             before = begin if piece.opens else []
             if piece.learned and len(pieces) > 1:
                 result.prompt_length = len(result.ids) + len(before)
+            if piece.learned and fresh:
+                result.ends.append(fresh[-1])
+                result.inside.update(fresh[:-1])
             result.ids += before + fresh
             result.labels += [IGNORE_INDEX] * len(before) + (fresh if piece.learned else [IGNORE_INDEX] * len(fresh))
         yield result

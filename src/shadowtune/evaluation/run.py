@@ -1,6 +1,6 @@
 """A finished training run, opened for use: its model in any mode, its tokenizer, its held-out rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shadowtune.config.loading import load_config
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.config.training import TrainConfig
 from shadowtune.core.prepacked_linear import prepacked_linear
+from shadowtune.data.baking import has_format, read_prompts
 from shadowtune.data.collate import CausalCollator, ClassificationCollator
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.prompt_format import PromptFormat
@@ -65,12 +66,12 @@ class FinishedRun:
         )
         if torch.cuda.is_available():
             model.to("cuda")
-        return cls(path, config, model, AutoTokenizer.from_pretrained(str(path / "model")))
+        return cls(path, config, model, read_prompts(str(path / "model"))[0])
 
     @cached_property
     def dataset(self) -> Dataset:
-        """The data that the run was trained on."""
-        return Dataset.open(self.config.data)
+        """The data that the run was trained on, with what was read off its rows."""
+        return run_dataset(self.path, self.config)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -100,12 +101,12 @@ class FinishedRun:
 
     @property
     def prompt_format(self) -> PromptFormat:
-        """What stands around a user's words, as in training."""
+        """How a user's words become a prompt and where an answer ends, as in training."""
         return self.dataset.prompt_format
 
-    def prompt(self, text: str) -> str:
-        """Put a user's words where the run's template, if it has one with a single field, had a row's."""
-        return self.prompt_format.fill(text)
+    def prompt(self, text: str | None, fields: Mapping[str, Any] | None = None) -> str:
+        """Put a user's words, and fields by name, where the run's template had a row's."""
+        return self.prompt_format.fill(text, fields)
 
     def evaluate(
         self,
@@ -187,7 +188,25 @@ class FinishedRun:
             data.metric,
             said,
             speculate,
+            self.prompt_format.ends,
+            self.prompt_format.content_mark,
         )
+
+
+def run_dataset(path: Path, config: TrainConfig) -> Dataset:
+    """Return the data of a run, with what was read off its training rows and recorded with the model, if it was."""
+    data, model = Dataset.open(config.data), path / "model"
+    if not has_format(model):
+        return data
+    asked = data.prompt_format
+    recorded = replace(
+        PromptFormat.load(model),
+        template=asked.template,
+        chat_template=asked.chat_template,
+        optional_fields=asked.optional_fields,
+        main_field=asked.main_field,
+    )
+    return replace(data, form=recorded)
 
 
 def read_run_config(path: Path) -> TrainConfig:

@@ -71,6 +71,8 @@ def evaluate_generation(
     metric: str = "exact_match",
     said: Sequence[Sequence[int]] | None = None,
     speculate: SpeculationConfig | None = None,
+    recorded_ends: Sequence[int] = (),
+    content_mark: str = "",
 ) -> Evaluation:
     """Compare greedy answers with the true ones, and measure the loss on the true ones.
 
@@ -82,13 +84,17 @@ def evaluate_generation(
         metric: one of ``evaluation.scoring.METRICS``.
         said: ``Evaluation.answers`` of another mode or model on these prompts, to say how much this one agrees.
         speculate: as for ``generate_answers``.
+        recorded_ends: likewise.
+        content_mark: likewise.
     """
     if max_new_tokens is None:
         longest = max(sum(label != -100 for label in row["labels"]) for row in encoded)
         max_new_tokens = longest + 1
     start = time.perf_counter()
     limits = (max_new_tokens, batch_size)
-    predictions, answers = generate_answers(model, tokenizer, prompts, *limits, progress, speculate)
+    predictions, answers = generate_answers(
+        model, tokenizer, prompts, *limits, progress, speculate, recorded_ends, content_mark
+    )
     seconds = time.perf_counter() - start
     pad = tokenizer.pad_token_id
     scores, others = score_answers(metric, predictions, references)

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.errors import ShadowtuneError
 from shadowtune.models import NAMED
 
 FILE = "README.md"
@@ -177,13 +176,40 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def describe_prompt(prompt_format: PromptFormat, tokenizer: Tokenizer) -> str:
-    """Show the prompt that a request becomes, special tokens included, as the model saw it in training."""
-    try:
-        ids = prompt_format.encode([{"role": "user", "content": YOUR_TEXT}], tokenizer)
-    except ShadowtuneError:  # a template of several fields
-        return f"The template of its rows, whose fields are all needed:\n\n```text\n{prompt_format.template}\n```"
-    return f'The request "{YOUR_TEXT}" becomes this prompt:\n\n```text\n{tokenizer.decode(ids)}\n```'
+def describe_prompt(form: PromptFormat, tokenizer: Tokenizer) -> str:
+    """Say in Markdown what a reader must know to prompt the model as it was trained.
+
+    Args:
+        form: of the prompts, as it is saved beside the model.
+        tokenizer: with the chat template that it had before training.
+    """
+    whole = form.template is not None and form.text_field is None
+    if whole and form.template is not None:
+        lines = [f"A chat message is the whole prompt, filled with {', '.join(form.fields)}, as in training:"]
+        lines += _block(form.template)
+    else:
+        needed = [name for name in form.further_fields if name not in form.optional_fields]
+        fields = {name: "{" + name + "}" for name in needed}
+        ids = form.encode([{"role": "user", "content": YOUR_TEXT}], tokenizer, fields=fields)
+        lines = [f'The request "{YOUR_TEXT}" becomes this prompt:', *_block(str(tokenizer.decode(ids)))]
+    if form.baked and not form.takes_conversations(tokenizer):
+        lines += [
+            "",
+            "The saved chat template makes it. It reads one message of a user: no system message, no history.",
+        ]
+        if not whole and not form.further_fields:
+            ollama = (form.template or "{text}").replace("{" + (form.text_field or "text") + "}", "{{ .Prompt }}")
+            lines += ["", "Ollama does not read chat templates of its own making; its Modelfile needs:"]
+            lines += _block(f'TEMPLATE """{ollama}"""')
+    if form.further_fields and not whole:
+        named = [name + (" (optional)" if name in form.optional_fields else "") for name in form.further_fields]
+        lines += ["", f"Further parts of the prompt are arguments of the chat template by name: {', '.join(named)}."]
+    return "\n".join(lines)
+
+
+def _block(text: str) -> list[str]:
+    fence = "```" if "```" not in text else "~~~~"
+    return ["", f"{fence}text", text, fence]
 
 
 def training_facts(config: TrainConfig) -> dict[str, str]:
@@ -247,9 +273,7 @@ def measured_accuracy(mode: str, report: str) -> dict[str, str]:
         return {}
 
 
-def write_card(
-    directory: Path, card: Card, form: Form, name: str, tokenizer: Tokenizer, parameters: int | None
-) -> None:
+def write_card(directory: Path, card: Card, form: Form, name: str, chat: bool, parameters: int | None) -> None:
     """Write README.md into a directory that is being saved, in place of one that another library put there.
 
     Args:
@@ -257,10 +281,10 @@ def write_card(
         card: what is known.
         form: what is saved.
         name: that the directory will have.
-        tokenizer: as it is saved beside the model.
+        chat: whether the tokenizer that is saved beside the model has a chat template.
         parameters: as for ``Card.text``.
     """
-    (directory / FILE).write_text(card.text(parameters, name, form, bool(tokenizer.chat_template)), encoding="utf-8")
+    (directory / FILE).write_text(card.text(parameters, name, form, chat), encoding="utf-8")
 
 
 def read_card(directory: Path, task: str = "causal_lm") -> Card:

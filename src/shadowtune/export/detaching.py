@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from shadowtune.data.baking import save_prompts
+from shadowtune.data.encoding import prompt_ids
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ShadowtuneError
 from shadowtune.export.card import Card, describe_prompt, write_card
@@ -33,7 +35,7 @@ _AUTOS = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSeque
 
 def built_in_prompts(tokenizer: Tokenizer) -> list[list[int]]:
     """Return the token ids of the built-in prompts."""
-    return [tokenizer(text)["input_ids"] for text in BUILT_IN_PROMPTS]
+    return [prompt_ids(text, tokenizer, chat_template=False) for text in BUILT_IN_PROMPTS]
 
 
 def write_detached(
@@ -73,14 +75,16 @@ def write_detached(
             parameter.data = parameter.data.to(dtype)
     with staged(directory) as staging:
         write_plain(plain, staging)
-        tokenizer.save_pretrained(str(staging))
-        prompt_format = prompt_format or PromptFormat()
-        prompt_format.save(staging)
+        form = prompt_format or PromptFormat()
+        if card.task == "classification":  # it reads texts as they are
+            tokenizer.save_pretrained(str(staging))
+            form.save(staging)
+        else:
+            form = save_prompts(tokenizer, form, staging)
+            card = card if card.prompt else replace(card, prompt=describe_prompt(form, tokenizer))
         write_older_keys(staging)
         parameters = sum(parameter.numel() for parameter in plain.parameters())
-        if not card.prompt and card.task == "causal_lm":
-            card = replace(card, prompt=describe_prompt(prompt_format, tokenizer))
-        write_card(staging, card, "detached", directory.name, tokenizer, parameters)
+        write_card(staging, card, "detached", directory.name, form.baked or bool(tokenizer.chat_template), parameters)
         loaded: PreTrainedModel = _AUTOS[card.task].from_pretrained(staging).to(plain.device).eval()
         _compare(plain, loaded, prompts, True, f"the files for {directory} and the model")
     return loaded

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from shadowtune.data.baking import read_prompts, save_prompts
+from shadowtune.data.encoding import prompt_ids
+from shadowtune.data.ends import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export import gguf_file, onnx_file
@@ -50,17 +53,16 @@ def _write_onnx(
     model.config.save_pretrained(directory)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
-    tokenizer.save_pretrained(str(directory))
-    prompt_format.save(directory)
-    write_genai_config(model, tokenizer, directory, onnx_file.FILE)
+    ends = end_tokens(model, tokenizer, prompt_format.ends)
+    write_genai_config(model, tokenizer, ends, onnx_file.FILE, directory)
+    save_prompts(tokenizer, prompt_format, directory)
     write_older_keys(directory)
 
 
 def _write_safetensors(
     model: PreTrainedModel, tokenizer: Tokenizer, directory: Path, quantization: str, prompt_format: PromptFormat
 ) -> None:
-    tokenizer.save_pretrained(str(directory))
-    prompt_format.save(directory)
+    save_prompts(tokenizer, prompt_format, directory)
     if quantization in DTYPES:
         copied: Any = copy.deepcopy(model)
         write_plain(copied.to(DTYPES[quantization]), directory)
@@ -140,9 +142,9 @@ def default_path(directory: Path, to: str, quantization: str) -> Path:
 
 
 def read_tokenizer(directory: str, **kwargs: str) -> Tokenizer:
-    """Read a tokenizer; raises CheckpointError if there is none."""
+    """Read a tokenizer, with the chat template that it had before training; raises CheckpointError if there is none."""
     with reading(f"{directory} has no tokenizer"):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, **kwargs)
+        tokenizer, _ = read_prompts(directory, **kwargs)
     return tokenizer
 
 
@@ -158,7 +160,7 @@ def read_plain(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
             raise CheckpointError(f"{directory} is a classifier; only causal language models are exported")
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        return model, AutoTokenizer.from_pretrained(directory)
+        return model, read_prompts(str(directory))[0]
 
 
 def export(
@@ -193,20 +195,24 @@ def export(
     exact = quantization in DTYPES
     reference = TorchModel(_rounded(model, DTYPES[quantization]) if exact else model)
     length = max(map(len, prompts)) + max_new_tokens
+    form = prompt_format or PromptFormat()
+    ends = end_tokens(model, tokenizer, form.ends)
     with staged(out.parent if kind.single_file else out) as staging:
         written = staging / out.name if kind.single_file else staging
-        kind.write(model, tokenizer, written, quantization, prompt_format)
+        kind.write(model, tokenizer, written, quantization, form)
         runtime = kind.open(written, length)
         if isinstance(runtime, GgufModel):
             _check_tokens(runtime, tokenizer, prompts)
-        ends = set(tokenizer.all_special_ids)
+            _check_ends(runtime, gguf_file.written_ends(ends), prompts[0])
         agreement = compare(runtime, reference, prompts, max_new_tokens, ends, TIE if exact else 0.0)
         if exact:
             require_equal(agreement, f"{to} {quantization}")
         if not kind.single_file:
             card = card or Card("")
-            card = card if card.prompt else replace(card, prompt=describe_prompt(prompt_format, tokenizer))
-            write_card(staging, card, _FORMS[to], out.name, tokenizer, model.num_parameters())
+            saved = PromptFormat.load(staging)
+            card = card if card.prompt else replace(card, prompt=describe_prompt(saved, tokenizer))
+            chat = saved.baked or bool(tokenizer.chat_template)
+            write_card(staging, card, _FORMS[to], out.name, chat, model.num_parameters())
         files = [written] if kind.single_file else list(staging.iterdir())
         size = sum(file.stat().st_size for file in files)
     return Exported(out, size, type(runtime).__name__, agreement)
@@ -228,5 +234,12 @@ def _check_tokens(runtime: GgufModel, tokenizer: Tokenizer, prompts: Sequence[li
     """Raise ShadowtuneError if llama.cpp splits the prompts' texts in another way than the tokenizer."""
     for prompt in prompts:
         text = str(tokenizer.decode(prompt))
-        if runtime.tokenize(text) != tokenizer(text)["input_ids"]:
+        if runtime.tokenize(text) != prompt_ids(text, tokenizer, chat_template=False):
             raise ShadowtuneError(f"llama.cpp gives {text[:60]!r} other tokens than the tokenizer; nothing is kept")
+
+
+def _check_ends(runtime: GgufModel, ends: Sequence[int], prompt: list[int]) -> None:
+    """Raise ShadowtuneError if llama.cpp goes on after a token that ends an answer."""
+    for token in ends:
+        if not runtime.stops_at(token, prompt):
+            raise ShadowtuneError(f"llama.cpp does not stop at token {token}, which ends an answer; nothing is kept")

@@ -1,7 +1,8 @@
 """A plain model as one GGUF file, the format of llama.cpp: Llama, Mistral, Qwen2 and Qwen3."""
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shadowtune.data.baking import bake
+from shadowtune.data.ends import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
+from shadowtune.data.tokens import begin_tokens
 from shadowtune.errors import ShadowtuneError, UnsupportedArchitectureError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -78,9 +82,14 @@ def write_gguf(
         )
     writer = gguf.GGUFWriter(file, ARCHITECTURES[config.model_type])
     _add_settings(writer, model, file.stem, gguf.LlamaFileType[QUANTIZATIONS[quantization]])
-    _add_tokenizer(writer, tokenizer, config.vocab_size, _end_token(model, tokenizer))
+    form = prompt_format or PromptFormat()
+    ends = end_tokens(model, tokenizer, form.ends)
+    tokenizer, form = bake(tokenizer, form)
+    _add_tokenizer(writer, tokenizer, config.vocab_size)
+    _add_ends(writer, ends)
+    _add_penalty(writer, model)
     if prompt_format is not None:
-        writer.add_string(PROMPT_FORMAT, json.dumps(asdict(prompt_format)))
+        writer.add_string(PROMPT_FORMAT, json.dumps(asdict(replace(form, ends=tuple(ends)))))
     for name, tensor in _tensors(model).items():
         kind = _kind(tensor, quantization)
         data = gguf.quants.quantize(tensor, gguf.GGMLQuantizationType[kind])
@@ -127,14 +136,6 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return content
 
 
-def _end_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends generation; the first, where there are several."""
-    end = model.generation_config.eos_token_id if model.generation_config else None
-    end = model.config.eos_token_id if end is None else end
-    end = tokenizer.eos_token_id if end is None else end
-    return end[0] if isinstance(end, list) else end
-
-
 def _add_settings(writer: Any, model: PreTrainedModel, name: str, file_type: int) -> None:
     config = model.config
     head_width = head_width_of(config)
@@ -159,7 +160,32 @@ def head_width_of(config: Any) -> int:
     return vars(config).get("head_dim") or config.hidden_size // config.num_attention_heads
 
 
-def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int, end: int | None) -> None:
+def written_ends(ends: Sequence[int]) -> Sequence[int]:
+    """Return which of a model's end tokens the format can name; llama.cpp knows usual further ones by their texts."""
+    return ends[:2]
+
+
+def _add_ends(writer: Any, ends: Sequence[int]) -> None:
+    """Name the tokens that end an answer: the first as end of text and of a turn, the second as end of a message."""
+    named = written_ends(ends)
+    if named:
+        writer.add_eos_token_id(named[0])
+        writer.add_eot_token_id(named[0])
+    if len(named) > 1:
+        writer.add_eom_token_id(named[1])
+
+
+def _add_penalty(writer: Any, model: PreTrainedModel) -> None:
+    """Write the model's repetition penalty as what llama.cpp takes where a request does not say otherwise."""
+    import gguf
+
+    penalty = None if model.generation_config is None else model.generation_config.repetition_penalty
+    if penalty is not None and penalty != 1.0:
+        writer.add_float32(gguf.Keys.General.SAMPLING_PENALTY_REPEAT, penalty)
+        writer.add_int32(gguf.Keys.General.SAMPLING_PENALTY_LAST_N, -1)  # over all tokens, as transformers does
+
+
+def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     import gguf
 
     content = _backend(tokenizer)
@@ -175,18 +201,17 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: 
     writer.add_token_types(types)
     merges = content["model"]["merges"]
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
-    ids = {"bos": tokenizer.bos_token_id, "eos": end, "pad": tokenizer.pad_token_id, "unk": tokenizer.unk_token_id}
+    ids = {"bos": tokenizer.bos_token_id, "pad": tokenizer.pad_token_id, "unk": tokenizer.unk_token_id}
     adders = {
         "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
         "pad": writer.add_pad_token_id,
         "unk": writer.add_unk_token_id,
     }
     for name, index in ids.items():
         if index is not None:
             adders[name](index)
-    starts = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    writer.add_add_bos_token(bool(tokenizer.bos_token_id is not None and starts))
+    writer.add_add_bos_token(bool(begin_tokens(tokenizer)))
+    writer.add_add_eos_token(False)  # a prompt is not over, whatever the tokenizer appends to texts
     writer.add_string(TOKENIZER, tokenizer.backend_tokenizer.to_str())
     special = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if role.endswith("_token")}
     writer.add_string(SPECIAL_TOKENS, json.dumps(special))

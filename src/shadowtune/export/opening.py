@@ -1,7 +1,7 @@
 """A detached model opened for answering, whatever kind of file it is: what runs it, its tokenizer, its prompts."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from shadowtune.data.baking import as_trained
+from shadowtune.data.ends import end_tokens, ends_of_config
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError
 from shadowtune.export import onnx_file
@@ -34,6 +36,8 @@ class OpenModel:
     """Tokens of prompt and answer together."""
     vocabulary: int
     """Tokens that the model chooses from."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """Its penalties hold where a request does not say otherwise."""
 
 
 def open_model(path: Path, max_length: int | None = None) -> OpenModel:
@@ -63,23 +67,19 @@ def open_model(path: Path, max_length: int | None = None) -> OpenModel:
         generation = GenerationConfig.from_pretrained(path) if file.is_file() else GenerationConfig()
     settings = vars(config)
     positions = settings.get("max_position_embeddings", settings.get("n_positions")) or POSITIONS
-    ends = _ends(generation.eos_token_id, tokenizer.eos_token_id)
+    form = PromptFormat.load(path)
+    ends = frozenset(ends_of_config(generation, tokenizer, form.ends))
     length = min(positions, max_length or positions)
-    return OpenModel(runtime, tokenizer, PromptFormat.load(path), ends, length, config.vocab_size)
+    return OpenModel(runtime, tokenizer, form, ends, length, config.vocab_size, generation)
 
 
 def of_model(model: Any, tokenizer: Tokenizer, prompt_format: PromptFormat) -> OpenModel:
     """Take a model that is loaded already: a plain one, or an attached one in the mode that it is in."""
     settings = vars(model.config.get_text_config(decoder=True))
     positions = settings.get("max_position_embeddings", settings.get("n_positions")) or POSITIONS
-    ends = _ends(model.generation_config.eos_token_id, tokenizer.eos_token_id)
-    return OpenModel(TorchModel(model), tokenizer, prompt_format, ends, positions, model.config.vocab_size)
-
-
-def _ends(*said: int | list[int] | None) -> frozenset[int]:
-    """Put together what several places call the end of an answer."""
-    lists = [one if isinstance(one, list) else [one] for one in said]
-    return frozenset(token for one in lists for token in one if token is not None)
+    ends = frozenset(end_tokens(model, tokenizer, prompt_format.ends))
+    size, generation = model.config.vocab_size, model.generation_config
+    return OpenModel(TorchModel(model), tokenizer, prompt_format, ends, positions, size, generation)
 
 
 def _open_gguf(file: Path, max_length: int | None) -> OpenModel:
@@ -93,8 +93,19 @@ def _open_gguf(file: Path, max_length: int | None) -> OpenModel:
     tokenizer = _gguf_tokenizer(file, metadata)
     said = metadata.get(PROMPT_FORMAT)
     prompt_format = PromptFormat() if said is None else PromptFormat.parse(said, str(file))
-    ends = _ends(metadata.get("tokenizer.ggml.eos_token_id"), tokenizer.eos_token_id)
-    return OpenModel(FORMATS["gguf"].open(file, length), tokenizer, prompt_format, ends, length, vocabulary)
+    as_trained(tokenizer, prompt_format)
+    generation = _gguf_generation(metadata)
+    ends = frozenset(ends_of_config(generation, tokenizer, prompt_format.ends))
+    runtime = FORMATS["gguf"].open(file, length)
+    return OpenModel(runtime, tokenizer, prompt_format, ends, length, vocabulary, generation)
+
+
+def _gguf_generation(metadata: dict[str, Any]) -> GenerationConfig:
+    """What a GGUF file says of ends and penalties."""
+    named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(int(token) for token in named if token is not None))
+    penalty = metadata.get("general.sampling.penalty_repeat")
+    return GenerationConfig(eos_token_id=ends or None, repetition_penalty=None if penalty is None else float(penalty))
 
 
 def _metadata(file: Path) -> dict[str, Any]:

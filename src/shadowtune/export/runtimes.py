@@ -18,6 +18,8 @@ from shadowtune.compatibility import CACHE, cache_of
 from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export.onnx_file import FILE, FIRST_LOGITS
 
+FORCED = 1e6
+"""What is added to the logit of a token that is to be chosen whatever the others are."""
 SECONDS_TO_A_TOKEN = 300.0
 """For which llama.cpp may say nothing before it counts as stuck."""
 
@@ -174,6 +176,11 @@ class GgufModel(Runtime):
         self.prompt_seconds = answer["timings"]["prompt_ms"] / 1000
         fresh = list(answer["tokens"])
         return fresh[: next((index for index, token in enumerate(fresh) if token in ends), len(fresh))]
+
+    def stops_at(self, token: int, input_ids: list[int]) -> bool:
+        """Say whether llama.cpp ends an answer by itself when this token is chosen after ``input_ids``."""
+        answer = self._complete(input_ids, 2, logit_bias=[[token, FORCED]])
+        return bool(answer["stop_type"] == "eos" and answer["tokens_predicted"] == 1)
 
     def stream(
         self, input_ids: list[int], max_new_tokens: int, likely: int, **settings: Any

@@ -305,9 +305,10 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         """Return the detached shadow as an ordinary transformers model of the backbone's own architecture.
 
         Its logits equal those of detached mode: the projection is folded into its head, the projection of the base's
-        embeddings into its embedding. The result shares no memory with this model.
+        embeddings into its embedding; its generation config is a copy of this model's. The result shares no memory with
+        this model.
         """
-        return detached_causal_lm(self.base, self.shadow)
+        return detached_causal_lm(self.base, self.shadow, self.generation_config)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -12,7 +12,12 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from shadowtune.attach.architectures import architecture_of
 from shadowtune.errors import ShadowtuneError
@@ -22,8 +27,15 @@ from shadowtune.model.shadow import Shadow
 
 
 @torch.no_grad()
-def detached_causal_lm(base: PreTrainedModel, shadow: Shadow) -> PreTrainedModel:
+def detached_causal_lm(
+    base: PreTrainedModel, shadow: Shadow, generation_config: GenerationConfig | None = None
+) -> PreTrainedModel:
     """Build the causal language model that the detached shadow is.
+
+    Args:
+        base: the base.
+        shadow: its shadow.
+        generation_config: of the attached model, which the result gets a copy of; None takes the base's.
 
     Raises:
         ShadowtuneError: if base and backbone treat logits differently (softcap, scale), so that no plain model of the
@@ -41,7 +53,10 @@ def detached_causal_lm(base: PreTrainedModel, shadow: Shadow) -> PreTrainedModel
     tied = torch.equal(rows, head)  # one matrix in memory and in files, as a tied base and a mirror of its width have
     plain = _plain(AutoModelForCausalLM, base, shadow, tie_word_embeddings=tied, **settings)
     plain.get_output_embeddings().weight.copy_(head)
-    plain.generation_config = copy.deepcopy(base.generation_config)
+    plain.generation_config = copy.deepcopy(generation_config or base.generation_config)
+    ends = None if plain.generation_config is None else plain.generation_config.eos_token_id
+    if ends is not None:  # some converters read config.json alone, and one token there
+        plain.config.eos_token_id = ends[0] if isinstance(ends, list) else ends
     return plain
 
 

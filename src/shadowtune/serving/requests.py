@@ -34,7 +34,8 @@ class Sampling:
     min_p: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
+    """None takes the model's own, of its generation config: 1 if it has none."""
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Token id -> what is added to its logit."""
     seed: int | None = None
@@ -51,6 +52,12 @@ class Request:
     """A conversation, "role" and "content" each; goes through the model's own template."""
     prompt: str | Sequence[int] | None = None
     """A text or its token ids, continued as it is."""
+    fields: dict[str, str] | None = None
+    """Fields of the model's template, beside the one that the last message fills."""
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas that the model's chat template shows."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further arguments of the model's chat template."""
     max_tokens: int | None = None
     """Tokens of the answer at most; None allows what the server and the model's positions allow."""
     fitting: bool = False
@@ -140,6 +147,10 @@ class ModelCard:
     """Tokens that prompt and answer may have together."""
     root: str = ""
     """What it was made from, such as the base's name."""
+    conversations: bool = True
+    """Whether it reads system messages and earlier turns; else one message of a user."""
+    fields: tuple[str, ...] = ()
+    """Fields of its template beside the one that a message fills."""
 
 
 class Answer(Protocol):

@@ -2,22 +2,25 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shadowtune.attach.architectures import ARCHITECTURES
 from shadowtune.config.training import TrainConfig
 from shadowtune.core.head import IGNORE_INDEX
+from shadowtune.data.baking import read_prompts
 from shadowtune.data.blocks import BlockReport
 from shadowtune.data.checks import check_encoded, check_tokenizer
 from shadowtune.data.collate import CausalCollator, ClassificationCollator, PackedCollator
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.encoding import EncodingReport
-from shadowtune.errors import CheckpointError, ConfigError, DataError
+from shadowtune.data.ends import ends_to_record
+from shadowtune.data.prompt_format import PromptFormat
+from shadowtune.errors import CheckpointError, ConfigError, DataError, ShadowtuneError
 from shadowtune.model.methods import context_length
 from shadowtune.model.pair import ShadowPair
 from shadowtune.models import resolve
@@ -38,6 +41,10 @@ class TrainingRows:
     """Classes; None for causal language modelling."""
     report: EncodingReport | BlockReport
     """What became of the training rows."""
+    prompt_format: PromptFormat = field(default_factory=PromptFormat)
+    """Of the prompts, as read off the training rows; ``ends`` are those of the rows alone."""
+    unread: tuple[str, ...] = ()
+    """Fields of the rows that nothing reads."""
 
 
 def load_training_rows(config: TrainConfig) -> TrainingRows:
@@ -54,21 +61,48 @@ def load_training_rows(config: TrainConfig) -> TrainingRows:
     data = Dataset.open(config.data)
     classify = config.task == "classification"
     train, report = data.encode(data.training_rows(), tokenizer, classify, training=True)
+    form = _format_of(data, report)
+    unread = () if data.task is not None or isinstance(report, BlockReport) else report.unread
     held_out = data.validation_rows()
-    validation = None if held_out is None else data.encode(held_out, tokenizer, classify, training=True)[0]
+    validation = None
+    if held_out is not None:
+        validation = replace(data, form=form).encode(held_out, tokenizer, classify, training=True)[0]
     if not classify:
         flash = config.attention.startswith("flash")
         collate = PackedCollator(with_bounds=flash) if config.padding_free else CausalCollator(pad)
-        return TrainingRows(tokenizer, collate, train, validation, None, report)
+        return TrainingRows(tokenizer, collate, train, validation, None, report, form, unread)
     num_labels = _count_classes([*train, *(validation or [])], config.num_labels or data.num_labels)
-    return TrainingRows(tokenizer, ClassificationCollator(pad), train, validation, num_labels, report)
+    return TrainingRows(tokenizer, ClassificationCollator(pad), train, validation, num_labels, report, form, unread)
+
+
+def _format_of(data: Dataset, report: EncodingReport | BlockReport) -> PromptFormat:
+    """Return the format of the prompts, as read off the training rows."""
+    if isinstance(report, EncodingReport):
+        return data.prompt_format.learned_from(report)
+    return replace(data.prompt_format, answers=False, ends=() if report.end is None else (report.end,))
+
+
+def format_to_record(rows: TrainingRows, generation_config: Any) -> PromptFormat:
+    """Return what is recorded with a model that was trained on rows: their format, with all tokens that end an answer.
+
+    Args:
+        rows: of the training.
+        generation_config: of the base; None of a classifier.
+    """
+    form = rows.prompt_format
+    if generation_config is None or rows.num_labels is not None:
+        return replace(form, ends=())
+    inside = rows.report.inside if isinstance(rows.report, EncodingReport) else ()
+    return replace(form, ends=ends_to_record(form.ends, inside, generation_config, rows.tokenizer))
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer that can pad; raises CheckpointError if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision or "main")
+        tokenizer, _ = read_prompts(str(resolve(name)), revision=revision or "main")
     except (OSError, ValueError) as error:
+        if isinstance(error, ShadowtuneError):
+            raise
         raise CheckpointError(f"cannot load a tokenizer from {name}: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

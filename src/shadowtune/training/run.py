@@ -12,12 +12,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import SaveStrategy
 
 from shadowtune.config.training import TrainConfig
-from shadowtune.data.dataset import Dataset
+from shadowtune.data.baking import save_prompts
+from shadowtune.data.ends import record_ends
+from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.export.card import (
     Card,
     Form,
@@ -48,7 +57,13 @@ from shadowtune.training.interruption import StopBetweenSteps
 from shadowtune.training.metrics import MetricsFile
 from shadowtune.training.mixing import fit_head_mixing
 from shadowtune.training.pretraining import ProjectionsFirst, set_up_pretraining, taught_rows
-from shadowtune.training.rows import TrainingRows, check_rows, frequent_tokens, load_training_rows
+from shadowtune.training.rows import (
+    TrainingRows,
+    check_rows,
+    format_to_record,
+    frequent_tokens,
+    load_training_rows,
+)
 from shadowtune.training.run_dir import RunDirectory
 from shadowtune.training.shadow_first import alone, together
 from shadowtune.training.trainer import ShadowTrainer, with_row_numbers
@@ -120,7 +135,10 @@ def train(
             first = train(alone(config), resume, overwrite, report, quiet)
             report("base and shadow together")
         rows = load_training_rows(config)
-        report(f"data: {rows.report}")
+        ends = rows.tokenizer.convert_ids_to_tokens(list(rows.prompt_format.ends))
+        report(f"data: {rows.report}" + (f"; answers end in {', '.join(ends)}" if ends else ""))
+        if rows.unread:
+            report(f"warning: no setting reads {', '.join(rows.unread)} of the training rows")
         settings = together(config) if config.shadow_first else config
         base = load_run_base(settings, rows.num_labels)
         inputs = TrainingInputs.of(base, rows) if main else None
@@ -128,6 +146,8 @@ def train(
             run.check_inputs(inputs)
         model = build_model(settings, rows.num_labels, base)
         check_rows(rows, model)
+        form = format_to_record(rows, model.generation_config if config.task == "causal_lm" else None)
+        _stop_at(model, form)
         if config.draft_vocabulary is not None and config.stage == "task" and isinstance(model, ShadowForCausalLM):
             model.set_draft_vocabulary(frequent_tokens(rows.train, config.draft_vocabulary))
         for part, total, trained in parameter_table(model):
@@ -147,10 +167,18 @@ def train(
         trainer.add_callback(interrupt)
         with interrupt.watching(), writing_run(run.path, run.checkpoints):
             output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
+            _stop_at(model, form)  # transformers has put the tokenizer's end token into the generation config
             if config.fits_head_mixing:
                 _fit_head_mixing(config, model, rows, report)
             taught = _teach_drafter(config, run, model, rows, report, quiet) if config.drafter_last else None
-        return _finish(config, run, trainer, output.training_loss, trained, first, taught)
+            _stop_at(model, form)
+        return _finish(config, run, trainer, rows.tokenizer, form, output.training_loss, trained, first, taught)
+
+
+def _stop_at(model: Any, form: PromptFormat) -> None:
+    """Write the format's end tokens into the model's generation config."""
+    if form.ends:
+        record_ends(model, form.ends)
 
 
 def load_run_base(config: TrainConfig, num_labels: int | None = None) -> PreTrainedModel:
@@ -228,7 +256,8 @@ def _teach_drafter(
         shutil.rmtree(place.path, ignore_errors=True)
         place.path.mkdir()
     chosen = drafting.chosen_rows(config, rows.train)
-    own = replace(rows, train=drafting.own_answers(model, rows.tokenizer, chosen, report), validation=None)
+    answered = drafting.own_answers(model, rows.tokenizer, chosen, report)
+    own = replace(rows, train=answered, validation=None)
     with drafting.only_the_drafter(model):
         make_trainer(settings, place, arguments, model, own).train()
     return time.perf_counter() - start
@@ -238,6 +267,8 @@ def _finish(
     config: TrainConfig,
     run: RunDirectory,
     trainer: ShadowTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    form: PromptFormat,
     training_loss: float,
     trained: int,
     first: TrainSummary | None,
@@ -274,8 +305,13 @@ def _finish(
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
             if config.method in ("lora", "dora", "peft"):  # PEFT writes none, but a classifier's head needs one
                 model.config.save_pretrained(staging)
+            saved = form
+            if config.task == "classification":
+                form.save(staging)
+            else:
+                saved = save_prompts(tokenizer, form, staging)
             write_older_keys(staging)
-            _write_card(config, staging, run.model.name, trainer.processing_class, summary)
+            _write_card(config, staging, run.model.name, tokenizer, saved, summary)
     if trainer.args.process_index != 0:
         return None
     with writing_into(run.path) as staging:
@@ -283,12 +319,20 @@ def _finish(
     return summary
 
 
-def _write_card(config: TrainConfig, directory: Path, name: str, tokenizer: Any, summary: TrainSummary) -> None:
+def _write_card(
+    config: TrainConfig,
+    directory: Path,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptFormat,
+    summary: TrainSummary,
+) -> None:
     """Write the model card of a run that has just ended."""
     prompt = ""
-    if config.task == "causal_lm" and config.stage == "task":
-        prompt = describe_prompt(Dataset.open(config.data).prompt_format, tokenizer)
+    if config.task == "causal_lm" and config.stage == "task" and prompts.answers:
+        prompt = describe_prompt(prompts, tokenizer)
     measured, conditions = training_costs(asdict(summary)), measuring_conditions(provenance())
     card = Card(config.model, config.task, training_facts(config), measured, conditions, prompt)
     form: Form = "attached" if config.method == "shadow" else "full" if config.method == "full" else "adapter"
-    write_card(directory, card, form, name, tokenizer, summary.trainable_parameters)
+    chat = prompts.baked or bool(tokenizer.chat_template)
+    write_card(directory, card, form, name, chat, summary.trainable_parameters)

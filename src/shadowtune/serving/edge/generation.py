@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from shadowtune.export.opening import OpenModel
 from shadowtune.export.runtimes import GgufModel, Stepwise
 from shadowtune.serving.edge.signals import Chosen, read_likely, read_logits
 from shadowtune.serving.requests import Request, Sampling
-from shadowtune.serving.sampling import choose, generator, processors
+from shadowtune.serving.sampling import choose, generator, penalty_of, processors
 
 LIKELY = 64
 """Of the likeliest tokens that llama.cpp tells of; the entropy of the others is bounded."""
@@ -35,13 +36,13 @@ def steps(opened: OpenModel, ids: list[int], request: Request, limit: int) -> It
     """
     runtime, top = opened.runtime, request.top_logprobs or 0
     if isinstance(runtime, GgufModel):
-        settings = _llama_settings(request.sampling, request.ignore_eos, opened.max_length)
+        settings = _llama_settings(request.sampling, request.ignore_eos, opened.max_length, opened.generation)
         for heard in runtime.stream(ids, limit, max(top, LIKELY), **settings):
             token = read_likely(heard.id, heard.logprob, heard.likely, opened.vocabulary, top)
             yield Step(token, heard.text, heard.made)
         return
     assert isinstance(runtime, Stepwise)
-    warp, source = processors(request.sampling, len(ids)), generator(request.sampling)
+    warp, source = processors(request.sampling, len(ids), opened.generation), generator(request.sampling)
     going, said = runtime.steps(ids), list(ids)
     logits = torch.tensor(next(going))
     for made in range(1, limit + 1):
@@ -53,7 +54,9 @@ def steps(opened: OpenModel, ids: list[int], request: Request, limit: int) -> It
             logits = torch.tensor(going.send(chosen))
 
 
-def _llama_settings(sampling: Sampling, ignore_eos: bool, length: int) -> dict[str, Any]:
+def _llama_settings(
+    sampling: Sampling, ignore_eos: bool, length: int, generation: GenerationConfig | None
+) -> dict[str, Any]:
     """Say a request's sampling in llama.cpp's words, in the order in which ``serving.sampling`` applies it."""
     settings: dict[str, Any] = {
         "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
@@ -63,7 +66,7 @@ def _llama_settings(sampling: Sampling, ignore_eos: bool, length: int) -> dict[s
         "min_p": sampling.min_p or 0.0,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
-        "repeat_penalty": sampling.repetition_penalty,
+        "repeat_penalty": penalty_of(sampling, generation),
         "repeat_last_n": length,
         "logit_bias": [[token, bias] for token, bias in sampling.logit_bias.items()],
         "ignore_eos": ignore_eos,

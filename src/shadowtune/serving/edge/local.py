@@ -121,7 +121,10 @@ class LocalModel:
 
     def models(self) -> list[ModelCard]:
         """The one model."""
-        return [ModelCard(self._name, self._created, self._opened.max_length, type(self._opened.runtime).__name__)]
+        opened = self._opened
+        runtime, form = type(opened.runtime).__name__, opened.prompt_format
+        reads = (form.takes_conversations(opened.tokenizer), form.further_fields)
+        return [ModelCard(self._name, self._created, opened.max_length, runtime, *reads)]
 
     def counters(self) -> dict[str, float]:
         """Requests that are answered and that wait, at this moment."""
@@ -163,7 +166,8 @@ class LocalModel:
         opened, place = self._opened, "prompt" if request.messages is None else "messages"
         try:
             if request.messages is not None:
-                return opened.prompt_format.encode(request.messages, opened.tokenizer)
+                extra = (request.tools, request.chat_template_kwargs, request.fields)
+                return opened.prompt_format.encode(request.messages, opened.tokenizer, *extra)
             given = request.prompt or ()
             ids = prompt_ids(given, opened.tokenizer, False) if isinstance(given, str) else list(given)
         except DataError as error:

@@ -31,6 +31,12 @@ def body_of(request: Request, model: str, predicts: bool = True) -> dict[str, An
     body |= {name: value for name, value in vars(sampling).items() if value != vars(_PLAIN)[name]}
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
+    extra = {
+        "fields": request.fields,
+        "tools": request.tools,
+        "chat_template_kwargs": request.chat_template_kwargs,
+    }
+    body |= {name: value for name, value in extra.items() if value}
     if request.max_tokens is not None and not request.fitting:
         body["max_tokens"] = request.max_tokens
     if request.stop:

@@ -6,10 +6,11 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.prepacked_linear import prepacked_linear
+from shadowtune.data.ends import configured_ends, ends_of_config
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM
@@ -23,7 +24,7 @@ class Adapter:
     Args:
         name: what requests call it.
         model: the attached model.
-        prompt_format: of its prompts.
+        prompt_format: of its prompts; None is the tokenizer's chat template alone.
         base: the base that it must share.
         speculation: how it drafts; None if it does not.
 
@@ -36,7 +37,7 @@ class Adapter:
         self,
         name: str,
         model: ShadowForCausalLM,
-        prompt_format: PromptFormat,
+        prompt_format: PromptFormat | None,
         base: PreTrainedModel,
         speculation: SpeculationConfig | None,
     ) -> None:
@@ -45,14 +46,13 @@ class Adapter:
                 f"{name!r} has a base of its own, and an engine serves one; load it with "
                 "ShadowForCausalLM.from_pretrained(path, base=base)"
             )
-        self.name, self.model, self.prompt_format = name, model.eval(), prompt_format
+        self.name, self.model, self.prompt_format = name, model.eval(), prompt_format or PromptFormat()
         self.created = int(time.time())
         self.boundaries = model.shadow.boundaries
         backbone = model.shadow.backbone
         self.slots = Slots(backbone.config, backbone.dtype, base.device)
         self.drafting = None if speculation is None else Drafting(model, speculation)
         self.feeds_back = model.shadow.draft_fusion is not None
-        self.ends = ends_of(model.generation_config)
         self.positions = positions_of(backbone.config)
         self._served = ExitStack()
         self._served.enter_context(prepacked_linear(model.shadow))
@@ -90,10 +90,17 @@ def padded(tokens: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([[*line, *[0] * (width - len(line))] for line in tokens], device=device)
 
 
-def ends_of(config: GenerationConfig | None) -> frozenset[int]:
-    """Return the tokens that end an answer."""
-    ends = None if config is None else config.eos_token_id
-    return frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends)
+def ends_of(
+    config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None = None, recorded: Sequence[int] = ()
+) -> frozenset[int]:
+    """Return the tokens that end an answer.
+
+    Args:
+        config: of the model.
+        tokenizer: its end-of-sequence token ends answers of a model with nothing recorded.
+        recorded: ``PromptFormat.ends`` of the model.
+    """
+    return frozenset(configured_ends(config) if tokenizer is None else ends_of_config(config, tokenizer, recorded))
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

@@ -78,9 +78,13 @@ class Engine:
     def models(self) -> list[ModelCard]:
         """The adapters, and the bare base."""
         root = self._base.config.name_or_path or self._base.config.model_type
-        cards = [ModelCard(BASE, self._created, self._intake.longest(None), root)]
-        served = self._adapters.values()
-        return [ModelCard(each.name, each.created, self._intake.longest(each), root) for each in served] + cards
+        base = ModelCard(BASE, self._created, self._intake.longest(None), root, self._intake.reads(None))
+        return [self._card(each, root) for each in self._adapters.values()] + [base]
+
+    def _card(self, adapter: Adapter, root: str) -> ModelCard:
+        fields = adapter.prompt_format.further_fields
+        reads = self._intake.reads(adapter)
+        return ModelCard(adapter.name, adapter.created, self._intake.longest(adapter), root, reads, fields)
 
     async def answer(self, request: Request) -> EngineAnswer:
         """Accept a request.

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shadowtune.data.encoding import prompt_ids
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import DataError
 from shadowtune.serving.engine.adapters import Adapter, ends_of, positions_of
@@ -24,7 +25,12 @@ class Intake:
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
         self._base, self._tokenizer, self._limits = base, tokenizer, limits
         self._vocabulary = base.config.get_text_config(decoder=True).vocab_size
-        self._ends, self._format = ends_of(base.generation_config), PromptFormat()
+        self._format = PromptFormat()
+
+    def reads(self, adapter: Adapter | None) -> bool:
+        """Say whether a model, None being the bare base, reads system messages and earlier turns."""
+        form = self._format if adapter is None else adapter.prompt_format
+        return form.takes_conversations(self._tokenizer)
 
     def longest(self, adapter: Adapter | None) -> int:
         """Tokens that prompt and answer of a model, None being the bare base, may have together."""
@@ -55,9 +61,11 @@ class Intake:
         for token in request.sampling.logit_bias:
             self._check_token(token, "logit_bias")
         prediction = [] if request.prediction is None else self._tokens(request.prediction, "prediction", False)
-        ends = self._ends if adapter is None else adapter.ends
+        generation: Any = self._base.generation_config if adapter is None else adapter.model.generation_config
+        recorded = () if adapter is None else adapter.prompt_format.ends
+        ends = ends_of(generation, self._tokenizer, recorded)
         device = self._base.device
-        return Row(request, adapter, prompt, prediction, room, ends, self._tokenizer, device, deliver)
+        return Row(request, adapter, prompt, prediction, room, ends, self._tokenizer, device, deliver, generation)
 
     def _prompt(self, request: Request, prompt_format: PromptFormat) -> list[int]:
         if (request.messages is None) == (request.prompt is None):
@@ -67,7 +75,8 @@ class Intake:
             prompt = self._tokens(request.prompt, "prompt", True)
         else:
             try:
-                prompt = prompt_format.encode(request.messages, self._tokenizer)
+                extra = (request.tools, request.chat_template_kwargs, request.fields)
+                prompt = prompt_format.encode(request.messages, self._tokenizer, *extra)
             except DataError as error:
                 raise RequestError(str(error), param="messages") from None
         if not prompt:
@@ -77,8 +86,12 @@ class Intake:
     def _tokens(self, given: Any, param: str, special: bool) -> list[int]:
         """Token ids of a text, or the given ones if they are tokens of this model."""
         if isinstance(given, str):
-            ids: list[int] = self._tokenizer(given, add_special_tokens=special)["input_ids"]
-            return ids
+            if not special:
+                return list(self._tokenizer(given, add_special_tokens=False)["input_ids"])
+            try:
+                return prompt_ids(given, self._tokenizer, chat_template=False)
+            except DataError as error:
+                raise RequestError(str(error), param=param) from None
         for token in given:
             self._check_token(token, param)
         return list(given)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from shadowtune.serving.engine.adapters import Adapter
 from shadowtune.serving.engine.logits import Logits
@@ -29,6 +30,7 @@ class Row:
         tokenizer: of the base.
         device: of the logits.
         deliver: where the answer goes.
+        generation: the model's generation config, whose penalties hold where the request does not say otherwise.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Row:
         tokenizer: Any,
         device: torch.device,
         deliver: Deliver,
+        generation: GenerationConfig | None = None,
     ) -> None:
         self.request, self.adapter, self.deliver, self.room = request, adapter, deliver, room
         self.tokens, self.prompt_length = list(prompt), len(prompt)
@@ -54,7 +57,7 @@ class Row:
         self._ends = frozenset[int]() if request.ignore_eos else ends
         self._tokenizer, self._wording = tokenizer, Wording(tokenizer, request.stop)
         self._text, self._told = "", list[Token]()
-        self._processors = processors(request.sampling, len(prompt))
+        self._processors = processors(request.sampling, len(prompt), generation)
         self._source = generator(request.sampling, device)
         self._plain = request.sampling.temperature == 0 and not self._processors
 

@@ -131,12 +131,12 @@ def _add_facts(app: FastAPI, desk: Desk, role: Role) -> None:
         """Tell Prometheus how it goes."""
         return Response(desk.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model_exclude_none=True)
     async def models() -> replies.ModelsReply:
         """List what ``model`` may name."""
         return replies.ModelsReply(data=[replies.ModelReply.of(card) for card in desk.answerer.models()])
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model_exclude_none=True)
     async def model(name: str) -> replies.ModelReply:
         """Describe a model."""
         for card in desk.answerer.models():

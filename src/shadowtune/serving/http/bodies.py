@@ -129,6 +129,12 @@ class ChatBody(Asked):
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    fields: dict[Name, str] | None = Field(
+        None, max_length=64, description="Fields of the model's template, beside the one that the last message fills."
+    )
+    chat_template_kwargs: dict[Name, Any] | None = Field(
+        None, max_length=64, description="Further arguments of the model's chat template."
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: TextFormat | None = Field(None, description="Text alone.")

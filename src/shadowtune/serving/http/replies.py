@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from shadowtune.serving.http.logprobs import ChatLogprobs, CompletionLogprobs
 from shadowtune.serving.requests import Decision, FinishReason, ModelCard, Usage
@@ -138,11 +138,22 @@ class ModelReply(BaseModel):
     owned_by: str = "shadowtune"
     root: str
     max_model_len: int
+    conversations: Literal[False] | None = Field(
+        None, description="False: reads one message of a user, no system message and no history."
+    )
+    fields: list[str] | None = Field(None, description="Of its template, beside the one that a message fills.")
 
     @classmethod
     def of(cls, card: ModelCard) -> "ModelReply":
         """Write a card."""
-        return cls(id=card.name, created=card.created, root=card.root, max_model_len=card.max_model_len)
+        return cls(
+            id=card.name,
+            created=card.created,
+            root=card.root,
+            max_model_len=card.max_model_len,
+            conversations=None if card.conversations else False,
+            fields=list(card.fields) or None,
+        )
 
 
 class ModelsReply(BaseModel):

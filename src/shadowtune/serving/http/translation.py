@@ -28,7 +28,8 @@ def chat_requests(body: ChatBody, limit: int | None) -> list[Request]:
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = [{"role": ROLES.get(turn.role, turn.role), "content": text_of(turn.content)} for turn in body.messages]
     top = (body.top_logprobs or 0) if body.logprobs else None
-    return list(_choices(body, [{"messages": messages}], _allowed(asked, limit, limit), top))
+    source = {"messages": messages, "fields": body.fields, "chat_template_kwargs": body.chat_template_kwargs}
+    return list(_choices(body, [source], _allowed(asked, limit, limit), top))
 
 
 def completion_requests(body: CompletionBody, limit: int | None) -> list[Request]:
@@ -91,7 +92,7 @@ def _sampling(body: Asked) -> Sampling:
         min_p=body.min_p,
         presence_penalty=said(body.presence_penalty, 0.0),
         frequency_penalty=said(body.frequency_penalty, 0.0),
-        repetition_penalty=said(body.repetition_penalty, 1.0),
+        repetition_penalty=None if body.repetition_penalty is None else float(body.repetition_penalty),
         logit_bias={int(token): float(bias) for token, bias in (body.logit_bias or {}).items()},
         seed=body.seed,
     )
