@@ -1,7 +1,7 @@
 """Answers that fit a JSON schema: llguidance says after each token which tokens may follow.
 
-llguidance was chosen by measurement (docs/log.md): no dependencies, and it compiles a schema in less than a millisecond,
-because it makes the mask of a state when that state is reached.
+llguidance was chosen by measurement (docs/log.md): it has no dependencies, and compiles a schema in less than a
+millisecond, because it makes the mask of a state when that state is reached.
 """
 
 import importlib.util
@@ -86,7 +86,9 @@ class Schemas:
         """
         check_size(schema)
         if importlib.util.find_spec("llguidance") is None:
-            raise RequestError("JSON schemas need llguidance on the server: pip install 'shadowtune[serve]'", 501, PARAM)
+            raise RequestError(
+                "JSON schemas need llguidance on the server: pip install 'shadowtune[serve]'", 501, PARAM
+            )
         from llguidance import LLMatcher
 
         try:

@@ -152,8 +152,8 @@ class Piece:
     """On the last piece alone."""
     tool_calls: tuple[ToolCall, ...] = ()
     """Where a remote endpoint has read them; of our own models ``serving.tools`` reads them out of the text."""
-    count: int = 0
-    """Tokens of the answer so far; 0 where it is not known."""
+    running: Usage | None = None
+    """What the answer took so far, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -218,3 +218,14 @@ class CanFail(Protocol):
 
     def failure(self) -> str | None:
         """Why it can never answer again; None while it can."""
+
+
+@runtime_checkable
+class HasTokens(Protocol):
+    """An answerer that shows what its tokenizer makes of texts."""
+
+    async def tokenize(self, request: Request) -> list[int]:
+        """Return the token ids of a request's prompt."""
+
+    async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included."""

@@ -75,7 +75,7 @@ def hasty():
         yield live
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"])
 def test_a_head_that_does_not_come_ends_the_connection(hasty, sent):
     with connect(hasty.url) as connection:
         connection.sendall(sent)
@@ -84,7 +84,7 @@ def test_a_head_that_does_not_come_ends_the_connection(hasty, sent):
 
 def test_so_does_that_of_a_second_request(hasty):
     with connect(hasty.url) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         first = b""
         while not first.endswith(b"}"):  # head and body may come apart
             first += connection.recv(65536)
@@ -94,7 +94,8 @@ def test_so_does_that_of_a_second_request(hasty):
 
 
 def test_a_body_that_does_not_come_is_a_time_out(hasty):
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: 99\r\n\r\n{"
     with connect(hasty.url) as connection:
         connection.sendall(head)
         assert b"408" in ended(connection).splitlines()[0]
@@ -103,7 +104,7 @@ def test_a_body_that_does_not_come_is_a_time_out(hasty):
 def test_a_client_that_takes_nothing_is_dropped(chat):
     with serving(FakeAnswerer(pause=0.0), ServerConfig(port=0, read_timeout=0.3)) as live:
         body = json.dumps(chat("x" * 1000 + " " + "word " * 200_000, "slow", stream=True)).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{JSON}\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{JSON}\r\nContent-Length: {len(body)}\r\n\r\n"
         with connect(live.url) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.sendall(head.encode() + body)
@@ -111,7 +112,7 @@ def test_a_client_that_takes_nothing_is_dropped(chat):
 
 
 def test_a_body_without_end_is_cut_off():
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{JSON}\r\nTransfer-Encoding: chunked\r\n\r\n"
     with serving(config=ServerConfig(port=0, max_body_bytes=1000)) as live, connect(live.url) as connection:
         connection.sendall(head.encode() + b"64\r\n" + b"x" * 100 + b"\r\n")
         connection.sendall((b"64\r\n" + b"x" * 100 + b"\r\n") * 20)

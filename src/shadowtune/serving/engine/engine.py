@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -117,6 +117,29 @@ class Engine:
             answer.deliver(None)
         return answer
 
+    async def tokenize(self, request: Request) -> list[int]:
+        """Return the token ids of a request's prompt.
+
+        Raises:
+            RequestError: as ``answer``.
+        """
+        adapter = None if request.model == BASE else self._known(request.model)
+        self._intake.check(request, adapter)
+        prepared = await self._reading.run(
+            (request.prompt_key, adapter), partial(self._intake.prepare, request, adapter)
+        )
+        return prepared.prompt
+
+    async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included.
+
+        Raises:
+            RequestError: without such a model, or if an id is none of its tokens.
+        """
+        if model != BASE:
+            self._known(model)
+        return await self._reading.run(object(), partial(self._intake.text_of, tokens))
+
     def failure(self) -> str | None:
         """Why it can never answer again; None while it can."""
         return self._failure
@@ -211,7 +234,8 @@ class Engine:
 
         self._commands.put(pause)
         while not arrived.wait(POLL_SECONDS):
-            if not self._thread.is_alive():
+            if self._closing or not self._thread.is_alive():
+                resume.set()
                 raise RequestError(CLOSING, 503)
         try:
             yield

@@ -1,5 +1,6 @@
 """What a request must be to get a row: its prompt as tokens, within the limits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,12 @@ class Intake:
         device, tokenizer = self._base.device, self._tokenizer
         ids = (prompt.prompt, prompt.prediction)
         return Row(request, adapter, *ids, room, ends, tokenizer, device, deliver, follower)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included; raises RequestError for ids that are none."""
+        for token in tokens:
+            self._check_token(token, "tokens")
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _schemas_of(self, ends: frozenset[int]) -> Schemas:
         if ends not in self._schemas:

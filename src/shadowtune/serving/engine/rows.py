@@ -62,9 +62,7 @@ class Row:
         self._processors = processors(request.sampling, len(prompt))
         self._source = generator(request.sampling, device)
         self._late = sorted(end for end in self._ends | ends) if request.min_tokens else []
-        self._plain = (
-            request.sampling.temperature == 0 and not self._processors and follower is None and not self._late
-        )
+        self._plain = request.sampling.temperature == 0 and not self._processors and follower is None and not self._late
 
     @property
     def begun(self) -> bool:
@@ -118,13 +116,14 @@ class Row:
 
     def piece(self) -> Piece | None:
         """Take what has come to stand since the last time; None if there is nothing to say."""
-        usage, said = None, len(self.tokens) - self.prompt_length
+        said = len(self.tokens) - self.prompt_length
+        usage, running = None, Usage(self.prompt_length, said)
         if self.finish_reason is not None:
             self._text += self._wording.end()
             usage = Usage(self.prompt_length, said, self.accepted, len(self.prediction) - self.accepted)
         if not (self._text or self._told or usage):
             return None
-        piece = Piece(self._text, tuple(self._told), self.finish_reason, usage, count=said)
+        piece = Piece(self._text, tuple(self._told), self.finish_reason, usage, running=running)
         self._text, self._told = "", []
         return piece
 
