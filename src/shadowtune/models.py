@@ -157,10 +157,11 @@ def _convert(source: Path, target: Path) -> None:
     The weights stay float32: bfloat16 would change 82 % of them, for Q4_1 and Q8_0 weights are products and sums.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,
+            trust_remote_code=False,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),  # else it may stay packed, and refuses to be saved
         )

@@ -54,9 +54,9 @@ def _key(file: str | None) -> str | None:
     """Read the key from a file or the environment."""
     if file is None:
         key = os.environ.get(KEY_VARIABLE)
-        if key is not None and (not key.strip() or not key.isascii() or not key.isprintable() or " " in key.strip()):
-            raise ConfigError(f"{KEY_VARIABLE} is set and does not hold a key on one line; write one, or unset it")
-        return None if key is None else key.strip()
+        if key is not None and not key.strip():
+            raise ConfigError(f"{KEY_VARIABLE} is set and has no key in it; write one, or unset it")
+        return key
     try:
         key = Path(file).read_text(encoding="utf-8").strip()
     except UnicodeDecodeError:

@@ -64,7 +64,7 @@ class FinishedRun:
         )
         if torch.cuda.is_available():
             model.to("cuda")
-        return cls(path, config, model, AutoTokenizer.from_pretrained(str(path / "model")))
+        return cls(path, config, model, AutoTokenizer.from_pretrained(str(path / "model"), trust_remote_code=False))
 
     @cached_property
     def dataset(self) -> Dataset:

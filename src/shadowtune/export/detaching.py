@@ -75,7 +75,9 @@ def write_detached(
         (prompt_format or PromptFormat()).save(staging)
         parameters = sum(parameter.numel() for parameter in plain.parameters())
         (staging / "README.md").write_text(card.text(parameters, directory.name))
-        loaded: PreTrainedModel = _AUTOS[card.task].from_pretrained(staging).to(plain.device).eval()
+        loaded: PreTrainedModel = (
+            _AUTOS[card.task].from_pretrained(staging, trust_remote_code=False).to(plain.device).eval()
+        )
         _compare(plain, loaded, prompts, True, f"the files for {directory} and the model")
     return loaded
 

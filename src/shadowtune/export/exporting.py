@@ -60,7 +60,9 @@ def _write_safetensors(
         write_plain(copied.to(DTYPES[quantization]), directory)
         return
     settings = quantization_arguments("int8", torch.float32)
-    quantized = AutoModelForCausalLM.from_pretrained(str(model.config.name_or_path), dtype=torch.float32, **settings)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        str(model.config.name_or_path), dtype=torch.float32, trust_remote_code=False, **settings
+    )
     quantized.save_pretrained(directory)
     for file in directory.glob("*.safetensors"):
         file.chmod(0o644)
@@ -132,7 +134,7 @@ def default_path(directory: Path, to: str, quantization: str) -> Path:
 def read_tokenizer(directory: str, **kwargs: str) -> Tokenizer:
     """Read a tokenizer; raises CheckpointError if there is none."""
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, **kwargs)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory} has no tokenizer: {str(error).splitlines()[0]}") from None
     return tokenizer
@@ -145,12 +147,12 @@ def read_plain(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
         CheckpointError: if it holds no plain causal language model with a tokenizer.
     """
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         kinds = config.architectures or []
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
             raise CheckpointError(f"{directory} is a classifier; only causal language models are exported")
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        return model, AutoTokenizer.from_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
+        return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise

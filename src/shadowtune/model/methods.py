@@ -58,7 +58,7 @@ def load_base_config(name: str) -> PreTrainedConfig:
         CheckpointError: if there is no such model.
     """
     try:
-        return AutoConfig.from_pretrained(resolve(name))
+        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         if isinstance(error, ShadowtuneError):
             raise
@@ -72,7 +72,7 @@ def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedM
         CheckpointError: if there is no such model or it cannot be read.
     """
     try:
-        base = AUTO[task].from_pretrained(resolve(name), **kwargs)
+        base = AUTO[task].from_pretrained(resolve(name), trust_remote_code=False, **kwargs)
     except UNREADABLE as error:
         if isinstance(error, ShadowtuneError):
             raise
@@ -156,7 +156,7 @@ def _is_peft_shadow(directory: str) -> bool:
 
 def _saved_config(directory: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except UNREADABLE as error:
         raise CheckpointError(f"cannot read config.json of {directory}: {_reason(error)}") from None
 

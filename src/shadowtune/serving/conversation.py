@@ -141,8 +141,6 @@ def check_characters(request: Request, longest: int, longest_token: int) -> None
     Raises:
         RequestError: naming the field.
     """
-    if request.prompt is not None and not isinstance(request.prompt, str) and len(request.prompt) >= longest:
-        raise too_long(request, len(request.prompt), longest)
     limit = longest * longest_token
     sizes = {
         "messages": sum(map(_characters, request.messages or ())),

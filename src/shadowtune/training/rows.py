@@ -67,7 +67,7 @@ def load_training_rows(config: TrainConfig) -> TrainingRows:
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer that can pad; raises CheckpointError if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load a tokenizer from {name}: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token_id is None:

@@ -48,7 +48,10 @@ class Intake:
 
     def check(self, request: Request, adapter: Adapter | None) -> None:
         """Refuse what can be refused without reading the prompt; raises RequestError."""
-        check_characters(request, self.longest(adapter), self._longest_token)
+        longest = self.longest(adapter)
+        check_characters(request, longest, self._longest_token)
+        if request.prompt is not None and not isinstance(request.prompt, str) and len(request.prompt) >= longest:
+            raise too_long(request, len(request.prompt), longest)
         if request.max_tokens is not None and request.max_tokens < 1:
             raise RequestError(f"max_tokens must be at least 1, got {request.max_tokens}", param="max_tokens")
         for token in request.sampling.logit_bias:
