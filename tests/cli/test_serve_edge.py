@@ -7,6 +7,7 @@ from shadowtune.cli import serve_edge
 from shadowtune.cli.cloud_options import KEY_VARIABLE, cloud_of
 from shadowtune.cli.main import build_parser, main
 from shadowtune.config.policy import CurvePoint, PolicyConfig, Prices
+from shadowtune.errors import ConfigError
 
 NOBODY = "http://127.0.0.1:9"
 CHAT = {"messages": [{"role": "user", "content": "say one"}], "max_tokens": 4, "temperature": 0}

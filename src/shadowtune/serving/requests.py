@@ -90,7 +90,7 @@ class Request:
     def prompt_key(self) -> Hashable:
         """Return what requests with the very same prompt objects have in common, while these exist."""
         parts = (self.messages, self.prompt, self.prediction, self.tools, self.schema, self.template_arguments)
-        return tuple(id(part) for part in parts)
+        return tuple(id(part) if part else None for part in parts)
 
     def wanted(self, room: int) -> int:
         """Return how many tokens the answer may have, where there are positions for ``room``; more than that if it says

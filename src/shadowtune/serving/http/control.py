@@ -61,8 +61,9 @@ def adapter_path(root: str | None, path: str) -> str:
     try:
         home = Path(root).resolve()
         found = (home / path).resolve()
+        inside = found != home and found.is_relative_to(home) and found.is_dir()
     except (OSError, ValueError, RuntimeError):  # too long, a null character, a loop of links
         raise refusal from None
-    if found == home or not found.is_relative_to(home) or not found.is_dir():
+    if not inside:
         raise refusal
     return str(found)
