@@ -11,7 +11,7 @@ pytest.importorskip("llguidance")
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.export.opening import OpenModel
 from shadowtune.export.runtimes import TorchModel
-from shadowtune.serving.constrained import Schemas
+from shadowtune.serving.constrained import Schemas, closed
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.engine.engine import Engine
 from shadowtune.serving.engine.limits import Limits
@@ -171,3 +171,28 @@ def test_stop_tokens_end_and_least_tokens_hold():
     assert tokens == said[:first] and pieces[-1].finish_reason == "stop"
     assert len(later) >= first + 3 and stop not in later[: first + 3]
     assert later[:first] == said[:first]
+
+
+def test_objects_that_list_their_properties_are_closed():
+    inner = {"type": "object", "properties": {"b": {"type": "integer"}}}
+    schema = {"properties": {"a": inner, "c": {"items": inner}}, "$defs": {"d": inner}, "default": {"properties": {}}}
+    told = closed(schema)
+    assert told["additionalProperties"] is told["properties"]["a"]["additionalProperties"] is False
+    assert (
+        told["properties"]["c"]["items"]["additionalProperties"] is told["$defs"]["d"]["additionalProperties"] is False
+    )
+    assert told["default"] == {"properties": {}} and "additionalProperties" not in inner
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object"},
+        {"properties": {}, "additionalProperties": True},
+        {"properties": {}, "patternProperties": {"^x": {}}},
+        {"properties": {}, "anyOf": [{"properties": {"a": {}}}]},
+        {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+    ],
+)
+def test_others_stay_open(schema):
+    assert closed(schema) == schema

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 MAX_SCHEMA = 100_000
 """Characters of a schema written as JSON."""
-OPTIONS = {"whitespace_pattern": r"[ \n]?[ ]{0,16}"}
+WHITESPACE = r"[ \n]?[ ]{0,16}"
 """White space between JSON tokens is bounded: a small model would otherwise fill its answer with line breaks."""
+COMBINING = ("allOf", "if", "not", "dependentSchemas", "unevaluatedProperties")
+"""Words of schemas whose objects' properties may stand elsewhere."""
 PARAM = "response_format"
 
 
@@ -92,7 +94,7 @@ class Schemas:
         from llguidance import LLMatcher
 
         try:
-            grammar = LLMatcher.grammar_from_json_schema(dict(schema), defaults=OPTIONS)  # type: ignore[arg-type]
+            grammar = LLMatcher.grammar_from_json_schema(closed(schema), defaults={"whitespace_pattern": WHITESPACE})
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the schema cannot be read: {_first_line(str(error))}", param=PARAM) from None
         matcher = LLMatcher(self._tokenizer_of_llguidance(), grammar, log_level=0)
@@ -109,6 +111,35 @@ class Schemas:
             ends = sorted(end for end in self._ends if end < self._vocabulary)
             self._prepared = from_tokenizer(self._tokenizer, self._vocabulary, ends or None)
         return self._prepared
+
+
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema with objects that list their properties and say nothing of others closed to these.
+
+    OpenAI's strict schemas are closed, and what fits the closed schema fits the open one. A small model would otherwise
+    go on inventing properties until its answer is cut off. Schemas that are combined with others stay as they are.
+    """
+    if any(f'"{word}"' in json.dumps(schema) for word in COMBINING):
+        return dict(schema)
+    closing: dict[str, Any] = _closed(schema)
+    return closing
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    told = dict(schema)
+    for name in ("properties", "$defs", "definitions"):
+        if isinstance(told.get(name), Mapping):
+            told[name] = {key: _closed(value) for key, value in told[name].items()}
+    for name in ("items", "additionalProperties"):
+        told |= {name: _closed(told[name])} if name in told else {}
+    for name in ("anyOf", "oneOf", "prefixItems"):
+        if isinstance(told.get(name), list) and (name == "prefixItems" or "properties" not in told):
+            told[name] = [_closed(entry) for entry in told[name]]
+    if "properties" in told and not told.keys() & {"additionalProperties", "patternProperties", "anyOf", "oneOf"}:
+        told["additionalProperties"] = False
+    return told
 
 
 def check_size(schema: Mapping[str, Any]) -> None:

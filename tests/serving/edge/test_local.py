@@ -243,6 +243,15 @@ def test_a_second_owner_does_not_wait_for_all_of_the_first(tmp_path, monkeypatch
     assert order[:3] in (["a", "b", "a"], ["b", "a", "a"]) and sorted(order) == list("aaaab")
 
 
+@pytest.mark.parametrize("kind", [each for each in KINDS if each.values[0] == "gguf"])
+def test_a_gguf_file_fits_a_schema_by_llama_cpps_grammar(kind, tmp_path):
+    """The tiny vocabulary has letters and no brackets, so the schema is one that letters fit."""
+    pieces, _ = answered(local(kind, tmp_path), ask(schema={"const": True}, max_tokens=20))
+    assert "".join(piece.text for piece in pieces).strip() == "true"
+    with pytest.raises(RequestError, match="min_tokens is not supported by a GGUF file"):
+        answered(local(kind, tmp_path), ask(min_tokens=2))
+
+
 def test_a_model_that_hangs_is_left_behind(tmp_path, monkeypatch):
     released, entered = threading.Event(), threading.Event()
     model = local("safetensors", tmp_path, close_seconds=0.1)

@@ -236,7 +236,7 @@ def _add_options(app: FastAPI) -> None:
     methods: dict[str, set[str]] = {}
     for route in app.routes:
         if isinstance(route, APIRoute):
-            methods.setdefault(route.path, {"OPTIONS"}).update(route.methods)
+            methods.setdefault(route.path, {"OPTIONS"}).update(route.methods or ())
     for path, known in methods.items():
         allowed = ", ".join(sorted(known | ({"HEAD"} if "GET" in known else set())))
         headers = {"allow": allowed}
