@@ -68,6 +68,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "pydantic": {"serving"},
     "pydantic_core": {"serving"},
     "httpx": {"serving"},
+    "llguidance": {"serving"},
     "prometheus_client": {"serving"},
 }
 

@@ -22,11 +22,11 @@ def cloud(shadow_run):
     """The command as a user starts it: its address, its process, the lines it prints."""
     command = [sys.executable, "-m", "shadowtune", "serve", "cloud", str(shadow_run), "--name", f"again={shadow_run}"]
     process = subprocess.Popen(
-        [*command, "--port", "0", "--allow-loading"],
+        [*command, "--port", "0", "--allow-loading", "--adapter-root", str(shadow_run.parent)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "SHADOWTUNE_API_KEYS": "key"},
+        env={**os.environ, "SHADOWTUNE_API_KEYS": "key", "SHADOWTUNE_ADMIN_KEYS": "admin"},
     )
     line = process.stdout.readline()
     yield line, process
@@ -99,20 +99,24 @@ def test_every_documented_call_works_on_a_real_model(client):
 
 
 def test_adapters_come_and_go_while_it_runs(cloud, client, shadow_run):
-    body = {"name": "late", "path": str(shadow_run)}
-    assert client.post("/load_adapter", body=body, cast_to=object) == {"name": "late", "status": "loaded"}
+    body = {"name": "late", "path": shadow_run.name}
+    with pytest.raises(openai.PermissionDeniedError, match="needs an admin key"):
+        client.post("/load_adapter", body=body, cast_to=object)
+    admin = client.with_options(api_key="admin")
+    assert admin.post("/load_adapter", body=body, cast_to=object) == {"name": "late", "status": "loaded"}
     said = [
         client.completions.create(model=model, prompt="say one", temperature=0).choices[0].text
         for model in ("shadow", "late")
     ]
     assert said[0] == said[1]
-    assert client.post("/unload_adapter", body={"name": "late"}, cast_to=object)["status"] == "unloaded"
+    assert admin.post("/unload_adapter", body={"name": "late"}, cast_to=object)["status"] == "unloaded"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="late", prompt="say one")
-    with pytest.raises(openai.BadRequestError, match="is not a directory"):
-        client.post("/load_adapter", body={"name": "late", "path": "nowhere"}, cast_to=object)
-    with pytest.raises(openai.BadRequestError, match="File name too long"):
-        client.post("/load_adapter", body={"name": "late", "path": "x" * 300}, cast_to=object)
+    for path in ("nowhere", "x" * 300, "/etc"):
+        with pytest.raises(openai.BadRequestError, match="path must name an adapter"):
+            admin.post("/load_adapter", body={"name": "late", "path": path}, cast_to=object)
+    with pytest.raises(openai.PermissionDeniedError, match="was there when the server started"):
+        admin.post("/unload_adapter", body={"name": "shadow"}, cast_to=object)
 
 
 def test_without_its_key_it_is_shut(cloud):
@@ -129,6 +133,8 @@ def test_without_its_key_it_is_shut(cloud):
         (["nowhere"], "nowhere is not a directory"),
         (["{lora}"], "is a lora causal_lm run"),
         (["{shadow}", "--port", "99999"], "port must be at least 0"),
+        (["{shadow}", "--allow-loading"], "--allow-loading needs a key"),
+        (["{shadow}", "--adapter-root", "nowhere"], "--adapter-root nowhere is not a directory"),
         (["{shadow}", "--api-key-file", "nowhere"], "No such file or directory: nowhere"),
         (["{shadow}", "{shadow}"], "would both be called 'shadow'"),
         (["{shadow}", "--name", "base={shadow}"], "the name 'base' is taken"),

@@ -7,6 +7,7 @@ from shadowtune.cli import serve_edge
 from shadowtune.cli.cloud_options import KEY_VARIABLE, cloud_of
 from shadowtune.cli.main import build_parser, main
 from shadowtune.config.policy import CurvePoint, PolicyConfig, Prices
+from shadowtune.errors import ConfigError
 
 NOBODY = "http://127.0.0.1:9"
 CHAT = {"messages": [{"role": "user", "content": "say one"}], "max_tokens": 4, "temperature": 0}
@@ -99,3 +100,9 @@ def test_what_is_wrong_is_one_line(tmp_path, words, said, capsys):
     command = ["serve", "edge", str(tmp_path / "nothing"), "--cloud", NOBODY]
     assert main([*command, *(word.replace("DIR", str(tmp_path)) for word in words)]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_empty_key_of_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, " ")
+    with pytest.raises(ConfigError, match=f"{KEY_VARIABLE} is set and has no key"):
+        cloud_of(parsed())

@@ -66,3 +66,17 @@ def test_what_has_no_shadow_that_generates_is_refused(lora_run, tmp_path):
         read_source(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         open_shadow(read_source(tmp_path))
+
+
+def test_a_shadow_with_nan_is_refused(shadow_run):
+    import torch
+
+    from shadowtune.cli.served import check_finite, open_shadow, read_source
+    from shadowtune.errors import CheckpointError
+
+    model = open_shadow(read_source(shadow_run))
+    check_finite("good", model)
+    with torch.no_grad():
+        model.shadow.boundaries.injection_ups[0, 0, 0] = torch.inf
+    with pytest.raises(CheckpointError, match="'bad' has weights that are NaN or infinite"):
+        check_finite("bad", model)

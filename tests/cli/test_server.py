@@ -18,6 +18,7 @@ def config(*options):
 @pytest.fixture(autouse=True)
 def _no_keys(monkeypatch):
     monkeypatch.delenv("SHADOWTUNE_API_KEYS", raising=False)
+    monkeypatch.delenv("SHADOWTUNE_ADMIN_KEYS", raising=False)
 
 
 def test_without_options_the_settings_are_the_defaults():
@@ -82,3 +83,33 @@ def test_the_log_tells_where_an_exception_was_and_not_what_it_said():
     text = Discreet("%(message)s").format(record)
     assert words not in text and text.startswith("failed") and text.endswith("ValueError")
     assert "test_server.py" in text
+
+
+@pytest.mark.parametrize("variable", ["SHADOWTUNE_API_KEYS", "SHADOWTUNE_ADMIN_KEYS"])
+@pytest.mark.parametrize("value", ["", " ", ",", " , ,"])
+def test_a_variable_that_is_set_and_empty_is_refused(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"{variable} is set and has no key in it; write one, or unset it"):
+        config()
+
+
+def test_admin_keys_hosts_and_origins_arrive(tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text("ours\n")
+    monkeypatch.setenv("SHADOWTUNE_ADMIN_KEYS", "other")
+    options = "--allowed-host models.example --cors-origin https://chat.example --max-connections 9"
+    found = config(*options.split(), "--admin-key-file", str(tmp_path / "keys"))
+    assert found.admin_hashes == (hash_key("ours"), hash_key("other")) and found.key_hashes == ()
+    assert (found.allowed_hosts, found.allowed_origins) == (("models.example",), ("https://chat.example",))
+    assert found.max_connections == 9
+
+
+def test_loading_needs_an_admin_key_and_a_directory(tmp_path, monkeypatch):
+    parser = argparse.ArgumentParser()
+    add_server(parser)
+    arguments = parser.parse_args([])
+    with pytest.raises(ConfigError, match="--admin-key-file or SHADOWTUNE_ADMIN_KEYS"):
+        server_config(arguments, True, str(tmp_path))
+    monkeypatch.setenv("SHADOWTUNE_ADMIN_KEYS", "key")
+    with pytest.raises(ConfigError, match="--allow-loading needs --adapter-root"):
+        server_config(arguments, True)
+    assert server_config(arguments, True, str(tmp_path)).adapter_root == str(tmp_path)

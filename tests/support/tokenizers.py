@@ -22,7 +22,9 @@ _MERGES = [(SPACE, "t"), (SPACE, "a"), ("h", "e"), ("i", "n"), (NEWLINE, NEWLINE
 _PUNCTUATION = ".,?!:'-"
 
 
-def tiny_tokenizer(chat_template: str | None = CHATML, add_bos: bool = False) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    chat_template: str | None = CHATML, add_bos: bool = False, more: str = ""
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most 97 tokens: ASCII letters, digits, some punctuation and a few merges.
 
     Ids 0 to 3 are the padding, begin, end and unknown token, as in the configs of the tiny bases. Tokens that start
@@ -31,9 +33,10 @@ def tiny_tokenizer(chat_template: str | None = CHATML, add_bos: bool = False) ->
     Args:
         chat_template: a Jinja template; None makes a tokenizer without one.
         add_bos: whether texts start with the begin token, as with Llama and Gemma.
+        more: further characters, such as those of JSON.
     """
     characters = [SPACE, NEWLINE, *string.ascii_letters, *string.digits, *_PUNCTUATION]
-    pieces = [PAD, BOS, EOS, UNKNOWN, *characters, *(left + right for left, right in _MERGES)]
+    pieces = [PAD, BOS, EOS, UNKNOWN, *characters, *(left + right for left, right in _MERGES), *more]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     assert len(vocabulary) == len(pieces) <= VOCABULARY
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=_MERGES, unk_token=UNKNOWN))

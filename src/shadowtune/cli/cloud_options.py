@@ -53,7 +53,10 @@ def prices_of(arguments: argparse.Namespace, known: Prices) -> Prices:
 def _key(file: str | None) -> str | None:
     """Read the key from a file or the environment."""
     if file is None:
-        return os.environ.get(KEY_VARIABLE)
+        key = os.environ.get(KEY_VARIABLE)
+        if key is not None and not key.strip():
+            raise ConfigError(f"{KEY_VARIABLE} is set and has no key in it; write one, or unset it")
+        return key
     try:
         key = Path(file).read_text(encoding="utf-8").strip()
     except UnicodeDecodeError:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from shadowtune.config.serving import ServerConfig
     from shadowtune.serving.engine.engine import Loaded
 
+CLOSE_SECONDS = 5.0
+"""For which the engine may end what runs after the server has waited for ``--drain-timeout``."""
 EPILOG = """examples:
   shadowtune serve cloud runs/clinc150
   shadowtune serve cloud runs/clinc150 --name polite=runs/seed2 --port 9000 --api-key-file keys.txt
@@ -34,12 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_server(parser)
     parser.add_argument("--no-speculate", action="store_true", help="shadows do not draft")
-    parser.add_argument("--allow-loading", action="store_true", help="adapters may be loaded and unloaded over HTTP")
+    parser.add_argument(
+        "--allow-loading",
+        action="store_true",
+        help="adapters may be loaded and unloaded over HTTP, by an admin key and from --adapter-root",
+    )
+    parser.add_argument("--adapter-root", metavar="DIR", help="directory that adapters may be loaded from")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve runs until told to end."""
-    config = server_config(arguments, arguments.allow_loading)
+    config = server_config(arguments, arguments.allow_loading, arguments.adapter_root)
     from shadowtune.cli.served import named_runs
 
     runs = named_runs(arguments.run, arguments.name)
@@ -48,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _build(runs: dict[str, Path], arguments: argparse.Namespace, config: "ServerConfig") -> Any:
     """Load the runs and put the API in front of them."""
-    from shadowtune.cli.served import open_served, open_shadow, read_source
+    from shadowtune.cli.served import check_finite, open_served, open_shadow, read_source
     from shadowtune.config.speculation import SpeculationConfig
     from shadowtune.serving.engine.engine import Engine
     from shadowtune.serving.engine.limits import Limits
@@ -58,13 +65,16 @@ def _build(runs: dict[str, Path], arguments: argparse.Namespace, config: "Server
         max_rows=arguments.max_rows,
         max_queue=arguments.max_queue,
         speculation=None if arguments.no_speculate else SpeculationConfig(),
+        close_seconds=CLOSE_SECONDS,
     )
     served = open_served(runs, say)
 
     def open_adapter(path: str) -> "Loaded":
         try:
             source = read_source(Path(path))
-            return open_shadow(source, served.base), source.prompt_format
+            model = open_shadow(source, served.base)
+            check_finite(path, model)
+            return model, source.prompt_format
         except OSError as error:  # a path that the system does not take, or may not read
             raise CheckpointError(error.strerror or str(error)) from None
 

@@ -37,8 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cloud-deadline",
         type=float,
         default=defaults.deadline,
-        help="seconds for an answer of the cloud, all attempts together (default: %(default)g)",
+        help="seconds for the first token of the cloud, all attempts together (default: %(default)g)",
     )
+    waits = {
+        "connect-timeout": "seconds for a connection to the cloud",
+        "first-token-timeout": "seconds for the first token of one attempt",
+        "idle-timeout": "seconds between two parts of its answer",
+    }
+    for name, what in waits.items():
+        default = vars(defaults)[name.replace("-", "_")]
+        parser.add_argument(f"--cloud-{name}", type=float, default=default, help=f"{what} (default: %(default)g)")
     parser.add_argument(
         "--cloud-retries", type=int, default=defaults.retries, help="while nothing has come (default: %(default)s)"
     )
@@ -60,7 +68,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve a detached model, with a cloud behind it, until told to end."""
     config = server_config(arguments)
     policy = policy_of(arguments)
-    cloud = cloud_of(arguments, deadline=arguments.cloud_deadline, retries=arguments.cloud_retries)
+    cloud = cloud_of(
+        arguments,
+        deadline=arguments.cloud_deadline,
+        retries=arguments.cloud_retries,
+        connect_timeout=arguments.cloud_connect_timeout,
+        first_token_timeout=arguments.cloud_first_token_timeout,
+        read_timeout=max(arguments.cloud_first_token_timeout, arguments.cloud_idle_timeout),
+        idle_timeout=arguments.cloud_idle_timeout,
+    )
     if cloud.deadline >= config.timeout:
         raise ConfigError(
             f"--cloud-deadline {cloud.deadline:g} leaves no time for the edge; --timeout is {config.timeout:g}"

@@ -86,9 +86,21 @@ def open_served(runs: Mapping[str, Path], progress: Say) -> Served:
             served = Served(model.base, tokenizer, {})
         else:
             model = open_shadow(source, served.base)
+        check_finite(name, model)
         served.adapters[name] = (model, source.prompt_format)
     assert served is not None
     return served
+
+
+def check_finite(name: str, model: "ShadowForCausalLM") -> None:
+    """Refuse a shadow whose weights are not numbers.
+
+    Raises:
+        CheckpointError: naming the shadow and the first such tensor.
+    """
+    for part, weight in model.shadow.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise CheckpointError(f"{name!r} has weights that are NaN or infinite ({part}); load an earlier checkpoint")
 
 
 def read_source(path: Path) -> Source:

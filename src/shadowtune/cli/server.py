@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from shadowtune.errors import ConfigError, ShadowtuneError
 
 KEYS = "SHADOWTUNE_API_KEYS"
 """Environment variable with API keys, separated by commas."""
+ADMIN_KEYS = "SHADOWTUNE_ADMIN_KEYS"
+"""Environment variable with keys that may change the server, separated by commas."""
 PACKAGES = ("fastapi", "uvicorn", "httpx", "prometheus_client")
 LOGGED = ("shadowtune.serving", "uvicorn", "asyncio")
 
@@ -30,6 +33,27 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"API keys, one a line; the variable {KEYS} adds more, separated by commas (default: no key is asked for)",
     )
+    group.add_argument(
+        "--admin-key-file",
+        metavar="FILE",
+        help="keys that may change the server (adapters, the policy's threshold), one a line; "
+        f"the variable {ADMIN_KEYS} adds more",
+    )
+    group.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which clients address the server, beside this machine's own; * is any (repeatable)",
+    )
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="an origin whose pages may call the server, such as https://chat.example; * is any (repeatable)",
+    )
+    group.add_argument("--max-connections", type=int, default=defaults.max_connections, help="default: %(default)s")
     group.add_argument("--max-rows", type=int, default=16, help="answers under way at once (default: %(default)s)")
     group.add_argument(
         "--max-queue", type=int, default=64, help="answers that may wait; one more gets 429 (default: %(default)s)"
@@ -48,7 +72,9 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--log-prompts", action="store_true", help="write prompts and answers to the log")
 
 
-def server_config(arguments: argparse.Namespace, allow_loading: bool = False) -> ServerConfig:
+def server_config(
+    arguments: argparse.Namespace, allow_loading: bool = False, adapter_root: str | None = None
+) -> ServerConfig:
     """Return what the options say.
 
     Raises:
@@ -60,27 +86,48 @@ def server_config(arguments: argparse.Namespace, allow_loading: bool = False) ->
     for name in ("max_rows", "max_queue"):
         if vars(arguments)[name] < (name == "max_rows"):
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {int(name == 'max_rows')}")
+    admin_keys = _keys(arguments.admin_key_file, "--admin-key-file", ADMIN_KEYS)
+    if allow_loading and not admin_keys:
+        raise ConfigError(f"--allow-loading needs a key that may do so; give --admin-key-file or {ADMIN_KEYS}")
+    if allow_loading and adapter_root is None:
+        raise ConfigError("--allow-loading needs --adapter-root, the directory that adapters may be loaded from")
+    if adapter_root is not None and not Path(adapter_root).is_dir():
+        raise ConfigError(f"--adapter-root {adapter_root} is not a directory")
     return ServerConfig(
         host=arguments.host,
         port=arguments.port,
-        key_hashes=tuple(hash_key(key) for key in _keys(arguments.api_key_file)),
+        key_hashes=tuple(hash_key(key) for key in _keys(arguments.api_key_file, "--api-key-file", KEYS)),
+        admin_hashes=tuple(hash_key(key) for key in admin_keys),
+        allowed_hosts=tuple(arguments.allowed_host),
+        allowed_origins=tuple(arguments.cors_origin),
+        max_connections=arguments.max_connections,
         max_body_bytes=arguments.max_body_bytes,
         max_requests=arguments.max_rows + arguments.max_queue,
         max_tokens=arguments.max_tokens,
         timeout=arguments.timeout,
         drain_timeout=arguments.drain_timeout,
         allow_loading=allow_loading,
+        adapter_root=adapter_root,
         log_prompts=arguments.log_prompts,
     )
 
 
-def _keys(file: str | None) -> list[str]:
-    """The keys of the file, where a # begins a comment, and of the environment."""
+def _keys(file: str | None, option: str, variable: str) -> list[str]:
+    """The keys of a file, where a # begins a comment, and of an environment variable.
+
+    Raises:
+        ConfigError: if either is given and has no key: a server that was meant to ask for one would be open.
+    """
     lines = [] if file is None else [line.split("#")[0].strip() for line in Path(file).read_text().splitlines()]
     keys = [key for key in lines if key]
     if file is not None and not keys:
-        raise ConfigError(f"{file} has no API key; write one a line, or leave out --api-key-file")
-    keys += [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+        raise ConfigError(f"{file} has no API key; write one a line, or leave out {option}")
+    said = os.environ.get(variable)
+    if said is not None:
+        found = [key.strip() for key in said.split(",") if key.strip()]
+        if not found:
+            raise ConfigError(f"{variable} is set and has no key in it; write one, or unset it")
+        keys += found
     if any(not key.isascii() or " " in key for key in keys):
         raise ConfigError("an API key has spaces or other than ASCII characters; it could not be sent as a header")
     return keys
@@ -103,10 +150,15 @@ def run_server(config: ServerConfig, build: Callable[[], Any]) -> int:
         address = address_of(bound)
         names = [card.name for card in app.state.desk.answerer.models()]
         _log(config.log_prompts)
-        if not config.key_hashes and not _is_local(config.host):
+        if not config.key_hashes and not config.is_local:
             say(f"note: {config.host} is open to the network and asks for no key; --api-key-file asks for one")
         make_server(app, config, lambda: print(_welcome(address, names, config), flush=True)).run([bound])
-    return 0
+    failure = app.state.desk.failure()
+    if failure is None:
+        return 0
+    say(f"the server could not go on: {failure}")
+    sys.stdout.flush()
+    os._exit(1)  # a thread that hangs in a pass would keep the interpreter from ending
 
 
 def _welcome(address: str, names: list[str], config: ServerConfig) -> str:
@@ -115,10 +167,6 @@ def _welcome(address: str, names: list[str], config: ServerConfig) -> str:
     key = '-H "Authorization: Bearer $KEY" ' if config.key_hashes else ""
     curl = f"curl {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"
     return f"{address} answers as {', '.join(names)}; try: {curl}"
-
-
-def _is_local(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _log(prompts: bool) -> None:

@@ -18,10 +18,14 @@ class CloudConfig:
     key: str | None = field(default=None, repr=False)
     """Its API key."""
     connect_timeout: float = 3.0
-    read_timeout: float = 20.0
+    read_timeout: float = 10.0
     """Without a byte from it."""
-    deadline: float = 60.0
-    """From the hand-over to the end of its answer, all attempts together."""
+    first_token_timeout: float = 10.0
+    """From an attempt's start to the first token."""
+    idle_timeout: float = 15.0
+    """Between two parts of its answer; an answer that goes on may take as long as the server's ``timeout`` allows."""
+    deadline: float = 15.0
+    """From the hand-over to the first token, all attempts together: for so long the edge's own answer waits."""
     retries: int = 2
     """Further attempts while nothing of an answer has come."""
     backoff: float = 0.25
@@ -46,7 +50,7 @@ class CloudConfig:
             max_line_bytes=(1, None),
             max_body_bytes=(1, None),
         )
-        for name in ("connect_timeout", "read_timeout", "deadline"):
+        for name in ("connect_timeout", "read_timeout", "first_token_timeout", "idle_timeout", "deadline"):
             check_range(self, **{name: (0.001, None)})
         try:
             parts = urlsplit(self.url)

@@ -103,7 +103,7 @@ def read_prompts(directory: str, **kwargs: Any) -> tuple[PreTrainedTokenizerBase
         DataError: if ``prompt_format.json`` is damaged.
         OSError, ValueError: of transformers, if there is no tokenizer.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, **kwargs)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **kwargs)
     form = PromptFormat.load(Path(directory))
     return as_trained(tokenizer, form), form
 

@@ -85,7 +85,9 @@ def write_detached(
         write_older_keys(staging)
         parameters = sum(parameter.numel() for parameter in plain.parameters())
         write_card(staging, card, "detached", directory.name, form.baked or bool(tokenizer.chat_template), parameters)
-        loaded: PreTrainedModel = _AUTOS[card.task].from_pretrained(staging).to(plain.device).eval()
+        loaded: PreTrainedModel = (
+            _AUTOS[card.task].from_pretrained(staging, trust_remote_code=False).to(plain.device).eval()
+        )
         _compare(plain, loaded, prompts, True, f"the files for {directory} and the model")
     return loaded
 

@@ -69,7 +69,9 @@ def _write_safetensors(
         write_older_keys(directory)
         return
     settings = quantization_arguments("int8", torch.float32)
-    quantized = AutoModelForCausalLM.from_pretrained(str(model.config.name_or_path), dtype=torch.float32, **settings)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        str(model.config.name_or_path), dtype=torch.float32, trust_remote_code=False, **settings
+    )
     quantized.save_pretrained(directory)
     write_older_keys(directory)
     for file in directory.glob("*.safetensors"):
@@ -155,11 +157,11 @@ def read_plain(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
         CheckpointError: if it holds no plain causal language model with a tokenizer.
     """
     with reading(f"cannot read {directory}"):
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         kinds = config.architectures or []
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
             raise CheckpointError(f"{directory} is a classifier; only causal language models are exported")
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
         return model, read_prompts(str(directory))[0]
 
 

@@ -59,7 +59,7 @@ def open_model(path: Path, max_length: int | None = None) -> OpenModel:
     with reading(f"cannot read {path}"):
         if json.loads((path / "config.json").read_text()).get("model_type") == "shadow":
             raise CheckpointError(f"{path} is a saved shadow, not yet detached: shadowtune detach {path} --out DIR")
-        config = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(decoder=True)
         kind = "onnx" if (path / onnx_file.FILE).is_file() else "safetensors"
         runtime = FORMATS[kind].open(path, max_length or POSITIONS)
         tokenizer = read_tokenizer(str(path))

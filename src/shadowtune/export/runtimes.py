@@ -76,7 +76,11 @@ class TorchModel(Stepwise):
 
     def __init__(self, model: PreTrainedModel | str | Path, **kwargs: Any) -> None:
         """Take a model, or load a directory with the keywords of ``from_pretrained``."""
-        loaded = model if isinstance(model, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        loaded = (
+            model
+            if isinstance(model, PreTrainedModel)
+            else AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, **kwargs)
+        )
         self.model = loaded.eval()
 
     @torch.inference_mode()
@@ -101,7 +105,7 @@ class OnnxModel(Stepwise):
             self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except (refusals.Fail, refusals.InvalidProtobuf, refusals.InvalidGraph, refusals.NoSuchFile) as error:
             raise CheckpointError(f"onnxruntime cannot read {file}: {str(error).splitlines()[0]}") from None
-        self.config = AutoConfig.from_pretrained(directory)
+        self.config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         self._past = [entry for entry in self.session.get_inputs() if entry.name.startswith("past_key_values.")]
 
     def _step(self, input_ids: list[int], cache: Any) -> tuple[np.ndarray, Any]:

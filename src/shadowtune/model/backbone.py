@@ -126,7 +126,7 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the network of a backbone's config, randomly initialized, without token embeddings."""
     small = copy.deepcopy(config)
     small.vocab_size, small.pad_token_id = 1, None  # embedding and head are thrown away: do not draw them
-    backbone = architecture_of(config).decoder_of(AutoModelForCausalLM.from_config(small))
+    backbone = architecture_of(config).decoder_of(AutoModelForCausalLM.from_config(small, trust_remote_code=False))
     backbone.set_input_embeddings(cast(nn.Module, None))  # never called: inputs_embeds are passed
     backbone.config.vocab_size, backbone.config.pad_token_id = config.vocab_size, config.pad_token_id
     return backbone
@@ -166,7 +166,7 @@ def load_pretrained_backbone(path_or_id: str, vocab_size: int, **kwargs: Any) ->
         ConfigError: if it cannot be loaded, or its vocabulary has another size than the base's.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path_or_id, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(path_or_id, **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the backbone {path_or_id}: {str(error).splitlines()[0]}") from None
     embedding = cast(nn.Embedding, model.get_input_embeddings())

@@ -115,8 +115,8 @@ def load_base(auto: Any, config: ShadowModelConfig, base: PreTrainedModel | str 
 
 def _load_auto(auto: Any, name: str, **kwargs: Any) -> Any:
     try:
-        return auto.from_pretrained(resolve(name), **kwargs)
-    except (OSError, RuntimeError) as error:  # RuntimeError: weights that do not fit, or cannot be quantized
+        return auto.from_pretrained(resolve(name), **{"trust_remote_code": False, **kwargs})
+    except (OSError, RuntimeError, ValueError) as error:  # weights that do not fit, or code of its own
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"cannot load the base {name}: {reason}; pass base=... if it has moved") from None
 

@@ -56,7 +56,7 @@ def load_base_config(name: str) -> PreTrainedConfig:
         CheckpointError: if there is no such model.
     """
     with reading(f"cannot load the model {name}"):
-        return AutoConfig.from_pretrained(resolve(name))
+        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
 
 
 def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedModel:
@@ -66,7 +66,7 @@ def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedM
         CheckpointError: if there is no such model or it cannot be read.
     """
     with reading(f"cannot load the model {name}"):
-        base: PreTrainedModel = AUTO[task].from_pretrained(resolve(name), **kwargs)
+        base: PreTrainedModel = AUTO[task].from_pretrained(resolve(name), trust_remote_code=False, **kwargs)
     base.config.name_or_path = name
     return base
 
@@ -141,7 +141,7 @@ def _is_peft_shadow(directory: str) -> bool:
 
 def _saved_config(directory: str) -> PreTrainedConfig:
     with reading(f"cannot read config.json of {directory}"):
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
 
 def context_length(model: nn.Module) -> int | None:

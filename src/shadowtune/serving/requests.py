@@ -1,12 +1,12 @@
 """What is asked and what comes back, whoever answers: an engine in the cloud, a file at the edge, a far server."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from shadowtune.errors import ShadowtuneError
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class RequestError(ShadowtuneError):
@@ -14,7 +14,8 @@ class RequestError(ShadowtuneError):
 
     Args:
         message: one line for the one who asked.
-        status: the HTTP status that says so: 400 wrong, 404 no such model, 413 too large, 429 too many, 503 not now.
+        status: the HTTP status: 400 wrong, 403 forbidden, 404 no such model, 413 too large, 429 too many, 500 the model
+            failed, 503 not now.
         param: the field at fault, as OpenAI's API calls it.
     """
 
@@ -49,15 +50,12 @@ class Request:
     model: str
     """Name of the adapter, as ``/v1/models`` lists it."""
     messages: Sequence[dict[str, Any]] | None = None
-    """A conversation, "role" and "content" each; goes through the model's own template."""
+    """A conversation as the client sent it, "role" and "content" each, with "tool_calls" and "tool_call_id" where a
+    tool was called; goes through the model's own template."""
     prompt: str | Sequence[int] | None = None
     """A text or its token ids, continued as it is."""
-    fields: dict[str, str] | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
     """Fields of the model's template, beside the one that the last message fills."""
-    tools: list[dict[str, Any]] | None = None
-    """JSON schemas that the model's chat template shows."""
-    chat_template_kwargs: dict[str, Any] | None = None
-    """Further arguments of the model's chat template."""
     max_tokens: int | None = None
     """Tokens of the answer at most; None allows what the server and the model's positions allow."""
     fitting: bool = False
@@ -74,6 +72,36 @@ class Request:
     """What the answer may well be: checked in one pass, and continued from the first token that does not stand."""
     speculate: bool = True
     """Whether the shadow may draft; the answer is the same, or falls with the same probabilities."""
+    stop_tokens: tuple[int, ...] = ()
+    """Token ids that end the answer, and are not part of it, whatever ``ignore_eos`` says."""
+    min_tokens: int = 0
+    """Tokens before which nothing ends the answer but its length."""
+    schema: Mapping[str, Any] | None = None
+    """JSON schema that the answer must fit, all of it; {"type": "object"} is any JSON object."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Functions that the model may call, as OpenAI's API describes them; they go through the model's template."""
+    tool_choice: str | Mapping[str, Any] | None = None
+    """As the client sent it: None, "auto", "none", "required", or the one function to call."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the model's chat template."""
+    owner: str = ""
+    """Who asks: a digest of the API key, or the client's address. Owners get equal shares of the server."""
+    forwarded: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the client's body for a remote endpoint in place of ours, such as "max_completion_tokens"."""
+
+    @property
+    def prompt_key(self) -> Hashable:
+        """Return what requests with the very same prompt objects have in common, while these exist."""
+        parts = (
+            self.messages,
+            self.prompt,
+            self.prediction,
+            self.tools,
+            self.schema,
+            self.chat_template_kwargs,
+            self.fields,
+        )
+        return tuple(id(part) if part else None for part in parts)
 
     def wanted(self, room: int) -> int:
         """Return how many tokens the answer may have, where there are positions for ``room``; more than that if it says
@@ -109,6 +137,19 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a function that the model wants, or a part of one."""
+
+    index: int
+    """Number of the call in the answer."""
+    arguments: str
+    """JSON, or the next part of it."""
+    id: str | None = None
+    """On a call's first part alone, as ``name``."""
+    name: str | None = None
+
+
+@dataclass(frozen=True)
 class Piece:
     """A part of an answer, as soon as it stands."""
 
@@ -120,6 +161,10 @@ class Piece:
     """On the last piece alone."""
     usage: Usage | None = None
     """On the last piece alone."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Where a remote endpoint has read them; of our own models ``serving.tools`` reads them out of the text."""
+    running: Usage | None = None
+    """What the answer took so far, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -179,4 +224,23 @@ class Answerer(Protocol):
         """
 
     async def aclose(self) -> None:
-        """Accept nothing more, finish what was begun, and let go of everything."""
+        """Accept nothing more, finish what was begun, and let go of everything; within bounded time."""
+
+
+@runtime_checkable
+class CanFail(Protocol):
+    """An answerer with a thread that may end."""
+
+    def failure(self) -> str | None:
+        """Why it can never answer again; None while it can."""
+
+
+@runtime_checkable
+class HasTokens(Protocol):
+    """An answerer that shows what its tokenizer makes of texts."""
+
+    async def tokenize(self, request: Request) -> list[int]:
+        """Return the token ids of a request's prompt."""
+
+    async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included."""

@@ -13,10 +13,12 @@ class Wording:
     Args:
         tokenizer: of transformers.
         stop: texts that end the answer and are not part of it.
+        min_tokens: tokens in whose text no stop text is looked for.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(text for text in stop if text)
+        self._min_tokens = min_tokens
         self._tokens: list[int] = []
         self._begun = self._read = 0
         self._held = ""
@@ -49,6 +51,9 @@ class Wording:
         if self.stopped:
             return ""
         self._held += text
+        if len(self._tokens) < self._min_tokens:
+            said, self._held = self._held, ""
+            return said
         places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if places:
             said, self._held, self.stopped = self._held[: min(places)], "", True

@@ -200,13 +200,131 @@ def test_a_stream_that_stops_in_the_middle_times_out():
     assert len(fake.bodies) == 1
 
 
-def test_an_endless_answer_is_ended_by_its_length_and_by_the_deadline():
+def test_an_endless_answer_is_ended_by_its_length():
     endless = event({"choices": [{"index": 0, "delta": {"content": "a"}}]})
     (pieces, error), _ = asked(drips(endless, pause=0), max_body_bytes=5000)
     assert error.reason == "cloud sent garbage"
     assert 0 < len(text(pieces)) < 200
-    (pieces, error), _ = asked(drips(endless, pause=0.02), deadline=0.4)
-    assert error.reason == "cloud timed out"
+
+
+def test_an_answer_that_goes_on_is_not_cut_at_the_deadline():
+    now = [0.0]
+
+    async def slowly(reader, writer):
+        now[0] = 1000.0
+        writer.write(answer("a", "b"))
+        await writer.drain()
+
+    async def run():
+        async with cloud_that(slowly) as fake:
+            cloud = Cloud(CloudConfig(fake.url, model="big", retries=0, deadline=60), clock=lambda: now[0])
+            pieces = [piece async for piece in await cloud.answer(REQUEST)]
+            await cloud.aclose()
+            return pieces
+
+    assert text(asyncio.run(run())) == "ab"
+
+
+def test_a_first_token_and_the_next_have_times_of_their_own():
+    (pieces, error), _ = asked(drips(b": wait\n\n"), first_token_timeout=0.3, deadline=600.0)
+    assert (pieces, error.reason) == ([], "cloud timed out")
+    goes_silent = STREAM_HEAD + words("a", reason=None)
+    (pieces, error), _ = asked(drips(b": wait\n\n", head=goes_silent), idle_timeout=0.3, deadline=600.0)
+    assert (text(pieces), error.reason) == ("a", "cloud timed out")
+
+
+def chunk(**fields):
+    return {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}], **fields}
+
+
+ODD = {
+    "infinity": b'{"choices": [{"index": 0, "delta": {"content": "a"}, "logprobs": {"content": [{"token": "a", '
+    b'"logprob": Infinity}]}, "finish_reason": "stop"}]}',
+    "no number": b'{"choices": [], "usage": {"prompt_tokens": NaN, "completion_tokens": 1}}',
+    "half a character": b'{"choices": [{"index": 0, "delta": {"content": "\\ud800"}, "finish_reason": "stop"}]}',
+    "half a character in a call": b'{"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": "x", '
+    b'"function": {"name": "f", "arguments": "\\ud800"}}]}, "finish_reason": "tool_calls"}]}',
+    "negative count": json.dumps(chunk(usage={"prompt_tokens": -5, "completion_tokens": 1})).encode(),
+    "4,000 digits": b'{"choices": [], "usage": {"prompt_tokens": ' + b"9" * 4000 + b"}}",
+    "a huge logarithm": b'{"choices": [{"index": 0, "delta": {"content": "a"}, "logprobs": {"content": [{"token": "a", '
+    b'"logprob": ' + b"9" * 4000 + b'}]}, "finish_reason": "stop"}]}',
+    "true as a count": json.dumps(chunk(usage={"prompt_tokens": True, "completion_tokens": 1})).encode(),
+    "a list as a reason": json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": ["stop"]}]}).encode(),
+    "text as tool calls": json.dumps({"choices": [{"delta": {"tool_calls": "x"}, "finish_reason": "stop"}]}).encode(),
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_an_odd_reply_is_garbage_and_the_probe_is_released(odd):
+    """The circuit opens at the first failure, the second attempt is the probe, and the third must be let through."""
+    now = [0.0]
+    request = Request("m", messages=[{"role": "user", "content": "hi"}], top_logprobs=0)
+
+    async def run():
+        async with cloud_that(b"", STREAM_HEAD + event(odd), answer("a")) as fake:
+            config = CloudConfig(fake.url, model="big", retries=0, failures=1, cool_down=10)
+            cloud = Cloud(config, clock=lambda: now[0])
+            outcomes = []
+            for _ in range(3):
+                try:
+                    outcomes.append(text([piece async for piece in await cloud.answer(request)]))
+                except CloudError as error:
+                    outcomes.append(error.reason)
+                now[0] += 20
+            await cloud.aclose()
+            return outcomes
+
+    assert asyncio.run(run()) == ["cloud broke off", "cloud sent garbage", "a"]
+
+
+def test_whatever_an_attempt_raises_the_probe_is_released(monkeypatch):
+    now = [0.0]
+
+    async def breaks(self, request):
+        raise MemoryError
+
+    async def run():
+        async with cloud_that(b"", answer("a")) as fake:
+            config = CloudConfig(fake.url, model="big", retries=0, failures=1, cool_down=10)
+            cloud = Cloud(config, clock=lambda: now[0])
+            with pytest.raises(CloudError):
+                await cloud.answer(REQUEST)
+            now[0] = 20
+            with monkeypatch.context() as patched:
+                patched.setattr(Cloud, "_begin", breaks)
+                with pytest.raises(MemoryError):
+                    await cloud.answer(REQUEST)
+            pieces = [piece async for piece in await cloud.answer(REQUEST)]
+            await cloud.aclose()
+            return text(pieces)
+
+    assert asyncio.run(run()) == "a"
+
+
+def test_fields_go_on_as_they_came():
+    messages = [{"role": "developer", "content": "be short"}, {"role": "user", "content": "hi"}]
+    request = Request("m", messages=messages, max_tokens=7, forwarded={"max_completion_tokens": 7})
+    _, fake = asked(answer("a"), request=request)
+    assert fake.bodies[0]["messages"] == messages
+    assert fake.bodies[0]["max_completion_tokens"] == 7 and "max_tokens" not in fake.bodies[0]
+
+
+def test_tool_calls_of_a_cloud_come_as_they_are():
+    parts = [
+        {"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]},
+    ]
+    chunks = [{"choices": [{"index": 0, "delta": part, "finish_reason": None}]} for part in parts]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+    pieces, _ = asked(STREAM_HEAD + b"".join(map(event, chunks)))
+    calls = [call for piece in pieces for call in piece.tool_calls]
+    assert [(call.id, call.name, call.arguments) for call in calls] == [
+        ("call_1", "f", ""),
+        (None, None, '{"a"'),
+        (None, None, ": 1}"),
+    ]
+    assert pieces[-1].finish_reason == "tool_calls"
 
 
 @pytest.mark.parametrize(("header", "wait"), [("0", 0.0), ("1", 1.0), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0)])

@@ -1,12 +1,14 @@
 import asyncio
 import math
+import threading
 
 import pytest
 import torch
 
 from shadowtune.export.opening import open_model
 from shadowtune.export.runtimes import TorchModel
-from shadowtune.serving.edge.local import LocalModel
+from shadowtune.serving.edge import local as local_module
+from shadowtune.serving.edge.local import LocalAnswer, LocalModel
 from shadowtune.serving.requests import RequestError, Sampling
 from tests.export.support import plain_model
 from tests.serving.edge.models import GREEDY, KINDS, PROMPT, answered, ask, gather, local, write
@@ -215,3 +217,60 @@ def test_a_failing_model_is_a_clear_error_and_the_next_request_works(tmp_path):
         return pieces
 
     assert asyncio.run(run())[-1].finish_reason == "length"
+
+
+def test_a_second_owner_does_not_wait_for_all_of_the_first(tmp_path, monkeypatch):
+    """The order in which answers run, while the model's thread is held until all stand in line."""
+    go, order = threading.Event(), []
+    model = local("safetensors", tmp_path)
+    run = LocalAnswer.run
+
+    def noted(self):
+        assert go.wait(60)
+        order.append(self.owner)
+        run(self)
+
+    monkeypatch.setattr(LocalAnswer, "run", noted)
+
+    async def work():
+        answers = [await model.answer(ask(owner=owner)) for owner in ("a", "a", "a", "a", "b")]
+        go.set()
+        for answer in answers:
+            [piece async for piece in answer]
+        await model.aclose()
+
+    asyncio.run(work())
+    assert order[:3] in (["a", "b", "a"], ["b", "a", "a"]) and sorted(order) == list("aaaab")
+
+
+@pytest.mark.parametrize("kind", [each for each in KINDS if each.values[0] == "gguf"])
+def test_a_gguf_file_fits_a_schema_by_llama_cpps_grammar(kind, tmp_path):
+    """The tiny vocabulary has letters and no brackets, so the schema is one that letters fit."""
+    pieces, _ = answered(local(kind, tmp_path), ask(schema={"const": True}, max_tokens=20))
+    assert "".join(piece.text for piece in pieces).strip() == "true"
+    with pytest.raises(RequestError, match="min_tokens is not supported by a GGUF file"):
+        answered(local(kind, tmp_path), ask(min_tokens=2))
+
+
+def test_a_model_that_hangs_is_left_behind(tmp_path, monkeypatch):
+    released, entered = threading.Event(), threading.Event()
+    model = local("safetensors", tmp_path, close_seconds=0.1)
+
+    def hang(*_):
+        entered.set()
+        released.wait()
+        yield
+
+    monkeypatch.setattr(local_module, "steps", hang)
+    monkeypatch.setattr(local_module, "CLOSE_SECONDS", 0.1)
+
+    async def work():
+        await model.answer(ask())
+        await asyncio.to_thread(entered.wait)
+        await model.aclose()
+        return model.failure()
+
+    try:
+        assert "did not stop" in asyncio.run(work())
+    finally:
+        released.set()

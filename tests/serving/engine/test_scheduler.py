@@ -109,3 +109,24 @@ def test_only_errors_are_turned_into_answers(watched, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         one.scheduler.step()
     assert row.deliver == []
+
+
+def test_one_owners_rows_do_not_keep_another_owner_waiting(watched):
+    one = watched(max_rows=4)
+    greedy = [one.add(owner="greedy", length=4, max_tokens=40) for _ in range(16)]
+    one.scheduler.step()
+    other = one.add(owner="other", length=4, max_tokens=5)
+    steps = 0
+    while other.finish_reason is None:
+        one.scheduler.step()
+        steps += 1
+    assert steps <= 5 and not any(row.finish_reason for row in greedy)
+    one.finish()
+    assert said(other) == alone(one.base, prompt(4), 5)
+
+
+def test_owners_take_turns(watched):
+    one = watched(max_rows=2, reserve=0)
+    rows = [one.add(owner=owner, length=4, max_tokens=2) for owner in ("a", "a", "a", "a", "b", "b")]
+    one.scheduler.step()
+    assert [row.begun for row in rows] == [True, False, False, False, True, False]

@@ -1,5 +1,7 @@
 """Sockets, patience, and the end."""
 
+import asyncio
+import errno
 import http.client
 import json
 import os
@@ -15,7 +17,7 @@ import pytest
 
 from shadowtune.config.serving import ServerConfig
 from shadowtune.errors import ConfigError
-from shadowtune.serving.http.server import address_of, bind
+from shadowtune.serving.http.server import Connections, QuietAccept, address_of, bind
 from tests.serving.http.fakes import FakeAnswerer, eventually, serving
 
 JSON = "Content-Type: application/json"
@@ -75,7 +77,7 @@ def hasty():
         yield live
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"])
 def test_a_head_that_does_not_come_ends_the_connection(hasty, sent):
     with connect(hasty.url) as connection:
         connection.sendall(sent)
@@ -84,7 +86,7 @@ def test_a_head_that_does_not_come_ends_the_connection(hasty, sent):
 
 def test_so_does_that_of_a_second_request(hasty):
     with connect(hasty.url) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         first = b""
         while not first.endswith(b"}"):  # head and body may come apart
             first += connection.recv(65536)
@@ -94,7 +96,8 @@ def test_so_does_that_of_a_second_request(hasty):
 
 
 def test_a_body_that_does_not_come_is_a_time_out(hasty):
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: 99\r\n\r\n{"
     with connect(hasty.url) as connection:
         connection.sendall(head)
         assert b"408" in ended(connection).splitlines()[0]
@@ -103,7 +106,7 @@ def test_a_body_that_does_not_come_is_a_time_out(hasty):
 def test_a_client_that_takes_nothing_is_dropped(chat):
     with serving(FakeAnswerer(pause=0.0), ServerConfig(port=0, read_timeout=0.3)) as live:
         body = json.dumps(chat("x" * 1000 + " " + "word " * 200_000, "slow", stream=True)).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{JSON}\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{JSON}\r\nContent-Length: {len(body)}\r\n\r\n"
         with connect(live.url) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.sendall(head.encode() + body)
@@ -111,7 +114,7 @@ def test_a_client_that_takes_nothing_is_dropped(chat):
 
 
 def test_a_body_without_end_is_cut_off():
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{JSON}\r\nTransfer-Encoding: chunked\r\n\r\n"
     with serving(config=ServerConfig(port=0, max_body_bytes=1000)) as live, connect(live.url) as connection:
         connection.sendall(head.encode() + b"64\r\n" + b"x" * 100 + b"\r\n")
         connection.sendall((b"64\r\n" + b"x" * 100 + b"\r\n") * 20)
@@ -187,3 +190,67 @@ def test_a_second_signal_does_not_wait():
     process.communicate(timeout=30)
     assert process.returncode == 0
     response.close()
+
+
+class Transport:
+    """A connection that can only be dropped."""
+
+    def __init__(self):
+        self.dropped = False
+
+    def abort(self):
+        self.dropped = True
+
+
+def test_beyond_the_largest_number_the_oldest_idle_connection_is_dropped():
+    connections = Connections(3)
+    first, second, third, fourth, fifth = transports = [Transport() for _ in range(5)]
+    for each in transports[:3]:
+        connections.open(each)
+    connections.answer(first)
+    connections.open(fourth)
+    assert second.dropped and not first.dropped and len(connections) == 3
+    connections.wait(first)  # its answer has ended: the youngest of those that wait
+    connections.open(fifth)
+    assert third.dropped and not first.dropped and not fourth.dropped
+
+
+def test_where_all_are_answered_the_new_one_is_dropped():
+    connections = Connections(2)
+    transports = [Transport() for _ in range(3)]
+    for each in transports[:2]:
+        connections.open(each)
+        connections.answer(each)
+    connections.open(transports[2])
+    assert [each.dropped for each in transports] == [False, False, True]
+    connections.close(transports[0])
+    assert len(connections) == 1
+
+
+def test_half_open_connections_leave_room_for_a_request():
+    with serving(config=ServerConfig(port=0, max_connections=4)) as live:
+        idle = [connect(live.url) for _ in range(12)]
+        for connection in idle:
+            connection.sendall(b"GET /heal")
+        place = urlsplit(live.url)
+        client = http.client.HTTPConnection(place.hostname, place.port, timeout=20)
+        client.request("GET", "/health")
+        assert client.getresponse().status == 200
+        for connection in idle:
+            connection.close()
+
+
+def test_connections_that_cannot_be_accepted_are_told_of_once_in_a_while(caplog):
+    now = [0.0]
+    handle = QuietAccept(lambda: now[0])
+    loop = asyncio.new_event_loop()
+    with caplog.at_level("ERROR"):
+        for _ in range(10_000):
+            handle(loop, {"message": "accept", "exception": OSError(errno.EMFILE, "Too many open files")})
+        assert len(caplog.records) == 1
+        now[0] += 61
+        handle(loop, {"message": "accept", "exception": OSError(errno.EMFILE, "Too many open files")})
+        assert "9999 times more" in caplog.records[1].getMessage() and len(caplog.records) == 2
+        handle(loop, {"message": "another", "exception": ValueError("x")})
+        assert len(caplog.records) == 3
+    loop.close()

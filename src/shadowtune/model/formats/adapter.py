@@ -168,7 +168,7 @@ def place_of(backbone: PreTrainedConfig, nested: bool) -> Place:
     """Return where a peer's backbone keeps things; ``nested`` if it is the whole headless model of ``AutoModel``."""
     architecture = architecture_of(backbone)
     with torch.device("meta"):
-        decoder = architecture.decoder_of(AutoModelForCausalLM.from_config(backbone))
+        decoder = architecture.decoder_of(AutoModelForCausalLM.from_config(backbone, trust_remote_code=False))
     embedding = decoder.get_input_embeddings()
     name = next(name for name, module in decoder.named_modules() if module is embedding)
     inside = architecture.decoder.partition(".")[2]

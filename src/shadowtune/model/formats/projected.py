@@ -112,7 +112,9 @@ def plain_of(projected: Projected, source: str) -> PreTrainedModel:
     config.tie_word_embeddings = False
     for name in architecture.logit_settings:
         setattr(config, name, NEUTRAL[name])
-    plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=projected.head.dtype).eval()
+    plain: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=projected.head.dtype, trust_remote_code=False
+    ).eval()
     decoder: Any = architecture.decoder_of(plain)
     decoder.get_input_embeddings().weight.copy_(projected.embedding.weight)
     try:

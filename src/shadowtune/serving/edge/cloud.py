@@ -14,7 +14,7 @@ import httpx
 from shadowtune.config.cloud import CloudConfig
 from shadowtune.errors import ConfigError
 from shadowtune.serving.edge.breaker import Breaker, CloudError
-from shadowtune.serving.edge.events import BROKE_OFF, GARBAGE, error_message, events
+from shadowtune.serving.edge.events import BROKE_OFF, GARBAGE, ODD, error_message, events, read_json
 from shadowtune.serving.edge.pump import Pump
 from shadowtune.serving.edge.wire import body_of, path_of, pieces
 from shadowtune.serving.requests import Decision, ModelCard, Piece, Request
@@ -31,9 +31,9 @@ Result = TypeVar("Result")
 class CloudAnswer:
     """An answer of a cloud that is on its way; its first piece has come."""
 
-    def __init__(self, cloud: "Cloud", first: Piece, rest: AsyncGenerator[Piece, None], until: float) -> None:
+    def __init__(self, cloud: "Cloud", first: Piece, rest: AsyncGenerator[Piece, None]) -> None:
         self.decision = Decision("cloud", "asked")
-        self._cloud, self._first, self._rest, self._until = cloud, first, rest, until
+        self._cloud, self._first, self._rest = cloud, first, rest
         self._pump = Pump()
         self._pump.start(self._fill())
 
@@ -53,14 +53,14 @@ class CloudAnswer:
         self._pump.put(self._first)
         try:
             async with contextlib.aclosing(self._rest):
-                await self._cloud.within(self._until, self._forward())
+                while (piece := await self._cloud.within(self._cloud.config.idle_timeout, self._next())) is not None:
+                    self._pump.put(piece)
         except CloudError:
             self._cloud.breaker.fail()
             raise
 
-    async def _forward(self) -> None:
-        async for piece in self._rest:
-            self._pump.put(piece)
+    async def _next(self) -> Piece | None:
+        return await anext(self._rest, None)
 
 
 class Cloud:
@@ -110,35 +110,41 @@ class Cloud:
         while True:
             self.breaker.admit()
             try:
-                first, rest = await self.within(until, self._begin(request))
+                return CloudAnswer(self, *await self._attempt(request, until))
             except _RefusalError as refusal:
                 if refusal.status_code == NOT_FOUND:
                     self._listed = None  # it may have other models by now
                 if self._forget_predictions(request, refusal):
-                    self.breaker.release()
                     continue
-                (self.breaker.fail if refusal.status_code >= 500 else self.breaker.release)()
                 wait = self._pause(attempt) if refusal.wait is None else refusal.wait
                 if not refusal.again or not self._worth(attempt, wait, until):
                     raise
             except CloudError:
-                self.breaker.fail()
                 wait = self._pause(attempt)
                 if not self._worth(attempt, wait, until):
                     raise
-            except asyncio.CancelledError:
-                self.breaker.release()
-                raise
-            else:
-                self.breaker.succeed()
-                return CloudAnswer(self, first, rest, until)
             attempt += 1
             await self._sleep(wait)
 
-    async def within(self, until: float, awaited: Awaitable[Result]) -> Result:
-        """Await something until a moment of the clock; raises CloudError then, and for all that the network can do."""
+    async def _attempt(self, request: Request, until: float) -> tuple[Piece, AsyncGenerator[Piece, None]]:
+        """Ask once, and tell the breaker, whatever happens, what came of it."""
+        outcome = self.breaker.release
         try:
-            return await asyncio.wait_for(awaited, max(0.0, until - self._clock()))
+            seconds = min(self.config.first_token_timeout, until - self._clock())
+            begun = await self.within(seconds, self._begin(request))
+            outcome = self.breaker.succeed
+            return begun
+        except CloudError as error:
+            if not isinstance(error, _RefusalError) or error.status_code >= 500:
+                outcome = self.breaker.fail
+            raise
+        finally:
+            outcome()
+
+    async def within(self, seconds: float, awaited: Awaitable[Result]) -> Result:
+        """Await something for so many seconds; raises CloudError after them, and for all that the network can do."""
+        try:
+            return await asyncio.wait_for(awaited, max(0.0, seconds))
         except (asyncio.TimeoutError, httpx.TimeoutException) as error:
             where = "connecting" if isinstance(error, httpx.ConnectTimeout) else "waiting for it"
             raise CloudError(TIMED_OUT, where, 504) from None
@@ -146,6 +152,8 @@ class Cloud:
             raise CloudError("cloud unreachable", str(error)) from None
         except httpx.HTTPError as error:
             raise CloudError(BROKE_OFF, str(error) or type(error).__name__) from None
+        except (*ODD, httpx.StreamError, httpx.InvalidURL) as error:  # of what it sent
+            raise CloudError(GARBAGE, type(error).__name__) from None
 
     async def aclose(self) -> None:
         """Let go of all connections."""
@@ -215,8 +223,8 @@ async def _check(response: httpx.Response) -> None:
         return
     body = await _read(response, ERROR_BYTES)
     try:
-        detail = error_message(json.loads(body))
-    except (ValueError, RecursionError):
+        detail = error_message(read_json(body))
+    except ODD:
         detail = ""
     raise _RefusalError(response.status_code, detail, _wait(response.headers.get("retry-after")))
 
@@ -232,8 +240,8 @@ async def _read(response: httpx.Response, limit: int) -> bytes:
 
 def _names(body: bytes) -> list[str]:
     try:
-        names = [str(entry["id"]) for entry in json.loads(body)["data"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        names = [str(entry["id"]) for entry in read_json(body)["data"]]
+    except ODD:
         names = []
     if not names:
         raise CloudError(GARBAGE, "it lists no models; name one with --cloud-model")

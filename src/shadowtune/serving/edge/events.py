@@ -9,6 +9,8 @@ from shadowtune.serving.edge.breaker import CloudError
 GARBAGE = "cloud sent garbage"
 BROKE_OFF = "cloud broke off"
 DONE = "[DONE]"
+ODD = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError)
+"""What reading something odd that was sent may raise."""
 
 
 async def lines(chunks: AsyncIterator[bytes], max_line: int, max_body: int) -> AsyncIterator[bytes]:
@@ -51,8 +53,8 @@ async def events(chunks: AsyncIterator[bytes], max_line: int, max_body: int) -> 
 
 def _object(text: bytes) -> dict[str, Any]:
     try:
-        told = json.loads(text)
-    except (ValueError, RecursionError):
+        told = read_json(text)
+    except ODD:
         raise CloudError(GARBAGE, f"no JSON: {text[:40]!r}") from None
     if not isinstance(told, dict):
         raise CloudError(GARBAGE, f"no object: {text[:40]!r}")
@@ -61,8 +63,17 @@ def _object(text: bytes) -> dict[str, Any]:
     return told
 
 
+def read_json(text: bytes) -> Any:
+    """Read JSON as it is defined, without NaN and infinity; raises ValueError or RecursionError."""
+    return json.loads(text, parse_constant=_no_number)
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
 def error_message(told: Any) -> str:
     """Return what an OpenAI-like error object says, on one line of at most 200 characters."""
     error = told.get("error", told) if isinstance(told, dict) else told
     message = error.get("message", error) if isinstance(error, dict) else error
-    return " ".join(str(message).split())[:200]
+    return " ".join(str(message)[:2000].encode(errors="replace").decode().split())[:200]

@@ -1,5 +1,6 @@
 """One answer of a detached model, token by token, in the thread that runs it."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,9 @@ from transformers import GenerationConfig
 
 from shadowtune.export.opening import OpenModel
 from shadowtune.export.runtimes import GgufModel, Stepwise
+from shadowtune.serving.constrained import Follower
 from shadowtune.serving.edge.signals import Chosen, read_likely, read_logits
-from shadowtune.serving.requests import Request, Sampling
+from shadowtune.serving.requests import Request, RequestError, Sampling
 from shadowtune.serving.sampling import choose, generator, penalty_of, processors
 
 LIKELY = 64
@@ -26,17 +28,26 @@ class Step:
     """What became readable with it; None if only its id is known."""
     made: int
     """Tokens so far."""
+    complete: bool = False
+    """Whether the schema lets nothing follow."""
 
 
-def steps(opened: OpenModel, ids: list[int], request: Request, limit: int) -> Iterator[Step]:
+def steps(
+    opened: OpenModel, ids: list[int], request: Request, limit: int, follower: Follower | None = None
+) -> Iterator[Step]:
     """Give up to ``limit`` tokens after ``ids``, by the request's sampling; closing this frees the runtime.
 
     llama.cpp stops at the ends that it knows; whoever reads this stops at the others. Where ends are to be ignored it
-    never chooses them. Its presence and frequency penalties count the prompt's tokens too.
+    never chooses them. Its presence and frequency penalties count the prompt's tokens too. A schema is followed by
+    ``follower``, in a GGUF file by llama.cpp's own grammar; llama.cpp knows no ``min_tokens``.
     """
     runtime, top = opened.runtime, request.top_logprobs or 0
     if isinstance(runtime, GgufModel):
+        if request.min_tokens:
+            raise RequestError("min_tokens is not supported by a GGUF file; leave it out", param="min_tokens")
         settings = _llama_settings(request.sampling, request.ignore_eos, opened.max_length, opened.generation)
+        if request.schema is not None:
+            settings["json_schema"] = dict(request.schema)
         for heard in runtime.stream(ids, limit, max(top, LIKELY), **settings):
             token = read_likely(heard.id, heard.logprob, heard.likely, opened.vocabulary, top)
             yield Step(token, heard.text, heard.made)
@@ -45,10 +56,19 @@ def steps(opened: OpenModel, ids: list[int], request: Request, limit: int) -> It
     warp, source = processors(request.sampling, len(ids), opened.generation), generator(request.sampling)
     going, said = runtime.steps(ids), list(ids)
     logits = torch.tensor(next(going))
+    late = sorted(opened.ends | set(request.stop_tokens))
     for made in range(1, limit + 1):
-        scores: Any = warp(torch.tensor([said]), logits[None].clone())  # type: ignore[arg-type]
+        allowed = logits.clone() if follower is None else follower.restrict(logits)
+        if made <= request.min_tokens:
+            allowed[late] = -torch.inf
+        if not math.isfinite(float(allowed.max())):
+            raise RequestError("the model's logits are not finite, or no token may follow", 500)
+        scores: Any = warp(torch.tensor([said]), allowed[None])  # type: ignore[arg-type]
         chosen = choose(scores[0], request.sampling, source)
-        yield Step(read_logits(logits, chosen, top), None, made)
+        if follower is not None and chosen not in late:
+            follower.advance(chosen)
+        complete = follower is not None and follower.complete
+        yield Step(read_logits(logits, chosen, top), None, made, complete)
         if made < limit:
             said.append(chosen)
             logits = torch.tensor(going.send(chosen))

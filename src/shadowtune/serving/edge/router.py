@@ -1,7 +1,7 @@
 """The edge's own answer first, then a policy's decision, then the first byte: here, or from the cloud."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -153,6 +153,18 @@ class Router:
         except CloudError as error:
             return RoutedAnswer(draft.pieces, Decision("fallback", error.reason, verdict.confidence))
         return RoutedAnswer(source, decision, policy.prices, checked)
+
+    def failure(self) -> str | None:
+        """Why the edge's model can never answer again; None while it can."""
+        return self.edge.failure()
+
+    async def tokenize(self, request: Request) -> list[int]:
+        """As the edge's model reads it."""
+        return await self.edge.tokenize(request)
+
+    async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+        """As the edge's model writes it."""
+        return await self.edge.detokenize(model, tokens)
 
     async def aclose(self) -> None:
         """Finish what was begun at the edge, and let go of the cloud."""

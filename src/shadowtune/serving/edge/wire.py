@@ -1,14 +1,17 @@
 """Our requests in OpenAI's words, and OpenAI's chunks as our pieces."""
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from shadowtune.serving.edge.breaker import CloudError
-from shadowtune.serving.edge.events import BROKE_OFF, GARBAGE
-from shadowtune.serving.requests import Piece, Request, Sampling, Token, Usage
+from shadowtune.serving.edge.events import BROKE_OFF, GARBAGE, ODD
+from shadowtune.serving.requests import FinishReason, Piece, Request, Sampling, Token, ToolCall, Usage
 
 UNKNOWN = -1
 """Id of a token of which OpenAI's API tells the text alone."""
+MOST_TOKENS = 2**31
+"""Counts of tokens lie below it."""
 _PLAIN = Sampling()
 
 
@@ -31,14 +34,20 @@ def body_of(request: Request, model: str, predicts: bool = True) -> dict[str, An
     body |= {name: value for name, value in vars(sampling).items() if value != vars(_PLAIN)[name]}
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
-    extra = {
-        "fields": request.fields,
-        "tools": request.tools,
-        "chat_template_kwargs": request.chat_template_kwargs,
-    }
-    body |= {name: value for name, value in extra.items() if value}
-    if request.max_tokens is not None and not request.fitting:
+    body |= request.forwarded
+    if request.fields:
+        body["fields"] = dict(request.fields)
+    if request.max_tokens is not None and not request.fitting and "max_completion_tokens" not in body:
         body["max_tokens"] = request.max_tokens
+    if request.schema is not None and not body.keys() & {"response_format", "tools"}:
+        named = {"name": "answer", "schema": dict(request.schema)}
+        body["response_format"] = {"type": "json_schema", "json_schema": named}
+    if request.min_tokens:
+        body["min_tokens"] = request.min_tokens
+    if request.stop_tokens:
+        body["stop_token_ids"] = list(request.stop_tokens)
+    if request.chat_template_kwargs:
+        body["chat_template_kwargs"] = dict(request.chat_template_kwargs)
     if request.stop:
         body["stop"] = list(request.stop)
     if request.ignore_eos:
@@ -68,39 +77,86 @@ async def pieces(objects: AsyncIterator[dict[str, Any]], told: bool) -> AsyncIte
     """
     reason, usage, count, held = None, None, 0, ""
     last: tuple[Token, ...] = ()
+    called: tuple[ToolCall, ...] = ()
     async for chunk in objects:
         try:
             usage = _usage(chunk["usage"]) if chunk.get("usage") else usage
             for choice in chunk["choices"]:
                 text, tokens = _said(choice), _tokens(choice.get("logprobs")) if told else ()
-                reason = reason or choice.get("finish_reason")
-                count += bool(text)
+                calls = _calls(choice)
+                reason = reason or _text(choice.get("finish_reason") or "") or None
+                count += bool(text or calls)
                 if reason:  # what comes with the end goes out with it
                     held += text
                     last += tokens
-                elif text or tokens:
-                    yield Piece(text, tokens)
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError):
+                    called += calls
+                elif text or tokens or calls:
+                    yield Piece(text, tokens, tool_calls=calls)
+        except ODD:
             raise CloudError(GARBAGE, "a chunk is not as OpenAI's API has it") from None
     if reason is None:
         raise CloudError(BROKE_OFF, "its answer has no end")
-    yield Piece(held, last, "length" if reason == "length" else "stop", usage or Usage(0, count))
+    end: FinishReason = "length" if reason == "length" else "tool_calls" if reason == "tool_calls" else "stop"
+    yield Piece(held, last, end, usage or Usage(0, count), called)
+
+
+def _text(value: Any) -> str:
+    """A text that can be sent on; raises TypeError, or ValueError for half characters."""
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()
+    return value
+
+
+def _number(value: Any) -> float:
+    """A finite number; raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError
+    number = float(value)
+    if math.isnan(number) or number == math.inf:
+        raise ValueError
+    return number
+
+
+def _count(value: Any) -> int:
+    """A number of tokens; raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError
+    if not 0 <= value < MOST_TOKENS:
+        raise ValueError
+    return value
 
 
 def _said(choice: Mapping[str, Any]) -> str:
-    text = choice["delta"].get("content") if "delta" in choice else choice["text"]
-    if text is not None and not isinstance(text, str):
-        raise TypeError
-    return text or ""
+    said = choice["delta"].get("content") if "delta" in choice else choice["text"]
+    return "" if said is None else _text(said)
+
+
+def _calls(choice: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+    """Read the parts of tool calls of a chunk."""
+    parts = (choice.get("delta") or {}).get("tool_calls") or ()
+    calls = []
+    for part in parts:
+        function = part.get("function") or {}
+        name, known = function.get("name"), part.get("id")
+        calls.append(
+            ToolCall(
+                _count(part.get("index", 0)),
+                _text(function.get("arguments") or ""),
+                None if known is None else _text(known),
+                None if name is None else _text(name),
+            )
+        )
+    return tuple(calls)
 
 
 def _usage(usage: Mapping[str, Any]) -> Usage:
     details = usage.get("completion_tokens_details") or {}
     return Usage(
-        int(usage["prompt_tokens"]),
-        int(usage.get("completion_tokens") or 0),
-        int(details.get("accepted_prediction_tokens") or 0),
-        int(details.get("rejected_prediction_tokens") or 0),
+        _count(usage["prompt_tokens"]),
+        _count(usage.get("completion_tokens") or 0),
+        _count(details.get("accepted_prediction_tokens") or 0),
+        _count(details.get("rejected_prediction_tokens") or 0),
     )
 
 
@@ -112,18 +168,18 @@ def _tokens(logprobs: Mapping[str, Any] | None) -> tuple[Token, ...]:
         return tuple(
             Token(
                 UNKNOWN,
-                str(entry["token"]),
-                float(entry["logprob"]),
+                _text(entry["token"]),
+                _number(entry["logprob"]),
                 tuple(_likely((other["token"], other["logprob"]) for other in entry.get("top_logprobs") or ())),
             )
             for entry in logprobs["content"] or ()
         )
     tops = logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])
     return tuple(
-        Token(UNKNOWN, str(text), float(logprob), tuple(_likely((top or {}).items())))
+        Token(UNKNOWN, _text(text), _number(logprob), tuple(_likely((top or {}).items())))
         for text, logprob, top in zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True)
     )
 
 
 def _likely(entries: Any) -> list[tuple[int, str, float]]:
-    return [(UNKNOWN, str(text), float(logprob)) for text, logprob in entries]
+    return [(UNKNOWN, _text(text), _number(logprob)) for text, logprob in entries]

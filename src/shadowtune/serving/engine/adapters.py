@@ -1,8 +1,10 @@
 """A shadow that is served: its own slots, its drafts, its prompts."""
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from shadowtune.errors import ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.serving.engine.drafting import Drafting, Text
 from shadowtune.serving.engine.slots import Slots
+
+LOG = logging.getLogger(__name__)
 
 
 class Adapter:
@@ -61,6 +65,14 @@ class Adapter:
     def runs_backbone(self) -> bool:
         """Whether a pass needs this shadow's backbone: for the attached model's output, or for drafts to come."""
         return self.boundaries.reads_states or self.drafting is not None
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether no weight is NaN or infinite; looked at before the first pass."""
+        finite = all(bool(parameter.isfinite().all()) for parameter in self.model.shadow.parameters())
+        if not finite:
+            LOG.warning("adapter %r has weights that are NaN or infinite; its answers fail", self.name)
+        return finite
 
     def close(self) -> None:
         """Give the model back as it was."""

@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.causal_lm import ShadowForCausalLM
+from shadowtune.serving.background import SharedWork
 from shadowtune.serving.engine.adapters import Adapter
 from shadowtune.serving.engine.answer import EngineAnswer
 from shadowtune.serving.engine.counters import Counters
@@ -25,11 +27,14 @@ from shadowtune.serving.engine.networks import Networks
 from shadowtune.serving.engine.scheduler import Scheduler
 from shadowtune.serving.requests import Decision, ModelCard, Request, RequestError
 
+LOG = logging.getLogger(__name__)
 Loaded = tuple[ShadowForCausalLM, PromptFormat]
 BASE = "base"
 """Name of the bare base among the models."""
 CLOSING = "the server is closing; ask again later"
 POLL_SECONDS = 0.05
+LAST_SECONDS = 5.0
+"""For which a thread that was told to stop is waited for; a pass that hangs is left behind."""
 
 
 class Engine:
@@ -66,6 +71,8 @@ class Engine:
         for name, loaded in adapters.items():
             self._adapters[self._free(name)] = self._adapter(name, loaded)
         self._open: dict[EngineAnswer, Adapter | None] = {}
+        self._reading = SharedWork("shadowtune-prompts")
+        self._failure: str | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="shadowtune-engine", daemon=True)
@@ -93,18 +100,53 @@ class Engine:
             RequestError: 404 without such a model, 400 if it is not one to be answered, 429 if too many wait, 503 once
                 the engine closes.
         """
-        if self._closing:
-            raise RequestError(CLOSING, 503)
         adapter = None if request.model == BASE else self._known(request.model)
-        if len(self._open) >= self._limits.max_rows + self._limits.max_queue:
-            raise RequestError(f"{len(self._open)} requests run or wait; ask again later", 429)
-        decision = Decision("cloud", "base" if adapter is None else "attached")
-        answer = EngineAnswer(decision, self._forget)
-        row = self._intake.row(request, adapter, answer.deliver)
+        self._check_room()
+        self._intake.check(request, adapter)
+        prepared = await self._reading.run(
+            (request.prompt_key, adapter), partial(self._intake.prepare, request, adapter)
+        )
+        answer = EngineAnswer(Decision("cloud", "base" if adapter is None else "attached"), self._forget)
+        make = partial(self._intake.row, request, adapter, answer.deliver, prepared)
+        row = make() if request.schema is None else await self._reading.run(object(), make)
+        self._check_room()  # meanwhile there may be less of it
+        if adapter is not None and self._adapters.get(adapter.name) is not adapter:
+            self._known(request.model)
+            raise RequestError(f"the model {request.model!r} was loaded anew; ask again", 503)
         answer.cancel = partial(self._commands.put, partial(self._scheduler.cancel, row))
         self._open[answer] = adapter
         self._commands.put(partial(self._scheduler.add, row))
+        if self._failure is not None:  # the thread has ended since, and may not have seen this answer
+            answer.deliver(self._dead())
+            answer.deliver(None)
         return answer
+
+    async def tokenize(self, request: Request) -> list[int]:
+        """Return the token ids of a request's prompt.
+
+        Raises:
+            RequestError: as ``answer``.
+        """
+        adapter = None if request.model == BASE else self._known(request.model)
+        self._intake.check(request, adapter)
+        prepared = await self._reading.run(
+            (request.prompt_key, adapter), partial(self._intake.prepare, request, adapter)
+        )
+        return prepared.prompt
+
+    async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included.
+
+        Raises:
+            RequestError: without such a model, or if an id is none of its tokens.
+        """
+        if model != BASE:
+            self._known(model)
+        return await self._reading.run(object(), partial(self._intake.text_of, tokens))
+
+    def failure(self) -> str | None:
+        """Why it can never answer again; None while it can."""
+        return self._failure
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter; answers that run wait while it is read.
@@ -134,7 +176,28 @@ class Engine:
         await asyncio.to_thread(self._thread.join, self._limits.close_seconds)
         if self._thread.is_alive():
             self._commands.put(partial(self._scheduler.fail, None, RequestError(CLOSING, 503)))
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, LAST_SECONDS)
+        if self._thread.is_alive():
+            self._failure = f"a pass did not end within {self._limits.close_seconds + LAST_SECONDS:g} s of closing"
+            self._end_answers()
+        await asyncio.to_thread(self._reading.close, LAST_SECONDS)
+
+    def _check_room(self) -> None:
+        if self._failure is not None:
+            raise self._dead()
+        if self._closing:
+            raise RequestError(CLOSING, 503)
+        if len(self._open) >= self._limits.max_rows + self._limits.max_queue:
+            raise RequestError(f"{len(self._open)} requests run or wait; ask again later", 429)
+
+    def _dead(self) -> RequestError:
+        return RequestError(f"the model's thread has ended: {self._failure}", 503)
+
+    def _end_answers(self) -> None:
+        """Tell everyone who waits that nothing more comes; in any thread."""
+        for answer in list(self._open):
+            answer.deliver(self._dead())
+            answer.deliver(None)
 
     def _retire(self, adapter: Adapter) -> None:
         self._networks.forget(adapter)
@@ -144,7 +207,16 @@ class Engine:
         self._open.pop(answer, None)
 
     def _run(self) -> None:
-        """What the thread does: commands as they come, and steps as long as there are rows."""
+        """What the thread does; whatever ends it ends all answers."""
+        try:
+            self._work()
+        except BaseException as error:
+            self._failure = type(error).__name__
+            LOG.critical("the engine's thread has ended", exc_info=error)
+            self._end_answers()
+
+    def _work(self) -> None:
+        """Run commands as they come, and steps as long as there are rows."""
         with prepacked_linear(self._base):
             while not self._closing or self._scheduler.busy or not self._commands.empty():
                 if not self._scheduler.busy:
@@ -166,7 +238,8 @@ class Engine:
 
         self._commands.put(pause)
         while not arrived.wait(POLL_SECONDS):
-            if not self._thread.is_alive():
+            if self._closing or not self._thread.is_alive():
+                resume.set()
                 raise RequestError(CLOSING, 503)
         try:
             yield

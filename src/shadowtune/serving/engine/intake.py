@@ -1,5 +1,7 @@
 """What a request must be to get a row: its prompt as tokens, within the limits."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -7,10 +9,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shadowtune.data.encoding import prompt_ids
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import DataError
+from shadowtune.serving.constrained import Schemas
+from shadowtune.serving.conversation import check_characters, conversation_ids, longest_token, too_long
 from shadowtune.serving.engine.adapters import Adapter, ends_of, positions_of
 from shadowtune.serving.engine.limits import Limits
 from shadowtune.serving.engine.rows import Deliver, Row
 from shadowtune.serving.requests import Request, RequestError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What takes long of a request, and is the same for each of its answers."""
+
+    prompt: list[int]
+    prediction: list[int]
 
 
 class Intake:
@@ -26,6 +38,8 @@ class Intake:
         self._base, self._tokenizer, self._limits = base, tokenizer, limits
         self._vocabulary = base.config.get_text_config(decoder=True).vocab_size
         self._format = PromptFormat()
+        self._longest_token = longest_token(tokenizer)
+        self._schemas: dict[frozenset[int], Schemas] = {}
 
     def reads(self, adapter: Adapter | None) -> bool:
         """Say whether a model, None being the bare base, reads system messages and earlier turns."""
@@ -38,34 +52,77 @@ class Intake:
         known += [] if adapter is None else [adapter.positions]
         return min((each for each in known if each is not None), default=FALLBACK)
 
-    def row(self, request: Request, adapter: Adapter | None, deliver: Deliver) -> Row:
-        """Make the row of a request.
+    def check(self, request: Request, adapter: Adapter | None) -> None:
+        """Refuse what can be refused without reading the prompt; raises RequestError."""
+        longest = self.longest(adapter)
+        check_characters(request, longest, self._longest_token)
+        if request.prompt is not None and not isinstance(request.prompt, str) and len(request.prompt) >= longest:
+            raise too_long(request, len(request.prompt), longest)
+        if request.max_tokens is not None and request.max_tokens < 1:
+            raise RequestError(f"max_tokens must be at least 1, got {request.max_tokens}", param="max_tokens")
+        for token in request.sampling.logit_bias:
+            self._check_token(token, "logit_bias")
+        for token in request.stop_tokens:
+            self._check_token(token, "stop_token_ids")
+
+    def prepare(self, request: Request, adapter: Adapter | None) -> Prepared:
+        """Turn prompt and prediction into token ids, in any thread.
 
         Raises:
-            RequestError: if it is not one that can be answered.
+            RequestError: if they cannot be, or leave no room for an answer.
         """
         prompt = self._prompt(request, self._format if adapter is None else adapter.prompt_format)
         longest = self.longest(adapter)
         if len(prompt) >= longest:
-            message = f"the prompt has {len(prompt)} tokens, and {request.model!r} takes {longest} with the answer"
-            raise RequestError(message, param="messages" if request.prompt is None else "prompt")
-        if request.max_tokens is not None and request.max_tokens < 1:
-            raise RequestError(f"max_tokens must be at least 1, got {request.max_tokens}", param="max_tokens")
-        room = len(prompt) + request.wanted(longest - len(prompt))
+            raise too_long(request, len(prompt), longest)
+        prediction = [] if request.prediction is None else self._tokens(request.prediction, "prediction", False)
+        return Prepared(prompt, prediction)
+
+    def row(self, request: Request, adapter: Adapter | None, deliver: Deliver, prepared: Prepared | None = None) -> Row:
+        """Make the row of a request; in any thread.
+
+        Args:
+            request: what is asked.
+            adapter: whose answer it is; None for the bare base.
+            deliver: where the answer goes.
+            prepared: of ``prepare``, if that was called already.
+
+        Raises:
+            RequestError: if it is not one that can be answered.
+        """
+        self.check(request, adapter)
+        prompt, longest = (prepared or self.prepare(request, adapter)), self.longest(adapter)
+        length = len(prompt.prompt)
+        room = length + request.wanted(longest - length)
         if room > longest:
             raise RequestError(
-                f"the prompt's {len(prompt)} tokens and max_tokens {request.max_tokens} are more than the {longest} "
-                f"tokens of {request.model!r}; ask for {longest - len(prompt)} at most",
+                f"the prompt's {length} tokens and max_tokens {request.max_tokens} are more than the {longest} "
+                f"tokens of {request.model!r}; ask for {longest - length} at most",
                 param="max_tokens",
             )
-        for token in request.sampling.logit_bias:
-            self._check_token(token, "logit_bias")
-        prediction = [] if request.prediction is None else self._tokens(request.prediction, "prediction", False)
+        if request.min_tokens > room - length:
+            raise RequestError(
+                f"min_tokens {request.min_tokens} is more than the {room - length} tokens that the answer may have",
+                param="min_tokens",
+            )
         generation: Any = self._base.generation_config if adapter is None else adapter.model.generation_config
         recorded = () if adapter is None else adapter.prompt_format.ends
         ends = ends_of(generation, self._tokenizer, recorded)
-        device = self._base.device
-        return Row(request, adapter, prompt, prediction, room, ends, self._tokenizer, device, deliver, generation)
+        follower = None if request.schema is None else self._schemas_of(ends).follower(request.schema)
+        device, tokenizer = self._base.device, self._tokenizer
+        ids = (prompt.prompt, prompt.prediction)
+        return Row(request, adapter, *ids, room, ends, tokenizer, device, deliver, generation, follower)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included; raises RequestError for ids that are none."""
+        for token in tokens:
+            self._check_token(token, "tokens")
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _schemas_of(self, ends: frozenset[int]) -> Schemas:
+        if ends not in self._schemas:
+            self._schemas[ends] = Schemas(self._tokenizer, self._vocabulary, ends)
+        return self._schemas[ends]
 
     def _prompt(self, request: Request, prompt_format: PromptFormat) -> list[int]:
         if (request.messages is None) == (request.prompt is None):
@@ -75,8 +132,7 @@ class Intake:
             prompt = self._tokens(request.prompt, "prompt", True)
         else:
             try:
-                extra = (request.tools, request.chat_template_kwargs, request.fields)
-                prompt = prompt_format.encode(request.messages, self._tokenizer, *extra)
+                prompt = conversation_ids(request, prompt_format, self._tokenizer)
             except DataError as error:
                 raise RequestError(str(error), param="messages") from None
         if not prompt:

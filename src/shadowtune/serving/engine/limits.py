@@ -27,6 +27,9 @@ class Limits:
     """Tokens of prompts that are read between two tokens of the answers that run."""
     speculation: SpeculationConfig | None = field(default_factory=SpeculationConfig)
     """How shadows draft; None never drafts."""
+    reserve: int = 1
+    """Requests that are answered beside ``max_rows`` if one owner holds all of these: of owners that hold none, so that
+    nobody waits for another client's long answers."""
     close_seconds: float = 30.0
     """How long answers that run may go on after the engine was told to close."""
 
@@ -34,4 +37,4 @@ class Limits:
         """Check the ranges."""
         one = (1, None)
         check_range(self, max_rows=one, max_model_len=one, max_tokens=one, prefill_tokens=one)
-        check_range(self, max_queue=(0, None), close_seconds=(0, None))
+        check_range(self, max_queue=(0, None), reserve=(0, None), close_seconds=(0, None))

@@ -47,17 +47,21 @@ class Networks:
         if row.adapter is not None:
             row.adapter.slots.join(row)
 
-    def leave(self, row: Row) -> None:
-        """Free a row's slots."""
-        self.slots.leave(row)
+    def leave(self, row: Row, wipe: bool = False) -> None:
+        """Free a row's slots; ``wipe`` if they may hold NaN."""
+        self.slots.leave(row, wipe)
         if row.adapter is not None:
-            row.adapter.slots.leave(row)
+            row.adapter.slots.leave(row, wipe)
 
     def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """Part rows into those that can share a pass; rows of the bare base join the first."""
+        """Part rows into those that can share a pass; rows of the bare base join the first.
+
+        An adapter with weights that are not finite has a pass of its own: in a mixture its columns are multiplied by 0
+        for the others' rows, and 0 times NaN is NaN.
+        """
         groups: dict[Hashable, list[Row]] = {}
-        keys = [None if row.adapter is None else mixing_key(row.adapter.boundaries) for row in rows]
-        first = next((key for key in keys if key is not None), None)
+        keys = [None if row.adapter is None else _key(row.adapter) for row in rows]
+        first = next((key for key, row in zip(keys, rows, strict=True) if row.adapter and row.adapter.finite), None)
         for row, key in zip(rows, keys, strict=True):
             groups.setdefault(first if key is None else key, []).append(row)
         return list(groups.values())
@@ -135,3 +139,8 @@ def _gathered(rows: Sequence[Row], parts: Known, width: int) -> Tensor:
         places = [place_of[row] for row in own]
         states[torch.tensor(places, device=states.device), : part.shape[1]] = part.to(states.dtype)
     return states
+
+
+def _key(adapter: Adapter) -> Hashable:
+    """What adapters that share a pass have in common."""
+    return mixing_key(adapter.boundaries) if adapter.finite else adapter.name

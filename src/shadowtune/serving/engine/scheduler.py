@@ -1,7 +1,7 @@
 """Which rows the next pass is over. Everything here runs in the engine's one thread."""
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
@@ -53,7 +53,7 @@ class Scheduler:
     def fail(self, rows: Sequence[Row] | None, error: RequestError) -> None:
         """End rows by an error; None means all."""
         for row in [*self._waiting, *self._active] if rows is None else rows:
-            if self._remove(row):
+            if self._remove(row, wipe=True):
                 self._counters.failed += 1
                 row.deliver(error)
                 row.deliver(None)
@@ -73,20 +73,35 @@ class Scheduler:
                 self._speak(rows)
 
     def _admit(self) -> None:
+        """Admit waiting rows, those of the owner with the fewest active rows first.
+
+        Where one owner holds all places, ``Limits.reserve`` more are there for owners that hold none.
+        """
         limits = self._limits
-        while self._waiting and len(self._active) < limits.max_rows:
-            longest = max(row.room for row in (self._waiting[0], *self._active))
-            if limits.max_tokens is not None and longest * (len(self._active) + 1) > limits.max_tokens:
+        while self._waiting:
+            held = self._held()
+            row = min(self._waiting, key=lambda each: held[each.request.owner])  # of equals the first
+            reserve = 0 if held[row.request.owner] else limits.reserve
+            longest = max(each.room for each in (row, *self._active))
+            too_large = limits.max_tokens is not None and longest * (len(self._active) + 1) > limits.max_tokens
+            if len(self._active) >= limits.max_rows + reserve or too_large:
                 break
-            row = self._waiting.popleft()
+            self._waiting.remove(row)
             self._networks.join(row)
             self._active.append(row)
         self._counters.running, self._counters.waiting = len(self._active), len(self._waiting)
 
+    def _held(self) -> Counter[str]:
+        """Active rows of each owner."""
+        return Counter(row.request.owner for row in self._active)
+
     def _prompts(self) -> list[Row]:
-        """The oldest row whose prompt is not read, and others with nearly as much to read that fit beside it."""
-        limit = self._limits.prefill_tokens
+        """The oldest row whose prompt is not read, of the owner with the fewest rows, and others with nearly as much to
+        read that fit beside it.
+        """
+        limit, held = self._limits.prefill_tokens, self._held()
         pending = [row for row in self._active if not row.begun]
+        pending.sort(key=lambda row: held[row.request.owner])
         if not pending:
             return []
         first, *others = self._networks.groups(pending)[0]
@@ -106,6 +121,8 @@ class Scheduler:
         accepted, _ = self._pass(rows, [tokens for tokens, _ in owed], [expected for _, expected in owed])
         for row, start, (tokens, expected), count in zip(rows, before, owed, accepted, strict=True):
             self._counters.prompt_tokens += len(tokens) - len(expected or ())
+            if row not in self._active:
+                continue
             if expected is None:
                 row.cached = start + len(tokens)
                 continue
@@ -122,20 +139,27 @@ class Scheduler:
             own = [row for row in rows if row.adapter is adapter and row.request.speculate and row.left > 1]
             if adapter is not None and adapter.drafting is not None and own:
                 run = partial(adapter.initial_states, own)
-                draft, said = adapter.drafting.draft(own, len(rows), run)
-                drafts.append((adapter.drafting, own, draft))
-                drafted |= zip(own, said, strict=True)
+                with _FailingRows(self, own):
+                    draft, said = adapter.drafting.draft(own, len(rows), run)
+                    drafts.append((adapter.drafting, own, draft))
+                    drafted |= zip(own, said, strict=True)
+        rows = [row for row in rows if row in self._active]
+        if not rows:
+            return
         expected = [drafted.get(row, []) for row in rows]
         tokens = [[row.tokens[-1], *said] for row, said in zip(rows, expected, strict=True)]
         known = [(own, draft.states) for _, own, draft in drafts]
         results = dict(zip(rows, zip(*self._pass(rows, tokens, expected, known), strict=True), strict=True))
         for drafting, own, draft in drafts:
+            if any(row not in self._active for row in own):
+                continue  # what a failed row tells is not to be learned from
             accepted, gained = [results[row][0] for row in own], [results[row][1] for row in own]
             drafting.learn(draft, accepted, gained)
             for row, stood, got in zip(own, accepted, gained, strict=True):
                 self._counters.drafts.add(len(drafted[row]), [stood], [got])
         for row in rows:
-            self._settle(row)
+            if row in self._active:
+                self._settle(row)
 
     def _pass(
         self,
@@ -162,8 +186,11 @@ class Scheduler:
             if ahead is None:
                 continue
             before = len(row.tokens)
-            accepted[number] = row.judge(logits, first, ahead)
+            with _FailingRows(self, [row]):
+                accepted[number] = row.judge(logits, first, ahead)
             said[number] = len(row.tokens) - before
+            if row not in self._active:
+                continue
             if row.adapter is not None and row.adapter.feeds_back:
                 row.previous = states[first + said[number] - 1]
         self._counters.completion_tokens += sum(said)
@@ -180,13 +207,13 @@ class Scheduler:
         if row.finish_reason is not None:
             row.deliver(None)
 
-    def _remove(self, row: Row) -> bool:
-        """Take a row out, wherever it is; return whether it was there."""
+    def _remove(self, row: Row, wipe: bool = False) -> bool:
+        """Take a row out, wherever it is; return whether it was there. ``wipe`` if its states may hold NaN."""
         if row in self._waiting:
             self._waiting.remove(row)
         elif row in self._active:
             self._active.remove(row)
-            self._networks.leave(row)
+            self._networks.leave(row, wipe)
         else:
             return False
         self._counters.running, self._counters.waiting = len(self._active), len(self._waiting)
@@ -205,6 +232,10 @@ class _FailingRows:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        if isinstance(error, RequestError):  # a row's own, with its reason
+            LOG.warning("a row failed: %s", error)
+            self._scheduler.fail(self._rows, error)
+            return True
         if not isinstance(error, Exception):
             return False
         LOG.error("a pass over %d rows failed", len(self._rows), exc_info=error)

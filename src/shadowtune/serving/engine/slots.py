@@ -67,13 +67,21 @@ class Slots:
         self._slots[row] = len(self._rows)
         self._rows.append(row)
 
-    def leave(self, row: object) -> None:
-        """Free a row's slot; the last row moves into it."""
+    def leave(self, row: object, wipe: bool = False) -> None:
+        """Free a row's slot; the last row moves into it.
+
+        Args:
+            row: that has ended.
+            wipe: whether it may hold NaN: a masked value counts 0 times, and 0 times NaN is NaN for the next row.
+        """
         hole, last = self._slots.pop(row), self._rows.pop()
         if hole < len(self._rows):
             for layer in self._layers:
                 layer.move(len(self._rows), hole)
             self._rows[hole], self._slots[last] = last, hole
+        if wipe:
+            for layer in self._layers:
+                layer.wipe(len(self._rows))
         if not self._rows:
             self.capacity = (FIRST_ROWS, FIRST_TOKENS)
             for layer in self._layers:
@@ -133,6 +141,12 @@ class SlotLayer(CacheLayerMixin):
         for stored in (self.keys, self.values):
             if stored is not None and source < stored.shape[0]:
                 stored[target].copy_(stored[source])
+
+    def wipe(self, slot: int) -> None:
+        """Fill a slot with zeros."""
+        for stored in (self.keys, self.values):
+            if stored is not None and slot < stored.shape[0]:
+                stored[slot].zero_()
 
     def reset(self) -> None:
         """Give the memory back."""

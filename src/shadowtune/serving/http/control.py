@@ -1,7 +1,10 @@
 """What an app can turn besides answering, where whoever answers lets it."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
+
+from shadowtune.serving.requests import RequestError
 
 Counters = Callable[[], Mapping[str, float]]
 """Numbers of the moment, by names of lower-case letters and underscores: what runs, what waits, what was done."""
@@ -40,3 +43,27 @@ class AdapterControl(Protocol):
         Raises:
             RequestError: if there is none of that name.
         """
+
+
+def adapter_path(root: str | None, path: str) -> str:
+    """Return the directory that a client may load an adapter from.
+
+    Args:
+        root: of the adapters; None takes any path.
+        path: as the client names it, under the root or from it.
+
+    Raises:
+        RequestError: if it leaves the root; the same one whether it exists or not.
+    """
+    if root is None:
+        return path
+    refusal = RequestError("path must name an adapter in the server's adapter directory", 400, "path")
+    try:
+        home = Path(root).resolve()
+        found = (home / path).resolve()
+        inside = found != home and found.is_relative_to(home) and found.is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long, a null character, a loop of links
+        raise refusal from None
+    if not inside:
+        raise refusal
+    return str(found)

@@ -3,18 +3,21 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from starlette.types import Receive
 
 from shadowtune.config.serving import ServerConfig
-from shadowtune.serving.http.control import Counters
+from shadowtune.serving.http.control import Counters as Numbers
 from shadowtune.serving.http.flow import Flow
 from shadowtune.serving.http.metrics import Metrics
-from shadowtune.serving.requests import Answerer, Request, RequestError
+from shadowtune.serving.requests import Answerer, CanFail, Request, RequestError
 
 LOGGER = logging.getLogger(__name__)
 POLL_SECONDS = 0.02
+RESERVED = 4
+"""One client may hold all places but this part of them, so that others find some."""
 
 
 class Desk:
@@ -26,13 +29,14 @@ class Desk:
         counters: numbers of whoever answers, for the metrics.
     """
 
-    def __init__(self, answerer: Answerer, config: ServerConfig, counters: Counters) -> None:
+    def __init__(self, answerer: Answerer, config: ServerConfig, counters: Numbers) -> None:
         self.answerer, self.config = answerer, config
         self.metrics = Metrics(counters)
         self.draining = False
         """Whether nothing more is let in, because the server is about to end."""
         self._closing = asyncio.Event()
         self._held = 0
+        self._owners: Counter[str] = Counter()
 
     async def open(self, requests: Sequence[Request], n: int, receive: Receive) -> Flow:
         """Let the requests of one HTTP request in and hand them over; the flow must be given to ``close``.
@@ -45,12 +49,16 @@ class Desk:
         Raises:
             ShadowtuneError: if there is no room, or the answerer refuses one of them.
         """
-        room = self.config.max_requests
+        room, owner = self.config.max_requests, requests[0].owner
         if len(requests) > room:
             raise RequestError(f"{len(requests)} answers at once are more than this server's {room}; ask for fewer")
         if self._held + len(requests) > room:
             raise RequestError(f"{self._held} answers are under way, of at most {room}; ask again", 429)
-        self._hold(len(requests))
+        share = max(len(requests), room - room // RESERVED)
+        if owner and self._owners[owner] + len(requests) > share:
+            held = self._owners[owner]
+            raise RequestError(f"{held} answers of this client are under way, of at most {share}; ask again", 429)
+        self._hold(len(requests), owner)
         flow = Flow(self.answerer, requests, n, receive, self._closing, self.config.timeout)
         opened = False
         try:
@@ -59,7 +67,7 @@ class Desk:
         finally:
             if not opened:
                 await flow.aclose()
-                self._hold(-len(requests))
+                self._hold(-len(requests), owner)
         return flow
 
     async def close(self, flow: Flow, status: int) -> None:
@@ -77,7 +85,7 @@ class Desk:
                 self.metrics.answered(flow)
         finally:
             await flow.aclose()
-            self._hold(-len(flow.requests))
+            self._hold(-len(flow.requests), flow.requests[0].owner)
         tokens = "unfinished" if usage is None else f"{usage.prompt_tokens}+{usage.completion_tokens} tokens"
         seconds = time.monotonic() - flow.begun
         model = flow.requests[0].model
@@ -96,6 +104,12 @@ class Desk:
             await asyncio.sleep(POLL_SECONDS)
         self._closing.set()
 
-    def _hold(self, places: int) -> None:
+    def failure(self) -> str | None:
+        """Why whoever answers can never answer again; None while it can."""
+        return self.answerer.failure() if isinstance(self.answerer, CanFail) else None
+
+    def _hold(self, places: int, owner: str) -> None:
         self._held += places
+        self._owners[owner] += places
+        self._owners += Counter()  # drops those that hold nothing
         self.metrics.under_way.set(self._held)

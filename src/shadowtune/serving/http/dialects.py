@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from shadowtune.serving.http import replies
 from shadowtune.serving.http.flow import Flow
 from shadowtune.serving.http.logprobs import chat_logprobs, completion_logprobs
-from shadowtune.serving.requests import Piece
+from shadowtune.serving.requests import Piece, ToolCall
+from shadowtune.serving.tools import CallReader
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,14 @@ class Dialect:
 
 
 def _chat_choice(index: int, piece: Piece) -> BaseModel:
+    calls = [replies.ToolCallReply.of(call) for call in _whole_calls(piece.tool_calls)]
+    content = None if calls and not piece.text else piece.text
+    message = replies.ChatMessage(role="assistant", content=content, refusal=None)
+    if calls:
+        message = replies.ChatMessage(role="assistant", content=content, refusal=None, tool_calls=calls)
     return replies.ChatChoice(
         index=index,
-        message=replies.ChatMessage(role="assistant", content=piece.text, refusal=None),
+        message=message,
         logprobs=chat_logprobs(piece.tokens),
         finish_reason=piece.finish_reason,
     )
@@ -42,8 +48,19 @@ def _chat_choice(index: int, piece: Piece) -> BaseModel:
 
 def _chat_delta(index: int, piece: Piece, offset: int) -> BaseModel:
     said = replies.Delta() if piece.finish_reason else replies.Delta(content=piece.text)
+    if piece.tool_calls:
+        said = replies.Delta(tool_calls=[replies.ToolCallDelta.of(call) for call in piece.tool_calls])
     logprobs = chat_logprobs(piece.tokens)
     return replies.ChatChunkChoice(index=index, delta=said, logprobs=logprobs, finish_reason=piece.finish_reason)
+
+
+def _whole_calls(parts: Sequence[ToolCall]) -> list[ToolCall]:
+    """Put the parts of each call together."""
+    whole: dict[int, ToolCall] = {}
+    for part in parts:
+        known = whole.get(part.index)
+        whole[part.index] = part if known is None else replace(known, arguments=known.arguments + part.arguments)
+    return [whole[index] for index in sorted(whole)]
 
 
 def _chat_opening(index: int) -> BaseModel:
@@ -68,6 +85,14 @@ class Writing:
     model: str
     include_usage: bool = False
     """Whether a stream ends with what it took."""
+    running_usage: bool = False
+    """Whether its other events tell what it took so far."""
+    tools: tuple[str, ...] = ()
+    """Names of the functions that may be called."""
+    single_call: bool = False
+    """Whether only one of them may be."""
+    echo: tuple[str, ...] = ()
+    """What each choice begins with."""
     _head: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,30 +102,59 @@ class Writing:
 
     async def whole(self, flow: Flow) -> str:
         """Wait for the answer and write it as one JSON object."""
-        choices = [self.dialect.choice(index, piece) for index, piece in enumerate(await flow.whole())]
+        choices = []
+        for index, piece in enumerate(await flow.whole()):
+            read = self._reader().read(piece) if self.tools else piece
+            said = replace(read, text=self.echo[index] + read.text) if self.echo else read
+            choices.append(self.dialect.choice(index, said))
         return self._write(self.dialect.reply, choices=choices, **_facts(flow), **_usage(flow))
 
     async def events(self, flow: Flow) -> AsyncIterator[str]:
         """Give the lines of the stream as the answer comes, the first ones with the first piece."""
         ended, offsets = 0, [0] * len(flow.requests)
+        readers = [self._reader() for _ in flow.requests]
         opened = False
-        async for index, piece in flow.pieces():
-            if not opened and self.dialect.opening is not None:
-                for number in range(len(flow.requests)):
-                    yield self._event([self.dialect.opening(number)])
+        async for index, given in flow.pieces():
+            if not opened:
+                for line in self._openings(flow):
+                    yield line
             opened = True
-            if piece.text or piece.tokens:
-                told = replace(piece, finish_reason=None)
-                yield self._event([self.dialect.delta(index, told, offsets[index])])
+            piece = readers[index].read(given) if self.tools else given
+            running = self._running(flow, index)
+            if piece.text or (piece.tokens and not piece.tool_calls):
+                told = replace(piece, finish_reason=None, tool_calls=())
+                yield self._event([self.dialect.delta(index, told, offsets[index])], **running)
                 offsets[index] += sum(len(token.text) for token in piece.tokens)
+            if piece.tool_calls:
+                told = Piece("", () if piece.text else piece.tokens, tool_calls=piece.tool_calls)
+                yield self._event([self.dialect.delta(index, told, offsets[index])], **running)
             if piece.finish_reason is not None:
                 ended += 1
                 last = ended == len(flow.requests) and not self.include_usage
                 end = self.dialect.delta(index, Piece("", (), piece.finish_reason), offsets[index])
-                yield self._event([end], **(_facts(flow) if last else {}))
+                yield self._event([end], **running, **(_facts(flow) if last else {}))
         if self.include_usage:
             yield self._event([], **_usage(flow), **_facts(flow))
         yield "data: [DONE]\n\n"
+
+    def _reader(self) -> CallReader:
+        return CallReader(self.tools, self.single_call)
+
+    def _openings(self, flow: Flow) -> list[str]:
+        """What comes before the first piece."""
+        lines = []
+        for number in range(len(flow.requests)):
+            if self.dialect.opening is not None:
+                lines.append(self._event([self.dialect.opening(number)], **self._running(flow, number)))
+            if self.echo:
+                lines.append(self._event([self.dialect.delta(number, Piece(self.echo[number]), 0)]))
+        return lines
+
+    def _running(self, flow: Flow, index: int) -> dict[str, Any]:
+        """The usage so far of one choice, if every event is to tell it."""
+        if not self.running_usage:
+            return {}
+        return {"usage": replies.UsageReply.of(flow.running_usage(index))}
 
     def _event(self, choices: list[BaseModel], **more: Any) -> str:
         if self.include_usage:

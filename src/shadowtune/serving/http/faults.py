@@ -1,7 +1,6 @@
 """What goes wrong, as OpenAI's API says it."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -12,19 +11,25 @@ from starlette.responses import Response
 
 from shadowtune.config.checking import nearest
 from shadowtune.errors import ShadowtuneError
-from shadowtune.serving.http.bodies import ChatBody, CompletionBody
+from shadowtune.serving.http.bodies import ChatBody, CompletionBody, Message, Prediction, StreamOptions
 from shadowtune.serving.requests import RequestError
 
 KINDS: dict[int, tuple[str, str | None]] = {
     401: ("invalid_request_error", "invalid_api_key"),
+    403: ("invalid_request_error", "forbidden"),
     408: ("timeout", "request_timeout"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
     500: ("server_error", None),
+    502: ("server_error", "bad_gateway"),
     503: ("server_error", "unavailable"),
     504: ("timeout", "timeout"),
 }
 """Type and code of what is not the request's fault alone."""
 RETRY_SECONDS = 1
+MAX_FAULTS = 64
+"""Faults of a body that are looked at."""
+MAX_NAME = 64
+"""Characters of a field's name that are quoted."""
 HEADERS: dict[int, dict[str, str]] = {
     401: {"www-authenticate": "Bearer"},
     408: {"connection": "close"},
@@ -33,12 +38,16 @@ HEADERS: dict[int, dict[str, str]] = {
     503: {"retry-after": str(RETRY_SECONDS), "connection": "close"},
 }
 """What a client is told to do."""
+BODIES = (ChatBody, CompletionBody, StreamOptions, Message, Prediction)
 UNSUPPORTED = {
     name
-    for body in (ChatBody, CompletionBody)
+    for body in BODIES
     for name, field in body.model_fields.items()
     if field.description in ("Not supported: leave it out.", "Text alone.")
 }
+
+KNOWN = {name for body in BODIES for name in body.model_fields}
+"""Names of all fields, for hints."""
 
 
 class ErrorDetail(BaseModel):
@@ -58,7 +67,8 @@ class ErrorReply(BaseModel):
 
 def error_object(error: RequestError) -> dict[str, Any]:
     """Return ``{"error": {...}}``."""
-    kind, code = KINDS.get(error.status, ("invalid_request_error", None))
+    usual = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind, code = KINDS.get(error.status, (usual, None))
     if error.status == 404 and error.param == "model":
         code = "model_not_found"
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": code}}
@@ -80,8 +90,8 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
 async def on_invalid(request: Request, error: RequestValidationError) -> Response:
     """Answer a body that is not as documented, naming the fields at fault."""
     told: dict[str, list[str]] = {}
-    for fault in error.errors():
-        name = _param(fault["loc"])
+    for fault in error.errors()[:MAX_FAULTS]:
+        name = _param(fault, error.body)
         told.setdefault(name, [])
         if (line := _line(name, fault)) not in told[name]:
             told[name].append(line)
@@ -99,18 +109,29 @@ async def on_bug(request: Request, error: Exception) -> Response:
     return error_response(RequestError("the server failed; its log has the cause", 500))
 
 
-def _param(place: Sequence[int | str]) -> str:
-    """The field at fault as OpenAI writes it, ``messages[0].content``, without the alternatives of its type."""
-    first, *rest = [*place[1:], ""]
-    if len(rest) > 1 and isinstance(rest[0], int):
-        return f"{first}[{rest[0]}].{rest[1]}".removesuffix(".")
-    return " ".join(str(first).split())[:64]
+def _param(fault: dict[str, Any], body: Any) -> str:
+    """The field at fault as OpenAI writes it, ``messages[0].content``.
+
+    Pydantic's places have the names of types between those of fields where a field has alternatives; what is a field or
+    an index is found by walking through the body.
+    """
+    name, here = "", body
+    steps = list(fault["loc"][1:])
+    for number, step in enumerate(steps):
+        missing = fault["type"] == "missing" and number == len(steps) - 1
+        if isinstance(step, int) and isinstance(here, list) and step < len(here):
+            name, here = f"{name}[{step}]", here[step]
+        elif isinstance(step, str) and ((isinstance(here, dict) and step in here) or missing):
+            plain = " ".join(step[:MAX_NAME].split())
+            name = f"{name}.{plain}" if name else plain
+            here = here.get(step) if isinstance(here, dict) else None
+    return name
 
 
 def _line(name: str, fault: dict[str, Any]) -> str:
-    known = ChatBody.model_fields.keys() | CompletionBody.model_fields.keys()
+    last = name.rpartition(".")[2]
     if fault["type"] == "extra_forbidden":
-        return f"there is no such field{nearest(name, known)}"
+        return f"there is no such field{nearest(last, KNOWN)}"
     if name in UNSUPPORTED:
         return "not supported by this server; leave it out"
     return str(fault["msg"]).removeprefix("Value error, ")

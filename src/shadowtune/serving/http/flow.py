@@ -54,6 +54,7 @@ class Flow:
         self.texts: list[list[str]] = [[] for _ in requests]
         """What each choice has said so far."""
         self._usages: dict[int, Usage] = {}
+        self._running = [Usage(0, 0)] * len(requests)
 
     async def open(self) -> None:
         """Hand the requests over; all are accepted or none is.
@@ -85,6 +86,10 @@ class Flow:
         ended = [self._usages[index] for index in sorted(self._usages)]
         return total_usage(ended, self._n) if len(ended) == len(self.requests) else None
 
+    def running_usage(self, index: int) -> Usage:
+        """What one choice took so far; where only the end tells the prompt's tokens, these are 0 until then."""
+        return self._usages.get(index, self._running[index])
+
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Give the pieces of all choices as they come, each with the number of its choice.
 
@@ -99,6 +104,7 @@ class Flow:
             while steps:
                 for task in await self._wait(steps):
                     index, piece = steps.pop(task), _result(task)
+                    self._running[index] = piece.running or _one_more(self._running[index], piece)
                     if piece.usage is not None:
                         self._usages[index] = piece.usage
                     if piece.finish_reason is None:
@@ -154,7 +160,13 @@ def joined(pieces: Sequence[Piece]) -> Piece:
     """Return the pieces of one answer as one."""
     text = "".join(piece.text for piece in pieces)
     tokens = tuple(token for piece in pieces for token in piece.tokens)
-    return Piece(text, tokens, pieces[-1].finish_reason, pieces[-1].usage)
+    calls = tuple(call for piece in pieces for call in piece.tool_calls)
+    return Piece(text, tokens, pieces[-1].finish_reason, pieces[-1].usage, calls)
+
+
+def _one_more(usage: Usage, piece: Piece) -> Usage:
+    """Count a piece as a token where its tokens are not told."""
+    return replace(usage, completion_tokens=usage.completion_tokens + bool(piece.text or piece.tokens))
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -6,15 +6,54 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from shadowtune.serving.http.logprobs import ChatLogprobs, CompletionLogprobs
-from shadowtune.serving.requests import Decision, FinishReason, ModelCard, Usage
+from shadowtune.serving.requests import Decision, FinishReason, ModelCard, ToolCall, Usage
+
+
+class FunctionReply(BaseModel):
+    """What is to be called."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallReply(BaseModel):
+    """A call that the model wants."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionReply
+
+    @classmethod
+    def of(cls, call: ToolCall) -> "ToolCallReply":
+        """Write a whole call."""
+        function = FunctionReply(name=call.name, arguments=call.arguments)
+        return cls(id=call.id, type="function", function=function)
+
+
+class ToolCallDelta(BaseModel):
+    """A part of a call."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionReply
+
+    @classmethod
+    def of(cls, call: ToolCall) -> "ToolCallDelta":
+        """Write a part of a call; its first one has id and name."""
+        if call.id is None and call.name is None:
+            return cls(index=call.index, function=FunctionReply(arguments=call.arguments))
+        function = FunctionReply(name=call.name, arguments=call.arguments)
+        return cls(index=call.index, id=call.id, type="function", function=function)
 
 
 class ChatMessage(BaseModel):
     """The answer."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list["ToolCallReply"] | None = None
 
 
 class Delta(BaseModel):
@@ -22,6 +61,7 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list["ToolCallDelta"] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -177,6 +217,20 @@ class CurvePoint(BaseModel):
     accuracy: float
     hand_over_rate: float
     cost: float
+
+
+class TokenizeReply(BaseModel):
+    """Tokens of a text or conversation."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeReply(BaseModel):
+    """Text of tokens."""
+
+    prompt: str
 
 
 class PolicyReply(BaseModel):
