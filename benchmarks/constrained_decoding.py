@@ -162,7 +162,7 @@ def main() -> None:
             compiling, masks, followed = [], [], 0
             try:
                 for _ in range(REPEATS):
-                    took, follower = milliseconds(lambda schema=schema: compiled(schema))  # type: ignore[misc]
+                    took, follower = milliseconds(lambda schema=schema, compiled=compiled: compiled(schema))  # type: ignore[misc]
                     compiling.append(took)
                     followed = 0
                     for token in tokens:
