@@ -53,16 +53,20 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from shadowtune.comparison.run import compare, failures, rows_done
 
-    rows = rows_done(plan) if arguments.report else compare(plan, (lambda line: None) if arguments.quiet else say)
+    results = rows_done(plan) if arguments.report else compare(plan, (lambda line: None) if arguments.quiet else say)
+    rows = results.rows
     if not rows:
         raise ConfigError(f"no run in {config.output} is done with these settings; leave out --report to do them")
     from shadowtune.comparison.analysis import Analysis
-    from shadowtune.comparison.report import results_table, write_report
+    from shadowtune.comparison.report import write_report
+    from shadowtune.comparison.tables import heading_of, results_table
 
     analysis, output = Analysis(config, rows), Path(config.output)
-    said = write_report(analysis, output)
-    if analysis.rows:
-        print_table("Results", [{key: row[key] for key in SHOWN} for row in results_table(analysis)])
+    said = write_report(analysis, output, results)
+    for column in analysis.columns or (["parameters"] if analysis.rows else []):
+        each = analysis.at(column)
+        shown = [{key: row[key] for key in SHOWN} for row in results_table(each)]
+        print_table("Results" if len(analysis.columns) < 2 else f"Results, {heading_of(each)}", shown)
     for sentence in said:
         print(sentence)
     write_json(arguments.json, "compare", analysis.summary(), differences=analysis.differences())
@@ -72,7 +76,15 @@ def run(arguments: argparse.Namespace) -> int:
             f"{len(failed)} of {len(rows)} runs failed, the first one ({failed[0]['run']}) because: "
             f"{failed[0]['error']}; the same command tries them again"
         )
+    _check_refused(plan)
     return 0
+
+
+def _check_refused(plan: "Plan") -> None:
+    """Raise TrainingError if a method cannot be compared on a task, after everything else has been done."""
+    if refused := plan.refused():
+        first = refused[0]
+        raise TrainingError(f"{first['method']} cannot be compared on {first['task']}: {first['why']}")
 
 
 def _show(plan: "Plan") -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowtune.comparison.budgets import COLUMNS
 from shadowtune.comparison.statistics import Sample, bootstrap, mean_of
 from shadowtune.config.comparison import CompareConfig
 
@@ -30,19 +31,38 @@ class Place:
 
 
 class Analysis:
-    """Everything that a report says.
+    """Everything that a report says of one column: runs at equal parameters and steps, at equal time or equal memory.
 
     Args:
         config: the comparison.
         rows: rows of ``results.jsonl``.
+        column: one of ``budgets.COLUMNS``.
     """
 
-    def __init__(self, config: CompareConfig, rows: Sequence[Row]) -> None:
-        self.config = config
-        self.rows = [row for row in rows if row["stage"] == "final" and not row["error"]]
+    def __init__(self, config: CompareConfig, rows: Sequence[Row], column: str = "parameters") -> None:
+        self.config, self.column = config, column
+        self.all_rows = rows
+        self.trials = [row for row in rows if row["stage"] == "trial"]
+        finals = [row for row in rows if row["stage"] == "final" and not row["error"]]
+        self.rows = [row for row in finals if column in row.get("columns", ["parameters"]) or row["training"] is None]
         self.failed = [row for row in rows if row["error"]]
         self.reference = config.best_of()
         self.others = [method for method in config.methods if method != self.reference]
+
+    def at(self, column: str) -> "Analysis":
+        """Return the analysis of another column of the same rows."""
+        return Analysis(self.config, self.all_rows, column)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that have runs."""
+        found = {
+            column
+            for row in self.all_rows
+            if row["stage"] == "final" and row["training"]
+            for column in row.get("columns", ["parameters"])
+        }
+        return [column for column in COLUMNS if column in found]
 
     @cached_property
     def scores(self) -> dict[tuple[Place, str, str], dict[int, Tensor]]:
@@ -67,7 +87,7 @@ class Analysis:
         """Return a flat row for each other method, mode and place: the reference minus the method, in points."""
         found = []
         for mode, method in [(mode, method) for mode in ("attached", "detached") for method in self.others]:
-            pairs = {place: pair for place in self.places if (pair := self._pair(place, method, mode)) is not None}
+            pairs = {place: pair for place in self.places if (pair := self._pair(place, method, mode))}
             entries = {str(place): ours.minus(theirs) for place, (ours, theirs) in pairs.items()}
             if len(entries) > 1:
                 entries[ALL_TASKS] = mean_of(list(entries.values()))
@@ -92,6 +112,44 @@ class Analysis:
         if len(found) > 1:
             found.append({"task": ALL_TASKS, "against": "the best of each", **_points(mean_of(samples))})
         return found
+
+    def standings(self) -> list[dict[str, Any]]:
+        """Return a flat row for each trained method: its mean over tasks minus that of the best other one, in points.
+
+        The mean is over the tasks that both have; which is best is read off the same test rows.
+        """
+        methods = [
+            name
+            for name in self.config.trained_methods
+            if any((p, name, "attached") in self.scores for p in self.places)
+        ]
+        found = []
+        for method in methods:
+            differences = {}
+            for other in methods:
+                pairs = [pair for place in self.places if (pair := self._pair(place, other, "attached", method))]
+                if other != method and pairs:
+                    differences[other] = (mean_of([ours.minus(theirs) for ours, theirs in pairs]), len(pairs))
+            if differences:
+                rival = min(differences, key=lambda name: differences[name][0].mean)
+                sample, tasks = differences[rival]
+                found.append({"method": method, "against": rival, "tasks": tasks, **_points(sample)})
+        return found
+
+    def costs(self) -> list[dict[str, Any]]:
+        """Return a flat row for each run of a column of equal cost: its cost over that of the method aimed at."""
+        budget, key = self.config.budget, {"time": "train_seconds", "memory": "peak_memory_mb"}.get(self.column)
+        if budget is None or key is None:
+            return []
+        like, means = vars(budget)[self.column], {}
+        for task, method in dict.fromkeys((row["task"], row["method"]) for row in self.rows if row["training"]):
+            rows = [row for row in self.rows if (row["task"], row["method"]) == (task, method)]
+            means[task, method] = _mean([row["training"][key] for row in rows]) or 0.0
+        return [
+            {"task": task, "method": method, "ratio": mean / means[task, like]}
+            for (task, method), mean in means.items()
+            if means.get((task, like))
+        ]
 
     def small(self) -> dict[str, int]:
         """Return the places with few test rows, and how many."""
@@ -123,6 +181,9 @@ class Analysis:
             found[name] = _mean([training[name] for training in trainings])
         others = [test["other_scores"] for test in tests]
         found |= {name: _mean([other[name] for other in others]) for name in others[0]}
+        texts = [row["forgetting"] for row in rows if row.get("forgetting")] if mode == "attached" else []
+        found["text_loss_before"] = _mean([text["loss_before"] for text in texts])
+        found["text_loss"] = _mean([text["loss"] for text in texts])
         return found
 
     def _of_attached(self, place: Place, method: str, detached: float) -> float | None:
@@ -131,10 +192,10 @@ class Analysis:
         mean = float(torch.stack(list(attached.values())).mean()) if attached else 0.0
         return detached / mean if mean else None
 
-    def _pair(self, place: Place, method: str, mode: str) -> tuple[Sample, Sample] | None:
+    def _pair(self, place: Place, method: str, mode: str, reference: str | None = None) -> tuple[Sample, Sample] | None:
         """Samples of the reference and another method, over the seeds of both; None if one of them has no scores."""
         theirs_mode = "base" if self.config.kind(method) == "base" else mode
-        ours = self.scores.get((place, self.reference, mode), {})
+        ours = self.scores.get((place, reference or self.reference, mode), {})
         theirs = self.scores.get((place, method, theirs_mode), {})
         if theirs_mode == "base" and theirs:  # one model, whatever the seed
             theirs = dict.fromkeys(ours, next(iter(theirs.values())))

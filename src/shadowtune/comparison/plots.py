@@ -31,6 +31,8 @@ def draw_accuracies(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -
         axes.set_yticks(range(len(shown)), names)
         axes.invert_yaxis()
         axes.set(title=task, xlabel="accuracy, %")
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -1.0), min(high, 101.0))
         axes.grid(axis="x", alpha=0.3)
     return png(figure)
 
@@ -54,6 +56,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], methods: Se
                     label=method if number == 0 else None,
                     alpha=0.7,
                     linewidth=1,
+                    marker="o" if len(points) == 1 else None,
                 )
         axes.set(title=task, xlabel="step", ylabel="training loss", yscale="log")
         axes.legend(fontsize="small")
@@ -86,6 +89,43 @@ def draw_scaling(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, str]) ->
         axes.set(title=task, xlabel="trained parameters, millions", ylabel="accuracy, %", xscale="log")
         axes.legend(fontsize="small")
     return png(figure)
+
+
+def draw_pareto(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> bytes:
+    """Draw the mean accuracy over tasks against training time and peak memory; the line joins what no other beats.
+
+    Args:
+        rows: flat rows with method, mode, accuracy, train_seconds and peak_memory_mb.
+        methods: all methods, in the order of their colours.
+    """
+    figure = new_figure(11, 4.2)
+    panels = (("train_seconds", "training time, s"), ("peak_memory_mb", "peak memory of training, MB"))
+    for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        points = []
+        for name, mode in dict.fromkeys((row["method"], row["mode"]) for row in rows if row[key]):
+            own = [row for row in rows if (row["method"], row["mode"]) == (name, mode)]
+            cost = sum(row[key] for row in own) / len(own)
+            accuracy = 100 * sum(row["accuracy"] for row in own) / len(own)
+            color, hollow = f"C{methods.index(name)}", mode == "detached"
+            axes.plot([cost], [accuracy], "o", color=color, markerfacecolor="white" if hollow else color)
+            said = f"{name} detached" if hollow else name
+            axes.annotate(said, (cost, accuracy), xytext=(6, 4), textcoords="offset points", fontsize="small")
+            points += [] if hollow else [(cost, accuracy)]
+        front = pareto_front(points)
+        axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0, drawstyle="steps-post")
+        axes.set(xlabel=label, ylabel="accuracy, % (mean over tasks)")
+        axes.margins(x=0.25, y=0.15)
+        axes.grid(alpha=0.3)
+    return png(figure)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return those (cost, accuracy) of which no other is both as cheap and more accurate, the cheapest first."""
+    front: list[tuple[float, float]] = []
+    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or accuracy > front[-1][1]:
+            front.append((cost, accuracy))
+    return front
 
 
 def draw_costs(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> bytes:

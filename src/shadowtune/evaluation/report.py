@@ -16,7 +16,7 @@ COLORS = {"base": "#9aa0a6", "lora": "#e8913a", "shadow": "#3b6fd4", "shadow-det
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; width: 100%; margin: 1rem 0 } img { max-width: 100% }
+div.table { overflow-x: auto } table { border-collapse: collapse; width: 100%; margin: 1rem 0 } img { max-width: 100% }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child { text-align: left }
 """
@@ -107,7 +107,8 @@ def page(
 def html_page(title: str, parts: Iterable[str]) -> str:
     """Return a page of parts that are HTML already, under a title that is plain text."""
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
     )
 
@@ -123,7 +124,7 @@ def html_table(rows: Sequence[Mapping[str, Any]]) -> str:
     body = "".join(
         f"<tr>{''.join(f'<td>{html.escape(format_value(value))}</td>' for value in row.values())}</tr>" for row in rows
     )
-    return f"<table><tr>{header}</tr>{body}</table>"
+    return f'<div class="table"><table><tr>{header}</tr>{body}</table></div>'
 
 
 def write_page(directory: Path, picture: bytes, text: str) -> None:

@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import SaveStrategy
 
 from shadowtune.config.training import TrainConfig
+from shadowtune.errors import ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.checkpoint import writing_into
 from shadowtune.model.methods import (
@@ -27,7 +29,7 @@ from shadowtune.model.methods import (
 )
 from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import peak_memory_mb
-from shadowtune.training import drafting
+from shadowtune.training import drafting, ensemble
 from shadowtune.training.arguments import training_arguments
 from shadowtune.training.checkpoints import whole_directory
 from shadowtune.training.interruption import StopBetweenSteps
@@ -65,6 +67,8 @@ class TrainSummary:
     """The part of ``train_seconds`` in which the shadow learned alone; None without ``shadow_epochs``."""
     drafting_seconds: float | None = None
     """What the drafter's own epochs took on top, the answers it learns from included; None without them."""
+    fit_seconds: float | None = None
+    """The part of ``train_seconds`` in which a weight of logits was fitted on validation rows; None where none was."""
 
 
 def train(
@@ -100,6 +104,8 @@ def train(
     with run.locked() if main else contextlib.nullcontext():
         if main:
             run.check(config, resume, overwrite)
+        if config.method == "ensemble":
+            return _train_ensemble(config, run, resume, overwrite, report, quiet)
         first = None
         if config.shadow_first:
             report("the shadow alone")
@@ -123,10 +129,43 @@ def train(
         trainer.add_callback(interrupt)
         with interrupt.watching():
             output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
-            if config.fit_head_mixing:
-                _fit_head_mixing(config, model, rows, report)
+            fitted = _fit_head_mixing(config, model, rows, report) if config.fit_head_mixing else None
             taught = _teach_drafter(config, run, model, rows, report, quiet) if config.drafter_last else None
-        return _finish(config, run, trainer, output.training_loss, first, taught)
+        return _finish(config, run, trainer, output.training_loss, first, taught, fitted)
+
+
+def _train_ensemble(
+    config: TrainConfig,
+    run: RunDirectory,
+    resume: bool,
+    overwrite: bool,
+    report: Callable[[str], None],
+    quiet: bool,
+) -> TrainSummary | None:
+    """Train the two models of an ensemble, each as a run of its own, and join them."""
+    settings = training_arguments(config, run.checkpoints, quiet)
+    if settings.world_size > 1:
+        raise ConfigError("method=ensemble trains in one process; start one")
+    report("the small model alone")
+    small = train(ensemble.small_model(config), resume, overwrite, report, quiet)
+    report("LoRA")
+    lora = train(ensemble.adapters(config), resume, overwrite, report, quiet)
+    assert small is not None and lora is not None
+    run.begin(config, resume)
+    with whole_directory(run.model, Accelerator()) as staging:
+        fitted = ensemble.join(config, staging, report)
+    summary = replace(
+        lora,
+        method=config.method,
+        trainable_parameters=small.trainable_parameters + lora.trainable_parameters,
+        train_seconds=small.train_seconds + lora.train_seconds + fitted,
+        peak_memory_mb=peak_memory_mb(),
+        skipped_steps=small.skipped_steps + lora.skipped_steps,
+        shadow_seconds=small.train_seconds,
+        fit_seconds=fitted,
+    )
+    _write_summary(run, summary)
+    return summary
 
 
 def build_model(config: TrainConfig, num_labels: int | None = None) -> nn.Module:
@@ -164,8 +203,9 @@ def make_trainer(
         data_collator=with_row_numbers(rows.collate),
         processing_class=rows.tokenizer,
         callbacks=callbacks,
-        objective=objective_of(config.method, config.task),
+        objective=objective_of(config.method, config.task, config.peft.get("peft_type")),
         backbone_learning_rate=config.optimizer.backbone_learning_rate,
+        lora_plus_ratio=config.optimizer.lora_plus_ratio,
         skip_nonfinite=config.nonfinite_loss == "skip",
         keep_checkpoints=config.keep_checkpoints,
     )
@@ -173,12 +213,14 @@ def make_trainer(
     return trainer
 
 
-def _fit_head_mixing(config: TrainConfig, model: nn.Module, rows: TrainingRows, report: Callable[[str], None]) -> None:
-    """Choose the weight of the shadow's own logits on the validation rows."""
+def _fit_head_mixing(config: TrainConfig, model: nn.Module, rows: TrainingRows, report: Callable[[str], None]) -> float:
+    """Choose the weight of the shadow's own logits on the validation rows; return the seconds."""
+    start = time.perf_counter()
     assert isinstance(model, ShadowForCausalLM) and rows.validation is not None
     best, alone = fit_head_mixing(model, rows.validation, rows.collate, config.batch_size)
     gamma = model.shadow.config.head_mixing or 0.0
     report(f"head_mixing {gamma:g}: loss {best:.4g} on the validation rows, without it {alone:.4g}")
+    return time.perf_counter() - start
 
 
 def _teach_drafter(
@@ -212,6 +254,7 @@ def _finish(
     training_loss: float,
     first: TrainSummary | None,
     drafting_seconds: float | None,
+    fit_seconds: float | None,
 ) -> TrainSummary | None:
     """Write the trained model and then, as the sign that the run has finished, the summary."""
     model: Any = trainer.model
@@ -242,7 +285,13 @@ def _finish(
         detached_perplexity=perplexity,
         shadow_seconds=None if first is None else first.train_seconds,
         drafting_seconds=drafting_seconds,
+        fit_seconds=fit_seconds,
     )
+    _write_summary(run, summary)
+    return summary
+
+
+def _write_summary(run: RunDirectory, summary: TrainSummary) -> None:
+    """Write what a run cost, which says that it has finished."""
     with writing_into(run.path) as staging:
         (staging / run.summary_file.name).write_text(json.dumps(asdict(summary), indent=2) + "\n")
-    return summary
