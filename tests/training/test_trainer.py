@@ -404,3 +404,16 @@ def test_autocast_and_low_precision_train_to_finite_numbers_in_the_chosen_precis
     after = snapshot(model)
     assert {tensor.dtype for name, tensor in after.items() if name.startswith("shadow.")} == {dtype}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name.startswith("base."))
+
+
+def test_b_of_lora_learns_faster_by_the_ratio_of_lora_plus(tmp_path):
+    from shadowtune.config.training import LoraConfig
+
+    model = make_trainable(tiny_base(), "lora", lora=LoraConfig(rank=2))
+    args = arguments(tmp_path, learning_rate=0.01, weight_decay=0.1)
+    optimizer = trainer_of(model, args, causal_rows(), "lora", lora_plus_ratio=16.0).create_optimizer()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[each]: group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {rate for name, rate in found.items() if "lora_A" in name} == {0.01}
+    assert {rate for name, rate in found.items() if "lora_B" in name} == {0.16}

@@ -19,8 +19,8 @@ TITLE = "shadowtune compare"
 NOTE = (
     "Accuracy is the mean of the rows' scores (the task's metric), in %, on test rows, answered greedily. Intervals "
     "are 95 %: a bootstrap over test rows and seeds, paired for differences, each comparison by itself (of twenty "
-    "between equals, one will look decided). Settings were chosen on validation rows alone. A method's loss in the "
-    "curves is that of the model with its adapters, except for methods of PEFT, whose own terms are in it."
+    "between equals, one will look decided); where all scores are equal, the exact interval of a share. A method's "
+    "loss in the curves is that of the model with its adapters, except for methods of PEFT that add terms of their own."
 )
 OUTCOMES = {
     "better": "significantly better than",
