@@ -1,5 +1,7 @@
 """Every baseline that has a name can be trained, by its name alone."""
 
+import itertools
+
 import pytest
 
 from shadowtune.comparison import execution
@@ -36,7 +38,7 @@ def test_a_baseline_trains_by_its_name_and_leaves_a_model_that_differs_from_its_
 def test_there_are_five_learning_rates_on_a_logarithmic_grid(name):
     rates = default_rates(name)
     assert len(rates) == 5
-    assert all(2.9 < high / low < 3.5 for low, high in zip(rates, rates[1:], strict=False))
+    assert all(2.9 < high / low < 3.5 for low, high in itertools.pairwise(rates))
 
 
 def test_settings_of_a_method_win_over_those_of_the_baseline_that_it_names(tmp_path):
@@ -171,7 +173,7 @@ class TestEnsemble:
 
 
 def test_an_ensemble_without_rows_to_fit_its_weight_on_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="method=ensemble .* data.validation"):
+    with pytest.raises(ConfigError, match=r"method=ensemble .* data\.validation"):
         compare_config(
             tmp_path,
             tasks={"words": {"data": {"train": str(tmp_path / "words")}}},

@@ -32,7 +32,7 @@ def search(known, grid=GRID, tasks=("a",), seeds=(1,), **settings):
 
 
 def run(known, value, **settings):
-    """Do trials until none is left: of accuracy ``value(task, rate, seed)``; return the search and the keys in order."""
+    """Do trials until none is left, of accuracy ``value(task, rate, seed)``; return the search and the keys."""
     found = search(known, **settings)
     order = []
     while fresh := [job for job in found.trials() if job.result() is None]:
@@ -55,6 +55,12 @@ def test_a_failed_trial_is_worse_than_any_and_where_all_failed_there_is_nothing_
     assert search(dict.fromkeys(known)).is_done()
 
 
+def test_of_equals_the_one_in_the_middle_is_best_so_that_a_tie_extends_no_grid():
+    found, order = run({}, lambda task, rate, seed: (0.5, 1.0), extend=2)
+    assert found.chosen() == {RATE: 1e-3}
+    assert len(order) == 3
+
+
 def test_nothing_is_chosen_while_a_trial_is_open():
     known = {("a", 1e-4, 1): (0.5, 0.1), ("a", 1e-3, 1): (0.7, 0.9)}
     assert search(known).chosen() is None
@@ -62,7 +68,14 @@ def test_nothing_is_chosen_while_a_trial_is_open():
 
 
 def test_a_setting_is_judged_by_its_mean_over_the_tuning_tasks():
-    values = {("a", 1e-4): 0.9, ("b", 1e-4): 0.1, ("a", 1e-3): 0.6, ("b", 1e-3): 0.6, ("a", 1e-2): 0.1, ("b", 1e-2): 0.7}
+    values = {
+        ("a", 1e-4): 0.9,
+        ("b", 1e-4): 0.1,
+        ("a", 1e-3): 0.6,
+        ("b", 1e-3): 0.6,
+        ("a", 1e-2): 0.1,
+        ("b", 1e-2): 0.7,
+    }
     found, _ = run({}, lambda task, rate, seed: (values[task, rate], 1.0), tasks=("a", "b"))
     assert found.chosen() == {RATE: 1e-3}
 

@@ -12,9 +12,14 @@ from shadowtune.errors import ShadowtuneError
 
 
 class RowDigests:
-    """Reads rows once for each way of asking for them."""
+    """Reads rows once for each way of asking for them.
 
-    def __init__(self) -> None:
+    Args:
+        held_out: whether held-out rows may be read; their digest is empty where not.
+    """
+
+    def __init__(self, held_out: bool = True) -> None:
+        self._held_out = held_out
         self._known: dict[str, tuple[str, int]] = {}
 
     def training(self, data: DataConfig) -> tuple[str, int]:
@@ -27,6 +32,8 @@ class RowDigests:
 
     def held_out(self, data: DataConfig, split: str, source: str | None, limit: int | None) -> tuple[str, int]:
         """Return the same of held-out rows."""
+        if not self._held_out:
+            return "", 0
         key = f"held out {data!r} {split} {source} {limit}"
         return self._digest(key, lambda: Dataset.open(data).held_out(split, source, limit))
 

@@ -1,6 +1,7 @@
 """A single run of a comparison: what to train, what to evaluate, and where its files are."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -16,6 +17,7 @@ UNREADABLE = "unreadable"
 """In place of a digest of rows that cannot be read: the run says why."""
 
 
+@functools.cache
 def results_version() -> str:
     """Return what results of another version differ in: that of this package."""
     return importlib.metadata.version("shadowtune")
@@ -93,7 +95,7 @@ class Job:
     asked: dict[str, int] = field(default_factory=dict)
     """Limits of rows that the settings name: training, validation."""
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Name that says what it is, and changes with any setting of the training, its rows and our version."""
         settings = differences(dataclasses.replace(self.config, output=TrainConfig.output))

@@ -106,10 +106,17 @@ class Plan:
                 trained = method in config.trained_methods and not size.refused
                 row: dict[str, Any] = {"task": task, "method": method, "trainable_parameters": size.parameters}
                 row["size"] = size.refused or str(size)
-                row["trials"] = len(config.trials(method)) if trained and task in config.tuning_tasks else 0
+                row["trials"] = self._count_trials(method) if trained and task in config.tuning_tasks else 0
                 runs = len(config.seeds) if trained else 0 if size.refused else 1
                 found.append({**row, "runs": runs})
         return found
+
+    def _count_trials(self, method: str) -> int:
+        """How many trials a method has on a tuning task, those beyond its grid left out."""
+        sweep, grid = self.config.sweep, len(self.config.trials(method))
+        if sweep is None or sweep.finalists == 1:
+            return grid
+        return grid + (len(sweep.seeds or self.config.seeds) - 1) * min(sweep.finalists, grid)
 
     def job(
         self,

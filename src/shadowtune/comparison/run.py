@@ -94,6 +94,13 @@ def rows_done(plan: Plan) -> Results:
     return Results(rows, costs.unmet, plan.refused(), other_results([*trials, *finals]))
 
 
+def rows_on_disk(plan: Plan) -> list[dict[str, Any]]:
+    """Return the rows of all runs that the comparison's directory holds, whatever their settings."""
+    return [
+        read_json(file) for stage in ("trial", "final") for file in run_path(plan.config).glob(f"*/*/*/{stage}.json")
+    ]
+
+
 def _trials(searches: Iterable[Search]) -> list[Job]:
     return merged([job for search in searches for job in search.trials()])
 

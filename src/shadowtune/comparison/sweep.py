@@ -92,10 +92,11 @@ class Search:
         return self._jobs[key]
 
     def _ranked(self, settings: Sequence[Setting], seeds: Sequence[int]) -> list[Setting]:
-        """Return the settings of which no trial failed, the best first; of equals, the first one."""
+        """Return the settings of which no trial failed, the best first; of equals, the one nearest to the middle."""
         merits = {index: self._merit(setting, seeds) for index, setting in enumerate(settings)}
-        order = sorted((i for i, merit in merits.items() if merit), key=lambda i: merits[i], reverse=True)
-        return [settings[index] for index in order]
+        middle = (len(settings) - 1) / 2
+        sound = sorted((index for index, merit in merits.items() if merit), key=lambda index: abs(index - middle))
+        return [settings[index] for index in sorted(sound, key=lambda index: merits[index], reverse=True)]
 
     def _merit(self, setting: Setting, seeds: Sequence[int]) -> tuple[float, ...]:
         """Return what the setting is judged by, means over tasks and seeds; nothing if one of its trials failed."""
