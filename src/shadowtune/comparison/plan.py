@@ -204,6 +204,8 @@ class Plan:
         wanted = self.config.forgetting
         if wanted is None or settings.task != "causal_lm":
             return None
-        data = DataConfig(train=wanted.text, train_split=wanted.split, block_size=wanted.length)
+        folder = Path(self.config.directory or "") / wanted.text
+        text = str(folder) if self.config.directory is not None and folder.is_dir() else wanted.text
+        data = DataConfig(train=text, train_split=wanted.split, block_size=wanted.length)
         digest = self.digests.training(data)[0]
         return TextRequest(data, wanted.limit, self.config.test_batch_size, digest)
