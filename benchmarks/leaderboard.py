@@ -4,7 +4,7 @@
     python benchmarks/leaderboard.py add configs/leaderboard/lora.yaml lora --data DIR    # the first row is LoRA's
     python benchmarks/leaderboard.py add my.yaml my-name --data DIR optimizer.learning_rate=2e-3
 
-The rows are in leaderboard.jsonl. They only grow: a row that was changed or removed is found when the file is read. On a
+The rows are in leaderboard.jsonl. They only grow: a row that was changed or removed is found when it is read. On a
 machine that does other work the seconds are too long; the load just before the run stands in the row.
 """
 

@@ -146,6 +146,9 @@ def measure(name: str, config: TrainConfig, report: Any = lambda line: None) -> 
         ShadowtuneError: one of its kinds, with one line that says what is wrong.
     """
     check_protocol(config)
+    digest, count = RowDigests().held_out(config.data, "test", None, TEST_ROWS)
+    if count < TEST_ROWS:
+        raise DataError(f"task {TASK} has {count} test rows, fewer than the {TEST_ROWS} of the protocol")
     load = os.getloadavg()[0]
     torch.set_num_threads(THREADS)
     summary = train(config, report=report, quiet=True)
@@ -157,9 +160,6 @@ def measure(name: str, config: TrainConfig, report: Any = lambda line: None) -> 
         scores[mode] = Score(result.accuracy, result.accuracy_low, result.accuracy_high)
     attached = scores["attached"]
     assert attached is not None
-    digest, count = RowDigests().held_out(config.data, "test", None, TEST_ROWS)
-    if count < TEST_ROWS:
-        raise DataError(f"task {TASK} has {count} test rows, fewer than the {TEST_ROWS} of the protocol")
     settings = differences(dataclasses.replace(config, output=TrainConfig.output))
     settings["data"].pop("directory", None)  # where the rows were says nothing of them
     return Entry(

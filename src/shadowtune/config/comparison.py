@@ -59,8 +59,8 @@ class ForgettingConfig:
     """Text that no task is about, on which each model's perplexity is measured before and after training."""
 
     text: str
-    """Rows with a field ``text``: a data set as in ``DataConfig.train``, such as a .txt file or a directory, or the name
-    of a folder in the comparison's ``directory``."""
+    """Rows with a field ``text``: a data set as in ``DataConfig.train``, such as a .txt file or a directory, or the
+    name of a folder in the comparison's ``directory``."""
     split: str = "test"
     """Split of a data set that has splits."""
     limit: int = 64
