@@ -82,7 +82,7 @@ def test_a_time_in_which_no_step_fits_is_said_in_a_line_and_in_the_report(tmp_pa
     assert "fits into 100.0 s, the time of lora" in unmet.why
     assert [line for line in said if "not compared at equal time: words, shadow" in line]
     analysis = Analysis(config, results.rows)
-    assert any("Not compared: shadow on words, equal time" in line for line in verdict(analysis, results))
+    assert any("Not compared: shadow at equal wall time on words (" in line for line in verdict(analysis, results))
     (row,) = tables_of(analysis, results)["Not compared"]
     assert (row["method"], row["where"]) == ("shadow", "equal wall time")
 
@@ -119,6 +119,22 @@ def test_memory_that_no_size_meets_is_said(tmp_path, monkeypatch):
     said = {each.method: each.why for each in results.unmet}
     assert "at its smallest size it still needs about 800 MB" in said["shadow"]
     assert said["full"].endswith("full has no size to choose")
+
+
+def test_a_size_that_the_method_refuses_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(Worker, "memory", {"lora": 500.0, "miss": 300.0})
+    _, results = run(tmp_path, methods={"lora": None, "miss": {"peft": {"r": 2}}}, budget={"memory": "lora"})
+    ((method, why),) = [(each.method, each.why) for each in results.unmet]
+    assert method == "miss"
+    assert "must be less than or equal to in_features" in why
+    assert not [row for row in results.rows if row["error"]]
+
+
+def test_what_is_near_enough_is_compared_where_no_size_comes_nearer(tmp_path, monkeypatch):
+    monkeypatch.setattr(Worker, "memory", {"lora": 100.0, "full": 105.0})
+    _, results = run(tmp_path, methods={"lora": None, "full": None}, budget={"memory": "lora"})
+    assert results.unmet == []
+    assert find(results, "memory", "full")["columns"] == ["parameters", "memory"]
 
 
 def test_the_report_says_which_columns_are_won(tmp_path, monkeypatch):
@@ -172,6 +188,10 @@ def test_a_method_without_a_size_is_not_counted_as_equal(tmp_path):
     config, results = run(tmp_path, methods=methods, budget={"like": "shadow", "tolerance": 0.1})
     said = verdict(Analysis(config, results.rows), results)
     assert any(line.startswith("full trains ") and "not one at equal parameters" in line for line in said)
+    analysis = Analysis(config, results.rows)
+    assert [row["method"] for row in analysis.standings()] == ["lora", "shadow"]
+    assert {row["against"] for row in analysis.against_best()} == {"lora"}
+    assert "full" in {row["against"] for row in analysis.differences()}
 
 
 def test_only_a_trained_method_can_be_aimed_at(tmp_path):

@@ -272,7 +272,7 @@ class TestWhatCannotBeCompared:
         assert [row["method"] for row in results.rows] == ["base", "shadow"]
         assert said[0].startswith("not compared: words, lora: methods lora, dora and peft need Hugging Face PEFT")
         (row,) = tables_of(Analysis(config, results.rows), results)["Not compared"]
-        assert (row["method"], row["where"]) == ("lora", "all")
+        assert (row["method"], row["where"]) == ("lora", "everywhere")
 
     def test_a_method_without_a_size_within_the_budget_is_named_and_the_others_are_compared(self, tmp_path, invented):
         methods = {"base": None, "lora": None, "shadow": {"shadow": SHADOW, "size": "shadow.rank"}}

@@ -81,7 +81,13 @@ class Analysis:
 
     def summary(self) -> list[dict[str, Any]]:
         """Return a flat row for each place, method and mode: accuracy with its interval, and what it cost."""
-        return [self._summary(place, method, mode) for place, method, mode in self.scores]
+        tasks, methods = list(self.config.tasks), list(self.config.methods)
+
+        def order(key: tuple[Place, str, str]) -> tuple[int, int, int, str]:
+            place, method, mode = key
+            return tasks.index(place.trained), self.places.index(place), methods.index(method), mode
+
+        return [self._summary(place, method, mode) for place, method, mode in sorted(self.scores, key=order)]
 
     def differences(self) -> list[dict[str, Any]]:
         """Return a flat row for each other method, mode and place: the reference minus the method, in points."""
@@ -102,6 +108,7 @@ class Analysis:
         """
         kind = self.config.kind(self.reference)
         rivals = [method for method in self.others if self.config.kind(method) not in (kind, "base")]
+        rivals = [method for method in rivals if method not in self.unequal()]
         found, samples = [], []
         for place in self.places:
             pairs = {method: pair for method in rivals if (pair := self._pair(place, method, "attached")) is not None}
@@ -113,16 +120,29 @@ class Analysis:
             found.append({"task": ALL_TASKS, "against": "the best of each", **_points(mean_of(samples))})
         return found
 
+    def unequal(self) -> dict[str, int]:
+        """Return the methods of this column that do not train as many parameters as the others, and how many.
+
+        They have no size to choose. Without a budget of parameters, and in the other columns, there are none.
+        """
+        budget = self.config.budget
+        if budget is None or not budget.equal_parameters or self.column != "parameters":
+            return {}
+        counts = {row["method"]: row["training"]["trainable_parameters"] for row in self.rows if row["training"]}
+        sized = [count for name, count in counts.items() if self.config.size_key(name) is not None]
+        return {
+            name: count
+            for name, count in counts.items()
+            if self.config.size_key(name) is None and sized and abs(count - sized[0]) > budget.tolerance * sized[0]
+        }
+
     def standings(self) -> list[dict[str, Any]]:
         """Return a flat row for each trained method: its mean over tasks minus that of the best other one, in points.
 
         The mean is over the tasks that both have; which is best is read off the same test rows.
         """
-        methods = [
-            name
-            for name in self.config.trained_methods
-            if any((p, name, "attached") in self.scores for p in self.places)
-        ]
+        tested = {method for _, method, mode in self.scores if mode == "attached"} - self.unequal().keys()
+        methods = [name for name in self.config.trained_methods if name in tested]
         found = []
         for method in methods:
             differences = {}

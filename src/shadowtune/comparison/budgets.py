@@ -13,6 +13,7 @@ from shadowtune.comparison.job import Job
 from shadowtune.comparison.plan import Chosen, Plan
 from shadowtune.comparison.sizes import Size, changes_for, growth_in
 from shadowtune.config.training import TrainConfig
+from shadowtune.errors import ShadowtuneError
 
 COLUMNS = {
     "parameters": "equal parameters and steps",
@@ -77,10 +78,19 @@ class EqualCosts:
         assert mine is not None and theirs is not None
         solve = self._time if column == "time" else self._memory
         solved = {} if method == like else solve(task, method, mine, theirs)
+        if isinstance(solved, str) and self._is_within_tolerance(column, mine, theirs):
+            solved = {}
         if isinstance(solved, str):
             self.unmet.append(Unmet(column, task, method, solved))
             return []
         return [self._job(column, task, method, seed, solved) for seed in config.seeds]
+
+    def _is_within_tolerance(self, column: str, mine: Row, theirs: Row) -> bool:
+        """Whether what a method costs already is as near as a run of its own would have to come."""
+        key, budget = {"time": "train_seconds", "memory": "peak_memory_mb"}[column], self._plan.config.budget
+        assert budget is not None
+        ratio: float = mine["training"][key] / theirs["training"][key]
+        return abs(ratio - 1) <= budget.measured_tolerance
 
     def _first(self, task: str, method: str) -> Row | None:
         """What the method's run at equal parameters on the first seed left; None if it has none or failed."""
@@ -132,8 +142,12 @@ class EqualCosts:
         if aim < growth.count(growth.step):
             fewest = needs - (now - growth.count(growth.step)) * BYTES[train.trainable_dtype] / 2**20
             return f"{said}, and at its smallest size it still needs about {fewest:,.0f} MB"
-        size = growth.nearest(aim)
-        return changes_for(key, size, train)
+        changes = changes_for(key, growth.nearest(aim), train)
+        try:
+            count(changes)
+        except ShadowtuneError as error:  # a size that the method refuses
+            return f"{said}; {error}"
+        return changes
 
 
 def _counted(count: Any, changes: Mapping[str, Any]) -> int:

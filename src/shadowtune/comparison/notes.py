@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from shadowtune.comparison.analysis import SMALL, Analysis, Row
 from shadowtune.comparison.run import Results
-from shadowtune.comparison.tables import heading_of, rows_table, trials_table
+from shadowtune.comparison.tables import ALL, heading_of, not_compared, rows_table, trials_table
 
 
 def notes(analysis: Analysis, results: Results | None = None) -> list[str]:
@@ -26,34 +26,28 @@ def notes(analysis: Analysis, results: Results | None = None) -> list[str]:
 
 def _unequal_sizes(analysis: Analysis) -> list[str]:
     """Name the methods that have no size to choose, so that they do not train equally many parameters."""
-    config = analysis.config
-    if config.budget is None or not config.budget.equal_parameters:
-        return []
-    counts = {row["method"]: row["training"]["trainable_parameters"] for row in analysis.rows if row["training"]}
-    free = [name for name in counts if config.size_key(name) is None]
-    aims = [count for name, count in counts.items() if name not in free]
     return [
-        f"{name} trains {counts[name]:,} parameters, {counts[name] / aims[0]:.3g} times the others' {aims[0]:,}: it "
-        "has no size to choose, and its difference is not one at equal parameters."
-        for name in free
-        if aims and abs(counts[name] - aims[0]) > config.budget.tolerance * aims[0]
+        f"{name} trains {count:,} parameters and has no size to choose: its difference is not one at equal parameters, "
+        "and it wins or loses nothing there."
+        for name, count in analysis.unequal().items()
     ]
 
 
 def _unequal_rows(analysis: Analysis) -> list[str]:
     """Say where one method reads validation rows in training and another does not."""
-    said = []
+    found: dict[str, list[str]] = {}
     for task in dict.fromkeys(row["task"] for row in analysis.rows):
         rows = [row for row in rows_table(analysis) if row["task"] == task]
         totals = {row["method"]: row["rows in all"] for row in rows}
         readers = [row for row in rows if row["validation rows read in training"]]
         if readers and len(set(totals.values())) > 1:
             names = ", ".join(f"{row['method']} {row['validation rows read in training']}" for row in readers)
-            said.append(
-                f"{task}: validation rows are part of some methods' training and not of others' ({names}; the others "
-                "none): data are not equal. validation_rows=all gives them to every method."
-            )
-    return said
+            found.setdefault(names, []).append(task)
+    return [
+        f"{', '.join(tasks)}: validation rows are part of some methods' training and not of others' ({names}; the "
+        "others none): data are not equal. validation_rows=all gives them to every method."
+        for names, tasks in found.items()
+    ]
 
 
 def _costs(analysis: Analysis) -> list[str]:
@@ -101,15 +95,16 @@ def fewer_rows(rows: Sequence[Row]) -> list[str]:
 
 def _missing(results: Results) -> list[str]:
     """Count what has no numbers."""
-    said = []
-    if results.refused or results.unmet:
-        names = dict.fromkeys(
-            [
-                *(f"{row['method']} on {row['task']} ({row['why']})" for row in results.refused),
-                *(f"{each.method} on {each.task}, equal {each.column} ({each.why})" for each in results.unmet),
-            ]
-        )
-        said.append(f"Not compared: {'; '.join(names)}.")
+    groups: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[tuple[str, str], str] = {}
+    for row in not_compared(results):
+        key = (row["method"], "" if row["where"] == ALL else f" at {row['where']}")
+        groups.setdefault(key, []).append(row["task"])
+        reasons.setdefault(key, row["why"])
+    said = [
+        f"Not compared: {method}{where} on {', '.join(tasks)} ({reasons[method, where]})."
+        for (method, where), tasks in groups.items()
+    ]
     if results.left_out:
         why = dict.fromkeys(row["why"] for row in results.left_out)
         said.append(f"{len(results.left_out)} earlier results are left out: {', '.join(why)}.")

@@ -124,7 +124,14 @@ def solve_sizes(config: CompareConfig, task: str, counter: ParameterCounter) -> 
         sizes, unequal = _equal_sizes(config.budget, growths, count, refused)
         refused |= unequal
         chosen |= {name: changes_for(keys[name], size, settings[name]) for name, size in sizes.items()}
-    found = {name: Size(count(name, changes), changes, refused.get(name)) for name, changes in chosen.items()}
+    found = {}
+    for name, changes in chosen.items():
+        try:
+            found[name] = Size(count(name, changes), changes, refused.get(name))
+        except (ConfigError, CheckpointError):
+            raise
+        except ShadowtuneError as error:  # a size that the method refuses
+            refused[name] = str(error)
     found |= {name: Size(0, {}, reason) for name, reason in refused.items() if name not in found}
     return found | {name: Size(0, {}) for name in config.methods if config.kind(name) == "base"}
 

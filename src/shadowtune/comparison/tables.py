@@ -10,6 +10,8 @@ from shadowtune.comparison.run import Results
 
 Row = Mapping[str, Any]
 Table = list[dict[str, Any]]
+ALL = "everywhere"
+"""Where a method that cannot be compared at all has no numbers."""
 UNEQUAL = {
     "parameters": "the same passes, each method at its own size",
     "time": COLUMNS["time"],
@@ -62,6 +64,8 @@ def standings_table(columns: Sequence[Analysis]) -> Table:
     """Return a row for each method: in each column, whether it wins."""
     words: dict[str, dict[str, str]] = {}
     for each in columns:
+        for method, count in each.unequal().items():
+            words.setdefault(method, {})[heading_of(each)] = f"not equal: {count:,} parameters"
         for row in each.standings():
             words.setdefault(row["method"], {})[heading_of(each)] = standing(row)
     return [
@@ -79,7 +83,7 @@ def standing(row: Row) -> str:
 def not_compared(results: Results) -> Table:
     """Return a row for each method that has no numbers on a task, and why."""
     refused = [
-        {"task": row["task"], "method": row["method"], "where": "all", "why": row["why"]} for row in results.refused
+        {"task": row["task"], "method": row["method"], "where": ALL, "why": row["why"]} for row in results.refused
     ]
     unmet = [
         {"task": each.task, "method": each.method, "where": COLUMNS[each.column], "why": each.why}
