@@ -90,6 +90,7 @@ def test_a_time_in_which_no_step_fits_is_said_in_a_line_and_in_the_report(tmp_pa
 def test_a_method_whose_run_failed_has_no_equal_time_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(Worker, "failing", {"dora"})
     _, results = run(tmp_path, budget={"time": "lora"})
+    assert [job.method for job in Worker.calls].count("dora") == 1
     assert [(each.method, each.why) for each in results.unmet] == [
         ("dora", "dora has no finished run at equal parameters on words, seed 1")
     ]

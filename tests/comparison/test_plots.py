@@ -1,4 +1,13 @@
-from shadowtune.comparison.plots import draw_accuracies, draw_costs, draw_curves, draw_scaling
+import pytest
+
+from shadowtune.comparison.plots import (
+    draw_accuracies,
+    draw_costs,
+    draw_curves,
+    draw_pareto,
+    draw_scaling,
+    pareto_front,
+)
 
 COSTS = {"train_seconds": 3.0, "peak_memory_mb": 100.0, "trainable_parameters": 5e6}
 ROWS = [
@@ -23,6 +32,9 @@ def test_pictures_are_pngs_and_change_with_the_numbers():
         (draw_accuracies, ROWS, [{**ROWS[0], "accuracy": 0.2}, *ROWS[1:]]),
         (draw_accuracies, ROWS, [*ROWS[:2], {**ROWS[2], "mode": "attached"}, *ROWS[3:]]),
         (draw_costs, ROWS, [{**ROWS[0], "train_seconds": 9.0}, *ROWS[1:]]),
+        (draw_pareto, ROWS, [{**ROWS[0], "train_seconds": 9.0}, *ROWS[1:]]),
+        (draw_pareto, ROWS, [{**ROWS[0], "peak_memory_mb": 9.0}, *ROWS[1:]]),
+        (draw_pareto, ROWS, [*ROWS[:2], {**ROWS[2], "mode": "attached"}, *ROWS[3:]]),
         (draw_curves, CURVES, {"a": {"lora": [[(1, 2.0), (2, 1.9)]]}}),
     )
     for draw, shown, changed in drawings:
@@ -42,3 +54,27 @@ def test_accuracy_over_parameters_is_a_line_for_each_kind():
     assert picture == draw_scaling(list(reversed(rows[:-1]))[::-1], kinds)
     assert picture != draw_scaling([{**rows[0], "trainable_parameters": 2}, *rows[1:]], kinds)
     assert picture != draw_scaling(rows, kinds | {"lora-4": "shadow"})
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [
+        ([(1.0, 5.0), (2.0, 4.0), (3.0, 6.0)], [(1.0, 5.0), (3.0, 6.0)]),
+        ([(2.0, 5.0), (1.0, 5.0)], [(1.0, 5.0)]),
+        ([(1.0, 4.0), (1.0, 5.0)], [(1.0, 5.0)]),
+        ([(3.0, 1.0)], [(3.0, 1.0)]),
+    ],
+)
+def test_the_front_has_what_no_other_beats_in_cost_and_accuracy(points, front):
+    assert pareto_front(points) == front
+
+
+def test_every_one_of_twelve_methods_has_a_colour_of_its_own():
+    from shadowtune.comparison.plots import _color
+
+    methods = [f"m{number}" for number in range(12)]
+    assert len({_color(methods, name) for name in methods}) == 12
+
+
+def test_a_curve_of_one_point_is_seen():
+    assert draw_curves({"a": {"lora": [[(1, 2.0)]]}}, METHODS) != draw_curves({"a": {"lora": [[]]}}, METHODS)

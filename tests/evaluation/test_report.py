@@ -4,7 +4,7 @@ import json
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from shadowtune.evaluation.report import draw, new_figure, page, png, read_losses, write_page
+from shadowtune.evaluation.report import draw, html_page, html_table, new_figure, page, png, read_losses, write_page
 
 ROWS = [
     {"method": "base", "accuracy": 0.1, "accuracy_low": 0.05, "accuracy_high": 0.2, "train_seconds": None},
@@ -57,3 +57,10 @@ def test_the_files_are_written_together(tmp_path):
     write_page(tmp_path / "new", b"picture", "text")
     assert (tmp_path / "new" / "report.png").read_bytes() == b"picture"
     assert (tmp_path / "new" / "report.html").read_text() == "text"
+
+
+def test_a_page_fits_a_phone_and_wide_tables_scroll():
+    made = html_page("t", [html_table([{"a": 1}])])
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in made
+    assert '<div class="table"><table>' in made
+    assert "overflow-x: auto" in made

@@ -123,7 +123,7 @@ class Job:
     @property
     def files(self) -> list[str]:
         """Names of the files of results that the run directory gets."""
-        return [request.file for request in (*self.requests, *([] if self.text is None else [self.text]))]
+        return [*(request.file for request in self.requests), *([] if self.text is None else [self.text.file])]
 
     def _place(self) -> dict[str, Any]:
         """What a row says of the comparison rather than of the run, which may be in several columns."""

@@ -23,7 +23,7 @@ def draw_accuracies(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -
     for task, axes in zip(tasks, panels, strict=False):
         shown = [row for row in rows if row["task"] == task]
         for height, row in enumerate(shown):
-            color, detached = f"C{methods.index(row['method'])}", row["mode"] == "detached"
+            color, detached = _color(methods, row["method"]), row["mode"] == "detached"
             low, mean, high = (100 * row[name] for name in ("accuracy_low", "accuracy", "accuracy_high"))
             axes.plot([low, high], [height, height], color=color)
             axes.plot([mean], [height], "o", color=color, markerfacecolor="white" if detached else color)
@@ -52,7 +52,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], methods: Se
                 axes.plot(
                     steps,
                     losses,
-                    color=f"C{methods.index(method)}",
+                    color=_color(methods, method),
                     label=method if number == 0 else None,
                     alpha=0.7,
                     linewidth=1,
@@ -106,10 +106,11 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> by
             own = [row for row in rows if (row["method"], row["mode"]) == (name, mode)]
             cost = sum(row[key] for row in own) / len(own)
             accuracy = 100 * sum(row["accuracy"] for row in own) / len(own)
-            color, hollow = f"C{methods.index(name)}", mode == "detached"
+            color, hollow = _color(methods, name), mode == "detached"
             axes.plot([cost], [accuracy], "o", color=color, markerfacecolor="white" if hollow else color)
             said = f"{name} detached" if hollow else name
-            axes.annotate(said, (cost, accuracy), xytext=(6, 4), textcoords="offset points", fontsize="small")
+            offset = (6, -11) if hollow else (6, 4)
+            axes.annotate(said, (cost, accuracy), xytext=offset, textcoords="offset points", fontsize="small")
             points += [] if hollow else [(cost, accuracy)]
         front = pareto_front(points)
         axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0, drawstyle="steps-post")
@@ -148,12 +149,22 @@ def draw_costs(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> byt
         for name in names:
             own = [row[key] for row in trained if row["method"] == name]
             values.append(sum(own) / len(own) / (1e6 if key == "trainable_parameters" else 1))
-        drawn = axes.barh(names, values, color=[f"C{methods.index(name)}" for name in names])
+        drawn = axes.barh(names, values, color=[_color(methods, name) for name in names])
         axes.bar_label(drawn, fmt=form, padding=2)
         axes.invert_yaxis()
         axes.margins(x=0.2)
         axes.set(title=title)
     return png(figure)
+
+
+def _color(methods: Sequence[str], name: str) -> Any:
+    """Return the colour of a method: one of matplotlib's ten, or of twenty where there are more methods."""
+    index = methods.index(name)
+    if len(methods) <= 10:
+        return f"C{index}"
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](index % 20)
 
 
 def _panels(count: int, height: float) -> tuple[Any, list[Any]]:

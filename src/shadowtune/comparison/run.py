@@ -70,11 +70,13 @@ def compare(plan: Plan, report: Callable[[str], None] = lambda line: None) -> Re
     finals = plan.finals(chosen)
     executor.run(finals, lambda: write_results(file, [*trials, *finals]))
     costs = EqualCosts(plan, chosen, finals)
+    begun |= {job.result_file for job in finals}
     finals = merged([*finals, *costs.jobs()])
     for each in costs.unmet:
         report(f"not compared at equal {each.column}: {each.task}, {each.method}: {each.why}")
-    if costs.columns():
-        executor.run(finals, lambda: write_results(file, [*trials, *finals]))
+    if fresh := [job for job in finals if job.result_file not in begun]:
+        report(f"equal {' and '.join(costs.columns())}: {len(fresh)} runs")
+        executor.run(fresh, lambda: write_results(file, [*trials, *finals]))
     rows = write_results(file, [*trials, *finals])
     return Results(rows, costs.unmet, plan.refused(), other_results([*trials, *finals]))
 
@@ -109,7 +111,7 @@ def _chosen(searches: Mapping[tuple[tuple[str, ...], str], Search]) -> Chosen | 
     """The best settings by (task, method), of searches that have ended; None without a sweep."""
     if not searches:
         return None
-    found = {}
+    found: Chosen = {}
     for (tasks, method), search in searches.items():
         setting = search.chosen()
         if setting is not None:

@@ -61,8 +61,8 @@ class ParameterCounter:
             return self.count(name, lora) + self.count(name, small)
         # Where a shadow's values come from changes no shape, and there is nothing here to take them from.
         shadow = replace(config.shadow, init_layers=None, init_from=None)
-        parts = (config.model, config.method, config.task, config.num_labels, config.lora, shadow, config.peft)
-        parts += (config.stage,)
+        kind = (config.model, config.method, config.stage, config.task, config.num_labels)
+        parts = (*kind, config.lora, shadow, config.peft)
         key = repr(parts)
         if key not in self._counts:
             self._counts[key] = count_parameters(
@@ -143,7 +143,7 @@ def _equal_sizes(
     refused: Mapping[str, str],
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Choose the sizes of all methods that can be made equal; also return why the others cannot, by name."""
-    if budget.like in refused:
+    if budget.like is not None and budget.like in refused:
         raise ConfigError(f"budget.like: {budget.like} cannot be compared: {refused[budget.like]}")
     wanted, ours = _aim(budget, growths, count)
     peers = {name: growth for name, growth in growths.items() if name != ours}
