@@ -39,6 +39,60 @@ def test_a_dry_run_shows_sizes_and_numbers_and_runs_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_says_how_long_it_takes_what_may_come_on_top_and_reads_no_test_rows(tmp_path, capsys):
+    sweep = {"grid": {"optimizer.learning_rate": [1e-3, 1e-2, 1e-1]}, "extend": 2, "finalists": 2}
+    budget = {"like": "shadow", "tolerance": 0.1, "time": "lora", "memory": "lora"}
+    file = write_settings(tmp_path, sweep=sweep, budget=budget, seeds=[1, 2])
+    (tmp_path / "words" / "test.jsonl").unlink()
+    result = tmp_path / "plan.json"
+    assert main(["compare", str(file), "--dry-run", "--json", str(result)]) == 0
+    shown = capsys.readouterr().out
+    assert "10 trials on validation rows, then 5 runs" in shown
+    assert "up to 4 trials more" in shown
+    assert "up to 4 runs more, at equal time and memory" in shown
+    assert "about " in shown.splitlines()[-1]
+    rows = {row["method"]: row for row in json.loads(result.read_text())["rows"]}
+    assert 0 < float(rows["base"]["minutes"]) < float(rows["lora"]["minutes"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_takes_its_times_from_runs_that_are_done(in_this_process, tmp_path, capsys):
+    file = write_settings(tmp_path, methods={"lora": {"lora": {"rank": 2}}})
+    assert main(["compare", str(file), "--quiet"]) == 0
+    (final,) = (tmp_path / "out" / "runs").glob("*/*/*/final.json")
+    final.write_text(json.dumps({**json.loads(final.read_text()), "seconds": 7200.0}))
+    capsys.readouterr()
+    assert main(["compare", str(file), "--dry-run", "seeds=[1, 2, 3]"]) == 0
+    assert "about 6 h 00 min" in capsys.readouterr().out
+
+
+def test_a_plan_whose_rows_cannot_be_read_says_so(tmp_path, capsys):
+    file = write_settings(tmp_path, tasks={"gsm8k": None}, methods={"lora": None})
+    assert main(["compare", str(file), "--data", str(tmp_path), "--dry-run"]) == 0
+    assert "tasks whose rows cannot be read are not in it" in capsys.readouterr().out
+
+
+def test_a_baseline_that_is_not_installed_ends_in_a_line_after_the_others_were_compared(
+    in_this_process, tmp_path, capsys, monkeypatch
+):
+    from shadowtune.errors import ShadowtuneError
+    from shadowtune.model import adapters
+
+    def missing():
+        raise ShadowtuneError("needs Hugging Face PEFT")
+
+    monkeypatch.setattr(adapters, "import_peft", missing)
+    file = write_settings(tmp_path)
+    assert main(["compare", str(file), "common.max_steps=1"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == "shadowtune: error: lora cannot be compared on words: needs Hugging Face PEFT"
+    assert "Traceback" not in shown.err
+    assert "words: shadow is " in shown.out
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## Not compared" in report
+    assert "| words | lora | everywhere | needs Hugging Face PEFT |" in report
+
+
 def test_a_comparison_leaves_results_reports_and_a_verdict(in_this_process, tmp_path, capsys):
     file = write_settings(tmp_path)
     result = tmp_path / "result.json"

@@ -1,7 +1,14 @@
 import pytest
 
 from shadowtune.comparison import plots
-from shadowtune.comparison.plots import draw_accuracies, draw_costs, draw_curves, draw_scaling
+from shadowtune.comparison.plots import (
+    draw_accuracies,
+    draw_costs,
+    draw_curves,
+    draw_pareto,
+    draw_scaling,
+    pareto_front,
+)
 
 COSTS = {"train_seconds": 3.0, "peak_memory_mb": 100.0, "trainable_parameters": 5e6}
 ROWS = [
@@ -26,6 +33,9 @@ def test_pictures_are_pngs_and_change_with_the_numbers():
         (draw_accuracies, ROWS, [{**ROWS[0], "accuracy": 0.2}, *ROWS[1:]]),
         (draw_accuracies, ROWS, [*ROWS[:2], {**ROWS[2], "mode": "attached"}, *ROWS[3:]]),
         (draw_costs, ROWS, [{**ROWS[0], "train_seconds": 9.0}, *ROWS[1:]]),
+        (draw_pareto, ROWS, [{**ROWS[0], "train_seconds": 9.0}, *ROWS[1:]]),
+        (draw_pareto, ROWS, [{**ROWS[0], "peak_memory_mb": 9.0}, *ROWS[1:]]),
+        (draw_pareto, ROWS, [*ROWS[:2], {**ROWS[2], "mode": "attached"}, *ROWS[3:]]),
         (draw_curves, CURVES, {"a": {"lora": [[(1, 2.0), (2, 1.9)]]}}),
     )
     for draw, shown, changed in drawings:
@@ -72,3 +82,27 @@ def test_axes_show_no_accuracy_below_0_or_above_100(value, monkeypatch):
     kinds = {"lora": "lora", "shadow": "shadow"}
     for axes in axes_of(monkeypatch, lambda: draw_scaling(rows, kinds)):
         assert 0 <= axes.get_ylim()[0] < axes.get_ylim()[1] <= 100
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [
+        ([(1.0, 5.0), (2.0, 4.0), (3.0, 6.0)], [(1.0, 5.0), (3.0, 6.0)]),
+        ([(2.0, 5.0), (1.0, 5.0)], [(1.0, 5.0)]),
+        ([(1.0, 4.0), (1.0, 5.0)], [(1.0, 5.0)]),
+        ([(3.0, 1.0)], [(3.0, 1.0)]),
+    ],
+)
+def test_the_front_has_what_no_other_beats_in_cost_and_accuracy(points, front):
+    assert pareto_front(points) == front
+
+
+def test_every_one_of_twelve_methods_has_a_colour_of_its_own():
+    from shadowtune.comparison.plots import _color
+
+    methods = [f"m{number}" for number in range(12)]
+    assert len({_color(methods, name) for name in methods}) == 12
+
+
+def test_a_curve_of_one_point_is_seen():
+    assert draw_curves({"a": {"lora": [[(1, 2.0)]]}}, METHODS) != draw_curves({"a": {"lora": [[]]}}, METHODS)

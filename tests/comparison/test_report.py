@@ -11,7 +11,7 @@ from tests.support.comparisons import result_row
 @pytest.fixture
 def analysis(tmp_path):
     """An analysis of runs whose metrics are on disk."""
-    made = config(output=str(tmp_path))
+    made = config(output=str(tmp_path), sweep={"grid": {"optimizer.learning_rate": [1e-3, 1e-2]}})
     found = rows()
     for row in found:
         directory = tmp_path / "runs" / row["run"]
@@ -27,7 +27,7 @@ def test_the_verdict_says_who_is_better_by_how_much_and_who_is_not(analysis):
     first, *rest = verdict(analysis)
     assert first.startswith("words: shadow is significantly better than base (+50.0 points, ")
     assert "lora (+15.0 points, +11." in first
-    assert "; undecided against shadow-b (+0.0 points, +0.0 to +0.0)." in first
+    assert "; undecided against shadow-b (+0.0 points, -0.9 to +0.9)." in first
     assert any(line.startswith("words: detached, shadow is significantly worse than shadow-b (-50.0") for line in rest)
     assert not any("Few test rows" in line or "One seed" in line for line in rest)
 
@@ -50,22 +50,23 @@ def test_the_report_has_tables_of_everything_in_both_forms(analysis, tmp_path):
     assert "| words | shadow detached | 25.0 | " in markdown
     assert "no &lt;room&gt;" in page
     assert "no <room>" not in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert 'src="http' not in page
 
 
 def test_runs_known_from_their_results_alone_are_reported_without_curves(tmp_path):
     said = write_report(Analysis(config(output=str(tmp_path)), rows()), tmp_path)
-    assert said and (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 2
+    assert said and (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 3
 
 
 def test_several_sizes_of_two_kinds_are_drawn_over_their_parameters(analysis, tmp_path):
+    analysis = Analysis(config(output=str(tmp_path)), analysis.all_rows)
     for row, parameters in zip(
         [row for row in analysis.rows if row["training"]], (10, 20, 30, 40, 50, 60), strict=False
     ):
         row["training"] = {**row["training"], "trainable_parameters": parameters}
     write_report(analysis, tmp_path)
-    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 4
+    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 5
 
 
 def test_a_comparison_without_any_result_has_a_report_all_the_same(tmp_path):
@@ -75,8 +76,17 @@ def test_a_comparison_without_any_result_has_a_report_all_the_same(tmp_path):
     assert "<img" not in (tmp_path / "report.html").read_text()
 
 
+def test_without_a_sweep_nothing_is_said_of_one(tmp_path):
+    found = [{**row, "size": "lora.rank 15"} if row["method"] == "lora" else row for row in rows()]
+    write_report(Analysis(config(output=str(tmp_path)), found), tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "## Sizes that the budget chose" in markdown
+    assert "sweep" not in markdown
+    assert "validation rows" not in markdown
+
+
 def test_the_tables_agree_with_the_analysis(analysis):
-    from shadowtune.comparison.report import results_table, tables_of
+    from shadowtune.comparison.tables import results_table, tables_of
 
     row = find(results_table(analysis), method="lora")
     assert (row["accuracy %"], row["rows x seeds"], row["trained"]) == ("60.0", "400 x 2", "1,000")

@@ -7,7 +7,9 @@ import pytest
 
 from shadowtune.comparison import execution
 from shadowtune.comparison.plan import Plan
-from shadowtune.comparison.run import compare, failures, rows_done
+from shadowtune.comparison.run import compare as compare_all
+from shadowtune.comparison.run import failures
+from shadowtune.comparison.run import rows_done as rows_known
 from shadowtune.errors import CheckpointError, DataError, ShadowtuneError
 from tests.support.commands import ROWS, write_rows
 from tests.support.comparisons import SHADOW, LocalWorker, compare_config
@@ -18,6 +20,14 @@ SWEEP = {"grid": {"optimizer.learning_rate": [1e-6, 3e-2]}, "settings": {"max_st
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     monkeypatch.setattr(execution, "WorkerProcess", LocalWorker)
+
+
+def compare(plan, report=lambda line: None):
+    return compare_all(plan, report).rows
+
+
+def rows_done(plan):
+    return rows_known(plan).rows
 
 
 def results(path):

@@ -76,3 +76,35 @@ def test_the_mean_over_tasks_counts_each_task_the_same_and_is_surer():
 )
 def test_an_interval_that_holds_zero_decides_nothing(low, high, verdict):
     assert Estimate(0.0, low, high).verdict == verdict
+
+
+@pytest.mark.parametrize("count", [1, 16, 300])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_none_or_all_right_has_an_exact_interval_and_not_one_of_no_width(count, share):
+    estimate = bootstrap(torch.full((3, count), share)).estimate()
+    other = 1 - 0.025 ** (1 / count)
+    expected = (0.0, other) if share == 0 else (1 - other, 1.0)
+    assert (estimate.low, estimate.high) == pytest.approx(expected)
+
+
+def test_equal_scores_between_0_and_1_have_an_interval_too():
+    estimate = bootstrap(torch.full((1, 10), 0.5)).estimate()
+    assert estimate.low < 0.3 < 0.7 < estimate.high
+
+
+@pytest.mark.parametrize(("count", "verdict"), [(1, "undecided"), (5, "undecided"), (6, "better"), (16, "better")])
+def test_all_against_none_is_decided_as_by_a_sign_test(count, verdict):
+    ours, theirs = bootstrap(torch.ones(1, count)), bootstrap(torch.zeros(1, count))
+    assert ours.minus(theirs).estimate().verdict == verdict
+
+
+def test_methods_that_answered_alike_differ_by_no_more_than_rows_can_tell():
+    scores = alternating(100, 0.5)
+    estimate = bootstrap(scores[None]).minus(bootstrap(scores[None])).estimate()
+    assert estimate.mean == 0
+    assert (estimate.low, estimate.high) == pytest.approx((-(1 - 0.025**0.01), 1 - 0.025**0.01))
+
+
+def test_a_mean_over_tasks_keeps_what_a_task_without_spread_is_unsure_of():
+    wide, sure = bootstrap(torch.ones(1, 10)), bootstrap(torch.ones(1, 10_000))
+    assert mean_of([wide, wide]).estimate().low < mean_of([sure, sure]).estimate().low < 1

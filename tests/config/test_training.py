@@ -96,3 +96,22 @@ def test_a_cache_of_the_teacher_needs_top_tokens_that_are_all_it_teaches(stage, 
         TrainConfig(data=DATA, stage=stage, shadow=ShadowConfig(**shadow), distillation_cache="kept")
     good = TrainConfig(data=DATA, stage="pretrain", shadow=ShadowConfig(**TAUGHT), distillation_cache="kept")
     assert good.distillation_cache == "kept"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "ensemble"}, "set shadow_epochs above 0, and data.validation"),
+        ({"method": "shadow", "optimizer": {"lora_plus_ratio": 16.0}}, "is for LoRA's two matrices"),
+        ({"optimizer": {"lora_plus_ratio": -1.0}, "method": "lora"}, "lora_plus_ratio must be at least 0"),
+        (
+            {"data": {"train": "x", "validation": "y", "learn_validation": True}, "fit_head_mixing": True},
+            "leaves no validation rows to choose by",
+        ),
+    ],
+)
+def test_settings_of_baselines_that_contradict_each_other_are_one_line(settings, said):
+    from shadowtune.config.checking import from_mapping
+
+    with pytest.raises(ConfigError, match=said):
+        from_mapping(TrainConfig, {"data": {"train": "x"}, **settings}, "")

@@ -148,3 +148,16 @@ def test_texts_are_cut_into_blocks_in_training(tmp_path):
     assert len(encoded[0]["input_ids"]) == report.block_size == 8
     with pytest.raises(ConfigError, match="no task 'x'"):
         Dataset.open(replace(data.settings, train=None, block_size=None, task="x"))
+
+
+def test_validation_rows_can_be_learned_and_are_then_not_measured(directory):
+    plain = of_task("gsm8k", directory, limit=5, validation="task", validation_limit=3)
+    learned = Dataset(replace(plain.settings, learn_validation=True), plain.task)
+    assert learned.validation_rows() is None
+    assert learned.training_rows() == [*plain.training_rows(), *plain.validation_rows()]
+    assert len(learned.training_rows()) > 5
+
+
+def test_validation_rows_that_are_not_there_cannot_be_learned():
+    with pytest.raises(ConfigError, match="learn_validation=true needs validation rows"):
+        DataConfig(train="rows.jsonl", learn_validation=True)

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from shadowtune.evaluation import report
-from shadowtune.evaluation.report import draw, new_figure, page, png, read_losses, write_page
+from shadowtune.evaluation.report import draw, html_page, html_table, new_figure, page, png, read_losses, write_page
 
 ROWS = [
     {"method": "base", "accuracy": 0.1, "accuracy_low": 0.05, "accuracy_high": 0.2, "train_seconds": None},
@@ -106,3 +106,10 @@ def test_the_page_tells_a_phone_its_width_and_every_table_stands_in_a_box_that_s
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
     assert text.count('<div class="table"><table>') == text.count("<table>") == 2
     assert ".table { overflow-x: auto" in text
+
+
+def test_a_page_fits_a_phone_and_wide_tables_scroll():
+    made = html_page("t", [html_table([{"a": 1}])])
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in made
+    assert '<div class="table"><table>' in made
+    assert "overflow-x: auto" in made

@@ -180,3 +180,10 @@ def test_interval_of_fractions_is_that_of_the_normal_distribution():
     )
     assert mean_interval([0.5]) == (0.0, 1.0)
     assert mean_interval([0.9, 1.0, 0.5])[1] == 1.0
+
+
+@pytest.mark.parametrize("scores", [[0.0] * 16, [1.0] * 16, [0.5] * 16, [0.5]])
+def test_no_interval_is_without_width(scores):
+    low, high = mean_interval(scores)
+    assert 0 <= low <= scores[0] <= high <= 1
+    assert high - low > 0.15

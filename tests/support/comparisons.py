@@ -1,11 +1,16 @@
 """Tiny comparisons, and rows of results that nobody had to compute."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
 
 from shadowtune.comparison import worker
+from shadowtune.comparison.job import Job
+from shadowtune.comparison.sizes import ParameterCounter
 from shadowtune.config.checking import from_mapping
 from shadowtune.config.comparison import CompareConfig
+from shadowtune.errors import ShadowtuneError
 from tests.support.commands import save_base, write_rows
 
 SHADOW = {"rank": 4, "update_width": 3, "alpha": 1.0, "dropout": 0.0}
@@ -106,3 +111,54 @@ def result_row(
         ],
     }
     return {**row, **changes}
+
+
+class InventedWorker(LocalWorker):
+    """Trains nothing: leaves a row of invented numbers, so that a whole comparison takes a moment.
+
+    A step takes ``seconds_per_step`` by method, a fit ``fit_seconds``; memory is ``memory`` by method plus 16 bytes a
+    trained parameter. A test row is right with a chance that grows with ``skill``, from (method, learning rate).
+    """
+
+    seconds_per_step: ClassVar[dict[str, float]] = {}
+    fit_seconds: ClassVar[dict[str, float]] = {}
+    memory: ClassVar[dict[str, float]] = {}
+    failing: ClassVar[set[str]] = set()
+    skill: ClassVar[Any] = staticmethod(lambda method, rate: 0.5)
+    calls: ClassVar[list[Job]] = []
+    counter: ClassVar[ParameterCounter] = ParameterCounter()
+    rows = 400
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        job = from_mapping(Job, arguments["job"], where="")
+        self.calls.append(job)
+        if job.method in self.failing:
+            raise ShadowtuneError("no room for it")
+        scores = self._scores(job)
+        training = self._training(job) if job.trains else None
+        mean = sum(scores) / len(scores)
+        evaluations = [
+            {"task": request.task, "mode": request.mode, "split": request.split, "limit": request.limit,
+             "rows": len(scores), "accuracy": mean, "accuracy_low": 0.0, "accuracy_high": 1.0, "loss": 1 - mean,
+             "evaluate_seconds": 1.0, "tokens_per_second": 9.0, "other_scores": {}, "agreement": None,
+             "scores": scores}
+            for request in job.requests
+        ]  # fmt: skip
+        job.write(training=training, evaluations=evaluations, forgetting=None, seconds=1.0, provenance=None)
+
+    def _scores(self, job: Job) -> list[float]:
+        generator = torch.Generator().manual_seed(job.seed)
+        drawn = torch.rand(self.rows, generator=generator)
+        return (drawn < type(self).skill(job.method, job.config.optimizer.learning_rate)).double().tolist()
+
+    def _training(self, job: Job) -> dict[str, Any]:
+        config = job.config
+        steps = config.max_steps or round(100 * config.epochs)
+        fit = self.fit_seconds.get(job.method)
+        parameters = self.counter.count(job.method, config)
+        whole = steps * self.seconds_per_step.get(job.method, 1.0) + (fit or 0.0)
+        memory = self.memory.get(job.method, 500.0) + 16 * parameters / 2**20
+        return {
+            "trainable_parameters": parameters, "steps": steps, "train_seconds": whole, "fit_seconds": fit,
+            "tokens_per_second": 5.0, "peak_memory_mb": memory, "final_loss": 1.0,
+        }  # fmt: skip

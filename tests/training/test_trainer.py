@@ -412,3 +412,16 @@ def test_another_loss_than_the_objective_is_refused(option, tmp_path):
     function = {} if smoothed else {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()}
     with pytest.raises(ConfigError, match=f"{option} has no effect"):
         trainer_of(model_of(), arguments(tmp_path, **smoothed), causal_rows(), **function)
+
+
+def test_b_of_lora_learns_faster_by_the_ratio_of_lora_plus(tmp_path):
+    from shadowtune.config.training import LoraConfig
+
+    model = make_trainable(tiny_base(), "lora", lora=LoraConfig(rank=2))
+    args = arguments(tmp_path, learning_rate=0.01, weight_decay=0.1)
+    optimizer = trainer_of(model, args, causal_rows(), "lora", lora_plus_ratio=16.0).create_optimizer()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[each]: group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {rate for name, rate in found.items() if "lora_A" in name} == {0.01}
+    assert {rate for name, rate in found.items() if "lora_B" in name} == {0.16}

@@ -1,8 +1,9 @@
 """``shadowtune compare``."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shadowtune.cli.command import Command, add_json
 from shadowtune.cli.output import check_json_target, print_table, say, write_json
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file with tasks and methods")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     parser.add_argument("--data", metavar="DIR", help="directory of local data for the tasks; default: from the Hub")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan with its sizes, and run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the plan with its sizes and its time, and run nothing"
+    )
     parser.add_argument("--report", action="store_true", help="write the report of what is done, and run nothing")
     parser.add_argument("--quiet", action="store_true", help="do not say what is being done")
     add_json(parser)
@@ -48,21 +51,25 @@ def run(arguments: argparse.Namespace) -> int:
 
     plan = Plan.of(config)
     if arguments.dry_run:
-        _show(plan)
-        write_json(arguments.json, "compare", plan.rows())
+        write_json(arguments.json, "compare", _show(plan))
+        _check_refused(plan)
         return 0
     from shadowtune.comparison.run import compare, failures, rows_done
 
-    rows = rows_done(plan) if arguments.report else compare(plan, (lambda line: None) if arguments.quiet else say)
+    results = rows_done(plan) if arguments.report else compare(plan, (lambda line: None) if arguments.quiet else say)
+    rows = results.rows
     if not rows:
         raise ConfigError(f"no run in {config.output} is done with these settings; leave out --report to do them")
     from shadowtune.comparison.analysis import Analysis
-    from shadowtune.comparison.report import results_table, write_report
+    from shadowtune.comparison.report import write_report
+    from shadowtune.comparison.tables import heading_of, results_table
 
     analysis, output = Analysis(config, rows), Path(config.output)
-    said = write_report(analysis, output)
-    if analysis.rows:
-        print_table("Results", [{key: row[key] for key in SHOWN} for row in results_table(analysis)])
+    said = write_report(analysis, output, results)
+    for column in analysis.columns or (["parameters"] if analysis.rows else []):
+        each = analysis.at(column)
+        shown = [{key: row[key] for key in SHOWN} for row in results_table(each)]
+        print_table("Results" if len(analysis.columns) < 2 else f"Results, {heading_of(each)}", shown)
     for sentence in said:
         print(sentence)
     write_json(arguments.json, "compare", analysis.summary(), differences=analysis.differences())
@@ -72,15 +79,57 @@ def run(arguments: argparse.Namespace) -> int:
             f"{len(failed)} of {len(rows)} runs failed, the first one ({failed[0]['run']}) because: "
             f"{failed[0]['error']}; the same command tries them again"
         )
+    _check_refused(plan)
     return 0
 
 
-def _show(plan: "Plan") -> None:
-    """Print what would be run."""
-    print_table(f"Plan: {plan.config.output}", plan.rows())
-    trials, finals = plan.trials(), plan.finals()
+def _check_refused(plan: "Plan") -> None:
+    """Raise TrainingError if a method cannot be compared on a task, after everything else has been done."""
+    if refused := plan.refused():
+        first = refused[0]
+        raise TrainingError(f"{first['method']} cannot be compared on {first['task']}: {first['why']}")
+
+
+def _show(plan: "Plan") -> list[dict[str, Any]]:
+    """Print what would be run and about how long it takes; return the rows. Held-out rows are not read."""
+    from shadowtune.comparison.data_digests import RowDigests
+    from shadowtune.comparison.estimate import Estimate
+    from shadowtune.comparison.progress import duration
+    from shadowtune.comparison.run import rows_on_disk
+
+    plan = replace(plan, digests=RowDigests(held_out=False))
+    estimate, rows, unknown, total = Estimate(plan, rows_on_disk(plan)), [], False, 0.0
+    for row in plan.rows():
+        known = {stage: estimate.seconds(row["task"], row["method"], stage) for stage in ("trial", "final")}
+        needed = [(row["trials"], known["trial"]), (row["runs"], known["final"])]
+        seconds = [count * each for count, each in needed if count and each is not None]
+        unknown |= any(count and each is None for count, each in needed)
+        total += sum(seconds)
+        rows.append({**row, "minutes": f"{sum(seconds) / 60:.1f}" if seconds else None})
+    print_table(f"Plan: {plan.config.output}", rows)
+    trials = sum(row["trials"] for row in rows)
+    finals = plan.finals()
     evaluations = sum(len(job.requests) for job in finals)
-    print(f"{len(trials)} trials on validation rows, then {len(finals)} runs with {evaluations} evaluations")
+    print(f"{trials} trials on validation rows, then {len(finals)} runs with {evaluations} evaluations")
+    for line in _more(plan):
+        print(line)
+    said = f"about {duration(total / plan.config.jobs)} on this machine, roughly, before runs at equal time and memory"
+    print(said + ("; tasks whose rows cannot be read are not in it" if unknown else ""))
+    return rows
+
+
+def _more(plan: "Plan") -> list[str]:
+    """Say what comes on top of the trials and runs that can be counted now."""
+    sweep, budget, methods = plan.config.sweep, plan.config.budget, len(plan.config.trained_methods)
+    said = []
+    if sweep is not None and sweep.extend:
+        most = sweep.extend * methods * len(plan.config.tuning_tasks)
+        said.append(f"up to {most} trials more, where the best is at the edge of a grid")
+    columns = [name for name in ("time", "memory") if budget is not None and vars(budget)[name] is not None]
+    if columns:
+        most = len(columns) * (methods - 1) * len(plan.config.seeds) * len(plan.config.chosen_tasks)
+        said.append(f"up to {most} runs more, at equal {' and '.join(columns)}")
+    return said
 
 
 COMMAND = Command("compare", "compare methods on tasks: equal budgets, intervals, a report", add_arguments, run, EPILOG)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowtune.comparison.budgets import COLUMNS
 from shadowtune.comparison.statistics import Sample, bootstrap, mean_of
 from shadowtune.config.comparison import CompareConfig
 
@@ -30,19 +31,38 @@ class Place:
 
 
 class Analysis:
-    """Everything that a report says.
+    """Everything that a report says of one column: runs at equal parameters and steps, at equal time or equal memory.
 
     Args:
         config: the comparison.
         rows: rows of ``results.jsonl``.
+        column: one of ``budgets.COLUMNS``.
     """
 
-    def __init__(self, config: CompareConfig, rows: Sequence[Row]) -> None:
-        self.config = config
-        self.rows = [row for row in rows if row["stage"] == "final" and not row["error"]]
+    def __init__(self, config: CompareConfig, rows: Sequence[Row], column: str = "parameters") -> None:
+        self.config, self.column = config, column
+        self.all_rows = rows
+        self.trials = [row for row in rows if row["stage"] == "trial"]
+        finals = [row for row in rows if row["stage"] == "final" and not row["error"]]
+        self.rows = [row for row in finals if column in row.get("columns", ["parameters"]) or row["training"] is None]
         self.failed = [row for row in rows if row["error"]]
         self.reference = config.best_of()
         self.others = [method for method in config.methods if method != self.reference]
+
+    def at(self, column: str) -> "Analysis":
+        """Return the analysis of another column of the same rows."""
+        return Analysis(self.config, self.all_rows, column)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that have runs."""
+        found = {
+            column
+            for row in self.all_rows
+            if row["stage"] == "final" and row["training"]
+            for column in row.get("columns", ["parameters"])
+        }
+        return [column for column in COLUMNS if column in found]
 
     @cached_property
     def scores(self) -> dict[tuple[Place, str, str], dict[int, Tensor]]:
@@ -61,13 +81,19 @@ class Analysis:
 
     def summary(self) -> list[dict[str, Any]]:
         """Return a flat row for each place, method and mode: accuracy with its interval, and what it cost."""
-        return [self._summary(place, method, mode) for place, method, mode in self.scores]
+        tasks, methods = list(self.config.tasks), list(self.config.methods)
+
+        def order(key: tuple[Place, str, str]) -> tuple[int, int, int, str]:
+            place, method, mode = key
+            return tasks.index(place.trained), self.places.index(place), methods.index(method), mode
+
+        return [self._summary(place, method, mode) for place, method, mode in sorted(self.scores, key=order)]
 
     def differences(self) -> list[dict[str, Any]]:
         """Return a flat row for each other method, mode and place: the reference minus the method, in points."""
         found = []
         for mode, method in [(mode, method) for mode in ("attached", "detached") for method in self.others]:
-            pairs = {place: pair for place in self.places if (pair := self._pair(place, method, mode)) is not None}
+            pairs = {place: pair for place in self.places if (pair := self._pair(place, method, mode))}
             entries = {str(place): ours.minus(theirs) for place, (ours, theirs) in pairs.items()}
             if len(entries) > 1:
                 entries[ALL_TASKS] = mean_of(list(entries.values()))
@@ -82,6 +108,7 @@ class Analysis:
         """
         kind = self.config.kind(self.reference)
         rivals = [method for method in self.others if self.config.kind(method) not in (kind, "base")]
+        rivals = [method for method in rivals if method not in self.unequal()]
         found, samples = [], []
         for place in self.places:
             pairs = {method: pair for method in rivals if (pair := self._pair(place, method, "attached")) is not None}
@@ -92,6 +119,57 @@ class Analysis:
         if len(found) > 1:
             found.append({"task": ALL_TASKS, "against": "the best of each", **_points(mean_of(samples))})
         return found
+
+    def unequal(self) -> dict[str, int]:
+        """Return the methods of this column that do not train as many parameters as the others, and how many.
+
+        They have no size to choose. Without a budget of parameters, and in the other columns, there are none.
+        """
+        budget = self.config.budget
+        if budget is None or not budget.equal_parameters or self.column != "parameters":
+            return {}
+        counts = {row["method"]: row["training"]["trainable_parameters"] for row in self.rows if row["training"]}
+        sized = [count for name, count in counts.items() if self.config.size_key(name) is not None]
+        return {
+            name: count
+            for name, count in counts.items()
+            if self.config.size_key(name) is None and sized and abs(count - sized[0]) > budget.tolerance * sized[0]
+        }
+
+    def standings(self) -> list[dict[str, Any]]:
+        """Return a flat row for each trained method: its mean over tasks minus that of the best other one, in points.
+
+        The mean is over the tasks that both have; which is best is read off the same test rows.
+        """
+        tested = {method for _, method, mode in self.scores if mode == "attached"} - self.unequal().keys()
+        methods = [name for name in self.config.trained_methods if name in tested]
+        found = []
+        for method in methods:
+            differences = {}
+            for other in methods:
+                pairs = [pair for place in self.places if (pair := self._pair(place, other, "attached", method))]
+                if other != method and pairs:
+                    differences[other] = (mean_of([ours.minus(theirs) for ours, theirs in pairs]), len(pairs))
+            if differences:
+                rival = min(differences, key=lambda name: differences[name][0].mean)
+                sample, tasks = differences[rival]
+                found.append({"method": method, "against": rival, "tasks": tasks, **_points(sample)})
+        return found
+
+    def costs(self) -> list[dict[str, Any]]:
+        """Return a flat row for each run of a column of equal cost: its cost over that of the method aimed at."""
+        budget, key = self.config.budget, {"time": "train_seconds", "memory": "peak_memory_mb"}.get(self.column)
+        if budget is None or key is None:
+            return []
+        like, means = vars(budget)[self.column], {}
+        for task, method in dict.fromkeys((row["task"], row["method"]) for row in self.rows if row["training"]):
+            rows = [row for row in self.rows if (row["task"], row["method"]) == (task, method)]
+            means[task, method] = _mean([row["training"][key] for row in rows]) or 0.0
+        return [
+            {"task": task, "method": method, "ratio": mean / means[task, like]}
+            for (task, method), mean in means.items()
+            if means.get((task, like))
+        ]
 
     def small(self) -> dict[str, int]:
         """Return the places with few test rows, and how many."""
@@ -123,6 +201,9 @@ class Analysis:
             found[name] = _mean([training[name] for training in trainings])
         others = [test["other_scores"] for test in tests]
         found |= {name: _mean([other[name] for other in others]) for name in others[0]}
+        texts = [row["forgetting"] for row in rows if row.get("forgetting")] if mode == "attached" else []
+        found["text_loss_before"] = _mean([text["loss_before"] for text in texts])
+        found["text_loss"] = _mean([text["loss"] for text in texts])
         return found
 
     def _of_attached(self, place: Place, method: str, detached: float) -> float | None:
@@ -131,10 +212,10 @@ class Analysis:
         mean = float(torch.stack(list(attached.values())).mean()) if attached else 0.0
         return detached / mean if mean else None
 
-    def _pair(self, place: Place, method: str, mode: str) -> tuple[Sample, Sample] | None:
+    def _pair(self, place: Place, method: str, mode: str, reference: str | None = None) -> tuple[Sample, Sample] | None:
         """Samples of the reference and another method, over the seeds of both; None if one of them has no scores."""
         theirs_mode = "base" if self.config.kind(method) == "base" else mode
-        ours = self.scores.get((place, self.reference, mode), {})
+        ours = self.scores.get((place, reference or self.reference, mode), {})
         theirs = self.scores.get((place, method, theirs_mode), {})
         if theirs_mode == "base" and theirs:  # one model, whatever the seed
             theirs = dict.fromkeys(ours, next(iter(theirs.values())))

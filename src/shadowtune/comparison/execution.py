@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from shadowtune.benchmark.process import WorkerProcess
-from shadowtune.comparison.job import Job, damaged, read_json, write_json
+from shadowtune.comparison.job import Job, damaged, write_json
 from shadowtune.comparison.progress import TimeLeft, describe
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.checkpoint import writing_into
@@ -131,7 +131,7 @@ def restore_results(file: Path, runs: Path) -> None:
 
 def write_results(file: Path, jobs: Iterable[Job]) -> list[dict[str, Any]]:
     """Write the rows of those jobs that have one as JSON lines, whole or not at all, and return them."""
-    found = [(job.result_file, job.result()) for job in jobs]
+    rows = [row for job in jobs if (row := job.result()) is not None]
     with writing_into(file.parent) as staging, (staging / file.name).open("w") as lines:
-        lines.writelines(path.read_text() for path, row in found if row is not None)
-    return [read_json(path) for path, row in found if row is not None]
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows

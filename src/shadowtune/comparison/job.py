@@ -1,7 +1,9 @@
 """A single run of a comparison: what to train, what to evaluate, and where its files are."""
 
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +12,15 @@ from typing import Any, Literal
 from shadowtune.config.training import DataConfig, TrainConfig
 from shadowtune.errors import CheckpointError
 from shadowtune.model.checkpoint import writing_into
+
+UNREADABLE = "unreadable"
+"""In place of a digest of rows that cannot be read: the run says why."""
+
+
+@functools.cache
+def results_version() -> str:
+    """Return what results of another version differ in: that of this package."""
+    return importlib.metadata.version("shadowtune")
 
 
 @dataclass(frozen=True)
@@ -27,12 +38,32 @@ class Request:
     """How the task's rows become prompts."""
     source: str | None = None
     """Held-out rows that are no split of the task's data set."""
+    rows: str = ""
+    """Digest of the rows, so that results on others are not taken for these."""
 
     @property
     def file(self) -> str:
         """Name of the file that keeps the result in the run directory."""
         settings = differences(self)
         return f"evaluation-{self.mode}-{self.task}-{self.split}-{digest(settings)}.json"
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """The perplexity of a trained model, and of its base, on a text."""
+
+    data: DataConfig
+    """The text, cut into blocks."""
+    limit: int
+    """Blocks."""
+    batch_size: int
+    rows: str = ""
+    """Digest of the text."""
+
+    @property
+    def file(self) -> str:
+        """Name of the file that keeps the result in the run directory."""
+        return f"forgetting-{digest(differences(self))}.json"
 
 
 @dataclass(frozen=True)
@@ -53,11 +84,22 @@ class Job:
     """What the sweep chose or tries, by dotted keys."""
     size: str | None = None
     """What the budget chose, such as "lora.rank 15"."""
+    columns: tuple[str, ...] = ("parameters",)
+    """The columns of the report that it counts in: equal parameters and steps, equal time, equal memory."""
+    text: TextRequest | None = None
+    """What forgetting is measured on."""
+    rows: str = ""
+    """Digest of the training rows, and of the validation rows that training chooses by."""
+    row_counts: tuple[int, int] = (0, 0)
+    """How many of both there are."""
+    asked: dict[str, int] = field(default_factory=dict)
+    """Limits of rows that the settings name: training, validation."""
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
-        """Name that says what it is, and changes with any setting of the training."""
+        """Name that says what it is, and changes with any setting of the training, its rows and our version."""
         settings = differences(dataclasses.replace(self.config, output=TrainConfig.output))
+        settings |= {"rows": self.rows, "version": results_version()}
         trained = f"seed-{self.seed}" if self.trains else "untrained"
         return f"{self.task}/{self.method}/{trained}-{digest(settings)}"
 
@@ -76,7 +118,16 @@ class Job:
         if not self.result_file.is_file():
             return None
         row = read_json(self.result_file)
-        return row if row["requests"] == [request.file for request in self.requests] else None
+        return {**row, **self._place()} if row["requests"] == self.files else None
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files of results that the run directory gets."""
+        return [*(request.file for request in self.requests), *([] if self.text is None else [self.text.file])]
+
+    def _place(self) -> dict[str, Any]:
+        """What a row says of the comparison rather than of the run, which may be in several columns."""
+        return {"setting": self.setting, "size": self.size, "columns": list(self.columns)}
 
     def is_done(self) -> bool:
         """Whether the job has been done, without failing."""
@@ -91,9 +142,13 @@ class Job:
             "task": self.task,
             "method": self.method,
             "seed": self.seed,
-            "setting": self.setting,
-            "size": self.size,
-            "requests": [request.file for request in self.requests],
+            **self._place(),
+            "version": results_version(),
+            "rows": self.rows,
+            "training_rows": self.row_counts[0],
+            "validation_rows": self.row_counts[1],
+            "asked": self.asked,
+            "requests": self.files,
             "error": None,
             **found,
             "config": asdict(self.config),

@@ -24,7 +24,7 @@ def draw_accuracies(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -
     for task, axes in zip(tasks, panels, strict=False):
         shown = [row for row in rows if row["task"] == task]
         for height, row in enumerate(shown):
-            color, detached = f"C{methods.index(row['method'])}", row["mode"] == "detached"
+            color, detached = _color(methods, row["method"]), row["mode"] == "detached"
             low, mean, high = (100 * row[name] for name in ("accuracy_low", "accuracy", "accuracy_high"))
             axes.plot([low, high], [height, height], color=color)
             axes.plot([mean], [height], "o", color=color, markerfacecolor="white" if detached else color)
@@ -32,6 +32,8 @@ def draw_accuracies(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -
         axes.set_yticks(range(len(shown)), names)
         axes.invert_yaxis()
         axes.set(title=task, xlabel="accuracy, %")
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -1.0), min(high, 101.0))
         axes.grid(axis="x", alpha=0.3)
         keep_within(axes.xaxis, 0, 100)
     return png(figure)
@@ -53,7 +55,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], methods: Se
                     steps,
                     losses,
                     line_style(len(points)),
-                    color=f"C{methods.index(method)}",
+                    color=_color(methods, method),
                     label=method if number == 0 else None,
                     alpha=0.7,
                     linewidth=1,
@@ -93,6 +95,44 @@ def draw_scaling(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, str]) ->
     return png(figure)
 
 
+def draw_pareto(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> bytes:
+    """Draw the mean accuracy over tasks against training time and peak memory; the line joins what no other beats.
+
+    Args:
+        rows: flat rows with method, mode, accuracy, train_seconds and peak_memory_mb.
+        methods: all methods, in the order of their colours.
+    """
+    figure = new_figure(11, 4.2)
+    panels = (("train_seconds", "training time, s"), ("peak_memory_mb", "peak memory of training, MB"))
+    for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        points = []
+        for name, mode in dict.fromkeys((row["method"], row["mode"]) for row in rows if row[key]):
+            own = [row for row in rows if (row["method"], row["mode"]) == (name, mode)]
+            cost = sum(row[key] for row in own) / len(own)
+            accuracy = 100 * sum(row["accuracy"] for row in own) / len(own)
+            color, hollow = _color(methods, name), mode == "detached"
+            axes.plot([cost], [accuracy], "o", color=color, markerfacecolor="white" if hollow else color)
+            said = f"{name} detached" if hollow else name
+            offset = (6, -11) if hollow else (6, 4)
+            axes.annotate(said, (cost, accuracy), xytext=offset, textcoords="offset points", fontsize="small")
+            points += [] if hollow else [(cost, accuracy)]
+        front = pareto_front(points)
+        axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0, drawstyle="steps-post")
+        axes.set(xlabel=label, ylabel="accuracy, % (mean over tasks)")
+        axes.margins(x=0.25, y=0.15)
+        axes.grid(alpha=0.3)
+    return png(figure)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return those (cost, accuracy) of which no other is both as cheap and more accurate, the cheapest first."""
+    front: list[tuple[float, float]] = []
+    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or accuracy > front[-1][1]:
+            front.append((cost, accuracy))
+    return front
+
+
 def draw_costs(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> bytes:
     """Draw training time, peak memory and trained parameters of each method, means over the tasks.
 
@@ -113,12 +153,22 @@ def draw_costs(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> byt
         for name in names:
             own = [row[key] for row in trained if row["method"] == name]
             values.append(sum(own) / len(own) / (1e6 if key == "trainable_parameters" else 1))
-        drawn = axes.barh(names, values, color=[f"C{methods.index(name)}" for name in names])
+        drawn = axes.barh(names, values, color=[_color(methods, name) for name in names])
         axes.bar_label(drawn, fmt=form, padding=2)
         axes.invert_yaxis()
         axes.margins(x=0.2)
         axes.set(title=title)
     return png(figure)
+
+
+def _color(methods: Sequence[str], name: str) -> Any:
+    """Return the colour of a method: one of matplotlib's ten, or of twenty where there are more methods."""
+    index = methods.index(name)
+    if len(methods) <= 10:
+        return f"C{index}"
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](index % 20)
 
 
 def _panels(count: int, height: float) -> tuple[Any, list[Any]]:

@@ -1,20 +1,38 @@
 """``compare``: from settings to results."""
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shadowtune.comparison.budgets import EqualCosts, Unmet, merged
 from shadowtune.comparison.execution import Executor, restore_results, write_results
-from shadowtune.comparison.job import Job
-from shadowtune.comparison.plan import Plan, run_path
-from shadowtune.comparison.sweep import best_settings
+from shadowtune.comparison.job import Job, read_json, results_version
+from shadowtune.comparison.plan import Chosen, Plan, run_path
+from shadowtune.comparison.sweep import Search
 from shadowtune.data.dataset import Dataset
 from shadowtune.errors import DataError
 
 RESULTS = "results.jsonl"
 
 
-def compare(plan: Plan, report: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Results:
+    """What is known of a comparison."""
+
+    rows: list[dict[str, Any]]
+    """A row for each run that is done or has failed, those of trials first."""
+    unmet: list[Unmet] = field(default_factory=list)
+    """Methods without a run at equal time or memory, and why."""
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    """Methods that cannot be compared at all: task, method and why."""
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    """Earlier results of the same settings that were made by another version or on other rows: run and why."""
+
+
+def compare(plan: Plan, report: Callable[[str], None] = lambda line: None) -> Results:
     """Do every run of a plan that is not done yet, trials first, and keep a row of each in ``results.jsonl``.
 
     That file alone is enough to go on from: a run with a row in it is done, even if its directory is gone.
@@ -24,7 +42,7 @@ def compare(plan: Plan, report: Callable[[str], None] = lambda line: None) -> li
         report: called with lines for the user.
 
     Returns:
-        The rows, those of trials first. A method has no run that counts on a task where all of its trials failed.
+        What is known. A method has no run that counts on a task where all of its trials failed.
 
     Raises:
         DataError: if a task that is not done yet has no training rows.
@@ -32,37 +50,73 @@ def compare(plan: Plan, report: Callable[[str], None] = lambda line: None) -> li
     config = plan.config
     file = Path(config.output) / RESULTS
     restore_results(file, run_path(config))
+    for row in plan.refused():
+        report(f"not compared: {row['task']}, {row['method']}: {row['why']}")
     executor = Executor(config.jobs, config.devices, report)
-    trials = plan.trials()
+    searches = plan.searches()
+    trials = _trials(searches.values())
     check_training_rows(trials or plan.finals())
-    if trials:
-        report(f"sweep: {len(trials)} trials, on validation rows")
-        executor.run(trials, lambda: write_results(file, trials))
-    chosen = _chosen(plan, trials)
-    for (task, method), setting in (chosen or {}).items():
-        report(f"sweep: {task}, {method}: {', '.join(f'{key}={value}' for key, value in setting.items())}")
+    begun: set[Path] = set()
+    while fresh := [job for job in trials if job.result_file not in begun]:
+        begun |= {job.result_file for job in fresh}
+        report(f"sweep: {len(fresh)} trials, on validation rows")
+        executor.run(fresh, lambda done=tuple(trials): write_results(file, done))  # type: ignore[misc]
+        trials = _trials(searches.values())
+    chosen = _chosen(searches)
+    for (tasks, method), search in searches.items():
+        if (setting := search.chosen()) is not None:
+            said = ", ".join(f"{key}={value}" for key, value in setting.items())
+            report(f"sweep: {', '.join(tasks)}, {method}: {said}")
     finals = plan.finals(chosen)
     executor.run(finals, lambda: write_results(file, [*trials, *finals]))
-    return write_results(file, [*trials, *finals])
+    costs = EqualCosts(plan, chosen, finals)
+    begun |= {job.result_file for job in finals}
+    finals = merged([*finals, *costs.jobs()])
+    for each in costs.unmet:
+        report(f"not compared at equal {each.column}: {each.task}, {each.method}: {each.why}")
+    if fresh := [job for job in finals if job.result_file not in begun]:
+        report(f"equal {' and '.join(costs.columns())}: {len(fresh)} runs")
+        executor.run(fresh, lambda: write_results(file, [*trials, *finals]))
+    rows = write_results(file, [*trials, *finals])
+    return Results(rows, costs.unmet, plan.refused(), other_results([*trials, *finals]))
 
 
-def rows_done(plan: Plan) -> list[dict[str, Any]]:
-    """Return the rows of the runs of a plan that are done, trials first, and run nothing.
+def rows_done(plan: Plan) -> Results:
+    """Return what is known of the runs of a plan that are done, trials first, and run nothing.
 
     With a sweep, the runs of a method on a task count as soon as all of its trials are done.
     """
     file = Path(plan.config.output) / RESULTS
     restore_results(file, run_path(plan.config))
-    trials = plan.trials()
-    open_ones = {(job.task, job.method) for job in trials if job.result() is None}
-    tried = [job for job in trials if (job.task, job.method) not in open_ones]
-    return write_results(file, [*trials, *plan.finals(_chosen(plan, tried))])
+    searches = plan.searches()
+    trials, finals = _trials(searches.values()), plan.finals(_chosen(searches))
+    costs = EqualCosts(plan, _chosen(searches), finals)
+    finals = merged([*finals, *costs.jobs()])
+    rows = write_results(file, [*trials, *finals])
+    return Results(rows, costs.unmet, plan.refused(), other_results([*trials, *finals]))
 
 
-def _chosen(plan: Plan, trials: Sequence[Job]) -> dict[tuple[str, str], dict[str, Any]] | None:
-    """The best settings by (task, method), of trials that have been done; None without a sweep."""
-    sweep = plan.config.sweep
-    return None if sweep is None else best_settings(trials, sweep.select)
+def rows_on_disk(plan: Plan) -> list[dict[str, Any]]:
+    """Return the rows of all runs that the comparison's directory holds, whatever their settings."""
+    return [
+        read_json(file) for stage in ("trial", "final") for file in run_path(plan.config).glob(f"*/*/*/{stage}.json")
+    ]
+
+
+def _trials(searches: Iterable[Search]) -> list[Job]:
+    return merged([job for search in searches for job in search.trials()])
+
+
+def _chosen(searches: Mapping[tuple[tuple[str, ...], str], Search]) -> Chosen | None:
+    """The best settings by (task, method), of searches that have ended; None without a sweep."""
+    if not searches:
+        return None
+    found: Chosen = {}
+    for (tasks, method), search in searches.items():
+        setting = search.chosen()
+        if setting is not None:
+            found |= {(task, method): setting for task in tasks}
+    return found
 
 
 def check_training_rows(jobs: Sequence[Job]) -> None:
@@ -80,7 +134,36 @@ def check_training_rows(jobs: Sequence[Job]) -> None:
 
 def failures(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the rows of runs that failed: those that count, and trials of which none was left to choose from."""
-    counted = {(row["task"], row["method"]) for row in rows if row["stage"] == "final"}
-    return [
-        row for row in rows if row["error"] and (row["stage"] == "final" or (row["task"], row["method"]) not in counted)
-    ]
+    counted = {row["method"] for row in rows if row["stage"] == "final"}
+    counted_on = {(row["task"], row["method"]) for row in rows if row["stage"] == "final"}
+
+    def chosen_without(row: Mapping[str, Any]) -> bool:
+        """Whether another trial than this one was chosen, on its task or for all tasks."""
+        tasks = {each["task"] for each in rows if each["stage"] == "final"}
+        return (row["task"], row["method"]) in counted_on or (row["task"] not in tasks and row["method"] in counted)
+
+    return [row for row in rows if row["error"] and (row["stage"] == "final" or not chosen_without(row))]
+
+
+def other_results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Return earlier results of these runs that are not theirs: made by another version of ours, or on other rows."""
+    found, mine = [], {job.result_file for job in jobs}
+    for job in jobs:
+        pattern = f"{'seed-' + str(job.seed) if job.trains else 'untrained'}-*/{job.stage}.json"
+        for file in sorted(job.path.parent.glob(pattern)):
+            if file in mine:
+                continue
+            row = read_json(file)
+            if not _agree(row.get("config"), json.loads(json.dumps(dataclasses.asdict(job.config)))):
+                continue
+            version = row.get("version")
+            why = "other rows" if version == results_version() else f"version {version or 'unknown'}"
+            found.append({"run": row["run"], "why": f"made with {why}"})
+    return list({each["run"]: each for each in found}.values())
+
+
+def _agree(before: Any, now: Any) -> bool:
+    """Whether two settings say the same, as far as both say anything."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(_agree(before[key], now[key]) for key in before.keys() & now.keys())
+    return bool(before == now)

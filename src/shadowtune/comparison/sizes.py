@@ -5,16 +5,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadowtune.config.comparison import BudgetConfig, CompareConfig
+from shadowtune.config.data import DataConfig
+from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import TrainConfig
-from shadowtune.errors import ConfigError
-from shadowtune.model.budget import Growth, count_parameters, equal_sizes, growth_of
+from shadowtune.errors import CheckpointError, ConfigError, ShadowtuneError
+from shadowtune.model.budget import Growth, count_parameters, equal_sizes, growth_of, is_equal
 from shadowtune.model.methods import load_base_config, make_trainable
+from shadowtune.training.pretraining import set_up_pretraining
 
 MLP_KEYS = ("shadow.intermediate_size", "peft.shadow_intermediate_size")
 """Sizes of a mirrored block's MLP, which go in steps of 8."""
+NO_VALIDATION = DataConfig(train="none")
+"""Rows of a count, which reads none."""
 WAY_OUT = "change budget, or let another size of the method be chosen (methods.NAME.size)"
 
 
@@ -26,6 +32,8 @@ class Size:
     """Trainable ones, counted."""
     changes: dict[str, Any]
     """By dotted keys; empty where nothing was to choose."""
+    refused: str | None = None
+    """Why the method cannot be compared on the task, if it cannot."""
 
     def __str__(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in self.changes.items())
@@ -47,18 +55,28 @@ class ParameterCounter:
         Raises:
             ShadowtuneError: if the base is missing, or the method refuses it.
         """
+        if config.method == "ensemble":  # two models, trained one after the other
+            small = replace(config, method="shadow", stage="pretrain", shadow_epochs=0.0, data=NO_VALIDATION)
+            lora = replace(config, method="lora", shadow_epochs=0.0, data=NO_VALIDATION)
+            return self.count(name, lora) + self.count(name, small)
         # Where a shadow's values come from changes no shape, and there is nothing here to take them from.
         shadow = replace(config.shadow, init_layers=None, init_from=None)
-        parts = (config.model, config.method, config.task, config.num_labels, config.lora, shadow, config.peft)
+        kind = (config.model, config.method, config.stage, config.task, config.num_labels)
+        parts = (*kind, config.lora, shadow, config.peft)
         key = repr(parts)
         if key not in self._counts:
             self._counts[key] = count_parameters(
                 name,
                 base_config(config),
-                lambda base: make_trainable(base, config.method, config.task, shadow, config.lora, peft=config.peft),
+                lambda base: _adapted(base, config, shadow),
                 config.task,
             )
         return self._counts[key]
+
+
+def _adapted(base: PreTrainedModel, config: TrainConfig, shadow: ShadowConfig) -> nn.Module:
+    model = make_trainable(base, config.method, config.task, shadow, config.lora, peft=config.peft)
+    return set_up_pretraining(model) if config.stage == "pretrain" else model
 
 
 def base_config(config: TrainConfig) -> PreTrainedConfig:
@@ -72,37 +90,85 @@ def base_config(config: TrainConfig) -> PreTrainedConfig:
 def solve_sizes(config: CompareConfig, task: str, counter: ParameterCounter) -> dict[str, Size]:
     """Choose the size of each method on a task, and count what it trains.
 
+    A method that cannot be compared, since its package is missing, it refuses the base or has no size within the
+    budget, is refused with the reason and keeps no other from being compared.
+
     Args:
         config: the comparison.
         task: one of its tasks; tasks may have different bases.
         counter: counts, over all tasks.
 
     Raises:
-        ConfigError: if there are no sizes that make the budgets equal.
-        ShadowtuneError: if a base is missing, or a method refuses it.
+        ConfigError: if the budget itself cannot be met, or settings are wrong.
+        CheckpointError: if a base is missing.
     """
-    settings = {name: config.train_config(task, name) for name in config.methods if config.kind(name) != "base"}
+    trained = [name for name in config.methods if config.kind(name) != "base"]
+    settings = {name: config.train_config(task, name) for name in trained}
 
     def count(method: str, changes: Mapping[str, Any]) -> int:
         return counter.count(method, config.train_config(task, method, changes))
 
-    chosen: dict[str, dict[str, Any]] = {name: {} for name in settings}
-    if config.budget is not None:
-        keys = {name: key for name in settings if (key := config.size_key(name)) is not None}
-        growths = {name: _growth(key, settings[name], partial(count, name)) for name, key in keys.items()}
-        wanted, ours = _aim(config.budget, growths, count)
-        peers = {name: growth for name, growth in growths.items() if name != ours}
-        sizes = equal_sizes(wanted, ours, growths[ours], peers, WAY_OUT, config.budget.tolerance)
-        chosen |= {name: _changes(keys[name], size, settings[name]) for name, size in sizes.items()}
-    found = {name: Size(count(name, changes), changes) for name, changes in chosen.items()}
+    refused: dict[str, str] = {}
+    for name in trained:
+        try:
+            count(name, {})
+        except (ConfigError, CheckpointError):
+            raise
+        except ShadowtuneError as error:
+            refused[name] = str(error)
+    able = [name for name in trained if name not in refused]
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in able}
+    if config.budget is not None and config.budget.equal_parameters:
+        keys = {name: key for name in able if (key := config.size_key(name)) is not None}
+        growths = {name: growth_in(key, settings[name], partial(count, name)) for name, key in keys.items()}
+        sizes, unequal = _equal_sizes(config.budget, growths, count, refused)
+        refused |= unequal
+        chosen |= {name: changes_for(keys[name], size, settings[name]) for name, size in sizes.items()}
+    found = {}
+    for name, changes in chosen.items():
+        try:
+            found[name] = Size(count(name, changes), changes, refused.get(name))
+        except (ConfigError, CheckpointError):
+            raise
+        except ShadowtuneError as error:  # a size that the method refuses
+            refused[name] = str(error)
+    found |= {name: Size(0, {}, reason) for name, reason in refused.items() if name not in found}
     return found | {name: Size(0, {}) for name in config.methods if config.kind(name) == "base"}
 
 
-def _growth(key: str, config: TrainConfig, count: Callable[[Mapping[str, Any]], int]) -> Growth:
+def _equal_sizes(
+    budget: BudgetConfig,
+    growths: Mapping[str, Growth],
+    count: Callable[[str, Mapping[str, Any]], int],
+    refused: Mapping[str, str],
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Choose the sizes of all methods that can be made equal; also return why the others cannot, by name."""
+    if budget.like is not None and budget.like in refused:
+        raise ConfigError(f"budget.like: {budget.like} cannot be compared: {refused[budget.like]}")
+    wanted, ours = _aim(budget, growths, count)
+    peers = {name: growth for name, growth in growths.items() if name != ours}
+    left_out: dict[str, str] = {}
+    while True:
+        try:
+            return equal_sizes(wanted, ours, growths[ours], peers, WAY_OUT, budget.tolerance), left_out
+        except ConfigError as error:
+            if not peers or not is_equal(wanted, growths[ours].count(growths[ours].nearest(wanted)), budget.tolerance):
+                raise
+            worst = max(peers, key=lambda name: _distance(peers[name], wanted))
+            left_out[worst] = str(error)
+            del peers[worst]
+
+
+def _distance(growth: Growth, wanted: int) -> int:
+    """How far the nearest size of a method is from the parameters that are aimed at."""
+    return abs(growth.count(growth.nearest(wanted)) - wanted)
+
+
+def growth_in(key: str, config: TrainConfig, count: Callable[[Mapping[str, Any]], int]) -> Growth:
     """Find out how a method grows. A mirror that copies blocks of the base cannot be wider than they are."""
     copies = config.method == "shadow" and config.shadow.init_layers is not None and key == MLP_KEYS[0]
     largest = base_config(config).get_text_config(decoder=True).intermediate_size if copies else None
-    growth = growth_of(lambda size: count(_changes(key, size, config)), 8 if key in MLP_KEYS else 1, largest)
+    growth = growth_of(lambda size: count(changes_for(key, size, config)), 8 if key in MLP_KEYS else 1, largest)
     if growth.per_step <= 0:
         raise ConfigError(f"{key} does not change how many parameters {config.method} trains; {WAY_OUT}")
     return growth
@@ -122,7 +188,7 @@ def _aim(
     return budget.parameters, min(growths, key=lambda name: growths[name].per_step)
 
 
-def _changes(key: str, size: int, config: TrainConfig) -> dict[str, Any]:
+def changes_for(key: str, size: int, config: TrainConfig) -> dict[str, Any]:
     """Put a size into settings; LoRA's scale, alpha / rank, stays what it is."""
     if key == "lora.rank":
         return {key: size, "lora.alpha": size * config.lora.alpha / config.lora.rank}

@@ -8,8 +8,12 @@ interval of the difference.
 
 With S seeds the spread between seeds comes out by a factor of sqrt((S - 1) / S) too small, and with one seed not at
 all: an interval then speaks of that one training run.
+
+Where all scores are equal every replicate is the same, and the interval would have no width however few the examples.
+It is then the exact one of a share of 0 or n of n (Clopper and Pearson, 1934), N examples counting once whatever S.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,14 +46,27 @@ class Sample:
     mean: float
     replicates: Tensor
     """(R,), float64."""
+    examples: int = 0
+    """N; 0 where it is not known."""
+    margin: float = 0.0
+    """Half the width that the interval has beyond the replicates' own, where these do not spread."""
+    lowest: float = 0.0
+    """The least that the mean can be; the most is 1."""
 
     def minus(self, other: "Sample") -> "Sample":
         """Return the difference to another sample, paired where both were drawn with the same stream."""
-        return Sample(self.mean - other.mean, self.replicates - other.replicates)
+        mean, replicates = self.mean - other.mean, self.replicates - other.replicates
+        examples = min(self.examples, other.examples)
+        # of n pairs none differs: at most a share of ``bound`` would; all differ: see a share (d + 1) / 2 of n of n
+        margin = _bound(examples) * (1 + abs(mean)) if _is_constant(replicates) else 0.0
+        return Sample(mean, replicates, examples, margin, -1.0)
 
     def estimate(self) -> Estimate:
         """Return the mean with its 95 % interval."""
         low, high = torch.quantile(self.replicates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        if self.margin:
+            low = max(self.lowest, self.mean - math.hypot(self.mean - low, self.margin))
+            high = min(1.0, self.mean + math.hypot(high - self.mean, self.margin))
         return Estimate(self.mean, low, high)
 
 
@@ -75,7 +92,8 @@ def bootstrap(scores: Tensor, stream: int = 0, replicates: int = REPLICATES) -> 
         by_seed = times @ scores.T / examples
         chosen = torch.randint(seeds, (count, seeds), generator=for_seeds)
         means.append(by_seed.gather(1, chosen).mean(1))
-    return Sample(float(scores.mean()), torch.cat(means))
+    sample = torch.cat(means)
+    return Sample(float(scores.mean()), sample, examples, _bound(examples) if _is_constant(sample) else 0.0)
 
 
 def mean_of(samples: Sequence[Sample]) -> Sample:
@@ -83,4 +101,16 @@ def mean_of(samples: Sequence[Sample]) -> Sample:
     return Sample(
         sum(sample.mean for sample in samples) / len(samples),
         torch.stack([sample.replicates for sample in samples]).mean(0),
+        sum(sample.examples for sample in samples),
+        math.hypot(*(sample.margin for sample in samples)) / len(samples),
+        min(sample.lowest for sample in samples),
     )
+
+
+def _bound(examples: int) -> float:
+    """Return the upper end of the exact 95 % interval of a share of which 0 of so many examples were seen."""
+    return 1 - 0.025 ** (1 / examples) if examples else 0.0
+
+
+def _is_constant(replicates: Tensor) -> bool:
+    return bool((replicates.max() - replicates.min()) < 1e-12)

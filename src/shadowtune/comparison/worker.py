@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from shadowtune.benchmark.worker import serve_standard_streams
-from shadowtune.comparison.job import Job, Request, read_json, write_json
+from shadowtune.comparison.job import Job, Request, TextRequest, read_json, write_json
 from shadowtune.config.checking import from_mapping
 from shadowtune.config.training import TrainConfig
 from shadowtune.evaluation.run import FinishedRun
@@ -73,9 +73,11 @@ def run(job: dict[str, Any]) -> None:
         for checkpoints in list(wanted.path.rglob("checkpoints")):  # as large as the model, and done with
             shutil.rmtree(checkpoints, ignore_errors=True)
     evaluations = list(_evaluations(wanted))
+    forgetting = None if wanted.text is None else _forgetting(wanted, wanted.text)
     wanted.write(
         training=None if summary is None else asdict(summary),
         evaluations=evaluations,
+        forgetting=forgetting,
         seconds=time.perf_counter() - start,
         provenance=provenance(),
     )
@@ -96,6 +98,19 @@ def _evaluations(job: Job) -> Iterator[dict[str, Any]]:
         yield {name: value for name, value in result.items() if name not in ("predictions", "answers")}
 
 
+def _forgetting(job: Job, request: TextRequest) -> dict[str, Any]:
+    """Measure the perplexity of a text before and after training, and keep it."""
+    file = job.path / request.file
+    if not file.is_file():
+        finished = FinishedRun.open(job.path)
+        after, tokens = finished.text_loss("attached", request.data, request.limit, request.batch_size)
+        before = finished if "base" in finished.modes else BareBase.load(job)
+        loss, _ = before.text_loss("base", request.data, request.limit, request.batch_size)
+        write_json(file, {"text": request.data.train, "tokens": tokens, "loss_before": loss, "loss": after})
+    found: dict[str, Any] = read_json(file)
+    return found
+
+
 def _evaluate(finished: FinishedRun, request: Request, attached: list[list[int]] | None) -> dict[str, Any]:
     config: TrainConfig = replace(finished.config, data=request.data)
     result = replace(finished, config=config).evaluate(
@@ -106,7 +121,8 @@ def _evaluate(finished: FinishedRun, request: Request, attached: list[list[int]]
         batch_size=request.batch_size,
         said=attached,
     )
-    return {**asdict(result), "task": request.task, "mode": request.mode, "split": request.split}
+    where = {"task": request.task, "mode": request.mode, "split": request.split, "limit": request.limit}
+    return {**asdict(result), **where}
 
 
 def lines_while_parent_lives(lines: Iterable[str]) -> Iterator[str]:

@@ -76,11 +76,16 @@ class DataConfig:
     """Use only so many training rows: the first ones; of a task, a random sample that is always the same."""
     validation_limit: int | None = None
     """Use only so many validation rows, likewise."""
+    learn_validation: bool = False
+    """Whether the validation rows are learned as well, after which no loss is measured on them. For comparisons with a
+    method that chooses something by them."""
 
     def __post_init__(self) -> None:
         """Check the ranges, the template, and what does not go together."""
         check_range(self, max_length=(2, None), block_size=(2, None), limit=(1, None), validation_limit=(1, None))
         self._check_source()
+        if self.learn_validation and self.validation is None:
+            raise ConfigError("learn_validation=true needs validation rows: set validation, or leave it out")
         if self.block_size is not None:
             for name in ("template", "prompt_field", "completion_field"):
                 if vars(self)[name] is not None:

@@ -67,6 +67,8 @@ class TaskConfig:
     number, and ``label_name``, in which an underscore becomes a space, and the task can be used for classification."""
     label_field: str = "label"
     """Field that holds the class, by number or by name."""
+    only_labels: list[str] | None = None
+    """Classes whose rows are used; None uses those of all."""
     label_words: dict[str, str] | None = None
     """What ``label_name`` is for classes whose name alone would not say it."""
     metric: Metric = "exact_match"
@@ -85,10 +87,9 @@ class TaskConfig:
         check_range(self, version=(1, None), max_characters=(1, None), max_length=(2, None), max_new_tokens=(1, None))
         for template in (self.prompt, self.completion):
             parse_template(template)
-        if self.label_words is not None:
-            unknown = sorted(set(self.label_words) - set(self.labels or ()))
-            if unknown:
-                raise ConfigError(f"label_words has {', '.join(unknown)}, which labels does not")
+        for name in ("label_words", "only_labels"):
+            if unknown := sorted(set(vars(self)[name] or ()) - set(self.labels or ())):
+                raise ConfigError(f"{name} has {', '.join(unknown)}, which labels does not")
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             twice = sorted({name for name in self.labels if self.labels.count(name) > 1})
             raise ConfigError(f"labels has {', '.join(twice)} twice")

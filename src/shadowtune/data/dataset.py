@@ -113,6 +113,15 @@ class Dataset:
 
     def training_rows(self) -> list[Row]:
         """Load the rows to learn from; raises DataError as ``load_rows``."""
+        learned = self._training_rows()
+        return [*learned, *(self._validation_rows() or [])] if self.settings.learn_validation else learned
+
+    def validation_rows(self) -> list[Row] | None:
+        """Load the rows to validate on during training; None if none are asked for, or they are learned."""
+        return None if self.settings.learn_validation else self._validation_rows()
+
+    def _training_rows(self) -> list[Row]:
+        """Load the training rows alone."""
         settings = self.settings
         if self.task is not None:
             return self.task.rows("train", settings.directory, settings.limit)
@@ -121,8 +130,8 @@ class Dataset:
         assert settings.train is not None
         return load_rows(settings.train, settings.train_split, settings.limit)
 
-    def validation_rows(self) -> list[Row] | None:
-        """Load the rows to validate on during training; None if none are asked for."""
+    def _validation_rows(self) -> list[Row] | None:
+        """Load the validation rows; None if none are asked for."""
         settings = self.settings
         if settings.validation is None:
             return None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from shadowtune.config.data import DataConfig
 from shadowtune.config.loading import load_config
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.config.training import TrainConfig
@@ -20,7 +21,7 @@ from shadowtune.data.dataset import Dataset
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.data.sources import Row
 from shadowtune.errors import CheckpointError, ConfigError
-from shadowtune.evaluation.runner import Evaluation, Progress, evaluate_classes, evaluate_generation
+from shadowtune.evaluation.runner import Evaluation, Progress, answer_loss, evaluate_classes, evaluate_generation
 from shadowtune.model.methods import load_trained
 from shadowtune.model.quantization import Quantization, quantization_arguments
 
@@ -30,6 +31,7 @@ MODES = {
     "dora": ("attached", "base"),
     "full": ("attached",),
     "peft": ("attached", "base"),
+    "ensemble": ("attached", "base"),
 }
 """What each method's model can compute; adapters are "attached". What PEFT's Shadow tuner leaves is a shadow."""
 
@@ -149,6 +151,30 @@ class FinishedRun:
                 drafting = speculate if mode == "attached" else None
                 result = self._generate(model, data, rows, batch_size, new_tokens, progress, said, drafting)
         return replace(result, task=data.task_version)
+
+    def text_loss(
+        self, mode: str, data: DataConfig, limit: int | None = None, batch_size: int = 32
+    ) -> tuple[float, int]:
+        """Measure one mode of a causal language model on plain text.
+
+        Args:
+            mode: one of ``modes``.
+            data: the text, with ``block_size``.
+            limit: use only so many blocks, the first ones.
+            batch_size: blocks at a time.
+
+        Returns:
+            The mean cross-entropy per token, whose exponential is the perplexity, and the tokens that were predicted.
+
+        Raises:
+            DataError: if the text cannot be read.
+            ConfigError: if the run's method has no such mode.
+        """
+        text = Dataset.open(data)
+        blocks = text.encode(text.training_rows(), self.tokenizer, classify=False, training=True)[0][:limit]
+        with self.mode(mode) as model:
+            loss = answer_loss(model, blocks, CausalCollator(self.tokenizer.pad_token_id), batch_size)
+        return loss, sum(len(block["input_ids"]) - 1 for block in blocks)
 
     def _classify(
         self,

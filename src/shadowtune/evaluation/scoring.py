@@ -126,9 +126,15 @@ def score_answers(
 
 
 def mean_interval(scores: Sequence[float], z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of the mean of scores between 0 and 1: Wilson's of a share, else by the normal distribution."""
+    """95 % interval of the mean of scores between 0 and 1: Wilson's of a share, else by the normal distribution.
+
+    Where all scores are the same number between 0 and 1, it is as wide as for a share that was seen 0 times.
+    """
     if all(score in (0.0, 1.0) for score in scores):
         return accuracy_interval(round(sum(scores)), len(scores), z)
+    if len(set(scores)) == 1:
+        wide = accuracy_interval(0, len(scores), z)[1]
+        return max(0.0, scores[0] - wide), min(1.0, scores[0] + wide)
     half = z * statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else 1.0
     mean = statistics.fmean(scores)
     return max(0.0, mean - half), min(1.0, mean + half)

@@ -20,10 +20,11 @@ from transformers import (
 
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
-from shadowtune.errors import CheckpointError
+from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.adapters import add_adapters, lora_settings, open_adapters
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.classifier import ShadowForSequenceClassification
+from shadowtune.model.ensemble import SMALL, LogitEnsemble, read_weight
 from shadowtune.model.malformed import reading
 from shadowtune.model.objective import (
     Objective,
@@ -37,16 +38,18 @@ from shadowtune.model.objective import (
 from shadowtune.model.replacement import recover_directory
 from shadowtune.models import resolve
 
-Method = Literal["shadow", "lora", "dora", "full", "peft"]
+Method = Literal["shadow", "lora", "dora", "full", "peft", "ensemble"]
 Task = Literal["causal_lm", "classification"]
 
 AUTO: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 PAIRS: dict[str, Any] = {"causal_lm": ShadowForCausalLM, "classification": ShadowForSequenceClassification}
 OBJECTIVES: dict[str, tuple[Objective, Objective]] = {
     "shadow": (joint_causal_objective, joint_class_objective),
-    "peft": (own_causal_objective, own_class_objective),
 }
 """What training minimizes for causal language models and classifiers, where it is not the plain cross-entropy."""
+OWN_TERMS = ("SHADOW", "ADALORA")
+"""Types of PEFT that add terms to the loss in their own forward pass. All others minimize the plain cross-entropy,
+whose head runs at labelled positions alone: in time and memory they are measured as "lora" is."""
 
 
 def load_base_config(name: str) -> PreTrainedConfig:
@@ -97,14 +100,20 @@ def make_trainable(
     """
     if method == "shadow":
         return PAIRS[task].from_base(base, shadow, dtype=dtype)
+    if method == "ensemble":
+        raise ConfigError(
+            "an ensemble is two trained models (shadowtune.training.ensemble), not an adapter of one base"
+        )
     if method == "full":
         return cast(nn.Module, base).to(dtype).requires_grad_(True)
     settings = (peft or {}) if method == "peft" else lora_settings(lora or LoraConfig(), dora=method == "dora")
     return add_adapters(base, settings, task, dtype)
 
 
-def objective_of(method: Method, task: Task) -> Objective:
-    """Return what training with a method minimizes."""
+def objective_of(method: Method, task: Task, peft_type: str | None = None) -> Objective:
+    """Return what training with a method minimizes; ``peft_type`` says which method of PEFT "peft" is."""
+    if method == "peft" and peft_type in OWN_TERMS:
+        return (own_causal_objective, own_class_objective)[task == "classification"]
     return OBJECTIVES.get(method, (causal_objective, class_objective))[task == "classification"]
 
 
@@ -126,11 +135,20 @@ def load_trained(
         )
     if method == "full":
         return load_base(directory, task, **kwargs).eval()
+    if method == "ensemble":
+        return _load_ensemble(Path(directory), base_name, kwargs)
     if task == "classification":  # the base may have no head, or one for other classes
         kwargs |= {"config": _saved_config(directory), "ignore_mismatched_sizes": True}
     base = load_base(base_name, task, **kwargs)
     with reading(f"cannot load the adapters in {directory}"):
         return open_adapters(base, directory).eval()
+
+
+def _load_ensemble(directory: Path, base_name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """Load LoRA and the small model beside it, with the weight of the latter's logits."""
+    lora = load_trained(directory, "lora", "causal_lm", base_name, **kwargs)
+    small = load_base(str(directory / SMALL), "causal_lm", dtype=kwargs.get("dtype", torch.float32))
+    return LogitEnsemble(lora, small, read_weight(directory)).eval()
 
 
 def _is_peft_shadow(directory: str) -> bool:

@@ -24,6 +24,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, quiet: bool = Fal
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("tensorboard=true needs the package tensorboard: pip install 'shadowtune[tensorboard]'")
     optimizer, checkpointing = config.optimizer, config.gradient_checkpointing
+    measured = config.data.validation is not None and not config.data.learn_validation
     try:
         arguments = TrainingArguments(
             output_dir=str(checkpoints),
@@ -47,7 +48,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, quiet: bool = Fal
             logging_nan_inf_filter=False,
             save_strategy="steps" if config.save_steps else "epoch",
             save_steps=config.save_steps or 500,
-            eval_strategy="no" if config.data.validation is None else "steps" if config.eval_steps else "epoch",
+            eval_strategy="no" if not measured else "steps" if config.eval_steps else "epoch",
             eval_steps=config.eval_steps,
             prediction_loss_only=True,
             report_to=[],

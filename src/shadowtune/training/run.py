@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -27,6 +28,7 @@ from shadowtune.config.training import TrainConfig
 from shadowtune.data.baking import save_prompts
 from shadowtune.data.ends import record_ends
 from shadowtune.data.prompt_format import PromptFormat
+from shadowtune.errors import ConfigError
 from shadowtune.export.card import (
     Card,
     Form,
@@ -49,7 +51,7 @@ from shadowtune.model.older_versions import write_older_keys
 from shadowtune.model.pair import ShadowPair
 from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import peak_memory_mb, provenance
-from shadowtune.training import drafting
+from shadowtune.training import drafting, ensemble
 from shadowtune.training.arguments import training_arguments
 from shadowtune.training.checkpoints import whole_directory, writing_run
 from shadowtune.training.inputs import TrainingInputs
@@ -94,6 +96,8 @@ class TrainSummary:
     """The part of ``train_seconds`` in which the shadow learned alone; None without ``shadow_epochs``."""
     drafting_seconds: float | None = None
     """What the drafter's own epochs took on top, the answers it learns from included; None without them."""
+    fit_seconds: float | None = None
+    """The part of ``train_seconds`` in which a weight of logits was fitted on validation rows; None where none was."""
 
 
 def train(
@@ -129,6 +133,8 @@ def train(
     with run.locked() if main else contextlib.nullcontext():
         if main:
             run.check(config, resume, overwrite)
+        if config.method == "ensemble":
+            return _train_ensemble(config, run, resume, overwrite, report, quiet)
         first = None
         if config.shadow_first:
             report("the shadow alone")
@@ -168,11 +174,45 @@ def train(
         with interrupt.watching(), writing_run(run.path, run.checkpoints):
             output = trainer.train(resume_from_checkpoint=run.last_checkpoint())
             _stop_at(model, form)  # transformers has put the tokenizer's end token into the generation config
-            if config.fits_head_mixing:
-                _fit_head_mixing(config, model, rows, report)
+            fitted = _fit_head_mixing(config, model, rows, report) if config.fits_head_mixing else None
             taught = _teach_drafter(config, run, model, rows, report, quiet) if config.drafter_last else None
             _stop_at(model, form)
-        return _finish(config, run, trainer, rows.tokenizer, form, output.training_loss, trained, first, taught)
+        seconds = (taught, fitted)
+        return _finish(config, run, trainer, rows.tokenizer, form, output.training_loss, trained, first, seconds)
+
+
+def _train_ensemble(
+    config: TrainConfig,
+    run: RunDirectory,
+    resume: bool,
+    overwrite: bool,
+    report: Callable[[str], None],
+    quiet: bool,
+) -> TrainSummary | None:
+    """Train the two models of an ensemble, each as a run of its own, and join them."""
+    settings = training_arguments(config, run.checkpoints, quiet)
+    if settings.world_size > 1:
+        raise ConfigError("method=ensemble trains in one process; start one")
+    report("the small model alone")
+    small = train(ensemble.small_model(config), resume, overwrite, report, quiet)
+    report("LoRA")
+    lora = train(ensemble.adapters(config), resume, overwrite, report, quiet)
+    assert small is not None and lora is not None
+    run.begin(config, resume)
+    with whole_directory(run.model, Accelerator()) as staging:
+        fitted = ensemble.join(config, staging, report)
+    summary = replace(
+        lora,
+        method=config.method,
+        trainable_parameters=small.trainable_parameters + lora.trainable_parameters,
+        train_seconds=small.train_seconds + lora.train_seconds + fitted,
+        peak_memory_mb=peak_memory_mb(),
+        skipped_steps=small.skipped_steps + lora.skipped_steps,
+        shadow_seconds=small.train_seconds,
+        fit_seconds=fitted,
+    )
+    _write_summary(run, summary)
+    return summary
 
 
 def _stop_at(model: Any, form: PromptFormat) -> None:
@@ -221,8 +261,9 @@ def make_trainer(
         data_collator=with_row_numbers(rows.collate),
         processing_class=rows.tokenizer,
         callbacks=callbacks,
-        objective=objective_of(config.method, config.task),
+        objective=objective_of(config.method, config.task, config.peft.get("peft_type")),
         backbone_learning_rate=config.optimizer.backbone_learning_rate,
+        lora_plus_ratio=config.optimizer.lora_plus_ratio,
         skip_nonfinite=config.nonfinite_loss == "skip",
         keep_checkpoints=config.keep_checkpoints,
     )
@@ -230,12 +271,14 @@ def make_trainer(
     return trainer
 
 
-def _fit_head_mixing(config: TrainConfig, model: nn.Module, rows: TrainingRows, report: Callable[[str], None]) -> None:
-    """Choose the weight of the shadow's own logits on the validation rows."""
+def _fit_head_mixing(config: TrainConfig, model: nn.Module, rows: TrainingRows, report: Callable[[str], None]) -> float:
+    """Choose the weight of the shadow's own logits on the validation rows; return the seconds."""
+    start = time.perf_counter()
     assert isinstance(model, ShadowForCausalLM) and rows.validation is not None
     best, alone = fit_head_mixing(model, rows.validation, rows.collate, config.batch_size)
     gamma = model.shadow.config.head_mixing or 0.0
     report(f"head_mixing {gamma:g}: loss {best:.4g} on the validation rows, without it {alone:.4g}")
+    return time.perf_counter() - start
 
 
 def _teach_drafter(
@@ -272,11 +315,12 @@ def _finish(
     training_loss: float,
     trained: int,
     first: TrainSummary | None,
-    drafting_seconds: float | None,
+    seconds: tuple[float | None, float | None],
 ) -> TrainSummary | None:
     """Write the trained model and then, as the sign that the run has finished, the summary.
 
-    ``trained`` counts the parameters that some part of the run trained.
+    ``trained`` counts the parameters that some part of the run trained; ``seconds`` are those of teaching the drafter
+    and of fitting the weight of the shadow's logits.
     """
     model: Any = trainer.model
     progress = trainer.progress()
@@ -297,7 +341,8 @@ def _finish(
         skipped_steps=progress.skipped_steps,
         detached_perplexity=perplexity,
         shadow_seconds=None if first is None else first.train_seconds,
-        drafting_seconds=drafting_seconds,
+        drafting_seconds=seconds[0],
+        fit_seconds=seconds[1],
     )
     with whole_directory(run.model, trainer.accelerator, run.checkpoints) as staging:
         trainer.save_model(str(staging))
@@ -314,8 +359,7 @@ def _finish(
             _write_card(config, staging, run.model.name, tokenizer, saved, summary)
     if trainer.args.process_index != 0:
         return None
-    with writing_into(run.path) as staging:
-        (staging / run.summary_file.name).write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    _write_summary(run, summary)
     return summary
 
 
@@ -336,3 +380,9 @@ def _write_card(
     form: Form = "attached" if config.method == "shadow" else "full" if config.method == "full" else "adapter"
     chat = prompts.baked or bool(tokenizer.chat_template)
     write_card(directory, card, form, name, chat, summary.trainable_parameters)
+
+
+def _write_summary(run: RunDirectory, summary: TrainSummary) -> None:
+    """Write what a run cost, which says that it has finished."""
+    with writing_into(run.path) as staging:
+        (staging / run.summary_file.name).write_text(json.dumps(asdict(summary), indent=2) + "\n")

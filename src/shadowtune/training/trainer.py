@@ -30,6 +30,8 @@ from shadowtune.training.metrics import LeaveOutNonfinite
 from shadowtune.training.sampling import EpochSampler
 
 BACKBONE_PARTS = ("shadow.backbone.", "shadow.projection.", "shadow.input_projection.")
+LORA_B_PARTS = (".lora_B.", ".lora_embedding_B.")
+"""What PEFT calls the matrices of LoRA that start at zero."""
 
 
 class ShadowTrainer(Trainer):
@@ -38,6 +40,7 @@ class ShadowTrainer(Trainer):
     Args:
         objective: what is minimized; see ``shadowtune.model.objective``.
         backbone_learning_rate: of the shadow's backbone and projections; None means the common one.
+        lora_plus_ratio: learning rate of LoRA's B over the common one (LoRA+); None means the common one.
         skip_nonfinite: whether a step with a gradient that is no number is left out (and counted) instead of stopping.
         keep_checkpoints: how many of the latest checkpoints stay on disk.
         **kwargs: as for ``transformers.Trainer``. Batches may carry "rows" (B,), their rows' numbers, for messages.
@@ -52,6 +55,7 @@ class ShadowTrainer(Trainer):
         *,
         objective: Objective,
         backbone_learning_rate: float | None = None,
+        lora_plus_ratio: float | None = None,
         skip_nonfinite: bool = False,
         keep_checkpoints: int = 2,
         **kwargs: Any,
@@ -65,6 +69,7 @@ class ShadowTrainer(Trainer):
                 raise ConfigError(f"{name} has no effect here: the objective is the loss; leave it out")
         self._objective = objective
         self.backbone_learning_rate = backbone_learning_rate
+        self.lora_plus_ratio = lora_plus_ratio
         self.skip_nonfinite = skip_nonfinite
         self.keep_checkpoints = keep_checkpoints
         self.model_accepts_loss_kwargs = True  # every objective divides by the labels of the whole step
@@ -107,25 +112,31 @@ class ShadowTrainer(Trainer):
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make AdamW with four groups: (common, backbone) x (with, without weight decay); empty ones are left out."""
+        """Make AdamW with groups (common, backbone, B of LoRA+) x (with, without weight decay); empty ones left out."""
         if self.optimizer is not None:
             return self.optimizer
         trained = cast(Any, self.model if model is None else model)
         decayed = set(self.get_decay_parameter_names(trained))
         common = self.args.learning_rate
-        rates = {False: common, True: common if self.backbone_learning_rate is None else self.backbone_learning_rate}
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        backbone = common if self.backbone_learning_rate is None else self.backbone_learning_rate
+        rates = (common, backbone, common * (self.lora_plus_ratio or 1.0))
+        groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad:
-                key = (name.removeprefix("module.").startswith(BACKBONE_PARTS), name in decayed)
-                groups.setdefault(key, []).append(parameter)
+                groups.setdefault((self._part(name), name in decayed), []).append(parameter)
         settings = [
-            {"params": group, "lr": rates[backbone], "weight_decay": self.args.weight_decay if decay else 0.0}
-            for (backbone, decay), group in sorted(groups.items())
+            {"params": group, "lr": rates[part], "weight_decay": self.args.weight_decay if decay else 0.0}
+            for (part, decay), group in sorted(groups.items())
         ]
         kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
         self.optimizer = kind(settings, **arguments)
         return self.optimizer
+
+    def _part(self, name: str) -> int:
+        """Return which learning rate a parameter has: 0 the common one, 1 the backbone's, 2 that of LoRA+ for B."""
+        if name.removeprefix("module.").startswith(BACKBONE_PARTS):
+            return 1
+        return 2 if self.lora_plus_ratio is not None and any(part in name for part in LORA_B_PARTS) else 0
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices decay; vectors (norms, biases, scales) do not, nor do biases stacked to a matrix."""

@@ -59,9 +59,17 @@ class Task:
         rows = sorted(load_rows(place.source, split or place.train), key=digest)
         if part == "train" or split is None:
             rows = carve(rows, carved)[part]
+        if self.config.only_labels is not None:
+            rows = [row for row in rows if self._class(row) in self.config.only_labels]
         if not rows:
             raise DataError(f"{place.source} has too few rows for the part {part!r} of task {self.config.name}")
         return [self._make(row, index) for index, row in enumerate(rows[:limit])]
+
+    def _class(self, raw: Row) -> str:
+        """Return the name of a raw row's class."""
+        assert self.config.labels is not None
+        fields = read_fields(raw, self.config, place_of(raw, 0))
+        return self.config.labels[fields["label"]]
 
     def _place(self, directory: str | None) -> RowSource:
         """Return where the rows are."""
