@@ -150,7 +150,9 @@ def test_the_committed_rows_are_sound_and_their_configs_follow_the_protocol():
     assert not entries or entries[0].config["method"] == "lora"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "leaderboard").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "src" / "shadowtune" / "configs" / "leaderboard").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_shipped_entries_follow_the_protocol_and_name_their_command(path):
     from shadowtune.config.loading import load_config
 
