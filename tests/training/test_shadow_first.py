@@ -108,6 +108,14 @@ def test_a_stateless_shadow_with_a_loss_of_its_own_learns_beside_its_base(tmp_pa
             assert bool((whole[name] != tensor).any()) != measured, name
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, 2e-3), (7e-3, 7e-3)])
+def test_alone_it_may_have_a_learning_rate_of_its_own(tmp_path, given, expected):
+    rates = replace(run_config(tmp_path).optimizer, learning_rate=2e-3, backbone_learning_rate=1e-5)
+    config = config_in(tmp_path, optimizer=rates, shadow_learning_rate=given)
+    assert alone(config).optimizer == replace(rates, learning_rate=expected, backbone_learning_rate=None)
+    assert together(config).optimizer == rates
+
+
 class StoppedError(Exception):
     pass
 

@@ -26,6 +26,7 @@ ALONE_FIRST: Mapping[str, Any] = MappingProxyType(
     {
         "shadow": MappingProxyType({"shadow_loss_weight": 0.0}),  # so the joint stage does not run the shadow
         "shadow_epochs": 6.0,
+        "shadow_learning_rate": 3e-3,
         "fit_head_mixing": "auto",
     }
 )

@@ -90,6 +90,8 @@ class TrainConfig:
     """Passes over the training rows in which the shadow learns the task alone, before base and shadow learn it
     together: with the same learning rate and a schedule of its own, and cheap, for the base does not run. They make a
     run of their own in the directory ``shadow`` of the output. For causal_lm; other methods have no shadow."""
+    shadow_learning_rate: float | None = None
+    """Peak learning rate of these passes; None means ``optimizer.learning_rate``."""
     projection_steps: int = 0
     """In stage "pretrain", the steps at the beginning in which only the shadow's projections are trained; its backbone
     joins them afterwards."""
@@ -170,6 +172,7 @@ class TrainConfig:
             num_labels=(1, None),
             projection_steps=(0, None),
             shadow_epochs=(0, None),
+            shadow_learning_rate=(0, None),
             drafting_epochs=(0, None),
             epochs=(0, None),
             max_steps=(1, None),

@@ -23,6 +23,9 @@ def alone(config: TrainConfig) -> TrainConfig:
         distillation_top_k=None,
         matching_weight=0.0,
     )
+    optimizer = replace(config.optimizer, backbone_learning_rate=None)
+    if config.shadow_learning_rate is not None:
+        optimizer = replace(optimizer, learning_rate=config.shadow_learning_rate)
     return replace(
         config,
         stage="pretrain",
@@ -32,7 +35,7 @@ def alone(config: TrainConfig) -> TrainConfig:
         fit_head_mixing=False,
         epochs=config.shadow_epochs,
         max_steps=None,
-        optimizer=replace(config.optimizer, backbone_learning_rate=None),
+        optimizer=optimizer,
         output=str(Path(config.output) / DIRECTORY),
     )
 
