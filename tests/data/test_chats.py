@@ -7,8 +7,10 @@ import pytest
 from shadowtune.config.data import DataConfig
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.encoding import encode_prompts, encode_rows
+from shadowtune.data.messages import read_messages
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.data.prompts import FieldNames, fill_template
+from shadowtune.data.rendering import render_messages
 from shadowtune.errors import ConfigError, DataError
 from tests.support.chats import GPT_OSS, PARTS, QWEN3, R1, chat_tokenizer
 from tests.support.tokenizers import CHATML
@@ -188,8 +190,8 @@ def test_arguments_of_tool_calls_are_shown_as_objects_not_as_text_in_quotes():
     tokenizer = chat_tokenizer(QWEN3)
     rendered = tokenizer.apply_chat_template([*turns("sea"), CALLING], tokenize=False)
     assert '\\"at\\"' in rendered, "the template itself would quote the text"
-    read = PromptFormat().encode([*turns("sea"), CALLING, {"role": "tool", "content": "blue"}], tokenizer)
-    assert "\\" not in tokenizer.decode(read).replace("<unk>", "")
+    messages = read_messages([*turns("sea"), CALLING, {"role": "tool", "content": "blue"}], "messages", "here")
+    assert '<call>look {"at": "sea"}<|im_end|>' in render_messages(messages, tokenizer).text
 
 
 def test_a_tool_call_that_no_template_shows_is_refused():
