@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
@@ -153,7 +154,7 @@ def main() -> None:
     print("|---|--:|---|--:|--:|--:|--:|")
     for name, prepare in LIBRARIES.items():
         try:
-            preparing, compiled = milliseconds(lambda prepare=prepare: prepare(tokenizer))  # type: ignore[misc]
+            preparing, compiled = milliseconds(partial(prepare, tokenizer))
         except ImportError as error:
             print(f"| {name} | not installed: {error} |")
             continue
@@ -162,7 +163,7 @@ def main() -> None:
             compiling, masks, followed = [], [], 0
             try:
                 for _ in range(REPEATS):
-                    took, follower = milliseconds(lambda schema=schema, compiled=compiled: compiled(schema))  # type: ignore[misc]
+                    took, follower = milliseconds(partial(compiled, schema))
                     compiling.append(took)
                     followed = 0
                     for token in tokens:

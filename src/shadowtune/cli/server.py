@@ -1,6 +1,7 @@
 """The options of every server, and how one is run: keys, the log, the line that says where it is."""
 
 import argparse
+import gc
 import importlib.util
 import json
 import logging
@@ -147,6 +148,8 @@ def run_server(config: ServerConfig, build: Callable[[], Any]) -> int:
 
     with bind(config) as bound:
         app = build()
+        gc.collect()
+        gc.freeze()  # the model's objects stay: large requests would have them looked through again and again
         address = address_of(bound)
         names = [card.name for card in app.state.desk.answerer.models()]
         _log(config.log_prompts)

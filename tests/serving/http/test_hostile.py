@@ -62,6 +62,16 @@ def test_such_a_body_is_refused_in_one_short_line(asking, fields):
     assert response.status_code == 400 and "\n" not in message and len(message) < 1_000
 
 
+@pytest.mark.parametrize("inner", ["[]", "{}"])
+def test_a_million_objects_are_refused_before_they_are_made(asking, inner, monkeypatch):
+    from shadowtune.serving.http import parsing
+
+    monkeypatch.setattr(parsing.pydantic_core, "from_json", lambda *_, **__: pytest.fail("read"))
+    body = '{"model": "echo", "prompt": [' + ",".join([inner] * 850_000) + "]}"
+    response = asking().post("/v1/completions", content=body, headers=JSON)
+    assert response.status_code == 400 and "850002 opening brackets" in response.json()["error"]["message"]
+
+
 def test_a_flood_of_prompts_is_refused_before_requests_are_made_of_it(asking, monkeypatch):
     from shadowtune.serving.http import translation
 
@@ -69,6 +79,12 @@ def test_a_flood_of_prompts_is_refused_before_requests_are_made_of_it(asking, mo
     body = {"model": "echo", "prompt": ["a"] * 16_384, "n": 16}
     response = asking(max_requests=80).post("/v1/completions", json=body)
     assert response.status_code == 400 and "262144 answers" in response.json()["error"]["message"]
+
+
+def test_a_long_text_is_a_prompt(asking):
+    client = asking()
+    assert client.post("/v1/completions", json={"model": "echo", "prompt": "x" * 100_000}).status_code == 200
+    assert client.post("/v1/completions", json={"model": "echo", "prompt": [7] * 16_384}).status_code == 200
 
 
 class Watched:

@@ -340,14 +340,14 @@ class ChatBody(Asked):
 class CompletionBody(Asked):
     """Body of ``/v1/completions``."""
 
-    prompt: Annotated[
+    prompt: (
         Text
-        | Annotated[list[Text], Field(fail_fast=True)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(fail_fast=True)],
-        Field(min_length=1, max_length=16384),
-        _at_most(16384),
-    ]
+        | Annotated[
+            Annotated[list[Text], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)],
+            Field(min_length=1, max_length=16384),
+            _at_most(16384),
+        ]
+    )
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = Field(None, description="The answer begins with the prompt; not together with logprobs.")
     best_of: Annotated[int, Field(ge=1, le=1)] | None = NEVER

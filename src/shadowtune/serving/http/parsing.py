@@ -8,6 +8,9 @@ from fastapi import HTTPException, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
+MAX_BRACKETS = 100_000
+"""Opening brackets of a body, those in texts included."""
+
 
 class StrictJsonRequest(Request):
     """A request whose ``json`` is strict."""
@@ -16,10 +19,15 @@ class StrictJsonRequest(Request):
         """Read the body.
 
         Raises:
-            HTTPException: with status 400, if it is not JSON.
+            HTTPException: with status 400, if it is not JSON, or more objects and lists than any request needs: a
+                million of them keep the garbage collector busy for seconds.
         """
+        body = await self.body()
+        brackets = body.count(b"[") + body.count(b"{")
+        if brackets > MAX_BRACKETS:
+            raise HTTPException(400, f"the body has {brackets} opening brackets, of at most {MAX_BRACKETS}")
         try:
-            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+            return pydantic_core.from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise HTTPException(400, f"the body is not JSON: {error}") from None
 
