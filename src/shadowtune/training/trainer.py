@@ -20,7 +20,7 @@ from shadowtune.model.objective import Objective, is_finite
 from shadowtune.model.pair import ShadowPair
 from shadowtune.training.checkpoints import (
     Progress,
-    check_checkpoint,
+    check_complete,
     read_progress,
     whole_directory,
     write_files,
@@ -76,7 +76,7 @@ class ShadowTrainer(Trainer):
         """
         self._started = time.perf_counter()
         if isinstance(resume_from_checkpoint, str):
-            check_checkpoint(Path(resume_from_checkpoint))  # transformers goes on without the optimizer's state
+            check_complete(Path(resume_from_checkpoint))  # transformers goes on without the optimizer's state
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             losses = [line["loss"] for line in state.log_history if "loss" in line]
             if losses and state.global_step >= self._total_steps():
