@@ -102,7 +102,7 @@ def test_running_out_of_space_while_saving_keeps_the_last_checkpoint(limit, tmp_
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
     try:
         with pytest.raises(
-            CheckpointError, match=r"cannot write .*checkpoint-4: .*checkpoint-3 is whole, and --resume"
+            CheckpointError, match=r"cannot write .*checkpoint-4: .*--resume goes on from .*checkpoint-3$"
         ):
             trainer._save_checkpoint(model, None)
     finally:

@@ -94,7 +94,9 @@ def writing_run(run: Path, checkpoints: Path) -> Iterator[None]:
 def kept(checkpoints: Path) -> str:
     """Say which checkpoint a run can go on from."""
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    return "no checkpoint was saved before" if last is None else f"{last} is whole, and --resume goes on from it"
+    if last is None:
+        return "no checkpoint was saved before"
+    return f"checkpoints saved before are kept, --resume goes on from {last}"
 
 
 def write_files(checkpoint: Path) -> None:
