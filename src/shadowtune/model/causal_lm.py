@@ -263,7 +263,7 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
             return cast(Any, self.base).init_continuous_batching(*args, **kwargs)
         raise ConfigError(
             f"generate_batch (continuous batching) does not go with mode {self.mode!r}: its paged cache holds one "
-            "network; serve requests with `shadowtune serve cloud`, generate from a padded batch with generate(), or take "
+            "network; serve requests with `shadowtune serve cloud`, call generate() with a padded batch, or take "
             "model.detached(), a plain model"
         )
 
