@@ -220,6 +220,7 @@ class ShadowPair(PreTrainedModel):
             alone = self.shadow.run(*begun, **kwargs)
         else:
             alone = BaseModelOutputWithPast(last_hidden_state=shadow_states)
+        assert alone.last_hidden_state is not None
         state = ShadowState(self.shadow.boundaries, alone.last_hidden_state)
         if self.mode == "detached":
             set_cache(alone, cache)
