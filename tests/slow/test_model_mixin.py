@@ -69,7 +69,7 @@ class _Tester:
             base = tiny_classifier(self.architecture, **self.sizes)
         settings = ShadowConfig(rank=4, update_width=3, alpha=0.7, inject_first=self.architecture == "qwen3")
         config = self.kind.from_base(base, settings).config  # type: ignore[attr-defined]
-        config.base_fingerprint = None  # the mixin makes models of other random weights from it
+        config.base_fingerprint = config.base_signature = None  # the mixin makes models of other random weights from it
         config = ShadowModelConfig.from_dict(config.to_dict())  # as it is read from a file, before there is a model
         ids = torch.randint(3, VOCABULARY, (self.batch_size, self.seq_length), generator=torch.manual_seed(0))
         return config, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -118,7 +118,8 @@ class Shadow(nn.Module):
     ) -> Tensor:
         """Run the shadow backbone, called as ``run`` is, and return s0, (B, T, d) (Eq. 1)."""
         both = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
-        states: Tensor = self.run(*both, **kwargs).last_hidden_state
+        states = self.run(*both, **kwargs).last_hidden_state
+        assert states is not None
         return states
 
     @takes_cache
