@@ -25,5 +25,9 @@ class DataError(ShadowtuneError, ValueError):
     """A data set is missing, empty, malformed or has nothing to learn from."""
 
 
+class HiddenToolsError(DataError):
+    """A chat template leaves tools, or calls of tools, out of the prompt."""
+
+
 class TrainingError(ShadowtuneError, RuntimeError):
     """Training cannot start or cannot go on, for instance because the loss is not a number."""

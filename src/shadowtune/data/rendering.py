@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowtune.data.messages import Message, is_learned, shorten
 from shadowtune.data.prompts import Completion, Conversation, Example, Text
-from shadowtune.errors import DataError
+from shadowtune.errors import DataError, HiddenToolsError
 
 PROBE = "Zq7probe"
 """A text that no chat template changes; where it is in the output shows what a template puts around a message."""
@@ -166,13 +166,13 @@ class Renderer:
             for call in message.get("tool_calls") or ():
                 name = call.get("function", call)["name"]
                 if name not in text:
-                    raise DataError(
+                    raise HiddenToolsError(
                         f"{place}: the chat template leaves out the tool call {name!r} of message {number + 1}"
                     )
         if example.tools and "tools" not in self._shown_roles:
             bare = Conversation(example.messages, template_kwargs=example.template_kwargs)
             if self._apply(messages, bare, place) == self._apply(messages, example, place):
-                raise DataError(f"{place}: the chat template does not show tools to the model; leave them out")
+                raise HiddenToolsError(f"{place}: the chat template does not show tools to the model; leave them out")
             self._shown_roles.add("tools")
 
     def _apply(self, messages: Sequence[Message], example: Conversation, place: str, awaiting: bool = False) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from shadowtune.data.prompt_format import PromptFormat
+from shadowtune.errors import HiddenToolsError
 from shadowtune.serving.requests import Request, RequestError
 
 ROLES = {"developer": "system"}
@@ -47,25 +48,26 @@ def _template_call(call: Mapping[str, Any]) -> dict[str, Any]:
 def conversation_ids(request: Request, prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids of a request's messages, up to where the model's answer begins.
 
-    Tools that the chat template does not read become a system message.
+    Tools and calls that the chat template does not show become text, the tools that of a system message.
 
     Raises:
         DataError: if the messages, or what comes with them, cannot be a prompt of this model.
     """
     messages = template_messages(request)
     further = (dict(request.chat_template_kwargs), dict(request.fields))
-    if request.tool_choice == "none" or not request.tools:
-        return prompt_format.encode(messages, tokenizer, None, *further)
-    ids = prompt_format.encode(messages, tokenizer, list(request.tools), *further)
-    if ids != prompt_format.encode(messages, tokenizer, None, *further):
-        return ids
-    return prompt_format.encode(_described(messages, request.tools), tokenizer, None, *further)
+    tools = [] if request.tool_choice == "none" else list(request.tools)
+    try:
+        return prompt_format.encode(messages, tokenizer, tools or None, *further)
+    except HiddenToolsError:
+        return prompt_format.encode(_described(messages, tools), tokenizer, None, *further)
 
 
 def _described(messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the messages with the tools, their calls and results as text."""
-    words = TOOL_PROMPT.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
     told = [_as_text(message) for message in messages]
+    if not tools:
+        return told
+    words = TOOL_PROMPT.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
     if told[0]["role"] == "system":
         return [{**told[0], "content": f"{told[0]['content']}\n\n{words}"}, *told[1:]]
     return [{"role": "system", "content": words}, *told]

@@ -37,6 +37,8 @@ def body_of(request: Request, model: str, predicts: bool = True) -> dict[str, An
     body |= request.forwarded
     if request.fields:
         body["fields"] = dict(request.fields)
+    if request.tools:
+        body["tools"] = list(request.tools)
     if request.max_tokens is not None and not request.fitting and "max_completion_tokens" not in body:
         body["max_tokens"] = request.max_tokens
     if request.schema is not None and not body.keys() & {"response_format", "tools"}:
