@@ -87,8 +87,10 @@ def demo_configs(arguments: argparse.Namespace) -> dict[str, Any]:
         "padding_free": True,
         "seed": arguments.seed,
     }
-    lora = {"method": "lora", "lora": {"rank": 15, "alpha": 30.0}, "optimizer": {"learning_rate": 1e-3}}
-    methods = {"shadow": {"preset": "recommended"}, "lora": lora}
+    methods: dict[str, dict[str, Any]] = {
+        "shadow": {"preset": "recommended"},
+        "lora": {"method": "lora", "lora": {"rank": 15, "alpha": 30.0}, "optimizer": {"learning_rate": 1e-3}},
+    }
     return {
         name: from_mapping(TrainConfig, {**common, **settings, "output": f"{arguments.output}/{name}"}, where="")
         for name, settings in methods.items()
