@@ -69,44 +69,31 @@ def run(arguments: argparse.Namespace) -> int:
 
 def demo_configs(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of the two runs: a shadow, and LoRA with as many trainable parameters."""
-    from shadowtune.config.shadow import ShadowConfig
-    from shadowtune.config.training import DataConfig, LoraConfig, OptimizerConfig, TrainConfig
+    from shadowtune.config.checking import from_mapping
+    from shadowtune.config.training import TrainConfig
 
+    data = {
+        "train": "clinc150-demo",
+        "validation": "clinc150-demo",
+        "template": "Request: {prompt}\nIntent:",
+        "chat_template": False,
+        "limit": arguments.rows,
+    }
     common: dict[str, Any] = {
-        "data": DataConfig(
-            train="clinc150-demo", template="Request: {prompt}\nIntent:", chat_template=False, limit=arguments.rows
-        ),
+        "data": data,
         "model": arguments.model,
         "epochs": arguments.epochs,
         "batch_size": 16,
         "padding_free": True,
         "seed": arguments.seed,
     }
+    methods: dict[str, dict[str, Any]] = {
+        "shadow": {"preset": "recommended"},
+        "lora": {"method": "lora", "lora": {"rank": 15, "alpha": 30.0}, "optimizer": {"learning_rate": 1e-3}},
+    }
     return {
-        "shadow": TrainConfig(
-            method="shadow",
-            shadow=ShadowConfig(
-                rank=16,
-                update_width=8,
-                alpha=0.5,
-                dropout=0.0,
-                init_layers=(0,),
-                shadow_loss_weight=1.0,
-                distillation_weight=1.0,
-                backbone_loss="own",
-            ),
-            shadow_epochs=6.0,
-            optimizer=OptimizerConfig(learning_rate=3e-3, backbone_learning_rate=1e-3),
-            output=f"{arguments.output}/shadow",
-            **common,
-        ),
-        "lora": TrainConfig(
-            method="lora",
-            lora=LoraConfig(rank=15, alpha=30.0),
-            optimizer=OptimizerConfig(learning_rate=1e-3),
-            output=f"{arguments.output}/lora",
-            **common,
-        ),
+        name: from_mapping(TrainConfig, {**common, **settings, "output": f"{arguments.output}/{name}"}, where="")
+        for name, settings in methods.items()
     }
 
 

@@ -8,7 +8,7 @@ In front of block l, with c_l (d,) and the size m_l measured once (``model/chann
 
 m_l is the root mean square of that block's usual input. f is chosen so that a step of Adam, which moves each weight by
 about the learning rate whatever the gradient's size, moves h by the same share of its size for every r, d and L'
-(in the manner of muP, https://arxiv.org/abs/2203.03466): the best learning rate found at one size holds at others.
+(in the manner of muP, https://arxiv.org/abs/2203.03466), so that a learning rate found at one size serves at others.
 """
 
 from typing import Any, NamedTuple
