@@ -1,7 +1,7 @@
 """transformers' own ``ModelTesterMixin``, taken from the sdist of the installed version: a wheel has no tests.
 
 The sdist lacks ``tests/generation`` and ``tests/exporters``; two empty classes stand in for the mixins that
-``test_modeling_common.py`` imports from there. ``tests/slow/generation_checks.py`` has checks of generation.
+``test_modeling_common.py`` imports from there. ``tests/model/test_generation_contract.py`` has checks of generation.
 """
 
 import importlib
