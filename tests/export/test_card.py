@@ -139,3 +139,23 @@ def test_a_damaged_report_gives_no_figure():
 def test_cards_are_files_of_the_directory_and_no_part_of_the_weights(detached):
     names = {path.name for path in Path(detached[0] / "run" / "model").iterdir()}
     assert names >= {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_gguf_file_has_its_card_in_the_metadata(tmp_path):
+    import gguf
+
+    from shadowtune.export.exporting import export
+    from shadowtune.export.gguf_file import CARD
+    from tests.support.shadows import perturbed_model
+
+    model = perturbed_model(shadow_loss_weight=1.0).detached()
+    out = tmp_path / "small.gguf"
+    export(model, tiny_tokenizer(), "gguf", "f32", out, [[5, 6, 7]], 4, card=Card("org/base", training={"seed": "1"}))
+    fields = gguf.GGUFReader(out).fields
+    card = fields[CARD].contents()
+    assert fields["general.base_model.0.name"].contents() == "org/base"
+    assert "shadowtune" in fields["general.tags"].contents()
+    assert "| seed | 1 |" in card and "## Prompt" in card
+    said, monkey = [], card.split("```python")[1].split("```")[0]
+    exec(monkey.replace("'small.gguf'", repr(str(out))), {"print": said.append})
+    assert len(said) == 1

@@ -233,5 +233,5 @@ class PromptFormat:
         """Read what stands in ``prompt_format.json``; raises DataError, naming the place, if it is something else."""
         try:
             return from_mapping(cls, json.loads(text), where="")
-        except (ValueError, ShadowtuneError) as error:
+        except (ValueError, RecursionError, ShadowtuneError) as error:
             raise DataError(f"{place}: {error}; write it again with shadowtune detach or export") from None

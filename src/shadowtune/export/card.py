@@ -15,7 +15,7 @@ from shadowtune.models import NAMED
 FILE = "README.md"
 YOUR_TEXT = "your text"
 """Stands for a request in what a card shows."""
-Form = Literal["attached", "adapter", "full", "detached", "onnx"]
+Form = Literal["attached", "adapter", "full", "detached", "onnx", "gguf"]
 """What was saved: a shadow beside its base, an adapter of PEFT, a whole model, or the shadow alone in a format of
 ``shadowtune export``."""
 LIBRARIES: dict[Form, str] = {
@@ -24,6 +24,7 @@ LIBRARIES: dict[Form, str] = {
     "full": "transformers",
     "detached": "transformers",
     "onnx": "onnxruntime",
+    "gguf": "llama.cpp",
 }
 RELATIONS: dict[Form, str] = {"attached": "adapter", "adapter": "adapter", "full": "finetune"}
 """Between the base and what was saved, in the words of the Hub; a detached shadow is a model of its own."""
@@ -33,6 +34,7 @@ TITLES: dict[Form, str] = {
     "full": "Fine-tuned model",
     "detached": "Detached shadow",
     "onnx": "Detached shadow, ONNX",
+    "gguf": "Detached shadow, GGUF",
 }
 AUTOS = {"causal_lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
 PIPELINES = {"causal_lm": "text-generation", "classification": "text-classification"}
@@ -104,7 +106,7 @@ class Card:
 
     def _example(self, name: str, form: Form, chat: bool) -> list[str]:
         """Code that answers one request, run in the directory that holds what was saved."""
-        if form == "onnx":
+        if form in ("onnx", "gguf"):
             return [
                 "from pathlib import Path",
                 "",

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from shadowtune.data.baking import read_prompts, save_prompts
+from shadowtune.data.baking import bake, read_prompts, save_prompts
 from shadowtune.data.encoding import prompt_ids
 from shadowtune.data.ends import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
@@ -40,8 +40,9 @@ class Format:
     packages: tuple[str, ...]
     """Python packages that writing needs."""
     single_file: bool
-    write: Callable[[PreTrainedModel, Tokenizer, Path, str, PromptFormat], None]
-    """Write (model, tokenizer, file or directory, quantization, what stands around a user's words)."""
+    write: Callable[..., None]
+    """Write (model, tokenizer, file or directory, quantization, format of the prompts). A single file also takes the
+    name of the ``base`` and the model ``card``."""
     open: Callable[[Path, int], Runtime]
     """Open what was written, for sequences of so many tokens."""
 
@@ -105,7 +106,7 @@ FORMATS = {
 }
 """The formats by their names on the command line."""
 
-_FORMS: dict[str, Form] = {"onnx": "onnx", "safetensors": "detached"}
+_FORMS: dict[str, Form] = {"gguf": "gguf", "onnx": "onnx", "safetensors": "detached"}
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,12 @@ def export(
     ends = end_tokens(model, tokenizer, form.ends)
     with staged(out.parent if kind.single_file else out) as staging:
         written = staging / out.name if kind.single_file else staging
-        kind.write(model, tokenizer, written, quantization, form)
+        saved = bake(tokenizer, form)[1]
+        card = card or Card("")
+        card = card if card.prompt else replace(card, prompt=describe_prompt(saved, tokenizer))
+        chat = saved.baked or bool(tokenizer.chat_template)
+        told = {"base": card.base, "card": card.text(model.num_parameters(), out.name, _FORMS[to], chat)}
+        kind.write(model, tokenizer, written, quantization, form, **(told if kind.single_file else {}))
         runtime = kind.open(written, length)
         if isinstance(runtime, GgufModel):
             _check_tokens(runtime, tokenizer, prompts)
@@ -210,10 +216,6 @@ def export(
         if exact:
             require_equal(agreement, f"{to} {quantization}")
         if not kind.single_file:
-            card = card or Card("")
-            saved = PromptFormat.load(staging)
-            card = card if card.prompt else replace(card, prompt=describe_prompt(saved, tokenizer))
-            chat = saved.baked or bool(tokenizer.chat_template)
             write_card(staging, card, _FORMS[to], out.name, chat, model.num_parameters())
         files = [written] if kind.single_file else list(staging.iterdir())
         size = sum(file.stat().st_size for file in files)

@@ -24,6 +24,8 @@ QUANTIZATIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "
 
 PROMPT_FORMAT, SPECIAL_TOKENS = "shadowtune.prompt_format", "shadowtune.special_tokens"
 """Our metadata, JSON both: what stands around a user's words; the tokenizer's special tokens by their roles."""
+CARD = "shadowtune.card"
+"""The model card, Markdown: a single file has no README.md beside it."""
 TOKENIZER = "tokenizer.huggingface.json"
 """The whole tokenizer, under the name that the format has for it."""
 
@@ -55,6 +57,8 @@ def write_gguf(
     file: Path,
     quantization: str,
     prompt_format: PromptFormat | None = None,
+    base: str = "",
+    card: str = "",
 ) -> None:
     """Write a causal language model and its tokenizer.
 
@@ -66,6 +70,8 @@ def write_gguf(
         file: to create.
         quantization: one of ``QUANTIZATIONS``.
         prompt_format: kept in the metadata, if it is known.
+        base: name of the base beside which the model was trained, for the metadata; empty if it is not known.
+        card: its model card, Markdown, for the metadata.
 
     Raises:
         ShadowtuneError: if llama.cpp has no such architecture, attention or tokenizer.
@@ -82,6 +88,12 @@ def write_gguf(
         )
     writer = gguf.GGUFWriter(file, ARCHITECTURES[config.model_type])
     _add_settings(writer, model, file.stem, gguf.LlamaFileType[QUANTIZATIONS[quantization]])
+    writer.add_tags(["shadowtune", "ShadowPEFT", "detached"])
+    if base:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base)
+    if card:
+        writer.add_string(CARD, card)
     form = prompt_format or PromptFormat()
     ends = end_tokens(model, tokenizer, form.ends)
     tokenizer, form = bake(tokenizer, form)
