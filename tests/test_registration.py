@@ -37,6 +37,12 @@ ORDERS = {
     "shadowtune first": "import shadowtune; from transformers import AutoModelForCausalLM, AutoConfig",
     "transformers first": "from transformers import AutoModelForCausalLM, AutoConfig; import shadowtune",
     "lazily": "import transformers, shadowtune; from transformers import AutoModelForCausalLM, AutoConfig",
+    "a model class first": "import shadowtune; from transformers import PreTrainedModel; "
+    "from transformers import AutoConfig, AutoModelForCausalLM",
+    "generation first": "import shadowtune; from transformers import GenerationMixin, AutoConfig, AutoModelForCausalLM",
+    "a submodule first": "import shadowtune; import transformers.modeling_utils; "
+    "from transformers import AutoConfig, AutoModelForCausalLM",
+    "the trainer first": "import shadowtune; from transformers import Trainer, AutoConfig, AutoModelForCausalLM",
     "config alone": "import shadowtune; from transformers import AutoConfig; import transformers as t; "
     "AutoModelForCausalLM = t.AutoModelForCausalLM",
 }

@@ -1,4 +1,4 @@
-"""Make transformers know the model type ``shadow``: at once if it is loaded, else as soon as its auto classes are.
+"""Make transformers know the model type ``shadow``: at once if its auto classes are loaded, else as soon as they are.
 
 So importing ``shadowtune`` costs nothing of transformers and torch (two seconds) before they are used, and
 ``AutoModelForCausalLM.from_pretrained`` opens a saved shadow whichever of the two packages is imported first.
@@ -14,8 +14,7 @@ from types import ModuleType
 from shadowtune.quiet import quiet_imports
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-AUTO_MODELS = "transformers.models.auto.modeling_auto"
-"""The modules of the auto classes; the second imports the first."""
+"""The module that every auto class needs, and the first of them to load."""
 
 
 def register_when_loaded() -> None:
@@ -41,33 +40,56 @@ def register() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of the auto classes as the other finders do, and registers after they have run."""
+    """Finds modules of transformers as the other finders do, until the auto classes are there.
+
+    It registers when the last of the modules that import each other has run: in the middle of them, what our classes
+    derive from may not exist yet.
+    """
 
     def __init__(self) -> None:
-        self._wanted = {AUTO_CONFIG, AUTO_MODELS}
+        self.running = 0
+        """Modules of transformers that have begun to run and have not ended."""
+        self._asking: set[str] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in self._wanted:
+        if not fullname.startswith("transformers.") or fullname in self._asking:
             return None
-        self._wanted.remove(fullname)  # so that this finder is not asked again by the next line
-        spec = importlib.util.find_spec(fullname)
+        self._asking.add(fullname)  # the next line asks this finder too
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking.discard(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self)
         return spec
+
+    def ended(self) -> None:
+        """Note that a module has run; register if it was the last and the auto classes are among them."""
+        self.running -= 1
+        if self.running == 0 and AUTO_CONFIG in sys.modules and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            register()
 
 
 class _Loader(importlib.abc.Loader):
-    """Runs a module by its own loader, then registers, unless the other module is on its way and will."""
+    """Runs a module by its own loader, which stays its loader, and tells the finder."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: importlib.abc.Loader, finder: _Finder) -> None:
+        self._loader, self._finder = loader, finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        if module.__name__ == AUTO_MODELS or AUTO_MODELS not in sys.modules:
-            register()
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._finder.running += 1
+        try:
+            self._loader.exec_module(module)
+        except BaseException:
+            self._finder.running -= 1
+            raise
+        self._finder.ended()

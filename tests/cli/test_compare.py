@@ -11,6 +11,7 @@ import yaml
 
 from shadowtune.cli.main import main
 from shadowtune.comparison import execution
+from shadowtune.config.loading import SHIPPED
 from tests.support.commands import ROWS, write_rows
 from tests.support.comparisons import LocalWorker, compare_settings
 
@@ -122,7 +123,7 @@ def test_data_is_a_directory_of_the_tasks_data(tmp_path, capsys):
 
 def test_a_newcomers_rows_become_a_report_in_one_command(in_this_process, base, tmp_path, monkeypatch):
     """The command at the head of the file that we ship, on a tiny base."""
-    shipped = Path(__file__).parents[2] / "configs" / "compare" / "users.yaml"
+    shipped = SHIPPED / "compare" / "users.yaml"
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "train.jsonl")
     write_rows(tmp_path / "test.jsonl", ROWS[:3])
@@ -144,7 +145,7 @@ def test_one_file_of_rows_and_the_documented_task_become_a_report(in_this_proces
     write_rows(tmp_path / "tickets.jsonl", [{"text": f"no {i}", "team": "red"} for i in range(60)])
     settings = ["tasks.mine.data.task=my-task.yaml", "tasks.mine.data.train=", "budget=", "seeds=[1]"]
     settings += [f"common.model={base}", "common.max_steps=2", "methods={lora: , shadow: }"]
-    assert main(["compare", str(root / "configs" / "compare" / "users.yaml"), *settings]) == 0
+    assert main(["compare", str(SHIPPED / "compare" / "users.yaml"), *settings]) == 0
     rows = (tmp_path / "runs" / "compare-mine" / "results.jsonl").read_text().splitlines()
     tested = json.loads(rows[0])["evaluations"][0]["rows"]
     assert 1 <= tested < 20
