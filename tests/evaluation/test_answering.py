@@ -62,6 +62,7 @@ class Spaced:
 
     device = torch.device("cpu")
     config = tiny_config()
+    generation_config = None
 
     def __init__(self, answer):
         self.ids = tiny_tokenizer()(answer, return_tensors="pt")["input_ids"]
