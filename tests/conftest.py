@@ -25,7 +25,16 @@ UPSTREAM = ("'min_new_tokens'",)
 """Parts of deprecations that a library reports of its own calls: transformers of how it calls an assistant model."""
 
 
-OTHERS = ("benchmark", "comparison", "parity", "formats", "test_bench.py", "test_convert.py", "test_inspection.py")
+OTHERS = (
+    "benchmark",
+    "comparison",
+    "parity",
+    "formats",
+    "test_bench.py",
+    "test_convert.py",
+    "test_inspection.py",
+    "test_adapters.py",
+)
 """Directories and files of tests that run third-party tuners, whose own calls are theirs to mend: shadow-peft 0.1 and
 the Shadow tuner of peft 0.21 hand the cache on by its old name."""
 

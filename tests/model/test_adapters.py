@@ -51,7 +51,7 @@ def test_the_auxiliary_loss_of_pefts_shadow_is_trained():
     model = perturb(trained(SHADOW), scale=0.1).eval()
     ids = tokens(2, 7)
     inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
-    loss = objective_of("peft", "causal_lm")(model, inputs, None)["loss"]
+    loss = objective_of("peft", "causal_lm", "SHADOW")(model, inputs, None)["loss"]
     auxiliary = model.base_model.last_shadow_loss
     plain = objective_of("lora", "causal_lm")(model, inputs, None)["loss"]
     assert auxiliary > 1
