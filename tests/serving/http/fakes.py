@@ -19,7 +19,7 @@ MODELS = ("echo", "hang", "refuse", "full", "fail", "late", "bug", "late-bug", "
 
 def words_of(request: Request) -> list[str]:
     """What the fake answers: the words of the prompt, or its token ids."""
-    given = request.prompt if request.messages is None else request.messages[-1]["content"]
+    given = request.prompt if request.messages is None else request.messages[-1]["content"] or ""
     return given.split() if isinstance(given, str) else [str(token) for token in given]
 
 
