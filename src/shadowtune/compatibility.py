@@ -28,7 +28,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 def cache_of(output: ModelOutput) -> Cache | None:
     """Return the key-value cache of a model's output; None if it has none."""
-    return output.get(CACHE)  # type: ignore[no-any-return]
+    return output.get(CACHE)
 
 
 def set_cache(output: ModelOutput, cache: Cache | None) -> None:

@@ -69,13 +69,13 @@ STATELESS = {"variant": "stateless", "alpha": 0.01, "shadow_loss_weight": 0.0, "
 def test_a_stateless_shadow_rests_while_its_boundaries_learn(tmp_path, monkeypatch):
     config = config_in(tmp_path, shadow=ShadowConfig(**{**SHADOW, **STATELESS}))
     ran = []
-    initial_states = Shadow.initial_states
+    run = Shadow.run
 
     def spy(self, *args, **kwargs):
         ran.append(torch.is_grad_enabled())
-        return initial_states(self, *args, **kwargs)
+        return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(Shadow, "initial_states", spy)
+    monkeypatch.setattr(Shadow, "run", spy)
     train(alone(config), quiet=True)
     passes_alone = len(ran)
     summary = train(config, overwrite=True, quiet=True)

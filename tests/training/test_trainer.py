@@ -121,6 +121,7 @@ def test_the_shadow_loss_arrives_under_a_plain_trainer(accumulation, tmp_path):
     assert_same(gradients.first, expected)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl 1.16 sets it
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("perturbed", [False, True])
 def test_the_shadow_loss_arrives_under_trl(perturbed, accumulation, tmp_path):

@@ -8,6 +8,7 @@ through it as well. So what a new release of transformers changes is an error he
 import contextlib
 import inspect
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def _check_two_tokens(base: PreTrainedModel, decoder: nn.Module, blocks: nn.Modu
     """
     if any(parameter.is_meta for parameter in base.parameters()):
         return
-    ids = torch.tensor([[1, 2]], device=base.get_input_embeddings().weight.device)  # type: ignore[union-attr]
+    ids = torch.tensor([[1, 2]]).to(cast(nn.Embedding, base.get_input_embeddings()).weight.device)
     positions = torch.arange(2, device=ids.device)[None]
     with _evaluating(base):
         probe = _Probe()

@@ -27,7 +27,7 @@ HELP = {
 """What each benchmark measures. Stated here too, so that ``shadowtune --help`` need not import them."""
 
 
-def load(name: str) -> "Bench[Any]":
+def load(name: str) -> "Bench":
     """Import a benchmark."""
     from shadowtune.benchmark.registry import BENCHES
 

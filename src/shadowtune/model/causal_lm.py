@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from shadowtune.attach.architectures import Finish
-from shadowtune.compatibility import CACHE, cache_of, pop_cache, takes_cache
+from shadowtune.compatibility import CACHE, cache_of, set_cache, takes_cache
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.drafting import draft_loss
 from shadowtune.core.head import IGNORE_INDEX, Head
@@ -163,15 +163,16 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits_of(hidden_states[:, kept])
-        return ShadowCausalLMOutput(
+        result = ShadowCausalLMOutput(
             loss=None if joint is None else joint.total,
             logits=logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             last_hidden_state=hidden_states if labels is None and self.shadow.draft_fusion is not None else None,
-            **{CACHE: cache_of(output)},
             **loss_terms(joint),
         )
+        set_cache(result, cache_of(output))
+        return result
 
     def _attached_loss(
         self,
@@ -246,8 +247,8 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         if self.mode == "base":
             if len(args) < 2:
                 kwargs = self._base_settings(**kwargs)
-            return cast(GenerationMixin, self.base).generate(*args, **kwargs)  # type: ignore[misc]
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+            return cast(GenerationMixin, self.base).generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)
 
     def _base_settings(self, generation_config: GenerationConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Keywords with which the base's own ``generate`` does what this model's generation config says.

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
-from shadowtune.compatibility import CACHE, cache_of, takes_cache
+from shadowtune.compatibility import CACHE, cache_of, set_cache, takes_cache
 from shadowtune.core.class_losses import classification_loss, joint_classification_loss
 from shadowtune.core.losses import JointLoss
 from shadowtune.errors import ConfigError
@@ -160,14 +160,15 @@ class ShadowForSequenceClassification(ShadowPair):
                 self.config.problem_type,
                 num_items_in_batch,
             )
-        return ShadowClassifierOutput(
+        result = ShadowClassifierOutput(
             loss=None if joint is None else joint.total,
             logits=logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            **{CACHE: cache_of(output)},
             **loss_terms(joint),
         )
+        set_cache(result, cache_of(output))
+        return result
 
     def _base_without_pad(
         self, texts: tuple[Any, ...], labels: Tensor | None, num_items_in_batch: Tensor | int | None, **kwargs: Any

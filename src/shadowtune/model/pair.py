@@ -375,6 +375,6 @@ class ShadowPair(PreTrainedModel):
         return Trunk(self)
 
 
-def loss_terms(joint: JointLoss | None) -> dict[str, Tensor | None]:
+def loss_terms(joint: JointLoss | None) -> dict[str, Any]:
     """Name the terms of a joint loss as the outputs of the models name them."""
     return {} if joint is None else {f"{name}_loss": term for name, term in joint._asdict().items() if name != "total"}

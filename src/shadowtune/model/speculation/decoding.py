@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
 
-from shadowtune.compatibility import CACHE
+from shadowtune.compatibility import CACHE, set_cache
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.acceptance import Process, Proposal, Verdict, greedy_verdicts, verdict
@@ -95,7 +95,9 @@ class Speculator:
         if self._streamer is not None:
             self._streamer.end()
         if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=cast(Any, rows.output()), **{CACHE: cache})
+            output = GenerateDecoderOnlyOutput(sequences=cast(Any, rows.output()))
+            set_cache(output, cache)
+            return output
         return rows.output()
 
 
