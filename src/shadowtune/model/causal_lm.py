@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from shadowtune.attach.architectures import Finish
-from shadowtune.compatibility import CACHE, cache_of, set_cache, takes_cache
+from shadowtune.compatibility import CACHE, cache_of, pop_cache, set_cache, takes_cache
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.drafting import draft_loss
 from shadowtune.core.head import IGNORE_INDEX, Head
