@@ -24,7 +24,7 @@ robot: install  ## a robot that answers what it can: train, detach, export, cali
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: install  ## transformers' own model tests on our classes, from the sdist of the installed version; 15 minutes
+test-slow: install  ## transformers' own model tests on our classes, from the sdist of the installed version
 	$(BIN)/python -m pytest -m slow tests/slow
 
 LATEST := .venv-latest
