@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -117,6 +118,44 @@ def test_adapters_come_and_go_while_it_runs(cloud, client, shadow_run):
             admin.post("/load_adapter", body={"name": "late", "path": path}, cast_to=object)
     with pytest.raises(openai.PermissionDeniedError, match="was there when the server started"):
         admin.post("/unload_adapter", body={"name": "shadow"}, cast_to=object)
+
+
+def negative(config):
+    config["backbone_config"]["intermediate_size"] = -4
+    return json.dumps(config)
+
+
+def headless(config):
+    config["backbone_config"]["num_attention_heads"] = 0
+    return json.dumps(config)
+
+
+def huge(config):
+    config["shadow"]["rank"] = 10**12
+    return json.dumps(config)
+
+
+MALFORMED = {
+    "negative": negative,
+    "headless": headless,
+    "huge": huge,
+    "deep": lambda config: "[" * 100_000,
+    "cut": lambda config: json.dumps(config)[:100],
+}
+
+
+@pytest.mark.parametrize("change", MALFORMED)
+def test_a_malformed_adapter_is_a_400_and_others_go_on(cloud, client, shadow_run, change):
+    directory = shadow_run.parent / f"malformed-{change}"
+    shutil.copytree(shadow_run / "model", directory)
+    file = directory / "config.json"
+    file.write_text(MALFORMED[change](json.loads(file.read_text())))
+    admin = client.with_options(api_key="admin")
+    with pytest.raises(openai.BadRequestError) as refused:
+        admin.post("/load_adapter", body={"name": "late", "path": directory.name}, cast_to=object)
+    message = refused.value.body["message"]
+    assert "\n" not in message and len(message) < 1_000
+    assert client.completions.create(model="shadow", prompt="say one", max_tokens=1).choices
 
 
 def test_without_its_key_it_is_shut(cloud):

@@ -105,21 +105,9 @@ class Shadow(nn.Module):
             count_tokens(cache, inputs_embeds)
         return ShadowState(self.boundaries, None)
 
-    @takes_cache
-    def initial_states(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
+    def initial_states(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the shadow backbone, called as ``run`` is, and return s0, (B, T, d) (Eq. 1)."""
-        both = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
-        states = self.run(*both, **kwargs).last_hidden_state
-        assert states is not None
+        states: Tensor = self.run(*args, **kwargs).last_hidden_state
         return states
 
     @takes_cache
