@@ -67,7 +67,7 @@ def test_escape_stops_before_the_first_word(visit, stub):
     ("decision", "told"),
     [
         (stubs.EDGE, ["edge", "confident", "confidence 0.93", "cost 0"]),
-        (stubs.UNSURE, ["cloud", "unsure", "confidence 0.41", "cost 17"]),
+        (stubs.UNSURE, ["cloud", "unsure", "confidence 0.41", "cost 17 cloud tokens"]),
         (stubs.FALLBACK, ["fallback", "cloud timed out", "confidence 0.41", "cost 0"]),
         (stubs.CLOUD, ["cloud", "attached", "cost 12"]),
     ],
