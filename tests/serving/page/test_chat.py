@@ -66,10 +66,10 @@ def test_escape_stops_before_the_first_word(visit, stub):
 @pytest.mark.parametrize(
     ("decision", "told"),
     [
-        (stubs.EDGE, ["edge", "confident", "confidence 0.93", "cost 0"]),
+        (stubs.EDGE, ["edge", "confident", "confidence 0.93", "cost 0 cloud tokens"]),
         (stubs.UNSURE, ["cloud", "unsure", "confidence 0.41", "cost 17 cloud tokens"]),
-        (stubs.FALLBACK, ["fallback", "cloud timed out", "confidence 0.41", "cost 0"]),
-        (stubs.CLOUD, ["cloud", "attached", "cost 12"]),
+        (stubs.FALLBACK, ["fallback", "cloud timed out", "confidence 0.41", "cost 0 cloud tokens"]),
+        (stubs.CLOUD, ["cloud", "attached", "cost 12 cloud tokens"]),
     ],
     ids=["edge", "unsure", "fallback", "attached"],
 )
