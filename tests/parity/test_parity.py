@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from shadowtune.compatibility import CACHE
 from shadowtune.model.formats.mapping import as_peer
 from tests.parity.peers import Twins, peft_twins, shadow_peft_twins, smaller_model
 from tests.support.shadows import tokens
@@ -99,7 +100,9 @@ def test_greedy_generation(twins):
     ours = twins.ours.generate(**prompt, **settings)
     assert ours.shape == (2, 25)
     assert ours[:, 13:].unique().numel() > 3
-    assert torch.equal(ours, twins.peer.generate(**prompt, **settings))
+    # The Shadow tuner of peft 0.21 loses its cache from transformers 5.24 on, which calls it by another name.
+    theirs = twins.peer.generate(**prompt, **settings, use_cache=CACHE == "past_key_values")
+    assert torch.equal(ours, theirs)
 
 
 def test_the_peers_train_an_update_that_no_gradient_reaches(twins):

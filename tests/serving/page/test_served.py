@@ -37,7 +37,12 @@ def test_a_message_is_answered_with_its_decision_and_shows_in_the_plots(visit, a
     page = visit()
     send(page, "to be or not")
     expect(last(page)).to_have_text("to be or not")
-    assert page.locator(".facts li").all_inner_texts()[:4] == ["edge", "confident", "confidence 0.87", "cost 0 cloud tokens"]
+    assert page.locator(".facts li").all_inner_texts()[:4] == [
+        "edge",
+        "confident",
+        "confidence 0.87",
+        "cost 0 cloud tokens",
+    ]
     expect(page.locator("#latency svg > .edge")).to_have_count(1)
     (request,) = answerer.asked
     assert (request.model, request.max_tokens, request.sampling.temperature) == ("echo", 256, 0)
