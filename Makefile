@@ -35,7 +35,7 @@ test-latest: install  ## a selection, with what pip brings today: a wheel, no co
 	rm -rf $(LATEST) dist
 	$(BIN)/uv venv -q --seed $(LATEST)
 	$(BIN)/uv build -q --wheel -o dist .
-	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install -q --python $(LATEST)/bin/python \
+	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install -q --compile-bytecode --python $(LATEST)/bin/python \
 		$$(grep ^torch== constraints.txt) "$$(echo dist/*.whl)[dev]" $(if $(BEYOND),--override .ci/beyond.txt)
 	$(LATEST)/bin/python -m pip list 2>/dev/null | grep -iE '^(torch|transformers|peft|trl|accelerate) '
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m 'not slow' $(SELECTION)
