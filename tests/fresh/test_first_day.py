@@ -68,7 +68,7 @@ def test_it_serves_a_request(empty):
     server = subprocess.Popen(command, cwd=empty, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         address = server.stdout.readline().split()[0]
-        body = json.dumps({"model": "shadow", "prompt": "wake me at six", "max_tokens": 4}).encode()
+        body = json.dumps({"model": "tiny", "prompt": "wake me at six", "max_tokens": 4}).encode()
         request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=120) as reply:
             assert json.load(reply)["usage"]["completion_tokens"] >= 1
