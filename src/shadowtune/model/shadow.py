@@ -107,7 +107,8 @@ class Shadow(nn.Module):
 
     def initial_states(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the shadow backbone, called as ``run`` is, and return s0, (B, T, d) (Eq. 1)."""
-        states: Tensor = self.run(*args, **kwargs).last_hidden_state
+        states = self.run(*args, **kwargs).last_hidden_state
+        assert states is not None
         return states
 
     @takes_cache
