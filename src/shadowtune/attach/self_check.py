@@ -56,13 +56,11 @@ class _Probe:
     """Stands in for a ``ShadowState``: records which blocks see it and changes nothing."""
 
     def __init__(self) -> None:
-        self.depth = -1
         self.seen: list[int] = []
 
     def enter(self, depth: int, hidden_states: Tensor) -> Tensor:
         if depth not in self.seen:
             self.seen.append(depth)
-        self.depth = depth
         return hidden_states
 
 

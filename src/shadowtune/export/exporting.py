@@ -193,12 +193,11 @@ def export(
     Raises:
         ShadowtuneError: if ``out`` is taken, the format cannot express the model, or tokens differ.
     """
-    kind, prompt_format = FORMATS[to], prompt_format or PromptFormat()
+    kind, form = FORMATS[to], prompt_format or PromptFormat()
     check_free(out)
     exact = quantization in DTYPES
     reference = TorchModel(_rounded(model, DTYPES[quantization]) if exact else model)
     length = max(map(len, prompts)) + max_new_tokens
-    form = prompt_format or PromptFormat()
     ends = end_tokens(model, tokenizer, form.ends)
     with staged(out.parent if kind.single_file else out) as staging:
         written = staging / out.name if kind.single_file else staging
