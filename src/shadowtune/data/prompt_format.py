@@ -131,6 +131,10 @@ class PromptFormat:
         """Say whether the model reads system messages and earlier turns: whether it has a chat template."""
         return has_template(tokenizer, self.chat_template)
 
+    def has_saved_template(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Say whether the tokenizer saved beside this format has a chat template, given its original tokenizer."""
+        return self.baked or bool(tokenizer.chat_template)
+
     def prompt_ids(
         self, text: str | None, tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any] | None = None
     ) -> list[int]:

@@ -84,7 +84,7 @@ def write_detached(
             card = card if card.prompt else replace(card, prompt=describe_prompt(form, tokenizer))
         write_older_keys(staging)
         parameters = sum(parameter.numel() for parameter in plain.parameters())
-        write_card(staging, card, "detached", directory.name, form.baked or bool(tokenizer.chat_template), parameters)
+        write_card(staging, card, "detached", directory.name, form.has_saved_template(tokenizer), parameters)
         loaded: PreTrainedModel = (
             _AUTOS[card.task].from_pretrained(staging, trust_remote_code=False).to(plain.device).eval()
         )

@@ -204,7 +204,7 @@ def export(
         saved = bake(tokenizer, form)[1]
         card = card or Card("")
         card = card if card.prompt else replace(card, prompt=describe_prompt(saved, tokenizer))
-        chat = saved.baked or bool(tokenizer.chat_template)
+        chat = saved.has_saved_template(tokenizer)
         told = {"base": card.base, "card": card.text(model.num_parameters(), out.name, _FORMS[to], chat)}
         kind.write(model, tokenizer, written, quantization, form, **(told if kind.single_file else {}))
         runtime = kind.open(written, length)

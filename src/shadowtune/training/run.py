@@ -378,7 +378,7 @@ def _write_card(
     measured, conditions = training_costs(asdict(summary)), measuring_conditions(provenance())
     card = Card(config.model, config.task, training_facts(config), measured, conditions, prompt)
     form: Form = "attached" if config.method == "shadow" else "full" if config.method == "full" else "adapter"
-    chat = prompts.baked or bool(tokenizer.chat_template)
+    chat = prompts.has_saved_template(tokenizer)
     write_card(directory, card, form, name, chat, summary.trainable_parameters)
 
 
