@@ -19,6 +19,17 @@ def test_answers_written_are_those_read_again(tmp_path):
     assert AnswerFile(tmp_path / "edge.jsonl", ORIGIN).answers == [FIRST, SECOND] == recording.answers
 
 
+def test_a_file_of_version_0_1_is_read(tmp_path):
+    file = tmp_path / "edge.jsonl"
+    file.write_text(
+        '{"schema": 1, "model": "runs/a", "rows": "abc"}\n'
+        '{"text": "set_timer", "score": 1.0, "seconds": 0.5, "first_seconds": 0.25, "prompt_tokens": 12, '
+        '"completion_tokens": 3, "tokens": [4, 5, 2], "signals": {"logprob": 0.9, "margin": 0.8, "entropy": 0.7, '
+        '"first": 0.6, "length": 3}}\n'
+    )
+    assert AnswerFile(file, ORIGIN).answers == [FIRST]
+
+
 def test_an_interrupted_recording_is_gone_on_with(tmp_path):
     file = tmp_path / "edge.jsonl"
     recording = AnswerFile(file, ORIGIN)

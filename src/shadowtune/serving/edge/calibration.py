@@ -168,8 +168,8 @@ def plot_calibration(figure: Any, calibration: Calibration) -> None:
         costs.plot([point.cost for point in points], heights, line, **style)
     points = calibration.curves[calibration.policy.signal]
     ends = [100 * points[0].accuracy, 100 * points[-1].accuracy]
-    for axes, far in ((rates, 100), (costs, points[-1].cost)):
-        axes.plot([0, far], ends, ":", color="#888888", label="random")
+    for axes, end in ((rates, 100), (costs, points[-1].cost)):
+        axes.plot([0, end], ends, ":", color="#888888", label="random")
     for point, marker, label in ((calibration.promised, "o", "chosen"), (calibration.found, "x", "checked")):
         if point is not None:
             rates.plot([100 * point.hand_over_rate], [100 * point.accuracy], marker, color="black", label=label)

@@ -22,7 +22,7 @@ from shadowtune.serving.wording import Wording
 
 LOGGER = logging.getLogger(__name__)
 CLOSE_SECONDS = 10.0
-"""Seconds to wait for an answer that was told to stop; a model that hangs is abandoned."""
+"""Seconds to wait for an answer that was asked to stop; a model that hangs is abandoned."""
 
 
 class LocalStream:
@@ -40,7 +40,9 @@ class LocalStream:
         self._opened, self._request, self._ids, self._limit, self._follower = opened, request, ids, limit, follower
         self._loop = asyncio.get_running_loop()
         self._chunks: asyncio.Queue[Piece | None] = asyncio.Queue()
-        self._ended, self._stopped = asyncio.Event(), threading.Event()
+        self.ended = asyncio.Event()
+        """Set once it holds nothing any more."""
+        self._stopped = threading.Event()
         self.future.add_done_callback(lambda _: self._call(self._end))
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
@@ -60,21 +62,12 @@ class LocalStream:
     async def aclose(self) -> None:
         """Stop at the next token, and wait until the thread is free."""
         self.stop()
-        await self._ended.wait()
+        await self.ended.wait()
 
     def stop(self) -> None:
         """Request a stop at the next token."""
         self._stopped.set()
         self.future.cancel()  # if it has not begun
-
-    @property
-    def ended(self) -> bool:
-        """Whether it has released everything."""
-        return self._ended.is_set()
-
-    async def wait(self) -> None:
-        """Wait until it has released everything."""
-        await self._ended.wait()
 
     def run(self) -> None:
         """Generate the answer, in the model's thread."""
@@ -98,7 +91,7 @@ class LocalStream:
             self._stopped.set()
 
     def _end(self) -> None:
-        self._ended.set()
+        self.ended.set()
         self._chunks.put_nowait(None)
 
     def _generate(self) -> Generator[Piece, None, None]:
@@ -213,7 +206,7 @@ class LocalModel:
     async def aclose(self) -> None:
         """Refuse new requests, let the others finish as far as time allows, and end the threads."""
         self._closing = True
-        waits = [asyncio.ensure_future(stream.wait()) for stream in self._active()]
+        waits = [asyncio.ensure_future(stream.ended.wait()) for stream in self._active()]
         if waits:
             await asyncio.wait(waits, timeout=self._close_seconds)
             for stream in self._active():
@@ -248,7 +241,7 @@ class LocalModel:
 
     def _active(self) -> list[LocalStream]:
         """Return the streams that run or wait."""
-        self._streams = {stream for stream in self._streams if not stream.ended}
+        self._streams = {stream for stream in self._streams if not stream.ended.is_set()}
         return list(self._streams)
 
     def _check_name(self, name: str) -> None:

@@ -171,7 +171,7 @@ async def output_chunks(events: AsyncIterator[str], logprobs: bool) -> AsyncIter
         chunk = _parse_chunk(data)
         usage = _to_usage(chunk.usage) if chunk.usage else usage
         for choice in chunk.choices or ():
-            new = _to_piece(choice, logprobs)
+            new = _to_output(choice, logprobs)
             reason = reason or choice.finish_reason
             count += bool(new.text or new.tool_calls)
             if reason:  # content that comes with the end goes out with it
@@ -181,11 +181,11 @@ async def output_chunks(events: AsyncIterator[str], logprobs: bool) -> AsyncIter
     if not reason:
         raise RemoteError(BROKE_OFF, "its answer has no end")
     yield Piece(
-        "".join(piece.text for piece in last),
-        tuple(token for piece in last for token in piece.tokens),
+        "".join(part.text for part in last),
+        tuple(token for part in last for token in part.tokens),
         reason if reason in ("length", "tool_calls") else "stop",  # type: ignore[arg-type]
         usage or Usage(0, count),
-        tuple(call for piece in last for call in piece.tool_calls),
+        tuple(call for part in last for call in part.tool_calls),
     )
 
 
@@ -217,7 +217,7 @@ def _parse_chunk(data: str) -> _Chunk:
     return chunk
 
 
-def _to_piece(choice: _Choice, logprobs: bool) -> Piece:
+def _to_output(choice: _Choice, logprobs: bool) -> Piece:
     delta = choice.delta or _Delta(content=choice.text)
     calls = []
     for call in delta.tool_calls or ():

@@ -106,7 +106,7 @@ def _differences(found: Any, wanted: Mapping[str, Any]) -> Iterator[str]:
 
 
 async def measure(
-    answerer: Answerer,
+    backend: Answerer,
     request: Request,
     score: Callable[[str], float],
     tokenize: Callable[[str], list[int]],
@@ -115,7 +115,7 @@ async def measure(
     """Send one request to an idle backend and record the complete answer.
 
     Args:
-        answerer: the backend.
+        backend: answers it.
         request: the request.
         score: scores an answer's text from 0 to 1.
         tokenize: the same for both sides, so that their answers can be compared token by token.
@@ -125,7 +125,7 @@ async def measure(
         RequestError: if it cannot be answered.
     """
     begun = clock()
-    stream = await answerer.answer(request)
+    stream = await backend.answer(request)
     first, text, usage = None, "", Usage(0, 0)
     async for chunk in stream:
         first = clock() if first is None else first
