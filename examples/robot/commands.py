@@ -1,4 +1,4 @@
-"""Writes the robot's commands: requests of CLINC150 as they were spoken, answered with an action or with [REMOTE].
+"""Write the robot's data set: requests of CLINC150, each answered with an action or with [REMOTE].
 
 python examples/robot/commands.py runs/robot/data
 """
@@ -13,7 +13,7 @@ from shadowtune.data.sources import load_rows
 SOURCE = "clinc150-demo"
 SPLITS = ("train", "validation", "test")
 REMOTE = "[REMOTE]"
-"""What the robot says to a request that is none of its actions: let the cloud see to it."""
+"""Answer to a request that is none of the actions: it defers the request to the cloud."""
 ACTIONS = {
     "alarm": "set_alarm",
     "change volume": "set_volume",
@@ -31,11 +31,11 @@ ACTIONS = {
     "traffic": "check_traffic",
     "translate": "translate",
 }
-"""Intent -> action; every other request is out of scope."""
+"""Intent -> action; every other intent is answered with ``REMOTE``."""
 
 
 def commands(split: str, limit: int | None = None) -> Iterator[dict[str, str]]:
-    """Yield the requests of a split as prompt and completion, at most ``limit`` of them."""
+    """Yield at most ``limit`` examples of a split, with prompt and completion."""
     for row in load_rows(SOURCE, split, limit):
         yield {"prompt": row["prompt"], "completion": ACTIONS.get(row["completion"], REMOTE)}
 

@@ -59,6 +59,13 @@ def test_the_settings_load_and_name_their_command():
     assert "shadowtune train examples/robot/robot.yaml" in (EXAMPLE / "robot.yaml").read_text()
 
 
+def test_with_the_recommended_preset_the_settings_of_the_file_still_apply(tmp_path):
+    file = tmp_path / "robot.yaml"
+    file.write_text(f"preset: recommended\n{(EXAMPLE / 'robot.yaml').read_text()}")
+    shadow = load_config(TrainConfig, file, []).shadow
+    assert (shadow.variant, shadow.rank, shadow.shadow_loss_weight) == ("stateless", 16, 1.0)
+
+
 def test_files_that_the_readme_names_are_there():
     readme = (EXAMPLE / "README.md").read_text()
     assert "python examples/robot/run.py" in readme

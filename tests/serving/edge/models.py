@@ -1,4 +1,4 @@
-"""Tiny detached models on disk, in every format, and answers gathered."""
+"""Tiny detached models on disk in every format, and complete answers of them."""
 
 import asyncio
 import importlib.util
@@ -36,7 +36,7 @@ def write(kind: str, folder: Path, end: int | None = None) -> Path:
 
 
 def local(kind: str, folder: Path, end: int | None = None, **settings) -> LocalModel:
-    """Open a tiny model as an answerer named "tiny"."""
+    """Open a tiny model as a backend named "tiny"."""
     return LocalModel(open_model(write(kind, folder, end)), "tiny", **settings)
 
 
@@ -46,13 +46,13 @@ def ask(**fields) -> Request:
 
 
 async def gather(answerer, request: Request):
-    """The pieces of an answer, and the answer."""
+    """Return the chunks of a stream, and the stream."""
     answer = await answerer.answer(request)
     return [piece async for piece in answer], answer
 
 
 def answered(answerer, request: Request):
-    """The same, and the answerer is closed."""
+    """The same, and close the backend."""
 
     async def run():
         try:

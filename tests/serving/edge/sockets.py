@@ -1,4 +1,4 @@
-"""A cloud out of a raw socket: it does exactly what a test tells it, byte by byte."""
+"""A scripted remote endpoint on a raw socket: it sends exactly the bytes of a test."""
 
 import asyncio
 import json
@@ -38,16 +38,16 @@ def refusal(status: int, message: str = "no", head: str = "") -> bytes:
 
 
 class Socket:
-    """What a fake cloud saw.
+    """What a fake endpoint received.
 
-    Each request is met by the next of ``script``, the last one again and again: bytes to send, or a coroutine function
+    Each request gets the next of ``script``, the last one again and again: bytes to send, or a coroutine function
     that is given reader and writer.
     """
 
     def __init__(self, script):
         self.script, self.bodies, self.paths, self.heads = list(script), [], [], []
         self.gone = asyncio.Event()
-        """Set when a client has closed while it was being answered."""
+        """Set when a client closes before its answer ends."""
         self.url = ""
 
     async def handle(self, reader, writer):
@@ -84,13 +84,13 @@ async def cloud_that(*script):
 
 
 async def hangs(reader, writer):
-    """Say nothing until the client goes."""
+    """Send nothing until the client closes."""
     if not await reader.read(1):
         raise ConnectionError
 
 
 def then_hangs(sent: bytes):
-    """Send something, then nothing more until the client goes."""
+    """Send something, then nothing more until the client closes."""
 
     async def step(reader, writer):
         writer.write(sent)

@@ -1,171 +1,135 @@
-import itertools
 import random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from shadowtune.config.policy import HIGHEST_THRESHOLD
+from shadowtune.config.policy import Prices, Weights
 from shadowtune.errors import ShadowtuneError
+from shadowtune.evaluation.report import new_figure, png
 from shadowtune.serving.edge.calibration import (
-    Aim,
-    Measured,
-    area,
-    at_threshold,
-    choose_threshold,
-    confidences,
-    curve,
-    oracle_area,
-    random_area,
-    thinned,
+    calibrate,
+    fit_learned_router,
+    out_of_fold_confidences,
+    plot_calibration,
 )
-from shadowtune.serving.edge.signals import Signals
-from tests.support.properties import property_test
+from shadowtune.serving.edge.confidence import Signals, learned_confidence
+from shadowtune.serving.edge.thresholds import CalibrationExample, CalibrationTarget
 
 
-def row(sure, edge, cloud, cost=1.0, tagged=False):
-    return Measured(Signals(sure, sure, sure, sure, 2), tagged, edge, cloud, cost)
-
-
-def points_of(rows):
-    return curve(rows, confidences(rows, "logprob"))
-
-
-MANY = 10**9
-"""Rows with which a standard error is nothing."""
-KNOWN = [row(0.1, 0, 1), row(0.2, 0, 1), row(0.6, 1, 0), row(0.8, 1, 1)]
-"""Best of all: hand over the first two, accuracy 1."""
-
-
-def test_the_curve_of_a_known_case():
-    found = [(point.accuracy, point.hand_over_rate, point.cost) for point in points_of(KNOWN)]
-    assert found == [(0.5, 0, 0), (0.75, 0.25, 0.25), (1.0, 0.5, 0.5), (0.75, 0.75, 0.75), (0.75, 1, 1)]
-
-
-def test_areas_of_a_known_case():
-    assert area(points_of(KNOWN)) == pytest.approx((0.625 + 0.875 + 0.875 + 0.75) / 4)
-    assert random_area(KNOWN) == pytest.approx((0.5 + 0.75) / 2)
-    assert oracle_area(KNOWN) == pytest.approx((0.625 + 0.875 + 1.0 + 0.875) / 4)
-
-
-def test_the_threshold_is_chosen_that_reaches_the_aim_best():
-    points = points_of(KNOWN)
-    assert choose_threshold(points, Aim("accuracy", 1.0), MANY).hand_over_rate == 0.5
-    assert choose_threshold(points, Aim("accuracy", 0.7), MANY).hand_over_rate == 0.25
-    assert choose_threshold(points, Aim("accuracy", 0.5), MANY).hand_over_rate == 0
-    assert choose_threshold(points, Aim("hand-over", 0.3), MANY).accuracy == 0.75
-    assert choose_threshold(points, Aim("hand-over", 1.0), MANY).accuracy == 1.0
-    assert choose_threshold(points, Aim("cost", 0.3), MANY).accuracy == 0.75
-    assert choose_threshold(points, Aim("cost", 0.0), MANY).hand_over_rate == 0
-
-
-def test_what_is_allowed_is_used_unless_that_is_clearly_worse():
-    points = points_of(KNOWN)
-    few, many = (choose_threshold(points, Aim("hand-over", 0.3), rows) for rows in (1, MANY))
-    assert few.hand_over_rate == many.hand_over_rate == 0.25
-    worse = points_of([row(0.1, 0, 1), *[row(0.2 + n / 100, 0.9, 0.8) for n in range(9)]])
-    assert choose_threshold(worse, Aim("hand-over", 0.5), 10).hand_over_rate == 0.5
-    assert choose_threshold(worse, Aim("hand-over", 0.5), MANY).hand_over_rate == 0.1
-
-
-def test_dear_requests_count_by_their_cost():
-    rows = [row(0.1, 0, 1, cost=10), row(0.2, 0, 1, cost=1), row(0.9, 1, 1, cost=1)]
-    assert [point.cost for point in points_of(rows)] == pytest.approx([0, 10 / 3, 11 / 3, 4])
-    assert choose_threshold(points_of(rows), Aim("cost", 3.0), MANY).hand_over_rate == 0
-
-
-@pytest.mark.parametrize(
-    ("rows", "aim", "said"),
-    [
-        (KNOWN[:1] * 3, Aim("accuracy", 1.0), None),
-        ([row(0.5, 0, 0)] * 3, Aim("accuracy", 0.5), r"accuracy 0\.5: the best is 0\.0000, handing over 0\.0%"),
-        ([row(0.5, 0, 1), row(0.5, 1, 0)], Aim("accuracy", 0.9), r"the best is 0\.5000"),
-        ([row(0.5, 0, 1, 4.0, True), row(0.5, 1, 1)], Aim("hand-over", 0.4), r"tag alone comes to 0\.5"),
-        ([row(0.5, 0, 1, 4.0, True), row(0.5, 1, 1)], Aim("cost", 1.0), "tag alone comes to 2"),
-    ],
-)
-def test_an_aim_out_of_reach_is_refused_with_what_can_be_had(rows, aim, said):
-    if said is None:
-        assert choose_threshold(points_of(rows), aim, MANY).hand_over_rate == 1
-        return
-    with pytest.raises(ShadowtuneError, match=said) as caught:
-        choose_threshold(points_of(rows), aim, MANY)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_equally_sure_go_together():
-    points = points_of([row(0.5, 0, 1), row(0.5, 1, 0), row(0.7, 1, 1)])
-    assert [point.hand_over_rate for point in points] == pytest.approx([0, 2 / 3, 1])
-
-
-def test_all_right_needs_no_cloud_and_all_wrong_all_of_it():
-    right, wrong = [row(0.1 * n, 1, 1) for n in range(1, 9)], [row(0.1 * n, 0, 1) for n in range(1, 9)]
-    assert choose_threshold(points_of(right), Aim("accuracy", 1.0), MANY).hand_over_rate == 0
-    assert choose_threshold(points_of(wrong), Aim("accuracy", 1.0), MANY).hand_over_rate == 1
-    assert area(points_of(right)) == 1
-    assert area(points_of(wrong)) == random_area(wrong) == oracle_area(wrong) == 0.5
-
-
-def test_one_row_has_two_thresholds():
-    assert [point.hand_over_rate for point in points_of([row(1.0, 0, 1)])] == [0, 1]
-
-
-def test_the_tag_goes_whatever_the_threshold():
-    rows = [row(0.9, 0, 1, tagged=True), row(0.3, 1, 1), row(0.0, 1, 1)]
-    points = points_of(rows)
-    assert points[0].threshold < 0
-    able = [point for point in points if point.threshold >= 0]
-    assert [point.hand_over_rate for point in able] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert choose_threshold(points, Aim("accuracy", 1.0), MANY).hand_over_rate == pytest.approx(1 / 3)
-
-
-ROWS = st.lists(
-    st.builds(
-        row,
-        st.floats(0, 1) | st.sampled_from([0.0, 0.5, 1.0]),
-        st.sampled_from([0.0, 0.5, 1.0]),
-        st.sampled_from([0.0, 1.0]),
-        st.floats(0, 10),
-        st.booleans(),
-    ),
-    min_size=1,
-    max_size=20,
-)
-
-
-@property_test
-@given(ROWS)
-def test_every_point_is_what_its_threshold_comes_to(rows):
-    sure = confidences(rows, "margin")
-    points = curve(rows, sure)
-    assert [point.threshold for point in points] == sorted(point.threshold for point in points)
-    for point in points:
-        plain = at_threshold(rows, sure, point.threshold)
-        assert (point.accuracy, point.hand_over_rate, point.cost) == pytest.approx(
-            (plain.accuracy, plain.hand_over_rate, plain.cost)
+def rows(count=400, seed=0, tagged=0.0):
+    """The edge is right as often as ``margin`` says; the other signals are noise; the cloud is always right."""
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        logprob, margin, entropy, first = (draw.uniform(0.01, 0.99) for _ in range(4))
+        right = float(draw.random() < margin)
+        found.append(
+            CalibrationExample(Signals(logprob, margin, entropy, first, 3), draw.random() < tagged, right, 1.0, 5.0)
         )
-        assert point.threshold < HIGHEST_THRESHOLD
-    assert (points[0].hand_over_rate, points[-1].hand_over_rate) == (0, 1)
+    return found
 
 
-@property_test
-@given(ROWS)
-def test_no_confidence_beats_the_oracle(rows):
-    assert area(points_of(rows)) <= oracle_area(rows) + 1e-9
-    assert random_area(rows) <= oracle_area(rows) + 1e-9
+def mixed(count=600, seed=0):
+    """The edge is right where ``margin`` and ``first`` together say so: neither alone is enough."""
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        logprob, margin, entropy, first = (draw.uniform(0.01, 0.99) for _ in range(4))
+        right = float(margin + first + draw.gauss(0, 0.1) > 1)
+        found.append(CalibrationExample(Signals(logprob, margin, entropy, first, 3), False, right, 1.0, 5.0))
+    return found
 
 
-def test_random_confidences_have_the_random_area():
-    draw = random.Random(0)
-    rows = [row(draw.random(), float(draw.random() < 0.6), float(draw.random() < 0.9)) for _ in range(4000)]
-    assert area(points_of(rows)) == pytest.approx(random_area(rows), abs=0.02)
+def made(data, target=("hand-over", 0.3), signal="auto"):
+    return calibrate(data, CalibrationTarget(*target), signal, "[REMOTE]", Prices())
 
 
-def test_a_thinned_curve_keeps_both_ends_and_the_chosen_point():
-    points = points_of([row(n / 1000, n % 2, 1) for n in range(1000)])
-    kept = points[123]
-    thin = thinned(points, kept, 50)
-    assert len(thin) <= 50
-    assert {points[0], kept, points[-1]} <= set(thin)
-    assert all(a.threshold < b.threshold for a, b in itertools.pairwise(thin))
-    assert thinned(points[:10], points[3], 50) == tuple(points[:10])
+def test_the_signal_that_tells_most_is_found_and_the_threshold_holds_on_the_other_half():
+    done = made(rows())
+    quality = {each.router: each for each in done.qualities}
+    assert done.policy.signal in ("margin", "learned")
+    for name in ("logprob", "entropy", "first", "random"):
+        assert quality["margin"].checked > quality[name].checked + 0.05
+    assert quality["oracle"].checked >= quality["margin"].checked
+    assert done.promised.hand_over_rate <= 0.3
+    assert done.found.hand_over_rate == pytest.approx(done.promised.hand_over_rate, abs=0.1)
+    assert done.found.accuracy == pytest.approx(done.promised.accuracy, abs=0.1)
+    assert len(done.scores) == 200
+    assert sum(done.scores) / 200 == pytest.approx(done.found.accuracy)
+
+
+def test_what_is_learned_from_all_signals_beats_each_of_them_on_rows_it_never_saw():
+    done = made(mixed())
+    assert done.policy.signal == "learned"
+    assert done.policy.weights is not None
+    quality = {each.router: each.checked for each in done.qualities}
+    others = [value for name, value in quality.items() if name not in ("learned", "oracle")]
+    assert quality["learned"] > max(others) + 0.02
+
+
+def test_a_signal_that_was_asked_for_is_taken():
+    done = made(rows(), signal="first")
+    assert (done.policy.signal, done.policy.weights) == ("first", None)
+    assert done.promised in done.policy.curve
+    assert done.policy.threshold == done.promised.threshold
+
+
+def test_the_same_rows_give_the_same_policy():
+    assert made(rows()).policy == made(rows()).policy
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_rows_are_enough(count):
+    done = made([CalibrationExample(Signals(0.5, 0.5, 0.5, 0.5, 1), False, 0.0, 1.0, 1.0)] * count, ("accuracy", 1.0))
+    assert done.promised.hand_over_rate == 1
+    assert (done.found is None) == (count == 1)
+
+
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_an_edge_that_is_always_or_never_right_is_learned(right):
+    data = [CalibrationExample(row.signals, False, right, 1.0, 1.0) for row in rows(40)]
+    done = made(data, ("accuracy", 1.0), "learned")
+    assert done.promised.hand_over_rate == 1 - right
+    assert all((sure > 0.5) == bool(right) for sure in out_of_fold_confidences(data))
+
+
+def test_the_tag_is_always_handed_over_and_teaches_nothing():
+    data = rows(tagged=0.5)
+    assert fit_learned_router(data) == fit_learned_router([row for row in data if not row.tagged])
+    assert fit_learned_router([row for row in data if row.tagged]) == Weights(0, 0, 0, 0, 0, 0)
+    with pytest.raises(ShadowtuneError, match="tag alone"):
+        made(data, ("hand-over", 0.1))
+    assert made(data, ("hand-over", 0.7)).found.hand_over_rate == pytest.approx(0.7, abs=0.1)
+
+
+def test_held_out_confidences_do_not_know_their_own_row():
+    data = rows(50)
+    turned = [data[0].__class__(data[0].signals, False, 1 - data[0].edge_score, 1.0, 5.0), *data[1:]]
+    assert out_of_fold_confidences(data)[0] == out_of_fold_confidences(turned)[0]
+    assert out_of_fold_confidences(data)[1] != out_of_fold_confidences(turned)[1]
+
+
+def test_more_regularized_than_certain():
+    data = [CalibrationExample(Signals(n / 10, 0.5, 0.5, 0.5, 2), False, float(n > 5), 1.0, 1.0) for n in range(1, 10)]
+    weights = fit_learned_router(data)
+    sure = [learned_confidence(weights, row.signals) for row in data]
+    assert sure == sorted(sure)
+    assert sure[0] < 0.2 < 0.8 < sure[-1]
+    assert abs(weights.logprob) < 100
+
+
+def test_the_picture_is_drawn():
+    figure = new_figure(9, 3.6)
+    plot_calibration(figure, made(rows(60)))
+    assert png(figure).startswith(b"\x89PNG")
+    lines = {line.get_label() for line in figure.axes[0].get_lines()}
+    assert {"logprob", "learned", "random", "chosen", "checked"} <= lines
+
+
+def test_the_picture_has_a_unit_of_costs_and_no_percentage_that_there_cannot_be():
+    figure = new_figure(11, 4.5)
+    plot_calibration(figure, made(rows()))
+    shares, costs = figure.axes
+    assert costs.get_xlabel() == "cost of a request, in cloud tokens"
+    for low, high in (shares.get_xlim(), shares.get_ylim(), costs.get_ylim()):
+        assert 0 <= low < high <= 100
+    assert costs.get_xlim()[0] == 0

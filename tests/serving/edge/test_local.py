@@ -8,7 +8,7 @@ import torch
 from shadowtune.export.opening import open_model
 from shadowtune.export.runtimes import TorchModel
 from shadowtune.serving.edge import local as local_module
-from shadowtune.serving.edge.local import LocalAnswer, LocalModel
+from shadowtune.serving.edge.local import LocalModel, LocalStream
 from shadowtune.serving.requests import RequestError, Sampling
 from tests.export.support import plain_model
 from tests.serving.edge.models import GREEDY, KINDS, PROMPT, answered, ask, gather, local, write
@@ -223,14 +223,14 @@ def test_a_second_owner_does_not_wait_for_all_of_the_first(tmp_path, monkeypatch
     """The order in which answers run, while the model's thread is held until all stand in line."""
     go, order = threading.Event(), []
     model = local("safetensors", tmp_path)
-    run = LocalAnswer.run
+    run = LocalStream.run
 
     def noted(self):
         assert go.wait(60)
         order.append(self.owner)
         run(self)
 
-    monkeypatch.setattr(LocalAnswer, "run", noted)
+    monkeypatch.setattr(LocalStream, "run", noted)
 
     async def work():
         answers = [await model.answer(ask(owner=owner)) for owner in ("a", "a", "a", "a", "b")]
@@ -261,7 +261,7 @@ def test_a_model_that_hangs_is_left_behind(tmp_path, monkeypatch):
         released.wait()
         yield
 
-    monkeypatch.setattr(local_module, "steps", hang)
+    monkeypatch.setattr(local_module, "decoding_steps", hang)
     monkeypatch.setattr(local_module, "CLOSE_SECONDS", 0.1)
 
     async def work():

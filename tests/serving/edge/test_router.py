@@ -1,7 +1,7 @@
 import asyncio
 from dataclasses import replace
 
-import httpx
+import httpx2
 import pytest
 
 from shadowtune.config.cloud import CloudConfig
@@ -9,9 +9,9 @@ from shadowtune.config.policy import CurvePoint, PolicyConfig, Prices
 from shadowtune.config.serving import ServerConfig
 from shadowtune.errors import ConfigError
 from shadowtune.export.opening import of_model
-from shadowtune.serving.edge.breaker import CloudError
-from shadowtune.serving.edge.cloud import Cloud
 from shadowtune.serving.edge.local import LocalModel
+from shadowtune.serving.edge.openai_api import RemoteError
+from shadowtune.serving.edge.remote import RemoteEndpoint
 from shadowtune.serving.edge.router import Router
 from shadowtune.serving.http.app import create_app
 from shadowtune.serving.requests import RequestError
@@ -45,14 +45,14 @@ def routed(*script, request=CHAT, policy=None, edge_deadline=60.0, max_length=No
             config = CloudConfig(fake.url, model="big", read_timeout=0.3, deadline=1.0, retries=0)
             opened = of_model(MODEL, TOKENIZER, FORMAT)
             opened.max_length = max_length or opened.max_length
-            router = Router(LocalModel(opened, "tiny"), Cloud(config), policy, edge_deadline)
+            router = Router(LocalModel(opened, "tiny"), RemoteEndpoint(config), policy, edge_deadline)
             try:
                 found = await router.answer(request)
                 before, pieces = found.decision, []
                 try:
                     async for piece in found:
                         pieces.append(piece)
-                except CloudError as error:
+                except RemoteError as error:
                     pieces.append(error)
                 await found.aclose()
                 return pieces, before, found.decision, fake
@@ -172,7 +172,7 @@ def test_another_model_is_unknown_and_nobody_is_asked():
 def test_giving_up_while_the_edge_drafts_frees_it():
     async def run():
         model = LocalModel(of_model(MODEL, TOKENIZER, FORMAT), "tiny")
-        router = Router(model, Cloud(CloudConfig("http://127.0.0.1:1")), PolicyConfig())
+        router = Router(model, RemoteEndpoint(CloudConfig("http://127.0.0.1:1")), PolicyConfig())
         task = asyncio.ensure_future(router.answer(ask(max_tokens=100, ignore_eos=True)))
         while not model.counters()["running"]:
             await asyncio.sleep(0)
@@ -189,7 +189,7 @@ def test_giving_up_while_the_edge_drafts_frees_it():
 def test_the_threshold_changes_while_it_runs():
     async def run():
         async with cloud_that(answer("cloud")) as fake:
-            cloud = Cloud(CloudConfig(fake.url, model="big"))
+            cloud = RemoteEndpoint(CloudConfig(fake.url, model="big"))
             point = CurvePoint(0.0, 0.5, 0.0, 0.0)
             policy = PolicyConfig(threshold=0.0, curve=(point,))
             router = Router(LocalModel(of_model(MODEL, TOKENIZER, FORMAT), "tiny"), cloud, policy)
@@ -225,7 +225,7 @@ def test_verify_gives_exactly_the_clouds_own_answer(seed):
     async def run():
         cloud_engine = engine({"big": model})
         app = create_app(cloud_engine, ServerConfig(), "cloud")
-        cloud = Cloud(CloudConfig("http://cloud", model="big"), httpx.ASGITransport(app))
+        cloud = RemoteEndpoint(CloudConfig("http://cloud", model="big"), httpx2.ASGITransport(app))
         own = [piece async for piece in await cloud_engine.answer(replace(request, model="big"))]
         plain, tokenizer = model.detached(), TOKENIZER
         edge = LocalModel(of_model(plain, tokenizer, FORMAT), "tiny")

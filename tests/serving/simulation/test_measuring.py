@@ -4,10 +4,10 @@ import pytest
 
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.export.opening import of_model
+from shadowtune.serving.edge.confidence import NO_SIGNALS
 from shadowtune.serving.edge.local import LocalModel
-from shadowtune.serving.edge.signals import NOTHING
 from shadowtune.serving.requests import Decision, Piece, Request, RequestError, Sampling, Usage
-from shadowtune.serving.simulation.measuring import measure
+from shadowtune.serving.simulation.records import measure
 from tests.support.bases import tiny_base
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -51,7 +51,7 @@ def test_seconds_run_from_asking_to_the_first_piece_and_to_the_last():
     assert (answered.first_seconds, answered.seconds) == (5, 9)
     assert (answered.text, answered.score, answered.tokens) == ("one two", 1, [7])
     assert (answered.prompt_tokens, answered.completion_tokens) == (7, 4)
-    assert answered.signals == NOTHING
+    assert answered.signals == NO_SIGNALS
 
 
 def test_an_answer_without_pieces_is_an_empty_one():

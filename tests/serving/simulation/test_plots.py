@@ -1,11 +1,11 @@
 from matplotlib.figure import Figure
 
-from shadowtune.serving.simulation.plots import draw
-from shadowtune.serving.simulation.world import Result
+from shadowtune.serving.simulation.report import plot_simulation
+from shadowtune.serving.simulation.simulator import SimulationResult
 
 
 def result(policy, accuracy, cost, p50):
-    return Result(policy, accuracy, 0.5, cost, p50, 1.0, 1.0, 10.0)
+    return SimulationResult(policy, accuracy, 0.5, cost, p50, 1.0, 1.0, 10.0)
 
 
 RESULTS = [
@@ -18,7 +18,7 @@ RESULTS = [
 
 def drawn(curve):
     figure = Figure()
-    draw(figure, RESULTS, curve)
+    plot_simulation(figure, RESULTS, curve)
     return [
         {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
         for axes in figure.axes
@@ -40,7 +40,7 @@ def test_without_a_curve_there_is_none():
 
 def test_costs_have_a_unit_and_axes_show_nothing_that_there_cannot_be():
     figure = Figure()
-    draw(figure, [result("always-edge", 0.0, 0, 0.01), result("always-cloud", 1.0, 20, 0.2)], [])
+    plot_simulation(figure, [result("always-edge", 0.0, 0, 0.01), result("always-cloud", 1.0, 20, 0.2)], [])
     left, _ = figure.axes
     assert left.get_xlabel() == "cost of 1,000 requests, in the unit of the token price"
     assert (left.get_xlim()[0], left.get_ylim()) == (0, (0, 100))
@@ -48,6 +48,6 @@ def test_costs_have_a_unit_and_axes_show_nothing_that_there_cannot_be():
 
 def test_a_curve_of_one_threshold_is_a_mark():
     figure = Figure()
-    draw(figure, RESULTS, [result("logprob", 0.7, 1, 0.1)])
+    plot_simulation(figure, RESULTS, [result("logprob", 0.7, 1, 0.1)])
     lines = {line.get_label(): line.get_marker() for line in figure.axes[0].lines}
     assert lines["every threshold"] == "o"

@@ -1,164 +1,184 @@
-"""What every threshold of a confidence comes to on requests that both sides have answered, and which one to take.
+"""Calibrate a routing policy on examples that both sides have answered: one half chooses it, the other half checks it.
 
-An answer whose confidence c is below the threshold t is handed over. With e and k the scores of edge and cloud,
-
-    accuracy(t) = mean(k where c < t, else e),   rate(t) = mean(c < t),   cost(t) = mean(cost where c < t, else 0).
-
-Only thresholds between two different confidences differ; answers that are equally confident go together.
+The learned router is a logistic regression: the probability that the cloud's answer would not be better.
 """
 
-import itertools
-import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
-import numpy as np
+import torch
 
-from shadowtune.config.policy import CurvePoint, SignalName, Weights
-from shadowtune.errors import ShadowtuneError
-from shadowtune.serving.edge.policies import confidence
-from shadowtune.serving.edge.signals import Signals
+from shadowtune.config.policy import CurvePoint, PolicyConfig, Prices, SignalName, Weights
+from shadowtune.serving.edge.confidence import features, learned_confidence
+from shadowtune.serving.edge.thresholds import (
+    ALWAYS,
+    CalibrationExample,
+    CalibrationTarget,
+    area,
+    at_threshold,
+    choose_threshold,
+    confidences,
+    deferral_curve,
+    oracle_area,
+    random_area,
+    thinned,
+)
+from shadowtune.tables import keep_within, line_style
 
-ALWAYS = -1.0
-"""Confidence of an answer that is handed over whatever the threshold: the tag."""
+SIGNALS: tuple[SignalName, ...] = get_args(SignalName)
+FOLDS = 5
+WEIGHT_DECAY = 1e-2
+"""On the squared weights of standardized features; keeps them finite where the examples are separable."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One request that both sides have answered."""
+class RouterQuality:
+    """Areas under accuracy over deferral rate."""
 
-    signals: Signals
-    """Of the edge's answer."""
-    tagged: bool
-    """Whether the edge's answer is the tag, so that the cloud answers whatever the threshold."""
-    edge_score: float
-    """From 0 to 1, as the cloud's."""
-    cloud_score: float
-    cost: float
-    """Of the cloud's answer."""
+    router: str
+    """A signal, "random" or "oracle"."""
+    area: float
+    """On the half that chose the policy; of the learned router out of fold."""
+    checked: float | None
+    """On the other half; None if it is empty."""
 
 
 @dataclass(frozen=True)
-class Aim:
-    """What a threshold is to reach: accuracy at the least cost, or the best accuracy within a share or a cost."""
+class Calibration:
+    """A policy and its quality."""
 
-    kind: Literal["accuracy", "hand-over", "cost"]
-    value: float
+    policy: PolicyConfig
+    promised: CurvePoint
+    """Of the chosen threshold, on the half that chose it."""
+    found: CurvePoint | None
+    """Of the chosen threshold, on the other half; None if it is empty."""
+    scores: list[float]
+    """Of each example of the other half, with this policy."""
+    qualities: list[RouterQuality]
+    curves: dict[SignalName, list[CurvePoint]]
+    """Of every signal, on the half that chose the policy."""
 
 
-def confidences(rows: Sequence[Measured], signal: SignalName, weights: Weights | None = None) -> list[float]:
-    """Return the confidence of each row's answer, ``ALWAYS`` where it is the tag."""
-    return [ALWAYS if row.tagged else confidence(row.signals, signal, weights) for row in rows]
-
-
-def curve(rows: Sequence[Measured], sure: Sequence[float]) -> list[CurvePoint]:
-    """Return what every threshold that makes a difference comes to, by rising threshold.
+def calibrate(
+    examples: Sequence[CalibrationExample],
+    target: CalibrationTarget,
+    signal: SignalName | Literal["auto"],
+    tag: str | None,
+    prices: Prices,
+) -> Calibration:
+    """Choose threshold and signal, and check them on held-out examples.
 
     Args:
-        rows: at least one.
-        sure: the confidence of each. Where some are ``ALWAYS``, the first point, below them, is no threshold that can
-            be set: nothing at all is handed over there.
+        examples: at least one, in any order; half of them, drawn with a fixed seed, choose.
+        target: of the threshold.
+        signal: the confidence; "auto" takes the signal with the largest area.
+        tag: the answer by which the edge's model itself defers.
+        prices: by which the costs of the examples were computed.
+
+    Raises:
+        ShadowtuneError: if no threshold reaches the target.
     """
-    order = np.argsort(sure, kind="stable")
-    levels = np.asarray(sure, float)[order]
-    edge, cloud, cost = (
-        np.asarray([vars(row)[name] for row in rows], float)[order] for name in ("edge_score", "cloud_score", "cost")
-    )
-    starts = [0, *(np.flatnonzero(np.diff(levels)) + 1).tolist(), len(rows)]
-    gains, costs = (np.concatenate([[0.0], np.cumsum(values)]) for values in (cloud - edge, cost))
-    return [
-        CurvePoint(
-            _threshold(levels, start),
-            float((edge.sum() + gains[start]) / len(rows)),
-            start / len(rows),
-            float(costs[start] / len(rows)),
+    drawn = random.Random(0).sample(list(examples), len(examples))
+    half = (len(examples) + 1) // 2
+    chosen, others = drawn[:half], drawn[half:]
+    weights = fit_learned_router(chosen)
+    curves = {
+        name: deferral_curve(
+            chosen, out_of_fold_confidences(chosen) if name == "learned" else confidences(chosen, name)
         )
-        for start in starts
+        for name in SIGNALS
+    }
+    best = max(SIGNALS, key=lambda name: area(curves[name])) if signal == "auto" else signal
+    promised = choose_threshold(curves[best], target, len(chosen))
+    checks = {name: confidences(others, name, weights) for name in SIGNALS}
+    qualities = [
+        RouterQuality(name, area(curves[name]), area(deferral_curve(others, checks[name])) if others else None)
+        for name in SIGNALS
+    ]
+    for name, bound in (("random", random_area), ("oracle", oracle_area)):
+        qualities.append(RouterQuality(name, bound(chosen), bound(others) if others else None))
+    policy = PolicyConfig(
+        threshold=promised.threshold,
+        signal=best,
+        tag=tag,
+        weights=weights if best == "learned" else None,
+        prices=prices,
+        curve=thinned(curves[best], promised),
+    )
+    scores = [
+        each.cloud_score if level < promised.threshold else each.edge_score
+        for each, level in zip(others, checks[best], strict=True)
+    ]
+    found = at_threshold(others, checks[best], promised.threshold) if others else None
+    return Calibration(policy, promised, found, scores, qualities, curves)
+
+
+def fit_learned_router(examples: Sequence[CalibrationExample]) -> Weights:
+    """Fit the logistic regression; tagged examples, which are always deferred, are left out."""
+    used = [each for each in examples if not each.tagged]
+    if not used:
+        return Weights(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    inputs = torch.tensor([features(each.signals) for each in used], dtype=torch.float64)
+    labels = torch.tensor([float(each.edge_score >= each.cloud_score) for each in used], dtype=torch.float64)
+    mean, spread = inputs.mean(0), inputs.std(0, correction=0)
+    spread = torch.where(spread < 1e-9, torch.ones_like(spread), spread)  # a constant feature
+    standardized = (inputs - mean) / spread
+    weights = torch.zeros(inputs.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        scores = weights[0] + standardized @ weights[1:]
+        value = torch.nn.functional.binary_cross_entropy_with_logits(scores, labels)
+        value = value + WEIGHT_DECAY * weights.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    fitted = weights.detach()
+    slopes = fitted[1:] / spread
+    return Weights(float(fitted[0] - (slopes * mean).sum()), *slopes.tolist())
+
+
+def out_of_fold_confidences(examples: Sequence[CalibrationExample], folds: int = FOLDS) -> list[float]:
+    """Return each example's confidence by a router that was fitted without it."""
+    folds = min(folds, len(examples))
+    if folds < 2:
+        fitted = [fit_learned_router(examples)]
+    else:
+        parts = [[each for number, each in enumerate(examples) if number % folds != fold] for fold in range(folds)]
+        fitted = [fit_learned_router(part) for part in parts]
+    return [
+        ALWAYS if each.tagged else learned_confidence(fitted[number % len(fitted)], each.signals)
+        for number, each in enumerate(examples)
     ]
 
 
-def _threshold(levels: np.ndarray, start: int) -> float:
-    """A threshold above the first ``start`` sorted confidences and not above the next."""
-    if start == 0:
-        return min(0.0, float(levels[0]))
-    below = float(levels[start - 1])
-    if start == len(levels):
-        return math.nextafter(max(below, 0.0), math.inf)
-    above = float(levels[start])
-    return max(0.0, min(above, max((below + above) / 2, math.nextafter(below, math.inf))))
-
-
-def area(points: Sequence[CurvePoint]) -> float:
-    """Area under accuracy over hand-over rate, from nothing to everything: the mean accuracy of all rates."""
-    pairs = itertools.pairwise(points)
-    return sum((b.hand_over_rate - a.hand_over_rate) * (a.accuracy + b.accuracy) / 2 for a, b in pairs)
-
-
-def random_area(rows: Sequence[Measured]) -> float:
-    """What handing over by chance has for an area."""
-    return sum(row.edge_score + row.cloud_score for row in rows) / 2 / len(rows)
-
-
-def oracle_area(rows: Sequence[Measured]) -> float:
-    """What handing over those first that gain the most has for an area; no router can have more."""
-    gains = [row.edge_score - row.cloud_score for row in rows]
-    return area(curve(rows, gains))
-
-
-def choose_threshold(points: Sequence[CurvePoint], aim: Aim, rows: int) -> CurvePoint:
-    """Return the point of a curve that reaches an aim best.
-
-    What a share or a cost allows is used up, for few rows do not tell which rate within it is best; but not where that
-    is less accurate than the best by more than a standard error.
-
-    Args:
-        points: of ``curve``.
-        aim: the aim.
-        rows: how many the curve was measured on.
-
-    Raises:
-        ShadowtuneError: if none does, saying what can be reached.
-    """
-    able = [point for point in points if point.threshold >= 0]
-    if aim.kind == "accuracy":
-        good = [point for point in able if point.accuracy >= aim.value - 1e-12]
-        if good:
-            return min(good, key=lambda point: (point.cost, point.hand_over_rate))
-        best = max(able, key=lambda point: (point.accuracy, -point.hand_over_rate))
-        raise ShadowtuneError(
-            f"no threshold reaches accuracy {aim.value:g}: the best is {best.accuracy:.4f}, handing over "
-            f"{best.hand_over_rate:.1%}; ask for less, or train a better edge or cloud"
-        )
-    name = {"hand-over": "hand_over_rate", "cost": "cost"}[aim.kind]
-    good = [point for point in able if vars(point)[name] <= aim.value + 1e-12]
-    if good:
-        most = max(point.accuracy for point in good)
-        error = math.sqrt(most * (1 - most) / rows)
-        return max((p for p in good if p.accuracy >= most - error), key=lambda p: (p.hand_over_rate, p.accuracy))
-    least = min(vars(point)[name] for point in able)
-    raise ShadowtuneError(
-        f"no threshold keeps {aim.kind} to {aim.value:g}: the edge's tag alone comes to {least:.4g}; allow that much"
-    )
-
-
-def at_threshold(rows: Sequence[Measured], sure: Sequence[float], threshold: float) -> CurvePoint:
-    """Return what one threshold comes to on rows, at least one."""
-    asked = [level < threshold for level in sure]
-    pairs = list(zip(rows, asked, strict=True))
-    return CurvePoint(
-        threshold,
-        sum(row.cloud_score if over else row.edge_score for row, over in pairs) / len(rows),
-        sum(asked) / len(rows),
-        sum(row.cost for row, over in pairs if over) / len(rows),
-    )
-
-
-def thinned(points: Sequence[CurvePoint], kept: CurvePoint, count: int = 200) -> tuple[CurvePoint, ...]:
-    """Return at most ``count`` points that can be set, both ends and the chosen one among them."""
-    able = [point for point in points if point.threshold >= 0]
-    last = len(able) - 1
-    if last < count:
-        return tuple(able)
-    numbers = {round(index * last / (count - 2)) for index in range(count - 1)} | {able.index(kept)}
-    return tuple(able[number] for number in sorted(numbers))
+def plot_calibration(figure: Any, calibration: Calibration) -> None:
+    """Plot accuracy over deferral rate and over cost into an empty matplotlib figure."""
+    rates, costs = figure.subplots(1, 2, sharey=True)
+    for name, points in calibration.curves.items():
+        chosen = name == calibration.policy.signal
+        style = {"linewidth": 2.2 if chosen else 1.0, "alpha": 1.0 if chosen else 0.6, "label": name}
+        heights = [100 * point.accuracy for point in points]
+        line = line_style(len(points))
+        rates.plot([100 * point.hand_over_rate for point in points], heights, line, **style)
+        costs.plot([point.cost for point in points], heights, line, **style)
+    points = calibration.curves[calibration.policy.signal]
+    ends = [100 * points[0].accuracy, 100 * points[-1].accuracy]
+    for axes, end in ((rates, 100), (costs, points[-1].cost)):
+        axes.plot([0, end], ends, ":", color="#888888", label="random")
+    for point, marker, label in ((calibration.promised, "o", "chosen"), (calibration.found, "x", "checked")):
+        if point is not None:
+            rates.plot([100 * point.hand_over_rate], [100 * point.accuracy], marker, color="black", label=label)
+            costs.plot([point.cost], [100 * point.accuracy], marker, color="black")
+    rates.set(title="accuracy over deferral rate", xlabel="requests deferred to the cloud, %", ylabel="accuracy, %")
+    costs.set(title="accuracy over cost", xlabel="cost of a request, in cloud tokens")
+    for axes in (rates, costs):
+        axes.grid(alpha=0.3)
+        keep_within(axes.yaxis, 0, 100)
+    keep_within(rates.xaxis, 0, 100)
+    keep_within(costs.xaxis, 0)
+    rates.legend(fontsize="small")

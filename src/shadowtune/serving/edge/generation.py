@@ -1,7 +1,7 @@
-"""One answer of a detached model, token by token, in the thread that runs it."""
+"""Decode with a detached model, token by token, in the thread that runs it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,35 +11,38 @@ from transformers import GenerationConfig
 from shadowtune.export.opening import OpenModel
 from shadowtune.export.runtimes import GgufModel, Stepwise
 from shadowtune.serving.constrained import Follower
-from shadowtune.serving.edge.signals import Chosen, read_likely, read_logits
+from shadowtune.serving.edge.confidence import TokenStatistics, statistics_from_logits, statistics_from_top
 from shadowtune.serving.requests import Request, RequestError, Sampling
 from shadowtune.serving.sampling import choose, generator, penalty_of, processors
 
-LIKELY = 64
-"""Of the likeliest tokens that llama.cpp tells of; the entropy of the others is bounded."""
+TOP_TOKENS = 64
+"""Alternatives requested of llama.cpp for each token; the entropy of the others is bounded from above."""
 
 
 @dataclass(frozen=True)
-class Step:
+class DecodingStep:
     """The next token of an answer."""
 
-    token: Chosen
+    token: TokenStatistics
     text: str | None
-    """What became readable with it; None if only its id is known."""
-    made: int
-    """Tokens so far."""
+    """The text it completes; None if only its id is known."""
+    count: int
+    """Tokens generated so far."""
     complete: bool = False
-    """Whether the schema lets nothing follow."""
+    """Whether the schema allows nothing more."""
 
 
-def steps(
+def decoding_steps(
     opened: OpenModel, ids: list[int], request: Request, limit: int, follower: Follower | None = None
-) -> Iterator[Step]:
-    """Give up to ``limit`` tokens after ``ids``, by the request's sampling; closing this frees the runtime.
+) -> Generator[DecodingStep, None, None]:
+    """Yield up to ``limit`` tokens after the prompt ``ids``; closing the iterator frees the runtime.
 
-    llama.cpp stops at the ends that it knows; whoever reads this stops at the others. Where ends are to be ignored it
-    never chooses them. Its presence and frequency penalties count the prompt's tokens too. A schema is followed by
-    ``follower``, in a GGUF file by llama.cpp's own grammar; llama.cpp knows no ``min_tokens``.
+    The caller stops at end tokens. llama.cpp stops by itself at those it knows, and never samples them where they are
+    to be ignored; its presence and frequency penalties count the prompt's tokens too. ``follower`` masks the logits by
+    the request's JSON schema; with a GGUF file llama.cpp's own grammar does.
+
+    Raises:
+        RequestError: for ``min_tokens`` with a GGUF file, or if no token can be sampled.
     """
     runtime, top = opened.runtime, request.top_logprobs or 0
     if isinstance(runtime, GgufModel):
@@ -48,36 +51,36 @@ def steps(
         settings = _llama_settings(request.sampling, request.ignore_eos, opened.max_length, opened.generation)
         if request.schema is not None:
             settings["json_schema"] = dict(request.schema)
-        for heard in runtime.stream(ids, limit, max(top, LIKELY), **settings):
-            token = read_likely(heard.id, heard.logprob, heard.likely, opened.vocabulary, top)
-            yield Step(token, heard.text, heard.made)
+        for new in runtime.stream(ids, limit, max(top, TOP_TOKENS), **settings):
+            token = statistics_from_top(new.id, new.logprob, new.likely, opened.vocabulary, top)
+            yield DecodingStep(token, new.text, new.made)
         return
     assert isinstance(runtime, Stepwise)
     warp, source = processors(request.sampling, len(ids), opened.generation), generator(request.sampling)
-    going, said = runtime.steps(ids), list(ids)
-    logits = torch.tensor(next(going))
-    late = sorted(opened.ends | set(request.stop_tokens))
-    for made in range(1, limit + 1):
+    logits_of, sequence = runtime.steps(ids), list(ids)
+    logits = torch.tensor(next(logits_of))
+    ends = sorted(opened.ends | set(request.stop_tokens))
+    for count in range(1, limit + 1):
         allowed = logits.clone() if follower is None else follower.restrict(logits)
-        if made <= request.min_tokens:
-            allowed[late] = -torch.inf
+        if count <= request.min_tokens:
+            allowed[ends] = -torch.inf
         if not math.isfinite(float(allowed.max())):
             raise RequestError("the model's logits are not finite, or no token may follow", 500)
-        scores: Any = warp(torch.tensor([said]), allowed[None])  # type: ignore[arg-type]
+        scores: Any = warp(torch.tensor([sequence]), allowed[None])  # type: ignore[arg-type]
         chosen = choose(scores[0], request.sampling, source)
-        if follower is not None and chosen not in late:
+        if follower is not None and chosen not in ends:
             follower.advance(chosen)
         complete = follower is not None and follower.complete
-        yield Step(read_logits(logits, chosen, top), None, made, complete)
-        if made < limit:
-            said.append(chosen)
-            logits = torch.tensor(going.send(chosen))
+        yield DecodingStep(statistics_from_logits(logits, chosen, top), None, count, complete)
+        if count < limit:
+            sequence.append(chosen)
+            logits = torch.tensor(logits_of.send(chosen))
 
 
 def _llama_settings(
     sampling: Sampling, ignore_eos: bool, length: int, generation: GenerationConfig | None
 ) -> dict[str, Any]:
-    """Say a request's sampling in llama.cpp's words, in the order in which ``serving.sampling`` applies it."""
+    """Return a request's sampling as llama.cpp's settings, in the order in which ``serving.sampling`` applies it."""
     settings: dict[str, Any] = {
         "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
         "temperature": sampling.temperature,
@@ -92,5 +95,5 @@ def _llama_settings(
         "ignore_eos": ignore_eos,
     }
     if sampling.seed is not None:
-        settings["seed"] = sampling.seed % (2**32 - 1)  # the largest number asks for chance
+        settings["seed"] = sampling.seed % (2**32 - 1)  # the largest number asks for a random seed
     return settings

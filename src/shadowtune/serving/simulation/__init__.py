@@ -1,1 +1,1 @@
-"""What a policy would have done with requests whose answers were recorded: accuracy, waiting, cost."""
+"""Replay recorded answers of edge and cloud under routing policies: accuracy, cost and latency without any model."""

@@ -1,56 +1,59 @@
-"""What each side answered, how long it took and how sure it was: written once, replayed often."""
+"""Recorded answers: measured once, kept in a file for each side, replayed by the simulator."""
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shadowtune.config.checking import from_mapping
 from shadowtune.errors import ConfigError, DataError
-from shadowtune.serving.edge.signals import NOTHING, Signals
+from shadowtune.serving.edge.confidence import NO_SIGNALS, Signals
+from shadowtune.serving.edge.local import LocalStream
+from shadowtune.serving.requests import Answerer, Request, Usage
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One side's answer to one request, as measured with nothing else to do."""
+class RecordedAnswer:
+    """One side's answer to one request, measured on an idle machine."""
 
     text: str
     score: float
-    """Between 0, wrong, and 1, right."""
+    """From 0, wrong, to 1, right."""
     seconds: float
     first_seconds: float
-    """Seconds until the first token, which is how long it takes to read the prompt."""
+    """Seconds to the first token, which is how long the prompt takes."""
     prompt_tokens: int
     completion_tokens: int
     tokens: list[int] = field(default_factory=list)
-    """Ids of the answer's tokens, of one tokenizer on both sides."""
-    signals: Signals = NOTHING
-    """How sure an edge was."""
+    """Token ids of the answer, by the same tokenizer on both sides."""
+    signals: Signals = NO_SIGNALS
+    """Confidence signals of the edge's model."""
 
 
 @dataclass(frozen=True)
-class Record:
+class RequestRecord:
     """One request and what each side answered."""
 
-    edge: Answered
-    cloud: Answered
-    lora: Answered | None = None
+    edge: RecordedAnswer
+    cloud: RecordedAnswer
+    lora: RecordedAnswer | None = None
     """Of another model in the cloud's place."""
     request_bytes: int = 0
     """Length of the prompt as UTF-8."""
 
 
-class Recording:
-    """The answers of one side in a file of JSON lines, which grows while it answers.
+class AnswerFile:
+    """The answers of one side as JSON lines, appended while it answers, so that an interrupted recording continues.
 
-    The first line says of what they are; what an interrupted recording has stays, and is gone on with.
+    The first line holds the origin.
 
     Args:
-        file: made if it is missing.
-        origin: plain values that name the model, the rows and whatever else the answers depend on.
+        file: created if it is missing.
+        origin: plain values that identify the model, the examples and whatever else the answers depend on.
 
     Raises:
         DataError: if the file holds answers of another origin, or is damaged.
@@ -58,41 +61,41 @@ class Recording:
 
     def __init__(self, file: Path, origin: Mapping[str, Any]) -> None:
         self.file, self.origin = file, {"schema": SCHEMA, **origin}
-        self.answers: list[Answered] = []
+        self.answers: list[RecordedAnswer] = []
         if file.is_file() and file.stat().st_size:
             self._read()
         else:
             file.write_text(json.dumps(self.origin) + "\n", encoding="utf-8")
 
-    def add(self, answered: Answered) -> None:
-        """Keep the answer to the next request."""
+    def add(self, answer: RecordedAnswer) -> None:
+        """Append the answer to the next request."""
         with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(asdict(answered)) + "\n")
-        self.answers.append(answered)
+            lines.write(json.dumps(asdict(answer)) + "\n")
+        self.answers.append(answer)
 
     def _read(self) -> None:
-        """Read the answers; a last line that was not finished is cut off."""
+        """Read the answers; an unfinished last line is cut off."""
         whole, end, _ = self.file.read_bytes().rpartition(b"\n")
         first, *lines = (whole + end).decode("utf-8", "replace").splitlines() or [""]
-        parsed = _parse(first, f"{self.file}, line 1")
-        if parsed != self.origin:
-            differing = ", ".join(_differences(parsed, self.origin))
+        origin = _parse(first, f"{self.file}, line 1")
+        if origin != self.origin:
+            differing = ", ".join(_differences(origin, self.origin))
             raise DataError(f"{self.file} was recorded with another {differing}; delete it, or name another --output")
         for number, line in enumerate(lines, start=2):
-            place = f"{self.file}, line {number}"
+            where = f"{self.file}, line {number}"
             try:
-                self.answers.append(from_mapping(Answered, _parse(line, place), where=""))
+                self.answers.append(from_mapping(RecordedAnswer, _parse(line, where), where=""))
             except ConfigError as error:
-                raise DataError(f"{place}: {error}; delete the file to record anew") from None
+                raise DataError(f"{where}: {error}; delete the file to record anew") from None
         with self.file.open("r+b") as kept:
             kept.truncate(len(whole + end))
 
 
-def _parse(line: str, place: str) -> Any:
+def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except ValueError:
-        raise DataError(f"{place} is damaged; delete the file to record anew") from None
+        raise DataError(f"{where} is damaged; delete the file to record anew") from None
 
 
 def _differences(found: Any, wanted: Mapping[str, Any]) -> Iterator[str]:
@@ -100,3 +103,42 @@ def _differences(found: Any, wanted: Mapping[str, Any]) -> Iterator[str]:
         yield "program"
         return
     yield from (name for name in wanted if found.get(name) != wanted[name])
+
+
+async def measure(
+    backend: Answerer,
+    request: Request,
+    score: Callable[[str], float],
+    tokenize: Callable[[str], list[int]],
+    clock: Callable[[], float] = time.perf_counter,
+) -> RecordedAnswer:
+    """Send one request to an idle backend and record the complete answer.
+
+    Args:
+        backend: answers it.
+        request: the request.
+        score: scores an answer's text from 0 to 1.
+        tokenize: the same for both sides, so that their answers can be compared token by token.
+        clock: returns seconds.
+
+    Raises:
+        RequestError: if it cannot be answered.
+    """
+    begun = clock()
+    stream = await backend.answer(request)
+    first, text, usage = None, "", Usage(0, 0)
+    async for chunk in stream:
+        first = clock() if first is None else first
+        text += chunk.text
+        usage = chunk.usage or usage
+    ended = clock()
+    return RecordedAnswer(
+        text,
+        score(text),
+        ended - begun,
+        (ended if first is None else first) - begun,
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        tokenize(text),
+        stream.signals if isinstance(stream, LocalStream) else NO_SIGNALS,
+    )

@@ -1,4 +1,5 @@
 import asyncio
+import gzip
 import json
 
 import pytest
@@ -6,8 +7,8 @@ import pytest
 from shadowtune.config.cloud import CloudConfig
 from shadowtune.errors import ConfigError
 from shadowtune.export.runtimes import GgufModel
-from shadowtune.serving.edge.breaker import CloudError
-from shadowtune.serving.edge.cloud import Cloud
+from shadowtune.serving.edge.openai_api import RemoteError
+from shadowtune.serving.edge.remote import RemoteEndpoint
 from shadowtune.serving.requests import Request, Sampling, Usage
 from tests.serving.edge.models import write
 from tests.serving.edge.sockets import (
@@ -24,6 +25,7 @@ from tests.serving.edge.sockets import (
 from tests.support.tokenizers import tiny_tokenizer
 
 REQUEST = Request("m", messages=[{"role": "user", "content": "hi"}], max_tokens=5)
+COMPRESSED = STREAM_HEAD[:-2] + b"content-encoding: gzip\r\n\r\n" + gzip.compress(words("a"))
 JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
 
 
@@ -41,7 +43,7 @@ def asked(*script, request=REQUEST, times=1, **settings):
     async def run():
         async with cloud_that(*script) as fake:
             quick = {"model": "big", "read_timeout": 0.3, "deadline": 2.0, "retries": 0, **settings}
-            cloud = Cloud(CloudConfig(fake.url, **quick), sleep=slept)
+            cloud = RemoteEndpoint(CloudConfig(fake.url, **quick), sleep=slept)
             outcomes = []
             for _ in range(times):
                 pieces = []
@@ -49,7 +51,7 @@ def asked(*script, request=REQUEST, times=1, **settings):
                     async for piece in await cloud.answer(request):
                         pieces.append(piece)
                     outcomes.append(pieces)
-                except CloudError as error:
+                except RemoteError as error:
                     outcomes.append((pieces, error))
             await cloud.aclose()
             return outcomes, fake, cloud
@@ -125,6 +127,8 @@ def test_a_key_and_everything_that_a_request_says_are_sent():
         (STREAM_HEAD + event({"error": {"message": "out of memory"}}), "cloud failed", 502),
         (STREAM_HEAD + b"data: " + b"x" * 5000, "cloud sent garbage", 502),
         (STREAM_HEAD + b"<html>\n", "cloud sent garbage", 502),
+        (STREAM_HEAD + (b"data: " + b"x" * 500 + b"\n") * 10, "cloud sent garbage", 502),
+        (COMPRESSED, "cloud sent garbage", 502),
         (STREAM_HEAD + event(b"[DONE]"), "cloud broke off", 502),
         (JSON_HEAD + b'{"choices": []}', "cloud sent garbage", 502),
         (b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\nconnection: close\r\n\r\n<html>", "cloud sent garbage", 502),
@@ -141,13 +145,18 @@ def test_whatever_a_cloud_does_is_one_clear_error(script, reason, status):
     assert "\n" not in str(error)
 
 
+def test_a_stream_is_utf_8_whatever_its_header_says():
+    pieces, _ = asked(STREAM_HEAD.replace(b"event-stream", b"event-stream; charset=utf-16") + words("é"))
+    assert text(pieces) == "é"
+
+
 def test_nobody_there_is_unreachable():
     async def run():
         async with cloud_that(b"") as fake:
             url = fake.url
         await asyncio.sleep(0)
-        cloud = Cloud(CloudConfig(url, model="big", retries=0))
-        with pytest.raises(CloudError) as caught:
+        cloud = RemoteEndpoint(CloudConfig(url, model="big", retries=0))
+        with pytest.raises(RemoteError) as caught:
             await cloud.answer(REQUEST)
         await cloud.aclose()
         return caught.value
@@ -217,7 +226,7 @@ def test_an_answer_that_goes_on_is_not_cut_at_the_deadline():
 
     async def run():
         async with cloud_that(slowly) as fake:
-            cloud = Cloud(CloudConfig(fake.url, model="big", retries=0, deadline=60), clock=lambda: now[0])
+            cloud = RemoteEndpoint(CloudConfig(fake.url, model="big", retries=0, deadline=60), clock=lambda: now[0])
             pieces = [piece async for piece in await cloud.answer(REQUEST)]
             await cloud.aclose()
             return pieces
@@ -263,12 +272,12 @@ def test_an_odd_reply_is_garbage_and_the_probe_is_released(odd):
     async def run():
         async with cloud_that(b"", STREAM_HEAD + event(odd), answer("a")) as fake:
             config = CloudConfig(fake.url, model="big", retries=0, failures=1, cool_down=10)
-            cloud = Cloud(config, clock=lambda: now[0])
+            cloud = RemoteEndpoint(config, clock=lambda: now[0])
             outcomes = []
             for _ in range(3):
                 try:
                     outcomes.append(text([piece async for piece in await cloud.answer(request)]))
-                except CloudError as error:
+                except RemoteError as error:
                     outcomes.append(error.reason)
                 now[0] += 20
             await cloud.aclose()
@@ -286,12 +295,12 @@ def test_whatever_an_attempt_raises_the_probe_is_released(monkeypatch):
     async def run():
         async with cloud_that(b"", answer("a")) as fake:
             config = CloudConfig(fake.url, model="big", retries=0, failures=1, cool_down=10)
-            cloud = Cloud(config, clock=lambda: now[0])
-            with pytest.raises(CloudError):
+            cloud = RemoteEndpoint(config, clock=lambda: now[0])
+            with pytest.raises(RemoteError):
                 await cloud.answer(REQUEST)
             now[0] = 20
             with monkeypatch.context() as patched:
-                patched.setattr(Cloud, "_begin", breaks)
+                patched.setattr(RemoteEndpoint, "_begin", breaks)
                 with pytest.raises(MemoryError):
                     await cloud.answer(REQUEST)
             pieces = [piece async for piece in await cloud.answer(REQUEST)]
@@ -350,7 +359,7 @@ def test_a_cloud_that_fails_is_left_alone_and_tried_again_later():
 
     async def run():
         async with cloud_that(refusal(500), refusal(500), refusal(500), answer("a")) as fake:
-            cloud = Cloud(
+            cloud = RemoteEndpoint(
                 CloudConfig(fake.url, model="big", retries=0, failures=2, cool_down=10, deadline=5),
                 clock=lambda: now[0],
             )
@@ -359,7 +368,7 @@ def test_a_cloud_that_fails_is_left_alone_and_tried_again_later():
                 try:
                     await (await cloud.answer(REQUEST)).aclose()
                     return "answered"
-                except CloudError as error:
+                except RemoteError as error:
                     return error.reason
 
             seen = [await reason() for _ in range(3)]
@@ -385,7 +394,7 @@ def test_a_stream_that_breaks_counts_as_a_failure():
 def test_closing_an_answer_closes_the_connection():
     async def run():
         async with cloud_that(drips(words("a", reason=None))) as fake:
-            cloud = Cloud(CloudConfig(fake.url, model="big"))
+            cloud = RemoteEndpoint(CloudConfig(fake.url, model="big"))
             answered = await cloud.answer(REQUEST)
             await anext(aiter(answered))
             await answered.aclose()
@@ -399,7 +408,7 @@ def test_closing_an_answer_closes_the_connection():
 def test_giving_up_while_waiting_closes_the_connection_and_is_no_failure():
     async def run():
         async with cloud_that(hangs) as fake:
-            cloud = Cloud(CloudConfig(fake.url, model="big", failures=1))
+            cloud = RemoteEndpoint(CloudConfig(fake.url, model="big", failures=1))
             task = asyncio.ensure_future(cloud.answer(REQUEST))
             while not fake.bodies:
                 await asyncio.sleep(0.01)
@@ -441,7 +450,7 @@ def test_a_list_of_models_that_is_none_is_garbage(listed):
 @pytest.mark.parametrize("url", ["cloud:8000", "ftp://cloud", "http://", "", "http://[::1", "http://h:99999"])
 def test_an_address_that_is_none_is_refused(url):
     with pytest.raises(ConfigError, match="address"):
-        Cloud(CloudConfig(url))
+        RemoteEndpoint(CloudConfig(url))
 
 
 @pytest.mark.parametrize("fields", [{"prompt": "the sea"}, {"messages": REQUEST.messages}], ids=["completions", "chat"])
@@ -451,7 +460,7 @@ def test_a_stock_llama_cpp_server_is_a_cloud(fields, tmp_path):
     request = Request("x", **fields, max_tokens=6, sampling=Sampling(temperature=0), prediction="so", top_logprobs=0)
 
     async def run():
-        cloud = Cloud(CloudConfig(server.server.listening_address))
+        cloud = RemoteEndpoint(CloudConfig(server.server.listening_address))
         pieces = [piece async for piece in await cloud.answer(request)]
         await cloud.aclose()
         return pieces

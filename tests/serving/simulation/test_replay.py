@@ -3,17 +3,17 @@ import random
 import pytest
 
 from shadowtune.config.simulation import Arrivals
-from shadowtune.serving.simulation.queues import Journey, Stage, replay
+from shadowtune.serving.simulation.simulator import RequestTrace, ServiceStep, replay
 
 ONE = Arrivals(clients=1)
 
 
 def edge(seconds):
-    return Journey((Stage("edge", seconds),))
+    return RequestTrace((ServiceStep("edge", seconds),))
 
 
-def cloud(seconds, travel=0.5, home=0.25):
-    return Journey((Stage("cloud", seconds, travel),), home)
+def cloud(seconds, latency=0.5, return_latency=0.25):
+    return RequestTrace((ServiceStep("cloud", seconds, latency),), return_latency)
 
 
 def test_one_client_waits_for_each_answer_before_it_asks_again():
@@ -35,14 +35,14 @@ def test_the_two_sides_work_at_the_same_time():
 
 
 def test_a_request_handed_over_leaves_the_edge_free_and_queues_in_the_cloud():
-    both = Journey((Stage("edge", 1), Stage("cloud", 4, 0.5)), 0.5)
+    both = RequestTrace((ServiceStep("edge", 1), ServiceStep("cloud", 4, 0.5)), 0.5)
     timing = replay([both, both], Arrivals(clients=2))
     # the second leaves the edge at 2, reaches the cloud at 2.5, which is busy until 5.5, and has its answer at 10
     assert timing.latencies == [6, 10]
 
 
 def test_who_reaches_the_cloud_first_is_served_first_whatever_the_order_of_asking():
-    timing = replay([cloud(1, travel=3), cloud(1, travel=0)], Arrivals(clients=2))
+    timing = replay([cloud(1, latency=3), cloud(1, latency=0)], Arrivals(clients=2))
     assert timing.latencies == [4.25, 1.25]
 
 
@@ -66,13 +66,15 @@ def test_poisson_arrivals_wait_as_queueing_theory_says():
 
 
 def test_no_server_does_two_things_at_once_and_nothing_is_faster_than_alone():
-    chance = random.Random(5)
-    journeys = [
-        Journey((Stage("edge", chance.random()), Stage("cloud", chance.random(), chance.random())), chance.random())
+    rng = random.Random(5)
+    traces = [
+        RequestTrace(
+            (ServiceStep("edge", rng.random()), ServiceStep("cloud", rng.random(), rng.random())), rng.random()
+        )
         for _ in range(200)
     ]
-    timing = replay(journeys, Arrivals(rate=3.0), seed=2)
-    for journey, latency in zip(journeys, timing.latencies, strict=True):
-        alone = sum(stage.travel + stage.seconds for stage in journey.stages) + journey.home
+    timing = replay(traces, Arrivals(rate=3.0), seed=2)
+    for trace, latency in zip(traces, timing.latencies, strict=True):
+        alone = sum(step.latency + step.seconds for step in trace.steps) + trace.return_latency
         assert latency >= alone - 1e-9
-    assert timing.seconds >= sum(journey.stages[1].seconds for journey in journeys)
+    assert timing.seconds >= sum(trace.steps[1].seconds for trace in traces)

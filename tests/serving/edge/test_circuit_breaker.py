@@ -1,6 +1,7 @@
 import pytest
 
-from shadowtune.serving.edge.breaker import Breaker, CloudError
+from shadowtune.serving.edge.openai_api import RemoteError
+from shadowtune.serving.edge.remote import CircuitBreaker
 
 
 class Clock:
@@ -12,7 +13,7 @@ class Clock:
 
 def broken(failures=2, cool_down=10):
     clock = Clock()
-    breaker = Breaker(failures, cool_down, clock)
+    breaker = CircuitBreaker(failures, cool_down, clock)
     for _ in range(failures):
         breaker.admit()
         breaker.fail()
@@ -20,13 +21,13 @@ def broken(failures=2, cool_down=10):
 
 
 def refused(breaker):
-    with pytest.raises(CloudError) as caught:
+    with pytest.raises(RemoteError) as caught:
         breaker.admit()
     return caught.value
 
 
 def test_it_opens_after_so_many_failures_in_a_row():
-    breaker = Breaker(2, 10, Clock())
+    breaker = CircuitBreaker(2, 10, Clock())
     breaker.fail()
     breaker.succeed()
     breaker.fail()

@@ -2,46 +2,46 @@ import pytest
 
 from shadowtune.config.simulation import SimulationConfig
 from shadowtune.errors import DataError
-from shadowtune.serving.simulation.records import Answered, Record
-from shadowtune.serving.simulation.world import HEADER_BYTES, World, accepted
+from shadowtune.serving.simulation.records import RecordedAnswer, RequestRecord
+from shadowtune.serving.simulation.simulator import HEADER_BYTES, Simulator, common_prefix
 
 STILL = SimulationConfig(rtt_ms=100, jitter_ms=0, bandwidth_mbit=8e9, price_per_1k_tokens=2, arrivals="closed:1")
 """A network without luck: 50 ms each way, however much is sent."""
 
 
 def answered(score=1.0, seconds=1.0, first=0.4, prompt=20, tokens=(7, 8, 2), text="yes"):
-    return Answered(text, score, seconds, first, prompt, len(tokens), list(tokens))
+    return RecordedAnswer(text, score, seconds, first, prompt, len(tokens), list(tokens))
 
 
 def record(edge=None, cloud=None, **others):
-    return Record(edge or answered(seconds=0.1), cloud or answered(), **others)
+    return RequestRecord(edge or answered(seconds=0.1), cloud or answered(), **others)
 
 
 def test_an_answer_of_the_edge_costs_its_own_time_and_nothing_else():
-    world = World([record(answered(score=0.5, seconds=0.25))], STILL)
-    result = world.play("edge", world.at_edge)
+    simulator = Simulator([record(answered(score=0.5, seconds=0.25))], STILL)
+    result = simulator.run("edge", simulator.at_edge)
     assert (result.cost, result.hand_over_rate, result.accuracy) == (0, 0, 0.5)
     assert (result.p50, result.p90, result.p99, result.seconds) == (0.25, 0.25, 0.25, 0.25)
 
 
 def test_an_answer_of_the_cloud_takes_the_way_there_and_back_and_is_paid_by_the_token():
-    world = World([record(cloud=answered(prompt=20, tokens=(7, 8, 2, 4, 5)))], STILL)
-    result = world.play("cloud", world.at_cloud)
+    simulator = Simulator([record(cloud=answered(prompt=20, tokens=(7, 8, 2, 4, 5)))], STILL)
+    result = simulator.run("cloud", simulator.at_cloud)
     assert result.p50 == pytest.approx(0.05 + 1.0 + 0.05)
     assert result.cost == pytest.approx(1000 * 25 / 1000 * 2)
     assert result.hand_over_rate == 1
 
 
 def test_a_request_handed_over_takes_the_time_of_both_and_has_the_answer_of_the_cloud():
-    world = World([record(answered(0.0, 0.3), answered(0.75, 1.0))], STILL)
-    result = world.play("both", world.handed_over)
+    simulator = Simulator([record(answered(0.0, 0.3), answered(0.75, 1.0))], STILL)
+    result = simulator.run("both", simulator.deferred)
     assert result.p50 == pytest.approx(0.3 + 0.05 + 1.0 + 0.05)
     assert (result.accuracy, result.cost) == (0.75, pytest.approx(46))
 
 
 def test_another_answer_stands_in_the_clouds_place():
-    world = World([record(lora=answered(0.25, 3.0, prompt=10, tokens=(1,)))], STILL)
-    result = world.play("lora", lambda number: world.at_cloud(number, world.records[number].lora))
+    simulator = Simulator([record(lora=answered(0.25, 3.0, prompt=10, tokens=(1,)))], STILL)
+    result = simulator.run("lora", lambda number: simulator.at_cloud(number, simulator.records[number].lora))
     assert (result.accuracy, result.p50, result.cost) == (0.25, pytest.approx(3.1), pytest.approx(22))
 
 
@@ -57,9 +57,9 @@ def test_another_answer_stands_in_the_clouds_place():
 )
 def test_a_checked_draft_costs_one_pass_and_the_tokens_that_it_did_not_foresee(edge, cloud, stand, tokens_left):
     both = record(answered(seconds=0.1, tokens=edge), answered(seconds=1.0, first=0.4, prompt=20, tokens=cloud))
-    world = World([both], STILL)
-    assert accepted(both) == stand
-    result = world.play("verify", world.verified)
+    simulator = Simulator([both], STILL)
+    assert common_prefix(both) == stand
+    result = simulator.run("verify", simulator.verified)
     each = 0.6 / (len(cloud) - 1)
     reading = 0.4 * (20 + len(edge)) / 20
     assert result.p50 == pytest.approx(0.1 + 0.05 + reading + tokens_left * each + 0.05)
@@ -69,32 +69,34 @@ def test_a_checked_draft_costs_one_pass_and_the_tokens_that_it_did_not_foresee(e
 
 def test_speeds_divide_each_sides_seconds():
     fast = SimulationConfig(rtt_ms=0, jitter_ms=0, bandwidth_mbit=8e9, edge_speed=2, cloud_speed=4, arrivals="closed:1")
-    world = World([record(answered(seconds=1.0), answered(seconds=1.0))], fast)
-    assert world.play("both", world.handed_over).p50 == pytest.approx(0.5 + 0.25)
+    simulator = Simulator([record(answered(seconds=1.0), answered(seconds=1.0))], fast)
+    assert simulator.run("both", simulator.deferred).p50 == pytest.approx(0.5 + 0.25)
 
 
 def test_what_is_sent_takes_as_long_as_the_bandwidth_says():
     narrow = SimulationConfig(rtt_ms=0, jitter_ms=0, bandwidth_mbit=0.008, arrivals="closed:1")  # 1,000 bytes a second
-    world = World([record(cloud=answered(seconds=0, text="é" * 250), request_bytes=2000)], narrow)
-    assert world.play("cloud", world.at_cloud).p50 == pytest.approx((HEADER_BYTES + 2000 + HEADER_BYTES + 500) / 1000)
+    simulator = Simulator([record(cloud=answered(seconds=0, text="é" * 250), request_bytes=2000)], narrow)
+    assert simulator.run("cloud", simulator.at_cloud).p50 == pytest.approx(
+        (HEADER_BYTES + 2000 + HEADER_BYTES + 500) / 1000
+    )
 
 
 def test_jitter_spreads_round_trips_evenly_around_their_mean_and_never_makes_them_negative():
     shaken = SimulationConfig(rtt_ms=60, jitter_ms=20, bandwidth_mbit=8e9, arrivals="closed:1")
-    world = World([record(cloud=answered(seconds=0))] * 2000, shaken)
-    trips = [world.at_cloud(number).journey for number in range(2000)]
-    times = [journey.stages[0].travel + journey.home for journey in trips]
+    simulator = Simulator([record(cloud=answered(seconds=0))] * 2000, shaken)
+    trips = [simulator.at_cloud(number).trace for number in range(2000)]
+    times = [trace.steps[0].latency + trace.return_latency for trace in trips]
     assert 0.04 <= min(times) < 0.045
     assert 0.075 < max(times) <= 0.08
     assert sum(times) / 2000 == pytest.approx(0.06, abs=0.0005)
     near = SimulationConfig(rtt_ms=1, jitter_ms=50, bandwidth_mbit=8e9, arrivals="closed:1")
-    world = World([record()] * 100, near)
-    assert min(world.at_cloud(number).journey.home for number in range(100)) >= 0
+    simulator = Simulator([record()] * 100, near)
+    assert min(simulator.at_cloud(number).trace.return_latency for number in range(100)) >= 0
 
 
 def test_percentiles_are_those_of_known_latencies():
-    world = World([record(answered(seconds=float(second))) for second in range(101)], STILL)
-    result = world.play("edge", world.at_edge)
+    simulator = Simulator([record(answered(seconds=float(second))) for second in range(101)], STILL)
+    result = simulator.run("edge", simulator.at_edge)
     assert (result.p50, result.p90, result.p99) == (50, 90, 99)
     assert result.seconds == sum(range(101))
 
@@ -103,15 +105,15 @@ def test_the_same_seed_gives_the_same_result_and_another_one_another():
     records = [record(answered(seconds=0.1 * (number % 3))) for number in range(50)]
     results = []
     for seed in (1, 1, 2):
-        world = World(records, SimulationConfig(arrivals="poisson:3", seed=seed))
-        results.append(world.play("both", world.handed_over))
+        simulator = Simulator(records, SimulationConfig(arrivals="poisson:3", seed=seed))
+        results.append(simulator.run("both", simulator.deferred))
     assert results[0] == results[1]
     assert results[0].p90 != results[2].p90
 
 
 def test_without_requests_there_is_nothing_to_replay():
     with pytest.raises(DataError, match="no requests"):
-        World([], STILL)
+        Simulator([], STILL)
 
 
 @pytest.mark.parametrize(
@@ -121,4 +123,4 @@ def test_without_requests_there_is_nothing_to_replay():
 )  # fmt: skip
 def test_a_side_is_overloaded_if_requests_come_faster_than_it_can_answer(arrivals, speed, sides):
     config = SimulationConfig(arrivals=arrivals, cloud_speed=speed)
-    assert World([record(answered(seconds=0.1), answered(seconds=1.0))], config).overloaded() == sides
+    assert Simulator([record(answered(seconds=0.1), answered(seconds=1.0))], config).overloaded() == sides

@@ -1,0 +1,163 @@
+"""Accuracy and cost of every confidence threshold on examples that both sides have answered, and the choice of one.
+
+An answer whose confidence c is below the threshold t is deferred. With scores e of the edge and k of the cloud,
+
+    accuracy(t) = mean(k where c < t, else e),   rate(t) = mean(c < t),   cost(t) = mean(cost where c < t, else 0).
+
+Only thresholds between two different confidences differ.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from shadowtune.config.policy import CurvePoint, SignalName, Weights
+from shadowtune.errors import ShadowtuneError
+from shadowtune.serving.edge.confidence import Signals, confidence
+
+ALWAYS = -1.0
+"""Confidence of an answer that is deferred whatever the threshold: the tag."""
+
+
+@dataclass(frozen=True)
+class CalibrationExample:
+    """One example that both sides have answered."""
+
+    signals: Signals
+    """Of the edge's answer."""
+    tagged: bool
+    """Whether the edge's answer is the tag, which defers whatever the threshold."""
+    edge_score: float
+    """From 0 to 1, as the cloud's."""
+    cloud_score: float
+    cost: float
+    """Of the cloud's answer."""
+
+
+@dataclass(frozen=True)
+class CalibrationTarget:
+    """The target of a threshold: an accuracy at the least cost, or the best accuracy within a deferral rate or cost."""
+
+    kind: Literal["accuracy", "hand-over", "cost"]
+    value: float
+
+
+def confidences(
+    examples: Sequence[CalibrationExample], signal: SignalName, weights: Weights | None = None
+) -> list[float]:
+    """Return the confidence of each edge answer, ``ALWAYS`` for the tag."""
+    return [ALWAYS if each.tagged else confidence(each.signals, signal, weights) for each in examples]
+
+
+def deferral_curve(examples: Sequence[CalibrationExample], sure: Sequence[float]) -> list[CurvePoint]:
+    """Return accuracy, deferral rate and cost of every threshold that makes a difference, by rising threshold.
+
+    Args:
+        examples: at least one.
+        sure: the confidence of each. With tags, the first point (no deferral at all) has a negative threshold, which
+            cannot be set.
+    """
+    order = np.argsort(sure, kind="stable")
+    levels = np.asarray(sure, float)[order]
+    edge = np.asarray([each.edge_score for each in examples], float)[order]
+    cloud = np.asarray([each.cloud_score for each in examples], float)[order]
+    cost = np.asarray([each.cost for each in examples], float)[order]
+    starts = [0, *(np.flatnonzero(np.diff(levels)) + 1).tolist(), len(examples)]
+    gains, costs = (np.concatenate([[0.0], np.cumsum(values)]) for values in (cloud - edge, cost))
+    return [
+        CurvePoint(
+            _threshold(levels, start),
+            float((edge.sum() + gains[start]) / len(examples)),
+            start / len(examples),
+            float(costs[start] / len(examples)),
+        )
+        for start in starts
+    ]
+
+
+def _threshold(levels: np.ndarray, start: int) -> float:
+    """Return a threshold above the first ``start`` sorted confidences and not above the next."""
+    if start == 0:
+        return min(0.0, float(levels[0]))
+    below = float(levels[start - 1])
+    if start == len(levels):
+        return math.nextafter(max(below, 0.0), math.inf)
+    above = float(levels[start])
+    return max(0.0, min(above, max((below + above) / 2, math.nextafter(below, math.inf))))
+
+
+def area(points: Sequence[CurvePoint]) -> float:
+    """Return the area under accuracy over deferral rate from 0 to 1: the mean accuracy of all rates."""
+    pairs = itertools.pairwise(points)
+    return sum((b.hand_over_rate - a.hand_over_rate) * (a.accuracy + b.accuracy) / 2 for a, b in pairs)
+
+
+def random_area(examples: Sequence[CalibrationExample]) -> float:
+    """Return the area of deferring at random."""
+    return sum(each.edge_score + each.cloud_score for each in examples) / 2 / len(examples)
+
+
+def oracle_area(examples: Sequence[CalibrationExample]) -> float:
+    """Return the area of deferring in the order of the gain, which no router exceeds."""
+    return area(deferral_curve(examples, [each.edge_score - each.cloud_score for each in examples]))
+
+
+def choose_threshold(points: Sequence[CurvePoint], target: CalibrationTarget, count: int) -> CurvePoint:
+    """Return the point of a curve that fits a target best.
+
+    A limit on rate or cost is used up, since few examples do not tell which rate within it is best; but not where that
+    is less accurate than the best by more than a standard error.
+
+    Args:
+        points: of ``deferral_curve``.
+        target: the target.
+        count: number of examples of the curve.
+
+    Raises:
+        ShadowtuneError: if no threshold reaches the target; with the best that can be reached.
+    """
+    able = [point for point in points if point.threshold >= 0]
+    if target.kind == "accuracy":
+        good = [point for point in able if point.accuracy >= target.value - 1e-12]
+        if good:
+            return min(good, key=lambda point: (point.cost, point.hand_over_rate))
+        best = max(able, key=lambda point: (point.accuracy, -point.hand_over_rate))
+        raise ShadowtuneError(
+            f"no threshold reaches accuracy {target.value:g}: the best is {best.accuracy:.4f}, deferring "
+            f"{best.hand_over_rate:.1%}; ask for less, or train a better edge or cloud"
+        )
+    spent = {id(point): point.hand_over_rate if target.kind == "hand-over" else point.cost for point in able}
+    good = [point for point in able if spent[id(point)] <= target.value + 1e-12]
+    if good:
+        most = max(point.accuracy for point in good)
+        error = math.sqrt(most * (1 - most) / count)
+        return max((p for p in good if p.accuracy >= most - error), key=lambda p: (p.hand_over_rate, p.accuracy))
+    raise ShadowtuneError(
+        f"no threshold keeps {target.kind} to {target.value:g}: the edge's tag alone comes to "
+        f"{min(spent.values()):.4g}; allow that much"
+    )
+
+
+def at_threshold(examples: Sequence[CalibrationExample], sure: Sequence[float], threshold: float) -> CurvePoint:
+    """Return accuracy, deferral rate and cost of one threshold on at least one example."""
+    pairs = [(each, level < threshold) for each, level in zip(examples, sure, strict=True)]
+    return CurvePoint(
+        threshold,
+        sum(each.cloud_score if deferred else each.edge_score for each, deferred in pairs) / len(pairs),
+        sum(deferred for _, deferred in pairs) / len(pairs),
+        sum(each.cost for each, deferred in pairs if deferred) / len(pairs),
+    )
+
+
+def thinned(points: Sequence[CurvePoint], kept: CurvePoint, count: int = 200) -> tuple[CurvePoint, ...]:
+    """Return at most ``count`` points with a threshold that can be set, with both ends and ``kept``."""
+    able = [point for point in points if point.threshold >= 0]
+    last = len(able) - 1
+    if last < count:
+        return tuple(able)
+    numbers = {round(index * last / (count - 2)) for index in range(count - 1)} | {able.index(kept)}
+    return tuple(able[number] for number in sorted(numbers))
