@@ -67,7 +67,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "uvicorn": {"serving", "cli"},
     "pydantic": {"serving"},
     "pydantic_core": {"serving"},
-    "httpx": {"serving"},
+    "httpx2": {"serving"},
     "llguidance": {"serving"},
     "prometheus_client": {"serving"},
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("httpx")
+pytest.importorskip("httpx2")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serve_load.py"
 
 

@@ -17,7 +17,7 @@ COMMANDS = [line.split("  #")[0].strip() for line in re.findall(r"^pip install .
 TORCH = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
 CHECKS = {
     "demo": "import peft, matplotlib, gguf",
-    "serve": "import fastapi, uvicorn, httpx, prometheus_client",
+    "serve": "import fastapi, uvicorn, httpx2, prometheus_client",
     "export": "import gguf, onnx, onnxruntime, xllamacpp",
 }
 """What an extra must bring."""

@@ -9,7 +9,7 @@ from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.data.prompts import FieldNames
 from shadowtune.export.opening import of_model
 from shadowtune.serving.edge.local import LocalModel
-from shadowtune.serving.edge.wire import body_of
+from shadowtune.serving.edge.openai_api import request_body
 from shadowtune.serving.engine.engine import Engine
 from shadowtune.serving.engine.limits import Limits
 from shadowtune.serving.http.app import create_app
@@ -122,6 +122,6 @@ def test_completions_read_as_many_tokens_as_training_had(serve, add_bos):
 
 def test_the_edge_hands_over_all_that_makes_the_prompt():
     asked = {"fields": {"input": "blue"}, "tools": [{"type": "function"}], "chat_template_kwargs": {"a": 1}}
-    body = body_of(Request("m", messages=[USER], **asked), "m")
+    body = request_body(Request("m", messages=[USER], **asked), "m")
     assert {name: body[name] for name in asked} == asked
-    assert not set(asked) & set(body_of(Request("m", messages=[USER]), "m"))
+    assert not set(asked) & set(request_body(Request("m", messages=[USER]), "m"))

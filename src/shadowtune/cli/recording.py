@@ -15,7 +15,7 @@ from shadowtune.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from shadowtune.config.cloud import CloudConfig
     from shadowtune.serving.requests import Answerer, Request
-    from shadowtune.serving.simulation.records import Answered, Recording
+    from shadowtune.serving.simulation.records import AnswerFile, RecordedAnswer
 
 NAME = "model"
 """What a model of ours is asked for by, while it is measured."""
@@ -52,9 +52,9 @@ def edge_side(source: str) -> Side:
 
 def far_side(name: str, cloud: "CloudConfig") -> Side:
     """A server with OpenAI's API."""
-    from shadowtune.serving.edge.cloud import Cloud
+    from shadowtune.serving.edge.remote import RemoteEndpoint
 
-    return Side(name, cloud.url, partial(Cloud, cloud), far=True)
+    return Side(name, cloud.url, partial(RemoteEndpoint, cloud), far=True)
 
 
 def run_side(name: str, source: str) -> Side:
@@ -87,17 +87,17 @@ def labelled_of(edge: Side, cloud: Side, source: str | None, split: str, limit: 
     return read_labelled(data_of_format(opened.prompt_format, source), opened.tokenizer, source, split, limit)
 
 
-def record(side: Side, labelled: LabelledSet, directory: Path, quiet: bool = False) -> "list[Answered]":
+def record(side: Side, labelled: LabelledSet, directory: Path, quiet: bool = False) -> "list[RecordedAnswer]":
     """Return a side's answers: those in its file, and from where they end on the ones it gives now.
 
     Raises:
         DataError: if the file holds answers of another model or to other requests.
         RequestError: if the side does not answer.
     """
-    from shadowtune.serving.simulation.records import Recording
+    from shadowtune.serving.simulation.records import AnswerFile
 
     origin = {"model": side.source, "version of the model": side.stamp, "set of requests": labelled.digest}
-    recording = Recording(directory / f"{side.name}.jsonl", origin)
+    recording = AnswerFile(directory / f"{side.name}.jsonl", origin)
     if len(recording.answers) < len(labelled.requests):
         with ProgressBar(quiet) as bar:
             show = partial(bar.show, f"{side.name}: {side.source}")
@@ -105,13 +105,13 @@ def record(side: Side, labelled: LabelledSet, directory: Path, quiet: bool = Fal
     return recording.answers
 
 
-async def _answer(side: Side, labelled: LabelledSet, recording: "Recording", show: Callable[[int, int], None]) -> None:
+async def _answer(side: Side, labelled: LabelledSet, recording: "AnswerFile", show: Callable[[int, int], None]) -> None:
     """Ask what has not been answered yet, one after the other."""
-    from shadowtune.serving.simulation.measuring import measure
+    from shadowtune.serving.simulation.records import measure
 
     answerer = side.open()
 
-    async def ask(number: int) -> "Answered":
+    async def ask(number: int) -> "RecordedAnswer":
         asked = _request(labelled.requests[number], labelled.max_new_tokens, side.far)
         return await measure(answerer, asked, partial(labelled.score, number), labelled.tokenize)
 

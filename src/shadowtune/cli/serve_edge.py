@@ -101,8 +101,8 @@ def policy_of(arguments: argparse.Namespace) -> PolicyConfig:
 def _build(arguments: argparse.Namespace, config: "ServerConfig", policy: PolicyConfig, cloud: CloudConfig) -> Any:
     """Open the model and return the app in front of it."""
     from shadowtune.export.opening import open_model
-    from shadowtune.serving.edge.cloud import Cloud
     from shadowtune.serving.edge.local import LocalModel
+    from shadowtune.serving.edge.remote import RemoteEndpoint
     from shadowtune.serving.edge.router import Router
     from shadowtune.serving.http.app import create_app
 
@@ -111,7 +111,7 @@ def _build(arguments: argparse.Namespace, config: "ServerConfig", policy: Policy
     opened = open_model(path, arguments.max_length)
     name = path.absolute().stem if path.is_file() else path.absolute().name
     edge = LocalModel(opened, arguments.name or name, arguments.max_queue)
-    router = Router(edge, Cloud(cloud), policy, config.timeout - cloud.deadline)
+    router = Router(edge, RemoteEndpoint(cloud), policy, config.timeout - cloud.deadline)
     return create_app(router, config, "edge", policy=router, counters=router.counters)
 
 

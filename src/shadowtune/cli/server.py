@@ -19,7 +19,7 @@ KEYS = "SHADOWTUNE_API_KEYS"
 """Environment variable with API keys, separated by commas."""
 ADMIN_KEYS = "SHADOWTUNE_ADMIN_KEYS"
 """Environment variable with keys that may change the server, separated by commas."""
-PACKAGES = ("fastapi", "uvicorn", "httpx", "prometheus_client")
+PACKAGES = ("fastapi", "uvicorn", "httpx2", "prometheus_client")
 LOGGED = ("shadowtune.serving", "uvicorn", "asyncio")
 
 

@@ -8,7 +8,7 @@ import asyncio
 import json
 import threading
 
-import httpx
+import httpx2
 import pytest
 
 from shadowtune.config.serving import ServerConfig
@@ -154,8 +154,8 @@ def test_health_answers_while_a_prompt_is_tokenized():
     app = create_app(served, ServerConfig(), "cloud", counters=served.counters)
 
     async def work(each):
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        transport = httpx2.ASGITransport(app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             body = {"model": "a", "prompt": "words and words", "n": 3, "max_tokens": 2}
             asked = asyncio.ensure_future(client.post("/v1/completions", json=body))
             for _ in range(20):
