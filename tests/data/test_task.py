@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from shadowtune.config.task import PARTS, RowSource, TaskConfig
-from shadowtune.data.tasks import SHIPPED_TASKS, Task, load_task
+from shadowtune.data.task import SHIPPED_TASKS, EvaluationTask, load_task
 from shadowtune.errors import ConfigError, DataError
 from shadowtune.evaluation.scoring import score_answers
 from tests.support.tasks import ROWS, numbered, write_split, write_task_data
@@ -14,7 +14,7 @@ PLAIN = TaskConfig("t", "{text}:", "{number}", RowSource(""))
 def task_of(tmp_path, rows, **source):
     """A task whose training split holds ``rows``."""
     write_split(tmp_path / "train.jsonl.gz", rows)
-    return Task(replace(PLAIN, rows=RowSource(str(tmp_path), **source)))
+    return EvaluationTask(replace(PLAIN, rows=RowSource(str(tmp_path), **source)))
 
 
 def completions(rows):
@@ -91,7 +91,7 @@ def test_missing_validation_rows_are_a_tenth_of_the_training_rows_and_never_of_t
 
 def test_a_single_file_gives_all_three_parts_and_shares_no_row_between_them(tmp_path):
     write_split(tmp_path / "rows.jsonl.gz", numbered({"text": "a"}, 30))
-    task = Task(replace(PLAIN, rows=RowSource(str(tmp_path / "rows.jsonl.gz"), test=None)))
+    task = EvaluationTask(replace(PLAIN, rows=RowSource(str(tmp_path / "rows.jsonl.gz"), test=None)))
     parts = [completions(task.rows(part)) for part in PARTS]
     assert [len(part) for part in parts] == [24, 3, 3]
     assert sorted((row for part in parts for row in part), key=int) == [str(number) for number in range(30)]
@@ -99,7 +99,7 @@ def test_a_single_file_gives_all_three_parts_and_shares_no_row_between_them(tmp_
 
 def test_a_single_file_is_never_for_training_and_testing_at_once(tmp_path):
     write_split(tmp_path / "rows.jsonl.gz", numbered({"text": "a"}, 30))
-    task = Task(replace(PLAIN, rows=RowSource(str(tmp_path / "rows.jsonl.gz"))))
+    task = EvaluationTask(replace(PLAIN, rows=RowSource(str(tmp_path / "rows.jsonl.gz"))))
     for part in PARTS:
         with pytest.raises(ConfigError, match=r"single file.*set its validation and test to null"):
             task.rows(part)
@@ -141,7 +141,7 @@ def test_a_row_keeps_the_place_it_comes_from(tmp_path):
 def test_references_that_are_no_list_of_texts_are_named(references, tmp_path):
     task = task_of(tmp_path, [{"text": "a", "number": 1, "all": references}], validation="v")
     with pytest.raises(DataError, match=r"line 1: all must be a list of texts"):
-        Task(replace(task.config, references="all")).rows("train")
+        EvaluationTask(replace(task.config, references="all")).rows("train")
 
 
 @pytest.mark.parametrize(

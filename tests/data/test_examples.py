@@ -3,18 +3,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shadowtune.config.training import DataConfig
-from shadowtune.data.prompts import (
+from shadowtune.data.examples import (
     Completion,
     Conversation,
     FieldNames,
-    Text,
+    PlainText,
     fill_template,
-    place_of,
-    read_classified,
+    read_classification_example,
     read_example,
-    text_of,
+    text_field,
 )
-from shadowtune.data.sources import Row
+from shadowtune.data.sources import Row, row_location
 from shadowtune.errors import DataError
 from tests.support.properties import property_test
 
@@ -36,7 +35,7 @@ def refuse(row, message, **fields):
 def test_the_usual_names():
     assert read({"messages": [USER, ASSISTANT]}) == Conversation([USER, ASSISTANT])
     assert read({"prompt": "a", "completion": "b"}) == Completion("a", "b")
-    assert read({"text": "a"}) == Text("a")
+    assert read({"text": "a"}) == PlainText("a")
 
 
 def test_messages_come_before_prompt_and_completion_and_those_before_text():
@@ -45,7 +44,7 @@ def test_messages_come_before_prompt_and_completion_and_those_before_text():
     del row["messages"]
     assert read(row) == Completion("a", "b")
     del row["completion"]
-    assert read(row) == Text("t")
+    assert read(row) == PlainText("t")
 
 
 def test_named_fields_decide():
@@ -53,7 +52,7 @@ def test_named_fields_decide():
     assert read(row, prompt="question", completion="answer") == Completion("q", "w")
     assert read(row, prompt="question") == Completion("q", "b")
     assert read(row, completion="answer") == Completion("a", "w")
-    assert read(row, text="question") == Text("q")
+    assert read(row, text="question") == PlainText("q")
 
 
 def test_a_template_makes_the_prompt_of_any_fields():
@@ -89,12 +88,12 @@ def test_fields_that_are_no_text_are_refused_with_their_value(value):
 
 def test_numbers_are_text():
     assert read({"prompt": "1+1", "completion": 2}) == Completion("1+1", "2")
-    assert text_of({"a": 0.5}, "a", "") == "0.5"
+    assert text_field({"a": 0.5}, "a", "") == "0.5"
 
 
 def test_long_values_are_shortened_in_messages():
     with pytest.raises(DataError) as caught:
-        text_of({"a": ["x" * 1000]}, "a", "here")
+        text_field({"a": ["x" * 1000]}, "a", "here")
     assert len(str(caught.value)) < 100
 
 
@@ -121,22 +120,22 @@ def test_the_completion_of_a_list_prompt_must_be_a_list():
 
 def test_classified_rows_are_text_and_class():
     read_row = {"text": "a", "label": 2, "body": "b", "class": 0}
-    assert read_classified(read_row, FieldNames(), "") == ("a", 2)
-    assert read_classified(read_row, FieldNames(text="body", label="class"), "") == ("b", 0)
-    assert read_classified(read_row, FieldNames(template="<{body}>"), "") == ("<b>", 2)
+    assert read_classification_example(read_row, FieldNames(), "") == ("a", 2)
+    assert read_classification_example(read_row, FieldNames(text="body", label="class"), "") == ("b", 0)
+    assert read_classification_example(read_row, FieldNames(template="<{body}>"), "") == ("<b>", 2)
 
 
 @pytest.mark.parametrize("label", [-1, "joy", 1.0, None, True])
 def test_labels_that_are_no_number_of_a_class_are_refused(label):
     with pytest.raises(DataError, match="here: label must be the number of a class, from 0, got"):
-        read_classified({"text": "a", "label": label}, FieldNames(), "here")
+        read_classification_example({"text": "a", "label": label}, FieldNames(), "here")
 
 
 def test_missing_text_or_label_is_named():
     with pytest.raises(DataError, match="here: no field 'text'"):
-        read_classified({"label": 1}, FieldNames(), "here")
+        read_classification_example({"label": 1}, FieldNames(), "here")
     with pytest.raises(DataError, match=r"here: no field 'label' \(did you mean labels\?\)"):
-        read_classified({"text": "a", "labels": 1}, FieldNames(), "here")
+        read_classification_example({"text": "a", "labels": 1}, FieldNames(), "here")
 
 
 def test_field_names_come_from_the_settings():
@@ -147,8 +146,8 @@ def test_field_names_come_from_the_settings():
 
 
 def test_places_name_file_and_line_or_the_number():
-    assert place_of(Row({}, "rows.jsonl", 7), 3) == "rows.jsonl, line 7"
-    assert place_of({}, 3) == "row 4"
+    assert row_location(Row({}, "rows.jsonl", 7), 3) == "rows.jsonl, line 7"
+    assert row_location({}, 3) == "row 4"
 
 
 @property_test

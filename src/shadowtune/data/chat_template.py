@@ -1,8 +1,8 @@
-"""The prompt of training as the chat template of the saved tokenizer, so that any chat client sends the right one.
+"""Save the prompt format of training as the chat template of the tokenizer, so that any chat client makes the prompts.
 
-A directory or file that we write has a tokenizer whose chat template makes the whole prompt: the template of the rows,
-the begin token, the start that every answer has. Our own code keeps to the tokenizer's original template, which
-``prompt_format.json`` holds, and to ``PromptFormat``; that both make the same prompts is checked before it is written.
+Saved directories and exported files hold a tokenizer whose chat template makes the whole prompt: the template of the
+data, the begin token, the prefix of every answer. This package itself uses the tokenizer's original template, kept in
+``prompt_format.json``, and ``PromptFormat``; before writing, both are checked to make the same prompts.
 """
 
 import copy
@@ -16,9 +16,9 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shadowtune.config.templates import parse_template
+from shadowtune.data.examples import user_message
 from shadowtune.data.prompt_format import FILE, PromptFormat
-from shadowtune.data.rendering import PROBE, asked
-from shadowtune.data.tokens import begin_tokens
+from shadowtune.data.segments import PROBE, begin_tokens
 from shadowtune.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -44,22 +44,25 @@ _FILL_LAST = (
     "{%- endfor -%}"
     "{%- set messages = shadowtune.messages -%}"
 )
-"""Puts the last message of a user into the rows' template; PROMPT stands for what makes it."""
+"""Puts the last message of role user through the template of the data, which replaces PROMPT."""
 
 
-def bake(tokenizer: PreTrainedTokenizerBase, form: PromptFormat) -> tuple[PreTrainedTokenizerBase, PromptFormat]:
-    """Return a tokenizer whose chat template makes the prompts of a format, and the format that remembers the original.
+def add_chat_template(
+    tokenizer: PreTrainedTokenizerBase, form: PromptFormat
+) -> tuple[PreTrainedTokenizerBase, PromptFormat]:
+    """Return a tokenizer whose chat template makes the prompts of a format, and the format that keeps the original.
+
+    If the template of the data has several fields and no main one, a message is the whole, already filled prompt.
 
     Args:
-        tokenizer: with its original chat template, or baked already for this format.
+        tokenizer: with its original chat template, or as returned by this function for this format.
         form: of the prompts.
 
     Returns:
-        Both as they came where the tokenizer's own chat template already makes these prompts. Where the rows' template
-        has several fields and none is the main one, a message is the whole prompt, filled in already.
+        The arguments, unchanged, if the tokenizer's own chat template already makes these prompts.
     """
     original: Any = form.tokenizer_chat_template if form.baked else tokenizer.chat_template
-    plain = as_trained(copy.deepcopy(tokenizer), form)
+    plain = restore_chat_template(copy.deepcopy(tokenizer), form)
     unbaked = replace(form, baked=False, tokenizer_chat_template=None)
     if not form.answers:
         return plain, unbaked
@@ -77,23 +80,23 @@ def bake(tokenizer: PreTrainedTokenizerBase, form: PromptFormat) -> tuple[PreTra
     return baked, replace(form, baked=True, tokenizer_chat_template=_as_text(original))
 
 
-def as_trained(tokenizer: PreTrainedTokenizerBase, form: PromptFormat) -> PreTrainedTokenizerBase:
-    """Give a tokenizer that was read beside a format its original chat template again, in place."""
+def restore_chat_template(tokenizer: PreTrainedTokenizerBase, form: PromptFormat) -> PreTrainedTokenizerBase:
+    """Give a tokenizer saved beside a format its original chat template again, in place."""
     if form.baked:
         tokenizer.chat_template = form.tokenizer_chat_template
     return tokenizer
 
 
-def save_prompts(tokenizer: PreTrainedTokenizerBase, form: PromptFormat, directory: Path) -> PromptFormat:
-    """Write a baked tokenizer and ``prompt_format.json`` into a directory; return the format as written."""
-    baked, form = bake(tokenizer, form)
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, form: PromptFormat, directory: Path) -> PromptFormat:
+    """Write the tokenizer of ``add_chat_template`` and ``prompt_format.json``; return the format as written."""
+    baked, form = add_chat_template(tokenizer, form)
     baked.save_pretrained(str(directory))
     form.save(directory)
     return form
 
 
-def read_prompts(directory: str, **kwargs: Any) -> tuple[PreTrainedTokenizerBase, PromptFormat]:
-    """Read a tokenizer, with its original chat template, and the format beside it.
+def load_tokenizer_and_format(directory: str, **kwargs: Any) -> tuple[PreTrainedTokenizerBase, PromptFormat]:
+    """Load a tokenizer, with its original chat template, and the format beside it.
 
     Args:
         directory: a directory or Hub id.
@@ -105,11 +108,11 @@ def read_prompts(directory: str, **kwargs: Any) -> tuple[PreTrainedTokenizerBase
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **kwargs)
     form = PromptFormat.load(Path(directory))
-    return as_trained(tokenizer, form), form
+    return restore_chat_template(tokenizer, form), form
 
 
-def has_format(directory: Path) -> bool:
-    """Say whether a directory records the format of its prompts."""
+def has_prompt_format(directory: Path) -> bool:
+    """Whether a directory holds ``prompt_format.json``."""
     return (directory / FILE).is_file()
 
 
@@ -133,17 +136,17 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, form: PromptFormat) -> st
     return "".join(parts) + original.removesuffix("\n") + after  # Jinja drops one line break at the very end
 
 
-def _prompt(form: PromptFormat, words: str) -> str:
-    """Return Jinja text that fills the format's template; fields beside a user's words are variables of their names."""
+def _prompt(form: PromptFormat, text: str) -> str:
+    """Return Jinja text that fills the format's template; ``text`` is the main field, other fields are variables."""
     if form.template is None:
-        return "{{ " + words + " }}"
+        return "{{ " + text + " }}"
     made = ""
     for literal, name in parse_template(form.template):
         written = "{{ " + _quoted(literal) + " }}" if literal else ""
         if name is None:
             made += written
         elif name == form.text_field:
-            made += written + "{{ " + words + " }}"
+            made += written + "{{ " + text + " }}"
         elif name in form.optional_fields:
             made += "{%- if " + name + " is defined and " + name + " -%}" + written + "{{ " + name + " }}{%- endif -%}"
         else:
@@ -154,25 +157,27 @@ def _prompt(form: PromptFormat, words: str) -> str:
 
 
 def _setting(name: str, value: Any) -> str:
-    """Return Jinja text that sets a variable, also where the caller has: llama.cpp gives every template its own."""
+    """Return Jinja text that sets a variable, even if the caller sets it: llama.cpp gives every template its own."""
     literal = _quoted(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     literal = "none" if value is None else literal
     return "{%- set " + name + " = " + literal + " -%}"
 
 
 def _quoted(text: str) -> str:
-    """Return a text as a literal that Jinja2 and llama.cpp read alike."""
+    """Return a text as a literal that Jinja2 and llama.cpp parse alike."""
     escapes = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
     return "'" + "".join(escapes.get(letter, letter) for letter in text) + "'"
 
 
 def _difference(baked: PreTrainedTokenizerBase, plain: PreTrainedTokenizerBase, form: PromptFormat) -> str | None:
-    """Return what a baked tokenizer and a format make of the same message, if it is not the same prompt."""
+    """Describe how the prompts of the saved tokenizer and of the format differ; None if they are equal."""
     needed = [name for name in form.fields if name != form.text_field and name not in form.optional_fields]
     fields: dict[str, Any] = {name: f"{PROBE} {name}" for name in needed}
     try:
-        found = baked.apply_chat_template([dict(asked(PROBE))], tokenize=False, add_generation_prompt=True, **fields)
-        ids = form.encode([asked(PROBE)], plain, fields=fields)
+        found = baked.apply_chat_template(
+            [dict(user_message(PROBE))], tokenize=False, add_generation_prompt=True, **fields
+        )
+        ids = form.encode([user_message(PROBE)], plain, fields=fields)
         ours = baked(str(found), add_special_tokens=False)["input_ids"]
     except (DataError, TemplateError, TypeError) as error:
         return " ".join(str(error).split())
@@ -180,5 +185,5 @@ def _difference(baked: PreTrainedTokenizerBase, plain: PreTrainedTokenizerBase, 
 
 
 def _as_text(template: Any) -> str | None:
-    """Return the default of several chat templates, or the only one."""
+    """Return the default one of several chat templates, or the only one."""
     return template.get("default") if isinstance(template, dict) else template

@@ -3,9 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shadowtune.core.head import IGNORE_INDEX
-from shadowtune.data import tokens
-from shadowtune.data.rendering import Piece
-from shadowtune.data.tokens import TokenizedPieces, begin_tokens, tokenize, tokenize_pieces
+from shadowtune.data import segments
+from shadowtune.data.segments import Segment, TokenizedSegments, begin_tokens, tokenize, tokenize_segments
 from shadowtune.errors import DataError
 from tests.support.properties import property_test
 from tests.support.tokenizers import BOS, tiny_tokenizer
@@ -16,12 +15,12 @@ EOS = TOKENIZER.eos_token_id
 texts = st.text(alphabet="the cat\n.T1é", max_size=12)
 
 
-def pieces(*texts, closes=True):
-    return [Piece(t, bool(i % 2), opens=i == 0, closes=closes and bool(i % 2)) for i, t in enumerate(texts)]
+def pieces(*texts, add_eos=True):
+    return [Segment(t, bool(i % 2), add_bos=i == 0, add_eos=add_eos and bool(i % 2)) for i, t in enumerate(texts)]
 
 
 def encode(*texts, tokenizer=TOKENIZER):
-    return next(tokenize_pieces(tokenizer, [pieces(*texts)]))
+    return next(tokenize_segments(tokenizer, [pieces(*texts)]))
 
 
 def test_labels_are_the_answers_and_their_end_and_nothing_else():
@@ -43,7 +42,7 @@ def test_a_prompt_keeps_its_tokens_where_an_answer_would_merge_with_them():
 
 
 def test_plain_text_has_no_prompt_and_is_learned_whole():
-    result = next(tokenize_pieces(BEGINNING, [[Piece("the cat", True, opens=True, closes=True)]]))
+    result = next(tokenize_segments(BEGINNING, [[Segment("the cat", True, add_bos=True, add_eos=True)]]))
     assert result.prompt_length == 0
     assert result.ids == [1, *TOKENIZER("the cat")["input_ids"], EOS]
     assert result.labels == [IGNORE_INDEX, *result.ids[1:]]
@@ -53,8 +52,8 @@ def test_an_end_that_the_tokenizer_lacks_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="the tokenizer has no end-of-sequence token"):
-        list(tokenize_pieces(tokenizer, [pieces("a", "b")]))
-    assert list(tokenize_pieces(tokenizer, [pieces("a", "b", closes=False)]))
+        list(tokenize_segments(tokenizer, [pieces("a", "b")]))
+    assert list(tokenize_segments(tokenizer, [pieces("a", "b", add_eos=False)]))
 
 
 def test_begin_tokens_are_those_that_the_tokenizer_adds():
@@ -69,14 +68,14 @@ def test_a_tokenizer_without_begin_token_adds_none():
 
 
 def test_begin_tokens_stand_only_before_pieces_that_open():
-    opened, inside = Piece("a", False, opens=True), Piece("a", False)
+    opened, inside = Segment("a", False, add_bos=True), Segment("a", False)
     ids = TOKENIZER("a")["input_ids"]
-    assert [result.ids for result in tokenize_pieces(BEGINNING, [[opened], [inside]])] == [[1, *ids], ids]
-    assert [result.ids for result in tokenize_pieces(TOKENIZER, [[opened], [inside]])] == [ids, ids]
+    assert [result.ids for result in tokenize_segments(BEGINNING, [[opened], [inside]])] == [[1, *ids], ids]
+    assert [result.ids for result in tokenize_segments(TOKENIZER, [[opened], [inside]])] == [ids, ids]
 
 
 def test_texts_keep_their_order_over_chunks(monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK", 3)
+    monkeypatch.setattr(segments, "CHUNK", 3)
     words = [str(number) for number in range(10)]
     assert list(tokenize(TOKENIZER, iter(words))) == [TOKENIZER(word)["input_ids"] for word in words]
 
@@ -88,7 +87,7 @@ def test_special_tokens_are_added_only_on_demand():
 @property_test
 @given(st.lists(st.lists(texts, min_size=2, max_size=6).filter(lambda row: len(row) % 2 == 0), min_size=1, max_size=4))
 def test_rows_together_are_rows_alone_and_every_prompt_is_a_prefix(rows):
-    together = list(tokenize_pieces(BEGINNING, [pieces(*row) for row in rows]))
+    together = list(tokenize_segments(BEGINNING, [pieces(*row) for row in rows]))
     assert together == [encode(*row, tokenizer=BEGINNING) for row in rows]
     for row, result in zip(rows, together, strict=True):
         prompt = [1, *TOKENIZER(row[0])["input_ids"]]
@@ -104,7 +103,7 @@ def test_rows_together_are_rows_alone_and_every_prompt_is_a_prefix(rows):
 
 def sample(prompt, answer):
     ids = list(range(10, 10 + prompt + answer))
-    return TokenizedPieces(ids, [IGNORE_INDEX] * prompt + ids[prompt:], prompt)
+    return TokenizedSegments(ids, [IGNORE_INDEX] * prompt + ids[prompt:], prompt)
 
 
 @property_test
@@ -129,7 +128,7 @@ def test_truncation_keeps_the_answer_and_the_end_of_the_prompt(prompt, answer, l
 
 
 def test_plain_text_keeps_its_start():
-    result = TokenizedPieces([1, 2, 3, 4], [IGNORE_INDEX, 2, 3, 4], 0)
+    result = TokenizedSegments([1, 2, 3, 4], [IGNORE_INDEX, 2, 3, 4], 0)
     result.truncate(3, 1)
     assert (result.ids, result.labels) == ([1, 2, 3], [IGNORE_INDEX, 2, 3])
 

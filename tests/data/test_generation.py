@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from shadowtune.data.answers import end_tokens, generate_answers
+from shadowtune.data.generation import end_tokens, generate_answers
 from shadowtune.errors import DataError
 from tests.support.shadows import perturbed_model, tokens
 from tests.support.tokenizers import tiny_tokenizer

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shadowtune.data.prompts import Completion, Conversation, Text
-from shadowtune.data.rendering import Piece, Renderer, has_template, render, render_prompt, target_of
+from shadowtune.data.examples import Completion, Conversation, PlainText
+from shadowtune.data.segments import Renderer, Segment, has_template, render_prompt, target_text
 from shadowtune.errors import DataError
 from tests.support.properties import property_test
 from tests.support.templates import REFUSING, REWRITING, UNCLOSED
@@ -19,7 +19,7 @@ def turns(*contents, first="user"):
 
 
 def pieces(example, tokenizer=CHATML, chat_template=True):
-    return render(example, tokenizer, chat_template, "here")
+    return Renderer(tokenizer, chat_template).sequences(example, "here")[-1]
 
 
 def sequences(example, tokenizer=CHATML, chat_template=True):
@@ -39,14 +39,14 @@ def test_a_template_is_used_if_there_is_one_and_it_is_wanted():
 
 
 def test_plain_text_is_one_piece_that_needs_an_end():
-    assert pieces(Text("a text")) == [Piece("a text", learned=True, opens=True, closes=True)]
+    assert pieces(PlainText("a text")) == [Segment("a text", learned=True, add_bos=True, add_eos=True)]
 
 
 def test_a_completion_without_template_begins_with_the_space_between():
     for tokenizer, wanted in ((BARE, True), (CHATML, False)):
         assert pieces(Completion("one", "two"), tokenizer, wanted) == [
-            Piece("one", learned=False, opens=True),
-            Piece(" two", learned=True, closes=True),
+            Segment("one", learned=False, add_bos=True),
+            Segment(" two", learned=True, add_eos=True),
         ]
 
 
@@ -68,17 +68,17 @@ def test_a_space_is_put_in_only_where_there_is_no_white_space(prompt, completion
 
 def test_an_answer_is_learned_with_its_end_of_turn_token_and_without_the_line_break_after_it():
     assert pieces(Completion("hi", "yo")) == [
-        Piece("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", learned=False),
-        Piece("yo<|im_end|>", learned=True),
+        Segment("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", learned=False),
+        Segment("yo<|im_end|>", learned=True),
     ]
 
 
 def test_every_answer_of_a_conversation_is_learned_and_the_line_break_goes_to_the_next_prompt():
     assert pieces(Conversation(turns("a", "b", "c", "d"))) == [
-        Piece("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", learned=False),
-        Piece("b<|im_end|>", learned=True),
-        Piece("\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n", learned=False),
-        Piece("d<|im_end|>", learned=True),
+        Segment("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", learned=False),
+        Segment("b<|im_end|>", learned=True),
+        Segment("\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n", learned=False),
+        Segment("d<|im_end|>", learned=True),
     ]
 
 
@@ -95,30 +95,32 @@ def test_messages_after_the_last_answer_are_left_out():
 def test_where_the_template_ends_no_turn_the_answer_needs_an_end():
     tokenizer = tiny_tokenizer(UNCLOSED)
     assert pieces(Conversation(turns("a", "b ", "c", "d")), tokenizer) == [
-        Piece("user: a\nassistant: ", learned=False),
-        Piece("b", learned=True, closes=True),
-        Piece(" \nuser: c\nassistant: ", learned=False),
-        Piece("d", learned=True, closes=True),
+        Segment("user: a\nassistant: ", learned=False),
+        Segment("b", learned=True, add_eos=True),
+        Segment(" \nuser: c\nassistant: ", learned=False),
+        Segment("d", learned=True, add_eos=True),
     ]
 
 
 def test_white_space_at_the_end_of_an_answer_is_kept_where_the_turn_has_an_end():
-    assert pieces(Completion("hi", "yo \n"))[1] == Piece("yo \n<|im_end|>", learned=True)
+    assert pieces(Completion("hi", "yo \n"))[1] == Segment("yo \n<|im_end|>", learned=True)
 
 
 @pytest.mark.parametrize("answer", ["", ">", "|>", "_end|>", "<|im_end|>"])
 def test_an_answer_that_is_empty_or_ends_like_the_turn_gets_the_turns_end_once(answer):
-    assert pieces(Completion("hi", answer))[1] == Piece(answer + "<|im_end|>", learned=True)
-    assert pieces(Completion("hi", answer), tiny_tokenizer(UNCLOSED))[1] == Piece(answer, learned=True, closes=True)
+    assert pieces(Completion("hi", answer))[1] == Segment(answer + "<|im_end|>", learned=True)
+    assert pieces(Completion("hi", answer), tiny_tokenizer(UNCLOSED))[1] == Segment(answer, learned=True, add_eos=True)
 
 
 def test_a_template_that_rewrites_earlier_turns_makes_a_sequence_of_each_answer():
     tokenizer = tiny_tokenizer(REWRITING)
     one, two = sequences(Conversation(turns("a", "b", "c", "d")), tokenizer)
     start = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
-    assert one == [Piece(start, False), Piece("think b<|im_end|>", True)]
+    assert one == [Segment(start, False), Segment("think b<|im_end|>", True)]
     again = start + "b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
-    assert two == [Piece(again, False), Piece("think d<|im_end|>", True)], "the earlier answer has no thoughts any more"
+    assert two == [Segment(again, False), Segment("think d<|im_end|>", True)], (
+        "the earlier answer has lost its thoughts"
+    )
 
 
 def test_what_the_template_refuses_is_one_line():
@@ -138,12 +140,12 @@ def test_conversations_without_an_answer_or_without_a_question_are_refused():
 
 
 def test_the_target_is_the_last_answer():
-    assert target_of(Completion("a", " b"), "") == " b"
-    assert target_of(Conversation(turns("a", "b", "c", "d", "e")), "") == "d"
+    assert target_text(Completion("a", " b"), "") == " b"
+    assert target_text(Conversation(turns("a", "b", "c", "d", "e")), "") == "d"
     with pytest.raises(DataError, match="here: plain text has no answer"):
-        target_of(Text("a"), "here")
+        target_text(PlainText("a"), "here")
     with pytest.raises(DataError, match="here: no message of the assistant"):
-        target_of(Conversation(turns("a")), "here")
+        target_text(Conversation(turns("a")), "here")
 
 
 @property_test

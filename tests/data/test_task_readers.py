@@ -1,7 +1,7 @@
 import pytest
 
 from shadowtune.config.task import RowSource, TaskConfig
-from shadowtune.data.tasks.readers import read_fields
+from shadowtune.data.task import read_fields
 from shadowtune.errors import DataError
 
 

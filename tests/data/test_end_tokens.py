@@ -2,8 +2,8 @@ import pytest
 from transformers import GenerationConfig
 
 from shadowtune.data.encoding import encode_prompts, encode_rows
-from shadowtune.data.ends import end_tokens, ends_to_record, record_ends
-from shadowtune.data.prompts import FieldNames
+from shadowtune.data.examples import FieldNames
+from shadowtune.data.generation import end_tokens, ends_to_record, record_ends
 from tests.support.bases import tiny_base
 from tests.support.chats import CHATML_STOP, GPT_OSS, QWEN3, R1, STOP, WRAPPING, chat_tokenizer
 

@@ -1,6 +1,6 @@
 import pytest
 
-from shadowtune.data.checks import check_encoded, check_tokenizer
+from shadowtune.data.encoding import check_encoded, check_tokenizer
 from shadowtune.errors import DataError
 from tests.support.tokenizers import tiny_tokenizer
 
