@@ -4,7 +4,7 @@ import math
 import torch
 from transformers import TrainerControl, TrainerState
 
-from shadowtune.training.metrics import LeaveOutNonfinite, MetricsFile
+from shadowtune.training.callbacks import MetricsFile, SkipNonfiniteSteps
 
 
 def state(step, main=True):
@@ -37,7 +37,7 @@ def test_resuming_drops_later_lines_and_one_that_was_cut_off(tmp_path):
 
 def test_a_step_is_left_out_if_any_gradient_is_no_number():
     model = torch.nn.Linear(2, 2)
-    callback = LeaveOutNonfinite()
+    callback = SkipNonfiniteSteps()
     for value, kept in ((1.0, True), (math.inf, False), (math.nan, False)):
         model.weight.grad = torch.ones(2, 2)
         model.bias.grad = torch.tensor([0.0, value])

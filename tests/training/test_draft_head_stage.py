@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.errors import ConfigError
-from shadowtune.training.drafting import chosen_rows, only_the_drafter, own_answers, settings_of
 from shadowtune.training.run import train
+from shadowtune.training.stages import DraftHeadStage, draft_head_only, draft_head_settings, own_answers
 from tests.support.runs import causal_rows, run_config
 from tests.support.shadows import perturbed_model
 from tests.support.tokenizers import tiny_tokenizer
@@ -57,16 +57,17 @@ def test_it_learns_what_the_model_answers():
 def test_less_than_an_epoch_answers_a_part_of_the_prompts(tmp_path, epochs, count, passes):
     config = run_config(tmp_path, shadow=ShadowConfig(**SHADOW), drafting_epochs=epochs, seed=3)
     rows = causal_rows(11)
-    chosen = chosen_rows(config, rows)
+    stage = DraftHeadStage(config.drafting_epochs, config.seed)
+    chosen = stage.choose(rows)
     assert len(chosen) == count and all(row in rows for row in chosen)
-    assert chosen == chosen_rows(config, rows)
-    assert settings_of(config).epochs == passes
+    assert chosen == stage.choose(rows)
+    assert draft_head_settings(config).epochs == passes
 
 
 def test_everything_else_is_free_again_even_if_it_fails():
     model = perturbed_model(draft_rank=4)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    context = only_the_drafter(model)
+    context = draft_head_only(model)
     context.__enter__()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name in names if "draft_fusion" in name}

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from shadowtune.errors import CheckpointError, ConfigError, TrainingError
-from shadowtune.training.inputs import FILE, TrainingInputs, base_digest, tokenizer_digest
 from shadowtune.training.run import train
+from shadowtune.training.run_directory import DIGESTS_FILE, InputDigests, base_digest, tokenizer_digest
 from shadowtune.training.trainer import ShadowTrainer
 from tests.support.bases import tiny_base
 from tests.support.runs import model_directory, rows_file, run_config
@@ -132,10 +132,10 @@ def test_a_shadow_that_learned_alone_is_not_joined_with_anything_else(change, wo
         train(config, resume=True, quiet=True)
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, f"has no {FILE}"), ("{", "damaged"), ("[]", "damaged")])
+@pytest.mark.parametrize(("content", "words"), [(None, f"has no {DIGESTS_FILE}"), ("{", "damaged"), ("[]", "damaged")])
 def test_a_run_without_a_whole_record_is_not_resumed(content, words, config, monkeypatch):
     stopped(config, monkeypatch)
-    file = Path(config.output) / FILE
+    file = Path(config.output) / DIGESTS_FILE
     file.unlink()
     if content is not None:
         file.write_text(content)
@@ -158,7 +158,7 @@ def test_a_run_is_not_resumed_without_a_part_of_its_checkpoint(name, config, mon
 def test_a_classification_run_records_its_rows_too(tmp_path):
     config = run_config(tmp_path, "classification", max_steps=1)
     train(config, quiet=True)
-    recorded = json.loads((tmp_path / "run" / FILE).read_text())
+    recorded = json.loads((tmp_path / "run" / DIGESTS_FILE).read_text())
     assert recorded.keys() == {"base", "tokenizer", "train", "validation"}
     rows = [json.loads(line) for line in Path(config.data.train).read_text().splitlines()]
     rows[0]["label"] = 2
@@ -189,8 +189,8 @@ def test_a_quantized_base_has_a_digest_of_what_is_stored():
 
 
 def test_inputs_are_compared_field_by_field(tmp_path):
-    inputs = TrainingInputs("a", "b", "c", None)
+    inputs = InputDigests("a", "b", "c", None)
     inputs.save(tmp_path)
     inputs.check(tmp_path)
     with pytest.raises(ConfigError, match="the base's weights or config and the training rows changed"):
-        TrainingInputs("x", "b", "x", None).check(tmp_path)
+        InputDigests("x", "b", "x", None).check(tmp_path)

@@ -9,7 +9,7 @@ from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.data.collate import CausalCollator, PackedCollator
 from shadowtune.errors import ConfigError
 from shadowtune.evaluation.runner import answer_loss
-from shadowtune.training.mixing import GAMMAS, fit_head_mixing
+from shadowtune.training.interpolation import GAMMAS, fit_logit_interpolation
 from shadowtune.training.run import train
 from tests.support.runs import causal_rows, run_config
 from tests.support.shadows import perturbed_model
@@ -28,11 +28,11 @@ def test_it_takes_what_the_labels_are_likeliest_with(collate, better):
     for gamma in GAMMAS:
         model.set_head_mixing(gamma)
         losses.append(answer_loss(model, rows, collate, 3))
-    best, without = fit_head_mixing(model, rows, collate, 3)
+    fit = fit_logit_interpolation(model, rows, collate, 3)
     assert model.shadow.config.head_mixing == (GAMMAS[losses.index(min(losses))] or None)
     assert (model.shadow.config.head_mixing is None) == (better == "attached")
-    assert (best, without) == pytest.approx((min(losses), losses[0]))
-    assert answer_loss(model, rows, collate, 3) == pytest.approx(best)
+    assert (fit.loss, fit.loss_without) == pytest.approx((min(losses), losses[0]))
+    assert answer_loss(model, rows, collate, 3) == pytest.approx(fit.loss)
 
 
 def test_a_run_chooses_and_saves_it(tmp_path):

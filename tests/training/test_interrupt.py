@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from shadowtune.training.interruption import StopBetweenSteps
+from shadowtune.training.callbacks import GracefulInterrupt
 
 
 def ctrl_c():
@@ -13,16 +13,16 @@ def ctrl_c():
 
 @pytest.mark.parametrize("place", ["on_step_begin", "on_substep_end", "on_prediction_step"])
 def test_the_first_ctrl_c_waits_for_the_step_to_end(place):
-    stop = StopBetweenSteps()
+    stop = GracefulInterrupt()
     with stop.watching():
-        vars(StopBetweenSteps)[place](stop)
+        vars(GracefulInterrupt)[place](stop)
         ctrl_c()
         with pytest.raises(KeyboardInterrupt):
-            vars(StopBetweenSteps)[place](stop)
+            vars(GracefulInterrupt)[place](stop)
 
 
 def test_the_second_one_does_not():
-    stop = StopBetweenSteps()
+    stop = GracefulInterrupt()
     with stop.watching():
         ctrl_c()
         with pytest.raises(KeyboardInterrupt):
@@ -31,10 +31,10 @@ def test_the_second_one_does_not():
 
 def test_afterwards_ctrl_c_is_what_it_was():
     before = signal.getsignal(signal.SIGINT)
-    with StopBetweenSteps().watching():
+    with GracefulInterrupt().watching():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
-    with pytest.raises(ZeroDivisionError), StopBetweenSteps().watching():
+    with pytest.raises(ZeroDivisionError), GracefulInterrupt().watching():
         raise ZeroDivisionError
     assert signal.getsignal(signal.SIGINT) == before
 
@@ -43,7 +43,7 @@ def test_other_threads_are_left_alone():
     seen = []
 
     def run():
-        with StopBetweenSteps().watching():
+        with GracefulInterrupt().watching():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=run)

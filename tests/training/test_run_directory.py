@@ -5,7 +5,7 @@ import pytest
 
 from shadowtune.config.training import DataConfig, TrainConfig
 from shadowtune.errors import CheckpointError, ConfigError, TrainingError
-from shadowtune.training.run_dir import MAY_CHANGE, RunDirectory
+from shadowtune.training.run_directory import MAY_CHANGE, RunDirectory
 
 CONFIG = TrainConfig(data=DataConfig(train="rows.jsonl"))
 

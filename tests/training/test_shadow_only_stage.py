@@ -12,7 +12,7 @@ from shadowtune.model.pair import ShadowPair
 from shadowtune.model.shadow import Shadow
 from shadowtune.training import run as run_module
 from shadowtune.training.run import build_model, train
-from shadowtune.training.shadow_first import alone, together
+from shadowtune.training.stages import joint_settings, shadow_only_settings
 from tests.support.runs import run_config, snapshot
 from tests.training.test_resume import assert_same_run
 
@@ -39,7 +39,7 @@ def test_the_shadow_learns_alone_and_then_beside_its_base(tmp_path):
         backbone = name.startswith("shadow.backbone")
         assert bool((tensor != begun[name]).any()) == backbone, name
         assert bool((whole[name] != tensor).any()), name
-    expected = snapshot(build_model(together(config)))
+    expected = snapshot(build_model(joint_settings(config)))
     assert all(torch.equal(expected[name], first[name]) for name in first if name.startswith("shadow.backbone"))
     told = json.loads((Path(config.output) / "shadow" / "summary.json").read_text())
     assert summary.shadow_seconds == told["train_seconds"] < summary.train_seconds
@@ -55,9 +55,9 @@ def test_alone_it_learns_from_the_text_and_never_runs_the_base(tmp_path, monkeyp
         return encode(self, *args, **kwargs)
 
     monkeypatch.setattr(ShadowPair, "encode", spy)
-    train(alone(config), quiet=True)
+    train(shadow_only_settings(config), quiet=True)
     assert set(modes) == {"detached"}
-    own = alone(config)
+    own = shadow_only_settings(config)
     assert (own.shadow.shadow_loss_weight, own.shadow.distillation_weight) == (1.0, 0.0)
     assert (own.epochs, own.max_steps, own.optimizer.backbone_learning_rate) == (2.0, None, None)
     assert own.shadow.init_layers == (0,)
@@ -76,7 +76,7 @@ def test_a_stateless_shadow_rests_while_its_boundaries_learn(tmp_path, monkeypat
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(Shadow, "run", spy)
-    train(alone(config), quiet=True)
+    train(shadow_only_settings(config), quiet=True)
     passes_alone = len(ran)
     summary = train(config, overwrite=True, quiet=True)
     assert len(ran) == 2 * passes_alone > 0, "it ran in its own part only"
@@ -112,8 +112,8 @@ def test_a_stateless_shadow_with_a_loss_of_its_own_learns_beside_its_base(tmp_pa
 def test_alone_it_may_have_a_learning_rate_of_its_own(tmp_path, given, expected):
     rates = replace(run_config(tmp_path).optimizer, learning_rate=2e-3, backbone_learning_rate=1e-5)
     config = config_in(tmp_path, optimizer=rates, shadow_learning_rate=given)
-    assert alone(config).optimizer == replace(rates, learning_rate=expected, backbone_learning_rate=None)
-    assert together(config).optimizer == rates
+    assert shadow_only_settings(config).optimizer == replace(rates, learning_rate=expected, backbone_learning_rate=None)
+    assert joint_settings(config).optimizer == rates
 
 
 class StoppedError(Exception):
@@ -131,7 +131,7 @@ def test_a_run_stopped_between_its_parts_goes_on_to_the_same_end(tmp_path, monke
         def stop(config):
             raise StoppedError
 
-        patched.setattr(run_module, "together", stop)
+        patched.setattr(run_module, "joint_settings", stop)
         with pytest.raises(StoppedError):
             train(cut, quiet=True)
     with pytest.raises(TrainingError, match="--resume"):

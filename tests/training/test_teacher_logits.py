@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from shadowtune.core.top_tokens import TopTokens
 from shadowtune.data.collate import CausalCollator
 from shadowtune.errors import CheckpointError, ConfigError
-from shadowtune.training import teacher_cache
-from shadowtune.training.teacher_cache import TaughtRows, rows_fingerprint
+from shadowtune.training import teacher_logits
+from shadowtune.training.teacher_logits import TeacherLogitsDataset, examples_fingerprint
 from tests.support.runs import causal_rows
 
 K = 3
@@ -31,14 +31,14 @@ def predictions(rows, seed=0):
 @pytest.fixture
 def rows(monkeypatch):
     """Eight rows of uneven length and uneven labels, three to a file."""
-    monkeypatch.setattr(teacher_cache, "ROWS", 3)
+    monkeypatch.setattr(teacher_logits, "EXAMPLES_PER_FILE", 3)
     return causal_rows(8)
 
 
 def filled(rows, directory):
-    taught = TaughtRows(rows, directory, FACTS)
+    taught = TeacherLogitsDataset(rows, directory, FACTS)
     for first in taught.missing():
-        taught.write(first, predictions(taught.rows_from(first), seed=first))
+        taught.write(first, predictions(taught.examples_from(first), seed=first))
     return taught
 
 
@@ -77,15 +77,15 @@ def test_an_entry_takes_eight_bytes_and_a_file_says_what_it_was_made_of(rows, tm
     size = int.from_bytes(files[0].read_bytes()[:8], "little")
     found = json.loads(files[0].read_bytes()[8 : 8 + size])["__metadata__"]
     assert found["base"] == "abc"
-    assert found["rows"] == rows_fingerprint(rows)
+    assert found["rows"] == examples_fingerprint(rows)
 
 
 def test_only_files_that_are_not_there_are_missing(rows, tmp_path):
-    taught = TaughtRows(rows, tmp_path / "new", FACTS)
+    taught = TeacherLogitsDataset(rows, tmp_path / "new", FACTS)
     assert list(taught.missing()) == [0, 3, 6]
-    taught.write(3, predictions(taught.rows_from(3)))
+    taught.write(3, predictions(taught.examples_from(3)))
     assert list(taught.missing()) == [0, 6]
-    assert list(TaughtRows(rows, tmp_path / "new", FACTS).missing()) == [0, 6]
+    assert list(TeacherLogitsDataset(rows, tmp_path / "new", FACTS).missing()) == [0, 6]
 
 
 def test_files_of_another_run_are_refused_and_left_alone(rows, tmp_path):
@@ -94,18 +94,18 @@ def test_files_of_another_run_are_refused_and_left_alone(rows, tmp_path):
     for others, facts, message in (
         (rows, {**FACTS, "base": "xyz"}, "it has base abc and not xyz; name another directory, or delete this one"),
         (rows, {**FACTS, "distillation_top_k": "4"}, "it has distillation_top_k 3 and not 4;"),
-        (rows[::-1], FACTS, f"it has rows {rows_fingerprint(rows)} and not {rows_fingerprint(rows[::-1])};"),
+        (rows[::-1], FACTS, f"it has rows {examples_fingerprint(rows)} and not {examples_fingerprint(rows[::-1])};"),
     ):
         with pytest.raises(ConfigError, match=f"^distillation_cache={tmp_path} was filled for .*{re.escape(message)}"):
-            list(TaughtRows(others, tmp_path, facts).missing())
+            list(TeacherLogitsDataset(others, tmp_path, facts).missing())
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_files_of_another_length_are_refused(rows, tmp_path, monkeypatch):
     filled(rows, tmp_path)
-    monkeypatch.setattr(teacher_cache, "ROWS", 4)
+    monkeypatch.setattr(teacher_logits, "EXAMPLES_PER_FILE", 4)
     with pytest.raises(ConfigError, match="it has rows_in_a_file 3 and not 4;"):
-        list(TaughtRows(rows, tmp_path, FACTS).missing())
+        list(TeacherLogitsDataset(rows, tmp_path, FACTS).missing())
 
 
 def test_a_file_that_was_cut_off_is_named(rows, tmp_path):
@@ -120,9 +120,9 @@ def test_a_file_that_was_cut_off_is_named(rows, tmp_path):
 
 def test_a_directory_that_cannot_be_written_is_named(rows, tmp_path):
     (tmp_path / "taken").write_text("")
-    taught = TaughtRows(rows, tmp_path / "taken", FACTS)
+    taught = TeacherLogitsDataset(rows, tmp_path / "taken", FACTS)
     with pytest.raises(CheckpointError, match=f"^cannot write to {tmp_path / 'taken'}"):
-        taught.write(0, predictions(taught.rows_from(0)))
+        taught.write(0, predictions(taught.examples_from(0)))
 
 
 def test_the_fingerprint_of_rows_sees_their_order_their_borders_and_their_labels():
@@ -136,4 +136,4 @@ def test_the_fingerprint_of_rows_sees_their_order_their_borders_and_their_labels
         [row([1, 2, 3], [-100, 2, 3]), row([4, 5])],
         [row([1, 2, 3])],
     ]
-    assert len({rows_fingerprint(rows) for rows in variants}) == len(variants)
+    assert len({examples_fingerprint(rows) for rows in variants}) == len(variants)

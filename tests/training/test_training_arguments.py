@@ -4,7 +4,7 @@ import pytest
 
 from shadowtune.config.training import DataConfig, OptimizerConfig, TrainConfig
 from shadowtune.errors import ConfigError
-from shadowtune.training.arguments import training_arguments
+from shadowtune.training.trainer import training_arguments
 
 CONFIG = TrainConfig(data=DataConfig(train="rows.jsonl"))
 
