@@ -48,7 +48,7 @@ class Dataset:
         )
         if self.form is None:
             return other
-        own = {"template": other.template, "chat_template": other.chat_template}
+        own: dict[str, Any] = {"template": other.template, "chat_template": other.chat_template}
         return replace(other, form=replace(self.form, **own, optional_fields=(), main_field=None))
 
     @property

@@ -285,7 +285,7 @@ def check_encoded(examples: Sequence[Mapping[str, Any]], vocab_size: int, max_po
         max_positions: limit of tokens per example; None if the model has none.
 
     Raises:
-        DataError: naming the first examples at fault, with a hint.
+        DataError: naming the first invalid examples, with a hint.
     """
     if not examples:
         raise DataError("there are no rows")

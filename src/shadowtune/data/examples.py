@@ -109,7 +109,7 @@ def read_example(row: Mapping[str, Any], fields: FieldNames, where: str) -> Exam
 
 
 def read_classification_example(row: Mapping[str, Any], fields: FieldNames, where: str) -> tuple[str, int]:
-    """Read the text and the class, an integer from 0, of a row; raises DataError naming the field at fault."""
+    """Read the text and the class, an integer from 0, of a row; raises DataError naming the invalid field."""
     if fields.template is not None:
         text = fill_template(fields.template, row, where, fields.optional)
     else:

@@ -14,7 +14,7 @@ from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.data.collate import left_pad
 from shadowtune.errors import DataError
 
-AnswerProgress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 """Called with the number of finished prompts, and of all."""
 
 
@@ -25,7 +25,7 @@ def generate_answers(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int = 32,
-    progress: AnswerProgress = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
     speculate: SpeculationConfig | None = None,
     recorded_ends: Sequence[int] = (),
     content_mark: str = "",

@@ -49,7 +49,7 @@ class EvaluationTask:
             Rows with "prompt", "completion", "references" (a list of texts) and, if the task has labels, "label".
 
         Raises:
-            DataError: naming the row at fault; or if the source or the split does not exist or is empty.
+            DataError: naming the invalid row; or if the source or the split does not exist or is empty.
             ConfigError: if a directory is given and the task does not name its folder in it.
         """
         if part not in PARTS:

@@ -61,7 +61,7 @@ def atomic_directory(target: Path, accelerator: Accelerator, checkpoints: Path |
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             replace_directory(target)
-    except Exception as error:
+    except Exception as error:  # of any kind: tokenizers raises bare ones for a full disk
         shutil.rmtree(staging.parent, ignore_errors=True)
         cause = error.__cause__ if isinstance(error, CheckpointError) else error  # of a nested save
         if isinstance(cause, ShadowtuneError) or not isinstance(cause, Exception):

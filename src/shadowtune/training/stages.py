@@ -46,7 +46,7 @@ class StageContext:
     """Encoded hold-out examples, for ``LogitInterpolationStage``."""
     collate: Collator | None = None
     """Makes batches of hold-out examples."""
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: Any = None
     """For ``DraftHeadStage``."""
     batch_size: int = 8
     report: Callable[[str], None] = lambda line: None

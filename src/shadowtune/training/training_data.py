@@ -119,7 +119,7 @@ def check_data(data: TrainingData, model: nn.Module) -> None:
     """Check that the data fit the model and have labels; set the model's padding token if it has none.
 
     Raises:
-        DataError: naming the first examples at fault, or the tokens that the model does not know.
+        DataError: naming the first invalid examples, or the tokens that the model does not know.
         ConfigError: if examples are packed and the model would attend across them.
     """
     if isinstance(data.collate, PackedCollator):
