@@ -130,7 +130,8 @@ def _batches(
     examples: Sequence[dict[str, Any]], collate: Collator, batch_size: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     for start in range(0, len(examples), batch_size):
-        batch = send_to_device(collate(list(examples[start : start + batch_size])), device)
+        chosen = range(start, min(start + batch_size, len(examples)))
+        batch = send_to_device(collate([examples[index] for index in chosen]), device)
         batch.pop("rows", None)  # see ``with_row_numbers``
         yield batch
 

@@ -2,10 +2,12 @@
 
 ``train`` runs ``stages(config)`` in order. Beside another trainer, plain or from TRL, they are used like this:
 
-    trainer = SFTTrainer(model, args=arguments, train_dataset=dataset)
+    trainer = SFTTrainer(model, args=arguments, train_dataset=dataset, eval_dataset=hold_out)
     context = StageContext.from_trainer(trainer)
-    for stage in (ShadowOnlyStage(), JointStage(), DraftHeadStage()):
+    for stage in (ShadowOnlyStage(), JointStage(), LogitInterpolationStage()):
         stage.run(context)
+
+``DraftHeadStage`` needs a trainer that takes the model's own loss, as ``transformers.Trainer`` does and TRL's do not.
 """
 
 import math
