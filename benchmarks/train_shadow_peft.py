@@ -23,9 +23,8 @@ from shadowtune.evaluation.run import FinishedRun
 from shadowtune.model.methods import load_base, trainable_parameters
 from shadowtune.model.objective import own_causal_objective
 from shadowtune.models import resolve
-from shadowtune.training.arguments import training_arguments
-from shadowtune.training.rows import load_training_rows
-from shadowtune.training.trainer import ShadowTrainer, with_row_numbers
+from shadowtune.training.trainer import ShadowTrainer, training_arguments, with_row_numbers
+from shadowtune.training.training_data import load_training_data
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
-    rows = load_training_rows(config)
+    rows = load_training_data(config)
     set_seed(config.seed)
     ours = config.shadow
     settings = {"injection_hidden_size": ours.rank, "gate_hidden_size": ours.update_width}

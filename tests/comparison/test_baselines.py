@@ -152,7 +152,7 @@ class TestEnsemble:
     def test_its_weight_is_the_best_of_those_tried_on_the_validation_rows(self, finished):
         from shadowtune.data.collate import CausalCollator
         from shadowtune.evaluation.runner import answer_loss
-        from shadowtune.training.mixing import GAMMAS
+        from shadowtune.training.interpolation import GAMMAS
 
         run = finished[0]
         data = run.dataset

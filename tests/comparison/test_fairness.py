@@ -329,7 +329,7 @@ class TestForgetting:
 
         from shadowtune.config.data import DataConfig
         from shadowtune.model.methods import load_base
-        from shadowtune.training.rows import load_tokenizer
+        from shadowtune.training.training_data import load_tokenizer
 
         model = load_base(config.common["model"]).eval()
         data = Dataset.open(DataConfig(train=text, block_size=16))

@@ -3,9 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shadowtune.data.blocks import BlockReport, encode_blocks
-from shadowtune.data.checks import check_encoded
 from shadowtune.data.collate import CausalCollator, PackedCollator
-from shadowtune.data.prompts import FieldNames
+from shadowtune.data.encoding import check_encoded
+from shadowtune.data.examples import FieldNames
 from shadowtune.data.sources import Row
 from shadowtune.errors import DataError
 from tests.support.bases import VOCABULARY

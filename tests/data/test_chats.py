@@ -7,10 +7,9 @@ import pytest
 from shadowtune.config.data import DataConfig
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.encoding import encode_prompts, encode_rows
-from shadowtune.data.messages import read_messages
+from shadowtune.data.examples import FieldNames, fill_template, read_messages
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.data.prompts import FieldNames, fill_template
-from shadowtune.data.rendering import render_messages
+from shadowtune.data.segments import render_messages
 from shadowtune.errors import ConfigError, DataError
 from tests.support.chats import GPT_OSS, PARTS, QWEN3, R1, chat_tokenizer
 from tests.support.tokenizers import CHATML
@@ -108,7 +107,7 @@ def test_qwen3s_turns_are_learned_one_by_one_as_the_last_of_their_conversation()
         start + "b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n" + THOUGHTS + "d<|im_end|>",
     ]
     assert learned == ["b<|im_end|>", "d<|im_end|>"]
-    assert (report.rows, report.dropped) == (2, 0)
+    assert (report.examples, report.dropped) == (2, 0)
 
 
 def test_gpt_oss_turns_all_learn_the_end_of_a_last_turn():
@@ -120,7 +119,7 @@ def test_gpt_oss_turns_all_learn_the_end_of_a_last_turn():
 
 def test_chatml_keeps_a_conversation_in_one_sequence():
     texts, learned, report = encoded([{"messages": turns("a", "b", "c", "d")}], CHATML)
-    assert (len(texts), learned, report.rows) == (1, ["b<|im_end|>d<|im_end|>"], 1)
+    assert (len(texts), learned, report.examples) == (1, ["b<|im_end|>d<|im_end|>"], 1)
 
 
 @pytest.mark.parametrize("contents", [("a", "b"), ("a", "b", "c", "d")], ids=["one_turn", "two_turns"])
@@ -141,7 +140,7 @@ def test_dropped_sequences_are_counted_where_a_row_makes_several():
     rows = [{"messages": turns("a", "b", "c" * 60, "d")}]
     tokenizer = chat_tokenizer(QWEN3)
     found, report = encode_rows(rows, tokenizer, FIELDS, 60, overlong="drop")
-    assert (len(found), report.rows, report.dropped) == (1, 1, 1)
+    assert (len(found), report.examples, report.dropped) == (1, 1, 1)
 
 
 # What rows may hold

@@ -10,7 +10,7 @@ from shadowtune.data.encoding import (
     encode_rows,
     prompt_ids,
 )
-from shadowtune.data.prompts import FieldNames
+from shadowtune.data.examples import FieldNames
 from shadowtune.data.sources import Row, load_rows
 from shadowtune.errors import DataError
 from tests.support.properties import property_test
@@ -121,7 +121,7 @@ def test_what_is_read_before_an_answer_is_the_same_in_training_and_generation(ro
     tokenizer, fields = TOKENIZERS[which], FieldNames(template=template)
     encoded, report = encode(rows, tokenizer, fields)
     prompts = encode_prompts(rows, tokenizer, fields, 512)
-    assert report.rows == len(rows)
+    assert report.examples == len(rows)
     assert report.tokens == sum(len(row["input_ids"]) for row in encoded)
     assert report.labelled_tokens == sum(len(learned(row)) for row in encoded)
     for row, prompt, encoded_row in zip(rows, prompts, encoded, strict=True):
@@ -162,13 +162,13 @@ ROWS = [{"prompt": "a" * length, "completion": "b"} for length in (3, 30, 4, 40)
 def test_rows_that_are_too_long_can_be_dropped():
     encoded, report = encode(ROWS, BARE, max_length=10, overlong="drop")
     assert [row["row"] for row in encoded] == [1, 3]
-    assert (report.rows, report.dropped, report.truncated) == (2, 2, 0)
+    assert (report.examples, report.dropped, report.truncated) == (2, 2, 0)
 
 
 def test_rows_that_are_too_long_can_be_cut():
     encoded, report = encode(ROWS, BARE, max_length=10, overlong="truncate")
     assert [len(row["input_ids"]) for row in encoded] == [6, 10, 7, 10]
-    assert (report.rows, report.dropped, report.truncated, report.longest) == (4, 0, 2, 10)
+    assert (report.examples, report.dropped, report.truncated, report.longest) == (4, 0, 2, 10)
 
 
 def test_rows_that_are_too_long_can_be_an_error():
@@ -181,7 +181,7 @@ def test_a_row_of_exactly_the_limit_is_not_too_long():
     for overlong in ("error", "drop", "truncate"):
         encoded, report = encode(ROWS[:1], BARE, max_length=6, overlong=overlong)
         assert len(encoded[0]["input_ids"]) == 6
-        assert (report.rows, report.dropped, report.truncated) == (1, 0, 0)
+        assert (report.examples, report.dropped, report.truncated) == (1, 0, 0)
 
 
 def test_dropping_all_rows_is_an_error():
@@ -196,7 +196,7 @@ def test_classes_are_read_with_the_texts_tokens():
     encoded, report = encode_classification(rows, tokenizer, FIELDS, 20)
     assert encoded[0] == {"input_ids": [1, *BARE("the cat")["input_ids"]], "labels": 2, "row": 1}
     assert encoded[1] == {"input_ids": [1, *BARE("a")["input_ids"]], "labels": 0, "row": 2}
-    assert (report.rows, report.labelled_tokens) == (2, 2)
+    assert (report.examples, report.labelled_tokens) == (2, 2)
 
 
 def test_texts_to_classify_lose_their_end_if_too_long():
@@ -242,14 +242,16 @@ def test_no_rows_are_no_error_here():
 
 
 def test_the_report_is_one_line_that_leaves_out_what_did_not_happen():
-    assert str(EncodingReport(1000, 0, 0, 54321, 6000, 62)) == ("1,000 rows, 54,321 tokens (6,000 learned), longest 62")
+    assert str(EncodingReport(1000, 0, 0, 54321, 6000, 62)) == (
+        "1,000 examples, 54,321 tokens (6,000 labelled), longest 62"
+    )
     assert str(EncodingReport(7, 2, 3, 50, 6, 9)) == (
-        "7 rows, 50 tokens (6 learned), longest 9, 3 cut to the limit, 2 dropped as too long"
+        "7 examples, 50 tokens (6 labelled), longest 9, 3 cut to the limit, 2 dropped as too long"
     )
 
 
 def test_the_shipped_data_encodes():
     rows = load_rows("clinc150-demo", "validation", limit=50)
     encoded, report = encode(rows, BARE, FieldNames(template="Request: {prompt}\nIntent:"))
-    assert report.rows == 50
+    assert report.examples == 50
     assert text(encoded[0]["input_ids"]) == f"Request: {rows[0]['prompt']}\nIntent: {rows[0]['completion']}<|im_end|>"

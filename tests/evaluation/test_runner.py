@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from shadowtune.data.answers import generate_answers
 from shadowtune.data.collate import CausalCollator, ClassificationCollator
+from shadowtune.data.generation import generate_answers
 from shadowtune.errors import DataError
 from shadowtune.evaluation.agreement import top1_agreement
 from shadowtune.evaluation.runner import answer_loss, evaluate_classes, evaluate_generation

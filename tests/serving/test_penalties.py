@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.data.answers import generate_answers
+from shadowtune.data.generation import generate_answers
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.evaluation.answering import Sampling as Asked
 from shadowtune.evaluation.answering import answer

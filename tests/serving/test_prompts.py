@@ -5,8 +5,8 @@ from starlette.testclient import TestClient
 
 from shadowtune.config.serving import ServerConfig
 from shadowtune.data.encoding import encode_prompts
+from shadowtune.data.examples import FieldNames
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.data.prompts import FieldNames
 from shadowtune.export.opening import of_model
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.edge.openai_api import request_body

@@ -8,10 +8,10 @@ from safetensors import SafetensorError
 
 from shadowtune.errors import CheckpointError
 from shadowtune.training.checkpoints import (
-    Progress,
+    TrainingProgress,
+    atomic_directory,
     check_checkpoint,
     read_progress,
-    whole_directory,
     write_progress,
 )
 from tests.support.runs import arguments, causal_rows, trainer_of
@@ -29,7 +29,7 @@ def fill(directory, text):
 
 
 def test_a_directory_appears_when_it_is_whole(accelerator, tmp_path):
-    with whole_directory(tmp_path / "target", accelerator, tmp_path / "checkpoints") as staging:
+    with atomic_directory(tmp_path / "target", accelerator, tmp_path / "checkpoints") as staging:
         fill(staging, "new")
         assert not (tmp_path / "target").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
@@ -39,7 +39,7 @@ def test_a_directory_appears_when_it_is_whole(accelerator, tmp_path):
 def test_the_old_directory_is_replaced_as_a_whole(accelerator, tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "stale").write_text("old")
-    with whole_directory(tmp_path / "target", accelerator, tmp_path / "checkpoints") as staging:
+    with atomic_directory(tmp_path / "target", accelerator, tmp_path / "checkpoints") as staging:
         fill(staging, "new")
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["inner"]
 
@@ -64,7 +64,7 @@ def test_after_a_failure_the_old_directory_is_what_it_was_and_the_space_is_free_
     (tmp_path / "target" / "kept").write_text("old")
     with (  # noqa: PT012 - the block is what fails
         pytest.raises(CheckpointError, match=rf"cannot write .*target: .*{words}.*; no checkpoint was saved before"),
-        whole_directory(tmp_path / "target", accelerator, tmp_path / "checkpoints") as staging,
+        atomic_directory(tmp_path / "target", accelerator, tmp_path / "checkpoints") as staging,
     ):
         fill(staging, "new")
         raise error
@@ -75,7 +75,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(accelerator, tmp_path):
     for error in (Exception("something else"), ValueError("No space left"), KeyError("os error")):
         with (
             pytest.raises(type(error)) as caught,
-            whole_directory(tmp_path / "target", accelerator, tmp_path),
+            atomic_directory(tmp_path / "target", accelerator, tmp_path),
         ):
             raise error
         assert caught.value is error
@@ -84,7 +84,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(accelerator, tmp_path):
 
 def test_leftovers_of_a_killed_save_are_cleared_away(accelerator, tmp_path):
     (tmp_path / ".saving" / "other").mkdir(parents=True)
-    with whole_directory(tmp_path / "target", accelerator, tmp_path / "checkpoints") as staging:
+    with atomic_directory(tmp_path / "target", accelerator, tmp_path / "checkpoints") as staging:
         fill(staging, "new")
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
@@ -113,7 +113,7 @@ def test_running_out_of_space_while_saving_keeps_the_last_checkpoint(limit, tmp_
 
 
 def test_progress_is_read_as_it_was_written(tmp_path):
-    progress = Progress(seconds=1.5, tokens=7, skipped_steps=2, processes=3)
+    progress = TrainingProgress(seconds=1.5, tokens=7, skipped_steps=2, processes=3)
     write_progress(tmp_path, progress)
     assert read_progress(tmp_path) == progress
 

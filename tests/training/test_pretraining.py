@@ -14,11 +14,11 @@ from shadowtune.config.loading import dump_config
 from shadowtune.config.training import DataConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.methods import load_trained
-from shadowtune.training import pretraining, teacher_cache
 from shadowtune.training import run as run_module
-from shadowtune.training.pretraining import set_up_pretraining
+from shadowtune.training import teacher_logits
 from shadowtune.training.run import build_model, train
-from shadowtune.training.teacher_cache import TaughtRows
+from shadowtune.training.stages import prepare_shadow_only
+from shadowtune.training.teacher_logits import TeacherLogitsDataset
 from shadowtune.training.trainer import BACKBONE_PARTS
 from tests.support.runs import model_directory, run_config, snapshot
 from tests.support.shadows import perturbed_model, tokens
@@ -143,7 +143,7 @@ def test_a_shadow_without_projections_cannot_train_them_first(tmp_path):
 
 def test_only_boundaries_are_frozen_and_the_mode_is_detached():
     model = perturbed_model(hidden_size=16).train()
-    assert set_up_pretraining(model, 1) is model
+    assert prepare_shadow_only(model, 1) is model
     model(input_ids=tokens(2, 7), labels=tokens(2, 7)).loss.backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient == {name for name, _ in model.named_parameters() if name.startswith(BACKBONE_PARTS)}
@@ -158,7 +158,7 @@ def test_the_perplexity_is_that_of_the_detached_shadow_after_the_last_step(eval_
     assert steps[-1] == 6
     assert summary.detached_perplexity == pytest.approx(math.exp(losses[-1]))
     model = load_trained(tmp_path / "run" / "model", "shadow", "causal_lm", config.model).set_mode("detached").eval()
-    rows = run_module.load_training_rows(config).validation
+    rows = run_module.load_training_data(config).validation
     with torch.no_grad():
         batches = [torch.tensor([list(row["input_ids"])]) for row in rows]
         each = [model(input_ids=batch, labels=batch).loss.item() for batch in batches]
@@ -198,8 +198,7 @@ def calls(monkeypatch):
         return model
 
     monkeypatch.setattr(run_module, "build_model", build)
-    for module in (teacher_cache, pretraining):
-        monkeypatch.setattr(module, "ROWS", 3)
+    monkeypatch.setattr(teacher_logits, "EXAMPLES_PER_FILE", 3)
     return seen
 
 
@@ -235,7 +234,7 @@ def test_pretraining_with_a_cache_resumes_to_the_same_trajectory(stop, tmp_path,
 
 def test_filling_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, calls):
     config = cached_config(tmp_path)
-    write = TaughtRows.write
+    write = TeacherLogitsDataset.write
 
     def write_or_stop(taught, first, top):
         if first == 6:
@@ -243,7 +242,7 @@ def test_filling_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, calls):
         write(taught, first, top)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TaughtRows, "write", write_or_stop)
+        patch.setattr(TeacherLogitsDataset, "write", write_or_stop)
         with pytest.raises(KeyboardInterrupt):
             train(config, quiet=True)
     names = sorted(file.name for file in (tmp_path / "kept").iterdir())

@@ -78,7 +78,7 @@ def test_without_tensorboard_no_such_files_are_written_and_nothing_is_printed(tm
     train(run_config(tmp_path), report=lines.append, quiet=True)
     assert not (tmp_path / "run" / "tensorboard").exists()
     assert capsys.readouterr().out == ""
-    assert lines[0].startswith("data: 12 rows, 395 tokens (35 learned)")
+    assert lines[0].startswith("data: 12 examples, 395 tokens (35 labelled)")
     assert [line.split(":")[1].strip() for line in lines[1:]] == ["base", "shadow backbone", "shadow boundaries"]
     assert "of which trainable 0" in lines[1]
 
@@ -215,7 +215,7 @@ WRITES = {
     "optimizer": ("torch.save", full_disk, CheckpointError),
     "state": ("transformers.TrainerState.save_to_json", full_disk, CheckpointError),
     "flushing": ("shadowtune.model.replacement.flush", full_disk, CheckpointError),
-    "log": ("shadowtune.training.metrics.json.dumps", full_disk, TrainingError),
+    "log": ("shadowtune.training.callbacks.json.dumps", full_disk, TrainingError),
 }
 
 

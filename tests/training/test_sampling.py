@@ -3,7 +3,7 @@ import torch
 from torch.utils.data import RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from shadowtune.training.sampling import EpochSampler
+from shadowtune.training.trainer import EpochSampler
 from tests.support.bases import tiny_base
 from tests.support.runs import arguments, causal_rows, trainer_of
 

@@ -18,7 +18,7 @@ from shadowtune.benchmark.decode import perturb
 from shadowtune.benchmark.peers import CONTENDERS, OURS
 from shadowtune.benchmark.subject import ModelSubject
 from shadowtune.core.prepacked_linear import prepacked_linear
-from shadowtune.data.answers import generate_answers
+from shadowtune.data.generation import generate_answers
 from shadowtune.errors import ConfigError
 
 BATCHED = "batched"

@@ -19,7 +19,7 @@ from shadowtune.config.training import TrainConfig
 from shadowtune.data.dataset import Dataset
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.budget import shapeless_base
-from shadowtune.training.rows import load_tokenizer
+from shadowtune.training.training_data import load_tokenizer
 
 SAMPLE = 64
 """Training rows that are encoded to learn how long rows are."""

@@ -15,7 +15,7 @@ from shadowtune.config.training import TrainConfig
 from shadowtune.errors import CheckpointError, ConfigError, ShadowtuneError
 from shadowtune.model.budget import Growth, count_parameters, equal_sizes, growth_of, is_equal
 from shadowtune.model.methods import load_base_config, make_trainable
-from shadowtune.training.pretraining import set_up_pretraining
+from shadowtune.training.stages import prepare_shadow_only
 
 MLP_KEYS = ("shadow.intermediate_size", "peft.shadow_intermediate_size")
 """Sizes of a mirrored block's MLP, which go in steps of 8."""
@@ -76,7 +76,7 @@ class ParameterCounter:
 
 def _adapted(base: PreTrainedModel, config: TrainConfig, shadow: ShadowConfig) -> nn.Module:
     model = make_trainable(base, config.method, config.task, shadow, config.lora, peft=config.peft)
-    return set_up_pretraining(model) if config.stage == "pretrain" else model
+    return prepare_shadow_only(model) if config.stage == "pretrain" else model
 
 
 def base_config(config: TrainConfig) -> PreTrainedConfig:

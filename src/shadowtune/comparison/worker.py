@@ -24,8 +24,8 @@ from shadowtune.evaluation.run import FinishedRun
 from shadowtune.model.methods import load_base
 from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import provenance
-from shadowtune.training.rows import load_tokenizer
 from shadowtune.training.run import train
+from shadowtune.training.training_data import load_tokenizer
 
 
 @dataclass

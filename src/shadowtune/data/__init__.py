@@ -1,1 +1,1 @@
-"""Storey 3: text in, tensors out."""
+"""Data: rows to examples, to token ids, to batches; prompts and answers of generation."""

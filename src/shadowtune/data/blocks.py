@@ -1,4 +1,4 @@
-"""Plain texts joined and cut into blocks of equal length: the rows of pretraining, none of which needs padding."""
+"""Concatenate plain texts and cut them into blocks of equal length, the examples of pretraining; none needs padding."""
 
 import bisect
 from array import array
@@ -8,25 +8,25 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from shadowtune.data.prompts import FieldNames, place_of, text_of
-from shadowtune.data.sources import number_of
-from shadowtune.data.tokens import begin_tokens, tokenize
+from shadowtune.data.examples import FieldNames, text_field
+from shadowtune.data.segments import begin_tokens, tokenize
+from shadowtune.data.sources import row_location, row_number
 from shadowtune.errors import DataError
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What became of the texts."""
+    """Counts of concatenated texts and their blocks."""
 
     documents: int
-    """Texts that are joined."""
+    """Texts used."""
     empty: int
-    """Texts left out because they are blank."""
+    """Blank texts omitted."""
     blocks: int
     block_size: int
-    """Tokens of each block but the last, which may be shorter."""
+    """Tokens of each block; the last may be shorter."""
     tokens: int
-    """In all blocks together."""
+    """Tokens of all blocks together."""
     end: int | None = field(default=None, compare=False)
     """The token between two texts."""
 
@@ -38,31 +38,29 @@ class BlockReport:
 def encode_blocks(
     rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, fields: FieldNames, block_size: int
 ) -> tuple[list[dict[str, Any]], BlockReport]:
-    """Join the rows' texts and cut the whole into blocks.
+    """Concatenate the texts of rows and cut them into blocks.
 
-    Between two texts stands the end-of-sequence token; before each, the begin token if the tokenizer adds one. A block
-    may hold the end of one text and the beginning of others, and sees them all. One token left at the end is dropped,
-    for nothing predicts it.
+    The end-of-sequence token separates two texts; the begin token precedes each if the tokenizer adds one. A block may
+    hold several texts and attends across them. A single token left at the end is dropped, as nothing predicts it.
 
     Args:
-        rows: as ``load_rows`` gives them; any mappings do.
+        rows: as ``load_rows`` returns them, or any mappings.
         tokenizer: of the model.
-        fields: where the rows keep their texts.
-        block_size: tokens of a block, at least 2.
+        fields: where a row holds its text.
+        block_size: tokens per block, at least 2.
 
     Returns:
-        For each block "input_ids" and "labels", which are one and the same array of ints, and "row", the line or number
-        of the row that its first token comes from; and the counts.
+        For each block "input_ids" and "labels", the same array of ints, and "row", the line or number of the row that
+        its first token comes from; and the report.
 
     Raises:
-        DataError: naming the row, if it has no text; or if there are several texts and no token to stand between them,
-            or too few tokens for a block.
+        DataError: naming the row, if it has no text; or if there are several texts and the tokenizer has no
+            end-of-sequence token, or there are too few tokens for a block.
     """
-    places = [place_of(row, index) for index, row in enumerate(rows)]
-    texts = {index: _text(row, fields, places[index]) for index, row in enumerate(rows)}
+    texts = {index: _text(row, fields, row_location(row, index)) for index, row in enumerate(rows)}
     documents = {index: text for index, text in texts.items() if text.strip()}
     stream, starts = _join(tokenizer, documents.values())
-    numbers = [number_of(rows[index], index) for index in documents]
+    numbers = [row_number(rows[index], index) for index in documents]
     blocks: list[dict[str, Any]] = []
     for start in range(0, len(stream) - 1, block_size):
         block = stream[start : start + block_size]
@@ -75,15 +73,15 @@ def encode_blocks(
     return blocks, BlockReport(*counts, tokenizer.eos_token_id if len(documents) > 1 else None)
 
 
-def _text(row: Mapping[str, Any], fields: FieldNames, place: str) -> str:
+def _text(row: Mapping[str, Any], fields: FieldNames, where: str) -> str:
     try:
-        return text_of(row, fields.text or "text", place)
+        return text_field(row, fields.text or "text", where)
     except DataError as error:
         raise DataError(f"{error}; data.block_size joins plain texts, whose field data.text_field names") from None
 
 
 def _join(tokenizer: PreTrainedTokenizerBase, texts: Collection[str]) -> tuple["array[int]", list[int]]:
-    """Return all tokens in one array, and where each text begins in it."""
+    """Return all tokens in one array, and the index of each text's first token."""
     begin, end = begin_tokens(tokenizer), tokenizer.eos_token_id
     if end is None and len(texts) > 1:
         raise DataError("the tokenizer has no end-of-sequence token to stand between texts; set its eos_token")

@@ -1,4 +1,4 @@
-"""The data of a run: the rows of its own files or of its task, and how they become tokens."""
+"""The data of a run: rows of its own files or of its task, and how they are encoded."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,38 +8,37 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowtune.config.data import HELD_BACK, DataConfig
 from shadowtune.data.blocks import BlockReport, encode_blocks
-from shadowtune.data.carving import carve
 from shadowtune.data.encoding import EncodedPrompt, EncodingReport, encode_classification, encode_prompts, encode_rows
+from shadowtune.data.examples import FieldNames
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.data.prompts import FieldNames
-from shadowtune.data.sources import Row, has_splits, load_rows
-from shadowtune.data.tasks import Task, load_task
+from shadowtune.data.sources import Row, has_splits, load_rows, split_rows
+from shadowtune.data.task import EvaluationTask, load_task
 from shadowtune.errors import ConfigError, DataError
 
 MAX_LENGTH = 512
-"""Tokens of a row where neither the settings nor a task say how many."""
+"""Tokens per example if neither the settings nor a task set a limit."""
 TASK_FIELDS = FieldNames(prompt="prompt", completion="completion", text="prompt", label="label")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Settings, and the task they name."""
+    """Settings of the data, and the task that they name."""
 
     settings: DataConfig
-    task: Task | None = None
+    task: EvaluationTask | None = None
     form: PromptFormat | None = None
-    """What was read off the training rows; None before that, or where nothing was trained."""
+    """The format read off the training data; None before that, or if nothing was trained."""
 
     @classmethod
     def open(cls, settings: DataConfig) -> "Dataset":
-        """Load the task that the settings name, if they do; raises ConfigError if there is none of that name."""
+        """Load the task, if the settings name one; raises ConfigError if it does not exist."""
         return cls(settings, None if settings.task is None else load_task(settings.task))
 
     def of_task(self, name: str) -> "Dataset":
-        """Return another task's data, from the same directory and with the same settings of length and chat template.
+        """Return the data of another task, with this one's directory, length limit and chat template setting.
 
         Raises:
-            ConfigError: if there is no task of that name.
+            ConfigError: if there is no such task.
         """
         data = self.settings
         other = Dataset.open(
@@ -49,40 +48,32 @@ class Dataset:
         )
         if self.form is None:
             return other
-        return replace(
-            other,
-            form=replace(
-                self.form,
-                template=other.template,
-                chat_template=other.chat_template,
-                optional_fields=(),
-                main_field=None,
-            ),
-        )
+        own: dict[str, Any] = {"template": other.template, "chat_template": other.chat_template}
+        return replace(other, form=replace(self.form, **own, optional_fields=(), main_field=None))
 
     @property
     def task_version(self) -> str | None:
-        """Name and version of the task; None if there is none."""
+        """Name and version of the task, or None."""
         return None if self.task is None else f"{self.task.config.name} version {self.task.config.version}"
 
     @property
     def fields(self) -> FieldNames:
-        """Where the rows keep their parts."""
+        """Where a row holds the parts of an example."""
         return FieldNames.from_config(self.settings) if self.task is None else TASK_FIELDS
 
     @property
     def template(self) -> str | None:
-        """How a prompt is made from a row's fields; None if it is a field."""
+        """Template that makes a prompt from the fields of a row; None if the prompt is a field."""
         return self.settings.template if self.task is None else self.task.config.prompt
 
     @property
     def max_length(self) -> int:
-        """Tokens of a row: what the settings say, else the task."""
+        """Limit of tokens per example: of the settings, else of the task."""
         return self.settings.max_length or (MAX_LENGTH if self.task is None else self.task.config.max_length)
 
     @property
     def prompt_format(self) -> PromptFormat:
-        """How a user's words become a prompt: as read off the training rows, else as the settings say."""
+        """How a user's text becomes a prompt: as read off the training data, else by the settings."""
         if self.form is not None:
             return self.form
         settings = self.settings
@@ -90,48 +81,44 @@ class Dataset:
 
     @property
     def chat_template(self) -> bool:
-        """Whether prompts go through the tokenizer's chat template: what the settings say, else the task."""
+        """Whether prompts go through the tokenizer's chat template: by the settings, else by the task."""
         if self.settings.chat_template is not None:
             return self.settings.chat_template
         return self.task is None or self.task.config.chat_template
 
     @property
     def num_labels(self) -> int | None:
-        """Classes of the task; None if it has none, or there is no task."""
+        """Number of the task's classes; None without any."""
         labels = None if self.task is None else self.task.config.labels
         return None if labels is None else len(labels)
 
     @property
     def metric(self) -> str:
-        """How answers are scored."""
+        """Name of the metric that scores answers."""
         return "exact_match" if self.task is None else self.task.config.metric
 
     @property
     def max_new_tokens(self) -> int | None:
-        """Tokens of an answer; None allows as many as the longest true one has."""
+        """Limit of tokens per answer; None means the length of the longest reference."""
         return None if self.task is None else self.task.config.max_new_tokens
 
     def training_rows(self) -> list[Row]:
-        """Load the rows to learn from; raises DataError as ``load_rows``."""
-        learned = self._training_rows()
-        return [*learned, *(self._validation_rows() or [])] if self.settings.learn_validation else learned
-
-    def validation_rows(self) -> list[Row] | None:
-        """Load the rows to validate on during training; None if none are asked for, or they are learned."""
-        return None if self.settings.learn_validation else self._validation_rows()
-
-    def _training_rows(self) -> list[Row]:
-        """Load the training rows alone."""
+        """Load the training rows, with the validation rows if ``learn_validation``; raises DataError."""
         settings = self.settings
         if self.task is not None:
-            return self.task.rows("train", settings.directory, settings.limit)
-        if settings.validation == HELD_BACK:
-            return self._part("train")[: settings.limit]
-        assert settings.train is not None
-        return load_rows(settings.train, settings.train_split, settings.limit)
+            rows = self.task.rows("train", settings.directory, settings.limit)
+        elif settings.validation == HELD_BACK:
+            rows = self._part("train")[: settings.limit]
+        else:
+            assert settings.train is not None
+            rows = load_rows(settings.train, settings.train_split, settings.limit)
+        return [*rows, *(self._validation_rows() or [])] if settings.learn_validation else rows
+
+    def validation_rows(self) -> list[Row] | None:
+        """Load the rows for validation during training; None if there are none, or training learns them."""
+        return None if self.settings.learn_validation else self._validation_rows()
 
     def _validation_rows(self) -> list[Row] | None:
-        """Load the validation rows; None if none are asked for."""
         settings = self.settings
         if settings.validation is None:
             return None
@@ -147,10 +134,10 @@ class Dataset:
         Args:
             split: of the data set, or part of the task.
             source: another data set, or "held_back"; for a task, another directory of data sets.
-            limit: at most so many: a task's are a random sample, others the first.
+            limit: maximum number of rows: of a task a random sample, otherwise the first.
 
         Raises:
-            DataError: if the rows cannot be read, or would be those of training.
+            DataError: if the rows cannot be read, or are those of training.
         """
         if self.task is not None:
             return self.task.rows(split, source or self.settings.directory, limit)
@@ -164,10 +151,10 @@ class Dataset:
         return load_rows(source, split, limit)
 
     def _part(self, part: str) -> list[Row]:
-        """Load the training rows without a tenth of them, or ("validation") this tenth."""
+        """Split the training rows and return "train" or the hold-out, "validation"."""
         settings = self.settings
         assert settings.train is not None
-        rows = carve(load_rows(settings.train, settings.train_split, None), ["validation"])[part]
+        rows = split_rows(load_rows(settings.train, settings.train_split, None), ["validation"])[part]
         if not rows:
             raise DataError(f"{settings.train} has too few rows to hold some back for validation; add rows")
         return rows
@@ -179,18 +166,18 @@ class Dataset:
         classify: bool,
         training: bool = False,
     ) -> tuple[list[dict[str, Any]], EncodingReport | BlockReport]:
-        """Encode rows with their answers or, for a model that classifies, their classes.
+        """Encode rows with their answers or, for a classifier, their classes.
 
         Args:
-            rows: as the methods above give them.
+            rows: as the methods above return them.
             tokenizer: of the model.
             classify: whether the model predicts classes.
-            training: whether settings that only matter in training hold: blocks, what happens to longer rows, and
-                whether prompts are learned.
+            training: whether settings that only matter in training apply: ``block_size``, ``overlong`` and
+                ``completion_only``.
 
         Raises:
             DataError: naming the row that cannot be read.
-            ConfigError: if the task has no classes and they are asked for.
+            ConfigError: if classes are requested of a task that has none.
         """
         data, fields = self.settings, self.fields
         if data.block_size is not None and training:
@@ -200,21 +187,28 @@ class Dataset:
             if self.task is not None and self.num_labels is None:
                 raise ConfigError(f"task {self.task.config.name} has no classes to predict; set task=causal_lm")
             return encode_classification(rows, tokenizer, fields, self.max_length, overlong)
-        only = data.completion_only or not training
-        prefix = self.prompt_format.answer_prefix if self.form is not None or not training else None
-        given = self.prompt_format.template_kwargs
-        return encode_rows(rows, tokenizer, fields, self.max_length, overlong, only, self.chat_template, prefix, given)
+        form = self.prompt_format
+        return encode_rows(
+            rows,
+            tokenizer,
+            replace(fields, template_kwargs=form.template_kwargs),
+            self.max_length,
+            overlong,
+            completion_only=data.completion_only or not training,
+            chat_template=self.chat_template,
+            answer_prefix=form.answer_prefix if self.form is not None or not training else None,
+        )
 
     def encode_prompts(
         self, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
     ) -> list[EncodedPrompt]:
-        """Encode the prompts of rows, for generation; raises DataError naming the row that cannot be read."""
+        """Encode the prompts of rows for generation; raises DataError naming the row that cannot be read."""
         form = self.prompt_format
-        shape = (self.fields, self.max_length, self.chat_template)
-        return encode_prompts(rows, tokenizer, *shape, form.answer_prefix, form.template_kwargs)
+        fields = replace(self.fields, template_kwargs=form.template_kwargs)
+        return encode_prompts(rows, tokenizer, fields, self.max_length, self.chat_template, form.answer_prefix)
 
     def references(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[EncodedPrompt]) -> list[list[str]]:
-        """Return for each row all answers that count as right: its task's, else the one that is its target."""
+        """Return the correct answers of each row: those of its task, else its target."""
         if self.task is None:
             return [[prompt.target] for prompt in prompts]
         return [row["references"] for row in rows]

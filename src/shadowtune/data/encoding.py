@@ -1,77 +1,81 @@
-"""From rows to token ids and labels.
+"""Encode rows as token ids and labels, and check what was encoded.
 
-The ids of a prompt are the same in training and at generation: what a model reads before it answers is always a
-prefix of what it was trained on.
+The token ids of a prompt are the same in training and generation: what a model reads before it answers is always a
+prefix of a training sequence.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from shadowtune.core.head import IGNORE_INDEX
-from shadowtune.data.prompts import (
+from shadowtune.data.examples import (
     Completion,
     Conversation,
     Example,
     FieldNames,
-    Text,
-    place_of,
-    read_classified,
+    PlainText,
+    read_classification_example,
     read_example,
     unread_fields,
 )
-from shadowtune.data.rendering import (
-    Piece,
+from shadowtune.data.segments import (
     Renderer,
-    common_scaffold,
+    Segment,
+    TokenizedSegments,
     has_template,
-    move_scaffold,
+    move_prefix_to_prompt,
     render_prompt,
-    target_of,
+    shared_answer_prefix,
+    target_text,
+    tokenize,
+    tokenize_segments,
 )
-from shadowtune.data.sources import number_of
-from shadowtune.data.tokens import TokenizedPieces, tokenize, tokenize_pieces
+from shadowtune.data.sources import row_location, row_number
 from shadowtune.errors import DataError
 
 Overlong = Literal["error", "truncate", "drop"]
+NAMED = 5
+"""Number of examples that an error names."""
 
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What became of the rows."""
+    """Counts of encoded examples, and what was read off them for ``PromptFormat``."""
 
-    rows: int
-    """Rows that are left; a conversation whose turns are learned one by one counts once for each."""
+    examples: int
+    """Encoded examples; a conversation whose turns are separate sequences counts once for each."""
     dropped: int
-    """Rows left out because they are longer than the limit."""
+    """Examples omitted because they exceed the limit."""
     truncated: int
-    """Rows cut to the limit."""
+    """Examples cut to the limit."""
     tokens: int
     labelled_tokens: int
-    """Tokens that are learned; in classification, classes."""
+    """Tokens with a label; in classification, classes."""
     longest: int
-    """Tokens of the longest row that is left."""
+    """Tokens of the longest encoded example."""
     ends: tuple[int, ...] = field(default=(), compare=False)
-    """Tokens that end the learned answers, the most frequent first."""
+    """Tokens that end target answers, the most frequent first."""
     inside: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
-    """Tokens that occur in learned answers before their end."""
+    """Tokens that occur in target answers before their end."""
     answer_prefix: str = field(default="", compare=False)
-    """What the chat template puts at the start of every answer; it was moved to the end of the prompts."""
+    """Text that the chat template puts at the start of every answer; it was moved to the end of the prompts."""
     content_mark: str = field(default="", compare=False)
-    """What the chat template puts between an answer's thoughts and its content, where answers have thoughts."""
+    """Text that the chat template puts between the reasoning and the content of an answer, if answers have both."""
     template_kwargs: dict[str, Any] = field(default_factory=dict, compare=False)
-    """What every row gave the chat template beside its messages."""
+    """Arguments of the chat template that are the same in every row."""
     answers: bool = field(default=True, compare=False)
-    """Whether any row has a prompt and an answer, rather than being plain text."""
+    """Whether any row has a prompt and an answer, rather than plain text."""
     unread: tuple[str, ...] = field(default=(), compare=False)
     """Fields of the rows that nothing reads."""
 
     def __str__(self) -> str:
         line = (
-            f"{self.rows:,} rows, {self.tokens:,} tokens ({self.labelled_tokens:,} learned), longest {self.longest:,}"
+            f"{self.examples:,} examples, {self.tokens:,} tokens ({self.labelled_tokens:,} labelled), "
+            f"longest {self.longest:,}"
         )
         cut = f", {self.truncated:,} cut to the limit" if self.truncated else ""
         return line + cut + (f", {self.dropped:,} dropped as too long" if self.dropped else "")
@@ -79,7 +83,7 @@ class EncodingReport:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt ready for generation, and the true answer."""
+    """Token ids of a prompt for generation, and the reference answer."""
 
     input_ids: list[int]
     target: str
@@ -94,67 +98,57 @@ def encode_rows(
     completion_only: bool = True,
     chat_template: bool = True,
     answer_prefix: str | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[dict[str, Any]], EncodingReport]:
     """Encode rows for causal language modelling.
 
     Args:
-        rows: as ``load_rows`` gives them; any mappings do.
+        rows: as ``load_rows`` returns them, or any mappings.
         tokenizer: of the model.
-        fields: where the rows keep their parts.
-        max_length: tokens a row may have.
-        overlong: what happens to longer rows. "truncate" cuts the start of the prompt (a begin token stays), never
-            the last answer, and the end of plain text.
-        completion_only: whether only answers are learned; plain text is learned whole.
+        fields: where a row holds the parts of an example.
+        max_length: limit of tokens per example.
+        overlong: what happens beyond it. "truncate" cuts the start of the prompt (keeping a begin token), never the
+            last answer; of plain text, the end.
+        completion_only: whether only answers have labels; plain text always has.
         chat_template: whether prompts go through the tokenizer's chat template, if it has one.
-        answer_prefix: what the chat template puts at the start of every answer, which belongs to the prompt; None finds
-            it in these rows.
-        template_kwargs: what the chat template is given where a row does not say otherwise.
+        answer_prefix: text at the start of every answer that belongs to the prompt; None reads it off these rows.
 
     Returns:
-        For each row that is left "input_ids", "labels" of the same length (-100 where nothing is learned; answers
-        include the token that ends them) and "row", its line or number from 1; and the counts.
+        For each example "input_ids", "labels" of the same length (-100 at tokens without a label; answers include the
+        token that ends them) and "row", its line or number from 1; and the report.
 
     Raises:
         DataError: naming the row, if it cannot be read, is too long, or its answer alone is; or if all were dropped.
     """
-    places = [place_of(row, index) for index, row in enumerate(rows)]
-    examples = [
-        with_kwargs(read_example(row, fields, place), template_kwargs) for row, place in zip(rows, places, strict=True)
-    ]
-    rendered, numbers = _render(examples, places, tokenizer, chat_template)
-    found_prefix, content_mark = common_scaffold(rendered, tokenizer)
+    locations = [row_location(row, index) for index, row in enumerate(rows)]
+    examples = [read_example(row, fields, where) for row, where in zip(rows, locations, strict=True)]
+    rendered, row_of = _render(examples, locations, tokenizer, chat_template)
+    found_prefix, content_mark = shared_answer_prefix(rendered, tokenizer)
     if answer_prefix is None:
         answer_prefix = found_prefix
-    fitted: list[dict[str, Any]] = []
+    limit = _Limit(max_length, overlong)
     ends: Counter[int] = Counter()
     inside: set[int] = set()
-    truncated = dropped = 0
-    tokenized = _tokenize(rendered, [places[number] for number in numbers], tokenizer, answer_prefix)
-    for index, tokens in zip(numbers, tokenized, strict=True):
+    tokenized = _tokenize(rendered, [locations[index] for index in row_of], tokenizer, answer_prefix)
+    for index, tokens in zip(row_of, tokenized, strict=True):
         if len(tokens.ids) > max_length:
-            if overlong == "drop":
-                dropped += 1
+            if limit.drops(len(tokens.ids), locations[index]):
                 continue
-            if overlong == "error":
-                raise DataError(_too_long(places[index], len(tokens.ids), max_length))
-            _truncate(tokens, max_length, tokenizer, places[index])
-            truncated += 1
+            _truncate(tokens, max_length, tokenizer, locations[index])
         labels = tokens.labels if completion_only else tokens.ids
-        fitted.append({"input_ids": tokens.ids, "labels": list(labels), "row": number_of(rows[index], index)})
+        limit.kept.append({"input_ids": tokens.ids, "labels": list(labels), "row": row_number(rows[index], index)})
         ends.update(tokens.ends)
         inside |= tokens.inside
-    learned = sum(len(row["labels"][1:]) - row["labels"][1:].count(IGNORE_INDEX) for row in fitted)
-    report = _report(fitted, dropped, truncated, learned, max_length)
-    return fitted, replace(
-        report,
+    kept = limit.kept
+    learned = sum(len(each["labels"][1:]) - each["labels"][1:].count(IGNORE_INDEX) for each in kept)
+    return kept, replace(
+        limit.report(learned),
         ends=tuple(token for token, _ in ends.most_common()),
         inside=frozenset(inside),
         answer_prefix=answer_prefix,
         content_mark=content_mark,
         template_kwargs=_common_kwargs(examples),
-        answers=not examples or not all(isinstance(example, Text) for example in examples),
-        unread=tuple(sorted(_unread(rows, fields))),
+        answers=not examples or not all(isinstance(example, PlainText) for example in examples),
+        unread=_unread(rows, fields),
     )
 
 
@@ -165,34 +159,29 @@ def encode_classification(
     max_length: int,
     overlong: Overlong = "truncate",
 ) -> tuple[list[dict[str, Any]], EncodingReport]:
-    """Encode rows for sequence classification.
+    """Encode rows for sequence classification; "truncate" cuts the end of the text.
 
     Returns:
-        For each row that is left "input_ids", "labels" (its class, a whole number from 0) and "row", its line or
-        number from 1; and the counts. "truncate" cuts the end of the text.
+        For each example "input_ids", "labels" (its class, an integer from 0) and "row", its line or number from 1; and
+        the report.
 
     Raises:
         DataError: naming the row, if it cannot be read, has no text or is too long; or if all were dropped.
     """
-    places = [place_of(row, index) for index, row in enumerate(rows)]
-    read = [read_classified(row, fields, place) for row, place in zip(rows, places, strict=True)]
-    fitted: list[dict[str, Any]] = []
-    truncated = dropped = 0
+    locations = [row_location(row, index) for index, row in enumerate(rows)]
+    read = [read_classification_example(row, fields, where) for row, where in zip(rows, locations, strict=True)]
+    limit = _Limit(max_length, overlong)
     for index, ids in enumerate(tokenize(tokenizer, [text for text, _ in read], add_special_tokens=True)):
         text, label = read[index]
         if not ids:
-            raise DataError(f"{places[index]}: the text is empty")
+            raise DataError(f"{locations[index]}: the text is empty")
         if len(ids) > max_length:
-            if overlong == "drop":
-                dropped += 1
+            if limit.drops(len(ids), locations[index]):
                 continue
-            if overlong == "error":
-                raise DataError(_too_long(places[index], len(ids), max_length))
             ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-            truncated += 1
-        fitted.append({"input_ids": ids, "labels": label, "row": number_of(rows[index], index)})
-    report = _report(fitted, dropped, truncated, len(fitted), max_length)
-    return fitted, replace(report, unread=tuple(sorted(_unread(rows, fields, classify=True))))
+        limit.kept.append({"input_ids": ids, "labels": label, "row": row_number(rows[index], index)})
+    report = limit.report(labelled=len(limit.kept))
+    return limit.kept, replace(report, unread=_unread(rows, fields, classify=True))
 
 
 def encode_prompts(
@@ -202,33 +191,29 @@ def encode_prompts(
     max_length: int,
     chat_template: bool = True,
     answer_prefix: str = "",
-    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[EncodedPrompt]:
-    """Encode the prompts of rows, for generation: the same ids that stand before the last answer in ``encode_rows``.
+    """Encode the prompts of rows for generation: the ids before the last answer in ``encode_rows``.
 
     Args:
         rows: as for ``encode_rows``.
         tokenizer: of the model.
-        fields: where the rows keep their parts.
-        max_length: tokens of prompt and answer.
+        fields: where a row holds the parts of an example.
+        max_length: limit of tokens of prompt and answer together.
         chat_template: whether prompts go through the tokenizer's chat template, if it has one.
-        answer_prefix: ``EncodingReport.answer_prefix`` of the training rows.
-        template_kwargs: what the chat template is given where a row does not say otherwise.
+        answer_prefix: ``EncodingReport.answer_prefix`` of the training data.
 
     Raises:
-        DataError: as ``encode_rows``; and for rows of plain text, which have no answer.
+        DataError: as ``encode_rows``; and for plain text, which has no answer.
     """
-    places = [place_of(row, index) for index, row in enumerate(rows)]
-    examples = [
-        with_kwargs(read_example(row, fields, place), template_kwargs) for row, place in zip(rows, places, strict=True)
-    ]
-    targets = [target_of(example, place) for example, place in zip(examples, places, strict=True)]
-    rendered, numbers = _render(examples, places, tokenizer, chat_template)
-    last = dict(zip(numbers, rendered, strict=True))
+    locations = [row_location(row, index) for index, row in enumerate(rows)]
+    examples = [read_example(row, fields, where) for row, where in zip(rows, locations, strict=True)]
+    targets = [target_text(example, where) for example, where in zip(examples, locations, strict=True)]
+    rendered, row_of = _render(examples, locations, tokenizer, chat_template)
+    last = dict(zip(row_of, rendered, strict=True))
     prompts = []
-    for index, tokens in enumerate(_tokenize(list(last.values()), places, tokenizer, answer_prefix)):
+    for index, tokens in enumerate(_tokenize(list(last.values()), locations, tokenizer, answer_prefix)):
         if len(tokens.ids) > max_length:
-            _truncate(tokens, max_length, tokenizer, places[index])
+            _truncate(tokens, max_length, tokenizer, locations[index])
         prompts.append(EncodedPrompt(tokens.ids[: tokens.prompt_length], targets[index]))
     return prompts
 
@@ -240,67 +225,152 @@ def prompt_ids(
     answer_prefix: str = "",
     extra: Conversation | None = None,
 ) -> list[int]:
-    """Return the token ids that a model trained on ``prompt`` and its completion read before the completion.
+    """Return the token ids that a model trained on ``prompt`` and a completion reads before the completion.
 
     Args:
         prompt: the text.
         tokenizer: of the model.
         chat_template: whether the prompt goes through the tokenizer's chat template, if it has one.
-        answer_prefix: what follows the chat template's prompt: ``EncodingReport.answer_prefix``.
+        answer_prefix: ``EncodingReport.answer_prefix`` of the training data.
         extra: tools and other arguments of the chat template.
 
     Raises:
-        DataError: if the prompt is not text that can be encoded, or the chat template refuses it.
+        DataError: if the prompt cannot be encoded as UTF-8, or the chat template refuses it.
     """
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise DataError("the prompt is not UTF-8 text") from None
-    piece = render_prompt(prompt, tokenizer, chat_template, extra)
+    segment = render_prompt(prompt, tokenizer, chat_template, extra)
     prefix = answer_prefix if has_template(tokenizer, chat_template) else ""
-    return piece_ids(piece, tokenizer, prefix)
+    return segment_ids(segment, tokenizer, prefix)
 
 
-def piece_ids(prompt: Piece, tokenizer: PreTrainedTokenizerBase, answer_prefix: str = "") -> list[int]:
-    """Return the token ids of a prompt that is rendered already, with what every answer begins with."""
+def segment_ids(prompt: Segment, tokenizer: PreTrainedTokenizerBase, answer_prefix: str = "") -> list[int]:
+    """Return the token ids of a rendered prompt, followed by the answer prefix unless it ends with it."""
     prefix = "" if answer_prefix and prompt.text.endswith(answer_prefix) else answer_prefix
-    return next(tokenize_pieces(tokenizer, [move_scaffold([prompt], prefix)])).ids
+    return next(tokenize_segments(tokenizer, [move_prefix_to_prompt([prompt], prefix)])).ids
 
 
-def with_kwargs(example: Example, template_kwargs: Mapping[str, Any] | None) -> Example:
-    """Give an example arguments of the chat template where it does not have its own."""
-    if not template_kwargs or not isinstance(example, Conversation | Completion):
-        return example
-    return replace(example, template_kwargs={**template_kwargs, **example.template_kwargs})
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Check that every token of the tokenizer, padding included, is in the model's vocabulary.
+
+    Raises:
+        DataError: with a hint; otherwise it would be an index error inside the model, or on a GPU an assertion that
+            ends the process.
+    """
+    hint = (
+        "add rows for the new tokens to the base (base.resize_token_embeddings(len(tokenizer)), save it with the "
+        "tokenizer and train beside that) or use the tokenizer that came with the model"
+    )
+    pad = tokenizer.pad_token_id
+    if isinstance(pad, int) and pad >= vocab_size:
+        raise DataError(
+            f"the pad token {tokenizer.pad_token!r} has id {pad}, but the model's vocabulary ends at {vocab_size - 1}; "
+            f"choose a pad token that the model knows, such as the end token {tokenizer.eos_token!r}, or {hint}"
+        )
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise DataError(
+            f"the tokenizer has tokens up to id {highest}, but the model's vocabulary ends at {vocab_size - 1}; {hint}"
+        )
+
+
+def check_encoded(examples: Sequence[Mapping[str, Any]], vocab_size: int, max_positions: int | None) -> None:
+    """Check that encoded examples fit the model and have labels.
+
+    Args:
+        examples: with "input_ids", "labels" (a list, or a class) and "row", its number for errors.
+        vocab_size: of the model.
+        max_positions: limit of tokens per example; None if the model has none.
+
+    Raises:
+        DataError: naming the first invalid examples, with a hint.
+    """
+    if not examples:
+        raise DataError("there are no rows")
+    checks: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+        "have no labels, so nothing can be learned from them; give each an answer": lambda each: not _has_label(each),
+        f"hold tokens beyond the model's vocabulary of {vocab_size}; use the tokenizer that belongs to the model": (
+            lambda each: max(each["input_ids"]) >= vocab_size
+        ),
+        f"are longer than the model's {max_positions} positions; set data.max_length={max_positions} (or block_size)": (
+            lambda each: max_positions is not None and len(each["input_ids"]) > max_positions
+        ),
+    }
+    for error, fails in checks.items():
+        numbers = [str(each["row"]) for each in examples if fails(each)]
+        if numbers:
+            named = ", ".join(numbers[:NAMED]) + (", ..." if len(numbers) > NAMED else "")
+            raise DataError(f"{len(numbers)} of {len(examples)} rows ({named}) {error}")
+
+
+def _has_label(example: Mapping[str, Any]) -> bool:
+    """Whether an example has a class, or a label after its first token, which no token predicts."""
+    labels = example["labels"]
+    return isinstance(labels, int) or any(label != IGNORE_INDEX for label in labels[1:])
+
+
+class _Limit:
+    """Applies the limit of tokens per example, and counts."""
+
+    def __init__(self, max_length: int, overlong: Overlong) -> None:
+        self.max_length, self.overlong = max_length, overlong
+        self.kept: list[dict[str, Any]] = []
+        self.dropped = self.truncated = 0
+
+    def drops(self, length: int, where: str) -> bool:
+        """Whether an example that is too long is dropped; otherwise the caller truncates it."""
+        if self.overlong == "error":
+            raise DataError(
+                f"{where}: {length} tokens, of which data.max_length allows {self.max_length}; raise it, or set "
+                "data.overlong"
+            )
+        self.dropped += self.overlong == "drop"
+        self.truncated += self.overlong == "truncate"
+        return self.overlong == "drop"
+
+    def report(self, labelled: int) -> EncodingReport:
+        if self.dropped and not self.kept:
+            raise DataError(
+                f"all {self.dropped} rows are longer than {self.max_length} tokens and were dropped; raise "
+                "data.max_length"
+            )
+        lengths = [len(each["input_ids"]) for each in self.kept]
+        counts = (len(self.kept), self.dropped, self.truncated, sum(lengths), labelled, max(lengths, default=0))
+        return EncodingReport(*counts)
 
 
 def _render(
-    examples: Sequence[Example], places: Sequence[str], tokenizer: PreTrainedTokenizerBase, chat_template: bool
-) -> tuple[list[list[Piece]], list[int]]:
-    """Return the sequences of all examples, and the number of the example that each belongs to."""
+    examples: Sequence[Example], locations: Sequence[str], tokenizer: PreTrainedTokenizerBase, chat_template: bool
+) -> tuple[list[list[Segment]], list[int]]:
+    """Return the sequences of all examples, and for each the index of its row."""
     renderer = Renderer(tokenizer, chat_template)
-    rendered: list[list[Piece]] = []
-    numbers: list[int] = []
-    for number, (example, place) in enumerate(zip(examples, places, strict=True)):
-        sequences = renderer.sequences(example, place)
+    rendered: list[list[Segment]] = []
+    row_of: list[int] = []
+    for index, (example, where) in enumerate(zip(examples, locations, strict=True)):
+        sequences = renderer.sequences(example, where)
         rendered += sequences
-        numbers += [number] * len(sequences)
-    return rendered, numbers
+        row_of += [index] * len(sequences)
+    return rendered, row_of
 
 
 def _tokenize(
-    rendered: Sequence[Sequence[Piece]], places: Sequence[str], tokenizer: PreTrainedTokenizerBase, answer_prefix: str
-) -> Iterator[TokenizedPieces]:
-    """Yield each sequence's ids; raises DataError if an answer would follow nothing."""
-    moved = [move_scaffold(pieces, answer_prefix) for pieces in rendered]
-    for pieces, place, tokens in zip(moved, places, tokenize_pieces(tokenizer, moved), strict=True):
-        if tokens.prompt_length == 0 and len(pieces) > 1:
-            raise DataError(f"{place}: the prompt is empty, so there is nothing to answer")
+    rendered: Sequence[Sequence[Segment]],
+    locations: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    answer_prefix: str,
+) -> Iterator[TokenizedSegments]:
+    """Yield the token ids of each sequence; raises DataError if an answer has an empty prompt."""
+    moved = [move_prefix_to_prompt(segments, answer_prefix) for segments in rendered]
+    for segments, where, tokens in zip(moved, locations, tokenize_segments(tokenizer, moved), strict=True):
+        if tokens.prompt_length == 0 and len(segments) > 1:
+            raise DataError(f"{where}: the prompt is empty, so there is nothing to answer")
         yield tokens
 
 
 def _common_kwargs(examples: Sequence[Example]) -> dict[str, Any]:
-    """Return the arguments of the chat template that every example gives."""
+    """Return the arguments of the chat template that are the same in every example."""
     given = [example.template_kwargs for example in examples if isinstance(example, Conversation | Completion)]
     if not given or len(given) < len(examples):
         return {}
@@ -309,29 +379,12 @@ def _common_kwargs(examples: Sequence[Example]) -> dict[str, Any]:
     }
 
 
-def _unread(rows: Sequence[Mapping[str, Any]], fields: FieldNames, classify: bool = False) -> set[str]:
-    """Return the names of all fields of rows that nothing reads."""
-    return set().union(*(unread_fields(row, fields, classify) for row in rows))
+def _unread(rows: Sequence[Mapping[str, Any]], fields: FieldNames, classify: bool = False) -> tuple[str, ...]:
+    return tuple(sorted(set().union(*(unread_fields(row, fields, classify) for row in rows))))
 
 
-def _truncate(tokens: TokenizedPieces, max_length: int, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+def _truncate(tokens: TokenizedSegments, max_length: int, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     try:
         tokens.truncate(max_length, tokenizer.bos_token_id)
     except DataError as error:
-        raise DataError(f"{place}: {error} tokens; raise data.max_length") from None
-
-
-def _too_long(place: str, length: int, max_length: int) -> str:
-    return f"{place}: {length} tokens, of which data.max_length allows {max_length}; raise it, or set data.overlong"
-
-
-def _report(
-    fitted: Sequence[Mapping[str, Any]], dropped: int, truncated: int, learned: int, max_length: int
-) -> EncodingReport:
-    """Count; raises DataError if there were rows and none is left."""
-    if dropped and not fitted:
-        raise DataError(
-            f"all {dropped} rows are longer than {max_length} tokens and were dropped; raise data.max_length"
-        )
-    lengths = [len(row["input_ids"]) for row in fitted]
-    return EncodingReport(len(fitted), dropped, truncated, sum(lengths), learned, max(lengths, default=0))
+        raise DataError(f"{where}: {error} tokens; raise data.max_length") from None

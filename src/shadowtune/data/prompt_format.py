@@ -1,7 +1,7 @@
-"""What a trained model knows about its prompts and where its answers end; a small file that travels with the model.
+"""The prompt format of a trained model, saved beside its weights as ``prompt_format.json``.
 
-``PromptFormat`` is read off the training rows and written beside the model's weights as ``prompt_format.json``.
-Training, evaluation, ``generate``, the servers, ``detach`` and the exports all make prompts and find ends by it.
+``PromptFormat`` is read off the training data. Training, evaluation, ``generate``, the servers, ``detach`` and the
+exports make prompts and find the end of answers by it.
 """
 
 import json
@@ -14,10 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowtune.config.checking import from_mapping, nearest
 from shadowtune.config.templates import parse_template
-from shadowtune.data.encoding import EncodingReport, piece_ids, prompt_ids
-from shadowtune.data.messages import Message, json_list, read_messages, read_template_kwargs
-from shadowtune.data.prompts import Conversation, fill_template
-from shadowtune.data.rendering import has_template, render_messages
+from shadowtune.data.encoding import EncodingReport, prompt_ids, segment_ids
+from shadowtune.data.examples import (
+    ChatMessage,
+    Conversation,
+    fill_template,
+    json_list,
+    read_messages,
+    read_template_kwargs,
+)
+from shadowtune.data.segments import has_template, render_messages
 from shadowtune.errors import DataError, ShadowtuneError
 
 FILE = "prompt_format.json"
@@ -25,44 +31,44 @@ FILE = "prompt_format.json"
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a user's words become a prompt, and which tokens end the answer.
+    """How a user's text becomes a prompt, and which tokens end the answer.
 
     Two formats are equal if they make the same prompts.
     """
 
     template: str | None = None
-    """Text with ``{field}`` where the words go; None is the words alone."""
+    """Text with ``{field}`` for the user's text; None is the text alone."""
     chat_template: bool = True
-    """Whether the tokenizer's chat template, if it has one, goes around that."""
+    """Whether the result goes through the tokenizer's chat template, if it has one."""
     optional_fields: tuple[str, ...] = ()
-    """Fields of the template that may be left out, with the text between them and the field before."""
+    """Fields of the template that may be missing; the literal text before such a field goes with it."""
     main_field: str | None = None
-    """Field of the template that takes a single text; None is the only one that is not optional."""
+    """Field of the template that takes a single text; None means the only one that is not optional."""
     answer_prefix: str = ""
-    """What the chat template puts at the start of every answer, such as an empty block of thoughts; it ends prompts."""
+    """Text that the chat template puts at the start of every answer, such as empty reasoning; prompts end with it."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """What the chat template is given by name, where a request does not say otherwise."""
+    """Default arguments of the chat template."""
     content_mark: str = field(default="", compare=False)
-    """What is between an answer's thoughts and its content, where training answers had thoughts: evaluation compares
+    """Text between the reasoning and the content of an answer, if training answers had reasoning; evaluation compares
     what follows it."""
     answers: bool = True
-    """Whether prompts and their answers were learned; else plain texts, and the tokenizer's chat template stays."""
+    """Whether the training data were prompts with answers, rather than plain text."""
     ends: tuple[int, ...] = field(default=(), compare=False)
-    """Tokens that end an answer, those of the training rows first; empty if nothing was trained here."""
+    """Tokens that end an answer, those of the training data first; empty if nothing was trained here."""
     baked: bool = field(default=False, compare=False)
-    """Whether the tokenizer beside this file has a chat template that makes all of this by itself: see ``baking``."""
+    """Whether the chat template of the tokenizer beside this file makes the same prompts; see ``chat_template.py``."""
     tokenizer_chat_template: str | None = field(default=None, compare=False)
-    """The tokenizer's chat template before that."""
+    """The tokenizer's original chat template, if ``baked``."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Names of the template's fields, in their order; none without a template."""
+        """Names of the template's fields, in order."""
         pieces = [] if self.template is None else parse_template(self.template)
         return tuple(dict.fromkeys(name for _, name in pieces if name is not None))
 
     @property
     def text_field(self) -> str | None:
-        """The field that takes a single text; None if there is no template, or nothing says which one."""
+        """The field that takes a single text; None without a template, or if it is ambiguous."""
         needed = [name for name in self.fields if name not in self.optional_fields]
         return self.main_field or (needed[0] if len(needed) == 1 else None)
 
@@ -72,7 +78,7 @@ class PromptFormat:
         return tuple(name for name in self.fields if name != self.text_field)
 
     def learned_from(self, report: EncodingReport) -> "PromptFormat":
-        """Return this format with what was read off the training rows; its ends are still those of the rows alone."""
+        """Return this format with what was read off the training data; its ends do not include the base's yet."""
         return replace(
             self,
             answer_prefix=report.answer_prefix,
@@ -83,14 +89,14 @@ class PromptFormat:
         )
 
     def fill(self, text: str | None, fields: Mapping[str, Any] | None = None) -> str:
-        """Put a user's words where the template had a row's fields.
+        """Fill the template with a user's text.
 
         Args:
-            text: goes where ``text_field`` is; None if the fields are all there is.
+            text: value of ``text_field``; None if ``fields`` has all values.
             fields: further fields by name.
 
         Raises:
-            DataError: if the template needs another field, or has not the given one.
+            DataError: if a field is missing or unknown.
         """
         given = dict(fields or {})
         if self.template is None:
@@ -114,7 +120,6 @@ class PromptFormat:
         return fill_template(self.template, given, "the prompt", self.optional_fields)
 
     def _with_text(self, text: str, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields with a single text among them."""
         missing = [name for name in self.fields if name not in given and name not in self.optional_fields]
         name = self.text_field or (missing[0] if len(missing) == 1 else None)
         if name is None:
@@ -128,17 +133,17 @@ class PromptFormat:
         return {**given, name: text}
 
     def takes_conversations(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Say whether the model reads system messages and earlier turns: whether it has a chat template."""
+        """Whether prompts go through a chat template, so that the model reads system messages and earlier turns."""
         return has_template(tokenizer, self.chat_template)
 
     def has_saved_template(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Say whether the tokenizer saved beside this format has a chat template, given its original tokenizer."""
+        """Whether the tokenizer saved beside this format has a chat template; ``tokenizer`` is the original one."""
         return self.baked or bool(tokenizer.chat_template)
 
     def prompt_ids(
         self, text: str | None, tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Return the token ids of the prompt of one text, up to where the model's answer begins.
+        """Return the token ids of the prompt of one text, up to where the answer begins.
 
         Raises:
             DataError: as ``fill``; or if the prompt is empty or the chat template refuses it.
@@ -146,7 +151,7 @@ class PromptFormat:
         return self.wrap(self.fill(text, fields), tokenizer)
 
     def wrap(self, prompt: str, tokenizer: PreTrainedTokenizerBase, extra: Conversation | None = None) -> list[int]:
-        """Return the token ids of a prompt whose template is filled in already."""
+        """Return the token ids of a prompt whose template is already filled."""
         extra = extra or Conversation([], template_kwargs=self.template_kwargs)
         return prompt_ids(prompt, tokenizer, self.chat_template, self.answer_prefix, extra)
 
@@ -158,37 +163,37 @@ class PromptFormat:
         template_kwargs: Any = None,
         fields: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return the token ids of a conversation, up to where the model's answer begins.
+        """Return the token ids of a conversation, up to where the answer begins.
 
-        A model trained with a chat template reads all messages; one trained without reads one message of a user, and
-        anything else is refused.
+        A model trained with a chat template reads all messages; one trained without takes a single message of role
+        user.
 
         Args:
-            messages: "role", "content" and what else the chat template reads.
+            messages: "role", "content" and other fields of the chat template.
             tokenizer: of the model.
             tools: JSON schemas that the chat template shows.
             template_kwargs: further arguments of the chat template.
             fields: of the template, beside the one that the last message fills.
 
         Raises:
-            DataError: if a message has no text, the model cannot use one, or the chat template refuses them.
+            DataError: if a message has no text, the model cannot read one, or the chat template refuses them.
         """
         if not messages:
             raise DataError("there are no messages")
-        words = messages[-1].get("content")
-        if not isinstance(words, str) or not words.strip():
+        text = messages[-1].get("content")
+        if not isinstance(text, str) or not text.strip():
             raise DataError("the last message has no text")
         given = read_template_kwargs(template_kwargs or {}, "the request")
         if not self.takes_conversations(tokenizer):
             self._check_single(messages, tools, given)
-            return self.wrap(self.fill(words, fields), tokenizer)
+            return self.wrap(self.fill(text, fields), tokenizer)
         read = read_messages(messages, "messages", "the request")
         shown = None if tools is None else json_list(tools, "tools", "the request") or None
         extra = Conversation([], tools=shown, template_kwargs={**self.template_kwargs, **given})
-        return piece_ids(render_messages(self._filled(read, fields), tokenizer, extra), tokenizer, self.answer_prefix)
+        return segment_ids(render_messages(self._filled(read, fields), tokenizer, extra), tokenizer, self.answer_prefix)
 
-    def _filled(self, messages: list[Message], fields: Mapping[str, Any] | None) -> list[Message]:
-        """Return messages of which the user's last one has gone through the template."""
+    def _filled(self, messages: list[ChatMessage], fields: Mapping[str, Any] | None) -> list[ChatMessage]:
+        """Put the last message of role user through the template."""
         users = [number for number, message in enumerate(messages) if message["role"] == "user"]
         number = users[-1] if users else len(messages) - 1
         if self.template is None and not fields:
@@ -198,7 +203,7 @@ class PromptFormat:
 
     @staticmethod
     def _check_single(messages: Sequence[Mapping[str, Any]], tools: Any, template_kwargs: Mapping[str, Any]) -> None:
-        """Raise DataError unless there is one message of a user, and nothing for a chat template."""
+        """Raise DataError unless there is a single message of role user, and no arguments of a chat template."""
         roles = [str(message.get("role")) for message in messages]
         if roles != ["user"]:
             unused = "a system message" if "system" in roles[:-1] else "earlier turns" if len(roles) > 1 else "its role"
@@ -219,7 +224,7 @@ class PromptFormat:
 
     @classmethod
     def load(cls, directory: Path) -> "PromptFormat":
-        """Read ``prompt_format.json``; without one, the tokenizer's chat template around the words.
+        """Read ``prompt_format.json``; without one, the format is the tokenizer's chat template.
 
         Raises:
             DataError: if the file is not what ``save`` wrote.
@@ -233,9 +238,9 @@ class PromptFormat:
             raise DataError(f"{file}: {error}; write it again with shadowtune detach or export") from None
 
     @classmethod
-    def parse(cls, text: str, place: str) -> "PromptFormat":
-        """Read what stands in ``prompt_format.json``; raises DataError, naming the place, if it is something else."""
+    def parse(cls, text: str, where: str) -> "PromptFormat":
+        """Parse the contents of ``prompt_format.json``; raises DataError beginning with ``where``."""
         try:
             return from_mapping(cls, json.loads(text), where="")
         except (ValueError, RecursionError, ShadowtuneError) as error:
-            raise DataError(f"{place}: {error}; write it again with shadowtune detach or export") from None
+            raise DataError(f"{where}: {error}; write it again with shadowtune detach or export") from None

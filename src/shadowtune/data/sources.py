@@ -1,11 +1,16 @@
-"""Rows from files, from the data set we ship, and from the Hugging Face Hub."""
+"""Load the rows of a data set: from local files, from the data set in this package, or from the Hugging Face Hub.
+
+Also the train/validation/test split of a data set that has none of its own.
+"""
 
 import gzip
+import hashlib
 import json
+import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -22,18 +27,19 @@ SHIPPED = {"clinc150-demo": "clinc150"}
 HUB = "hub:"
 """Prefix of data sets on the Hugging Face Hub."""
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-"""Files of one JSON object a line."""
+"""Suffixes of files with one JSON object per line."""
 TEXT_SUFFIXES = (".txt", ".txt.gz")
-"""Files that are one plain text."""
+"""Suffixes of files that hold one plain text."""
 SUFFIXES = JSON_SUFFIXES + TEXT_SUFFIXES
-"""Files we read."""
+HOLD_OUT_SHARE = 0.1
+"""Share of the distinct rows that ``split_rows`` moves to each hold-out part."""
 
 
 class Row(dict[str, Any]):
-    """The fields of one example, and where they come from.
+    """The fields of one row of a file or data set, with its origin.
 
     Attributes:
-        number: the line in the file, or the number in the data set, from 1.
+        number: line in the file, or number in the data set, from 1.
         origin: the file or data set.
     """
 
@@ -43,24 +49,29 @@ class Row(dict[str, Any]):
         self.number = number
 
 
-def number_of(row: Mapping[str, Any], index: int) -> int:
-    """Return a row's line or number where it has one, else its place among the others, from 1."""
+def row_number(row: Mapping[str, Any], index: int) -> int:
+    """Return the line or number of a row, or ``index`` + 1 if it has none."""
     return row.number if isinstance(row, Row) else index + 1
+
+
+def row_location(row: Mapping[str, Any], index: int) -> str:
+    """Name a row for error messages: "FILE, line N", or "row N" if its file is unknown."""
+    return f"{row.origin}, line {row.number}" if isinstance(row, Row) else f"row {index + 1}"
 
 
 def load_rows(source: str, split: str, limit: int | None = None) -> list[Row]:
     """Load the rows of a data set.
 
     Args:
-        source: a data set we ship ("clinc150-demo"), a Hub data set ("hub:org/name" or "hub:org/name/config"), a file
-            (.jsonl or .json, one object a line; or .txt, which is a single row with the whole file as its "text"; may
-            be gzipped) or a directory of such files, each named after a split.
-        split: "train", "validation", "test" or any other that the data set has; a single file has no splits.
-        limit: load only the first so many rows.
+        source: a data set in this package ("clinc150-demo"), a Hub data set ("hub:org/name" or "hub:org/name/config"),
+            a file, optionally gzipped (.jsonl or .json with one object per line; .txt makes a single row with the whole
+            file as its "text"), or a directory of such files, each named after a split.
+        split: "train", "validation", "test" or any other split of the data set; ignored for a single file.
+        limit: load only the first ``limit`` rows.
 
     Raises:
-        DataError: naming file and line, if the source or split does not exist, or the rows are unreadable or none.
-        ShadowtuneError: if a Hub data set is asked for and the library for them is not installed.
+        DataError: naming file and line, if the source or split is missing, unreadable or empty.
+        ShadowtuneError: if the source is a Hub data set and the package ``datasets`` is not installed.
     """
     check_limit(limit)
     if source.startswith(HUB):
@@ -76,14 +87,37 @@ def load_rows(source: str, split: str, limit: int | None = None) -> list[Row]:
 
 
 def check_limit(limit: int | None) -> None:
-    """Raise DataError if a limit of rows allows none."""
+    """Raise DataError if ``limit`` is below 1."""
     if limit is not None and limit < 1:
         raise DataError(f"the limit of rows must be at least 1, got {limit}")
 
 
 def has_splits(source: str) -> bool:
-    """Say whether a source has splits; a single file has none, ``load_rows`` reads it whole whatever the split."""
+    """Whether a source has splits; a single file has none and is loaded whole for any split."""
     return source.startswith(HUB) or source in SHIPPED or not _path(source).is_file()
+
+
+def split_rows(rows: Sequence[Row], parts: Sequence[str]) -> dict[str, list[Row]]:
+    """Hold out ``HOLD_OUT_SHARE`` of the distinct rows for each of ``parts``; the others are "train".
+
+    The split depends on the contents of the rows alone, not on their order; equal rows go to the same part.
+
+    Returns:
+        The rows of "train" and of each part, in their original order.
+    """
+    digests = [row_digest(row) for row in rows]
+    distinct = sorted(set(digests))
+    share = math.ceil(HOLD_OUT_SHARE * len(distinct))
+    part_of = {digest: parts[number // share] for number, digest in enumerate(distinct[: share * len(parts)])}
+    split: dict[str, list[Row]] = {part: [] for part in ("train", *parts)}
+    for row, digest in zip(rows, digests, strict=True):
+        split[part_of.get(digest, "train")].append(row)
+    return split
+
+
+def row_digest(row: Row) -> bytes:
+    """SHA-256 of a row's fields; its origin and number do not count."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest()
 
 
 def _path(source: str) -> Path:
@@ -91,7 +125,6 @@ def _path(source: str) -> Path:
 
 
 def _find_file(source: str, split: str) -> "Traversable":
-    """Return the file that holds a split of a shipped data set, a directory or a single file."""
     path = _path(source)
     if source in SHIPPED:
         return _find_split(source, resources.files("shadowtune.data").joinpath(SHIPPED[source]), split)
@@ -99,7 +132,7 @@ def _find_file(source: str, split: str) -> "Traversable":
         return _find_split(source, path, split)
     if not path.exists():
         raise DataError(
-            f"there is no data at {source}: it is no file, no directory, and none of the data sets we ship "
+            f"there is no data at {source}: it is no file, no directory, and none of the data sets in this package "
             f"({', '.join(SHIPPED)}){nearest(source, SHIPPED)}; a data set on the Hub is written hub:org/name"
         )
     if not path.name.endswith(SUFFIXES):
@@ -120,14 +153,14 @@ def _find_split(source: str, folder: "Traversable", split: str) -> "Traversable"
 
 
 def _read_objects(file: "Traversable") -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line numbers from 1 and the objects on those lines, blank lines left out."""
+    """Yield (line number from 1, object) of each line that is not blank."""
     for number, line in _read_lines(file):
         if line.strip():
             yield number, _parse_line(line, f"{file}, line {number}")
 
 
 def _read_text(file: "Traversable") -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the whole text as the only row, unless it is blank. Line breaks of Windows become plain ones."""
+    """Yield the whole text as a single row, unless it is blank; CRLF becomes LF."""
     lines = [_decode(line, f"{file}, line {number}") for number, line in _read_lines(file)]
     text = "".join(lines).replace("\r\n", "\n")
     if text.strip():
@@ -135,7 +168,6 @@ def _read_text(file: "Traversable") -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_lines(file: "Traversable") -> Iterator[tuple[int, bytes]]:
-    """Yield line numbers from 1 and the lines."""
     number = 0
     try:
         with file.open("rb") as raw, gzip.open(raw) if file.name.endswith(".gz") else raw as lines:
@@ -147,34 +179,31 @@ def _read_lines(file: "Traversable") -> Iterator[tuple[int, bytes]]:
         raise DataError(f"cannot read {file}: {error.strerror}") from None
 
 
-def _decode(line: bytes, place: str) -> str:
-    """Decode one line; ``place`` names it in errors."""
+def _decode(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8-sig")  # files from Windows begin with a byte order mark
     except UnicodeDecodeError:
-        raise DataError(f"{place}: not UTF-8 text") from None
+        raise DataError(f"{where}: not UTF-8 text") from None
 
 
-def _parse_line(line: bytes, place: str) -> dict[str, Any]:
-    """Parse the object on one line; ``place`` names it in errors."""
-    text = _decode(line, place)
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    text = _decode(line, where)
     try:
         fields = json.loads(text)
         if b"\\u" in line:
             json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair would crash the tokenizer
     except UnicodeEncodeError:
-        raise DataError(f"{place}: holds half of a surrogate pair, which is no character") from None
+        raise DataError(f"{where}: holds half of a surrogate pair, which is no character") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON ({error.msg}, column {error.colno}); a line must hold one object") from None
+        raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}); a line must hold one object") from None
     except (ValueError, RecursionError):
-        raise DataError(f"{place}: a number is too long or the nesting too deep") from None
+        raise DataError(f"{where}: a number is too long or the nesting too deep") from None
     if not isinstance(fields, dict):
-        raise DataError(f'{place}: a JSON {type(fields).__name__}, not an object such as {{"prompt": ...}}')
+        raise DataError(f'{where}: a JSON {type(fields).__name__}, not an object such as {{"prompt": ...}}')
     return fields
 
 
 def _read_hub(source: str, split: str) -> Iterable[tuple[int, dict[str, Any]]]:
-    """Load a split of a Hub data set."""
     try:
         import datasets
     except ImportError:

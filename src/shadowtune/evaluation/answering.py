@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from shadowtune.config.checking import check_range
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.data.ends import end_tokens
+from shadowtune.data.generation import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import DataError
 from shadowtune.model.methods import context_length

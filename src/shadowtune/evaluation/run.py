@@ -15,7 +15,7 @@ from shadowtune.config.loading import load_config
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.config.training import TrainConfig
 from shadowtune.core.prepacked_linear import prepacked_linear
-from shadowtune.data.baking import has_format, read_prompts
+from shadowtune.data.chat_template import has_prompt_format, load_tokenizer_and_format
 from shadowtune.data.collate import CausalCollator, ClassificationCollator
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.prompt_format import PromptFormat
@@ -68,7 +68,7 @@ class FinishedRun:
         )
         if torch.cuda.is_available():
             model.to("cuda")
-        return cls(path, config, model, read_prompts(str(path / "model"))[0])
+        return cls(path, config, model, load_tokenizer_and_format(str(path / "model"))[0])
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -222,7 +222,7 @@ class FinishedRun:
 def run_dataset(path: Path, config: TrainConfig) -> Dataset:
     """Return the data of a run, with what was read off its training rows and recorded with the model, if it was."""
     data, model = Dataset.open(config.data), path / "model"
-    if not has_format(model):
+    if not has_prompt_format(model):
         return data
     asked = data.prompt_format
     recorded = replace(

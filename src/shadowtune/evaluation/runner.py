@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.data.answers import Progress, generate_answers
+from shadowtune.data.generation import Progress, generate_answers
 from shadowtune.errors import DataError
 from shadowtune.evaluation.agreement import top1_agreement
 from shadowtune.evaluation.scoring import mean_interval, score_answers

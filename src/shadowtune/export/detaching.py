@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from shadowtune.data.baking import save_prompts
+from shadowtune.data.chat_template import save_tokenizer
 from shadowtune.data.encoding import prompt_ids
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ShadowtuneError
@@ -80,7 +80,7 @@ def write_detached(
             tokenizer.save_pretrained(str(staging))
             form.save(staging)
         else:
-            form = save_prompts(tokenizer, form, staging)
+            form = save_tokenizer(tokenizer, form, staging)
             card = card if card.prompt else replace(card, prompt=describe_prompt(form, tokenizer))
         write_older_keys(staging)
         parameters = sum(parameter.numel() for parameter in plain.parameters())

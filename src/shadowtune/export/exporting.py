@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from shadowtune.data.baking import bake, read_prompts, save_prompts
+from shadowtune.data.chat_template import add_chat_template, load_tokenizer_and_format, save_tokenizer
 from shadowtune.data.encoding import prompt_ids
-from shadowtune.data.ends import end_tokens
+from shadowtune.data.generation import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export import gguf_file, onnx_file
@@ -56,14 +56,14 @@ def _write_onnx(
         model.generation_config.save_pretrained(directory)
     ends = end_tokens(model, tokenizer, prompt_format.ends)
     write_genai_config(model, tokenizer, ends, onnx_file.FILE, directory)
-    save_prompts(tokenizer, prompt_format, directory)
+    save_tokenizer(tokenizer, prompt_format, directory)
     write_older_keys(directory)
 
 
 def _write_safetensors(
     model: PreTrainedModel, tokenizer: Tokenizer, directory: Path, quantization: str, prompt_format: PromptFormat
 ) -> None:
-    save_prompts(tokenizer, prompt_format, directory)
+    save_tokenizer(tokenizer, prompt_format, directory)
     if quantization in DTYPES:
         copied: Any = copy.deepcopy(model)
         write_plain(copied.to(DTYPES[quantization]), directory)
@@ -147,7 +147,7 @@ def default_path(directory: Path, to: str, quantization: str) -> Path:
 def read_tokenizer(directory: str, **kwargs: str) -> Tokenizer:
     """Read a tokenizer, with the chat template that it had before training; raises CheckpointError if there is none."""
     with reading(f"{directory} has no tokenizer"):
-        tokenizer, _ = read_prompts(directory, **kwargs)
+        tokenizer, _ = load_tokenizer_and_format(directory, **kwargs)
     return tokenizer
 
 
@@ -163,7 +163,7 @@ def read_plain(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
             raise CheckpointError(f"{directory} is a classifier; only causal language models are exported")
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
-        return model, read_prompts(str(directory))[0]
+        return model, load_tokenizer_and_format(str(directory))[0]
 
 
 def export(
@@ -201,7 +201,7 @@ def export(
     ends = end_tokens(model, tokenizer, form.ends)
     with staged(out.parent if kind.single_file else out) as staging:
         written = staging / out.name if kind.single_file else staging
-        saved = bake(tokenizer, form)[1]
+        saved = add_chat_template(tokenizer, form)[1]
         card = card or Card("")
         card = card if card.prompt else replace(card, prompt=describe_prompt(saved, tokenizer))
         chat = saved.has_saved_template(tokenizer)

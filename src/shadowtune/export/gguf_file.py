@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shadowtune.data.baking import bake
-from shadowtune.data.ends import end_tokens
+from shadowtune.data.chat_template import add_chat_template
+from shadowtune.data.generation import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.data.tokens import begin_tokens
+from shadowtune.data.segments import begin_tokens
 from shadowtune.errors import ShadowtuneError, UnsupportedArchitectureError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -96,7 +96,7 @@ def write_gguf(
         writer.add_string(CARD, card)
     form = prompt_format or PromptFormat()
     ends = end_tokens(model, tokenizer, form.ends)
-    tokenizer, form = bake(tokenizer, form)
+    tokenizer, form = add_chat_template(tokenizer, form)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
     _add_ends(writer, ends)
     _add_penalty(writer, model)

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from shadowtune.data.baking import as_trained
-from shadowtune.data.ends import end_tokens, ends_of_config
+from shadowtune.data.chat_template import restore_chat_template
+from shadowtune.data.generation import end_tokens, ends_of_config
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError
 from shadowtune.export import onnx_file
@@ -93,7 +93,7 @@ def _open_gguf(file: Path, max_length: int | None) -> OpenModel:
     tokenizer = _gguf_tokenizer(file, metadata)
     said = metadata.get(PROMPT_FORMAT)
     prompt_format = PromptFormat() if said is None else PromptFormat.parse(said, str(file))
-    as_trained(tokenizer, prompt_format)
+    restore_chat_template(tokenizer, prompt_format)
     generation = _gguf_generation(metadata)
     ends = frozenset(ends_of_config(generation, tokenizer, prompt_format.ends))
     runtime = FORMATS["gguf"].open(file, length)

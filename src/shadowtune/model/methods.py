@@ -102,7 +102,7 @@ def make_trainable(
         return PAIRS[task].from_base(base, shadow, dtype=dtype)
     if method == "ensemble":
         raise ConfigError(
-            "an ensemble is two trained models (shadowtune.training.ensemble), not an adapter of one base"
+            "an ensemble is two trained models (shadowtune.training.interpolation), not an adapter of one base"
         )
     if method == "full":
         return cast(nn.Module, base).to(dtype).requires_grad_(True)

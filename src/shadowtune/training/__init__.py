@@ -1,1 +1,1 @@
-"""Storey 5: training on top of transformers' Trainer."""
+"""Training on top of ``transformers.Trainer``."""

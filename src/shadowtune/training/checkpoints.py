@@ -1,4 +1,4 @@
-"""Directories that are whole or absent, and what a checkpoint records beside the trainer's own files."""
+"""Checkpoints: directories that are complete or absent, with costs and digests beside the trainer's own files."""
 
 import dataclasses
 import hashlib
@@ -18,36 +18,35 @@ from shadowtune.model.checkpoint import is_write_error, write_reason
 from shadowtune.model.replacement import replace_directory, staging_of
 
 PROGRESS = "progress.json"
-FILES = "files.json"
-"""Names of all files of a checkpoint, each with the SHA-256 of its contents."""
+DIGESTS = "files.json"
+"""SHA-256 of every file of a checkpoint, by name."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a run has cost up to a checkpoint."""
+class TrainingProgress:
+    """Costs of a run up to a checkpoint."""
 
     seconds: float = 0.0
-    """Wall-clock time of the training loop, all parts of an interrupted run together."""
+    """Wall-clock time of the training loop, including the parts before an interruption."""
     tokens: int = 0
-    """Tokens that went through the model, padding left out, on all processes."""
+    """Tokens processed by the model, without padding, on all processes."""
     skipped_steps: int = 0
-    """Optimizer steps left out because a gradient was no number."""
+    """Optimizer steps skipped because a gradient was NaN or infinite."""
     processes: int = 1
-    """How many processes trained together."""
+    """Number of processes."""
 
 
 @contextmanager
-def whole_directory(target: Path, accelerator: Accelerator, checkpoints: Path | None = None) -> Iterator[Path]:
-    """Context: fill a staging directory, which then takes the place of ``target`` in one step.
+def atomic_directory(target: Path, accelerator: Accelerator, checkpoints: Path | None = None) -> Iterator[Path]:
+    """Context with a staging directory that replaces ``target`` atomically on exit.
 
-    Every process enters and may write; the first one makes the exchange. After an error, or a kill at any moment,
-    ``target`` is what it was.
+    Every process enters and may write; the main one replaces the directory. After an error, or a kill at any time,
+    ``target`` is unchanged.
 
     Args:
         target: the directory.
         accelerator: of the training.
-        checkpoints: directory whose last checkpoint is named where the files cannot be written; by default the one
-            that ``target`` is in.
+        checkpoints: directory whose last checkpoint a write error names; by default the parent of ``target``.
 
     Raises:
         CheckpointError: if the files cannot be written, for instance because the disk is full.
@@ -62,67 +61,62 @@ def whole_directory(target: Path, accelerator: Accelerator, checkpoints: Path | 
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             replace_directory(target)
-    except Exception as error:
+    except Exception as error:  # of any kind: tokenizers raises bare ones for a full disk
         shutil.rmtree(staging.parent, ignore_errors=True)
-        cause = error.__cause__ if isinstance(error, CheckpointError) else error  # of a save within this one
+        cause = error.__cause__ if isinstance(error, CheckpointError) else error  # of a nested save
         if isinstance(cause, ShadowtuneError) or not isinstance(cause, Exception):
             raise
         if not is_write_error(cause) and not isinstance(cause, RuntimeError):  # torch.save's for a full disk
             raise
         raise CheckpointError(
-            f"cannot write {target}: {write_reason(cause)}; {kept(checkpoints or target.parent)}"
+            f"cannot write {target}: {write_reason(cause)}; {_resume_hint(checkpoints or target.parent)}"
         ) from error
     accelerator.wait_for_everyone()
 
 
 @contextmanager
-def writing_run(run: Path, checkpoints: Path) -> Iterator[None]:
-    """Context in which a file of a run that cannot be written, such as its log on a full disk, ends in one line.
-
-    Raises:
-        TrainingError: naming the last checkpoint.
-    """
+def convert_write_errors(run: Path, checkpoints: Path) -> Iterator[None]:
+    """Context that turns an OSError, such as a full disk, into a TrainingError that names the last checkpoint."""
     try:
         yield
     except OSError as error:
         if isinstance(error, ShadowtuneError):
             raise
-        message = f"cannot write to {error.filename or run}: {write_reason(error)}; {kept(checkpoints)}"
+        message = f"cannot write to {error.filename or run}: {write_reason(error)}; {_resume_hint(checkpoints)}"
         raise TrainingError(message) from error
 
 
-def kept(checkpoints: Path) -> str:
-    """Say which checkpoint a run can go on from."""
+def _resume_hint(checkpoints: Path) -> str:
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if last is None:
         return "no checkpoint was saved before"
     return f"checkpoints saved before are kept, --resume goes on from {last}"
 
 
-def write_files(checkpoint: Path) -> None:
-    """Record the names and contents of all files of a checkpoint that is about to be finished."""
+def write_digests(checkpoint: Path) -> None:
+    """Write the digests of all files of a checkpoint."""
     digests = {str(path.relative_to(checkpoint)): _digest(path) for path in _files_of(checkpoint)}
-    (checkpoint / FILES).write_text(json.dumps(digests, indent=2) + "\n")
+    (checkpoint / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
 
 
-def write_progress(checkpoint: Path, progress: Progress) -> None:
-    """Write the costs so far into a checkpoint."""
+def write_progress(checkpoint: Path, progress: TrainingProgress) -> None:
+    """Write ``progress.json`` into a checkpoint."""
     (checkpoint / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n")
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """Return the costs up to a checkpoint; raises CheckpointError if they cannot be read."""
+def read_progress(checkpoint: Path) -> TrainingProgress:
+    """Read ``progress.json`` of a checkpoint; raises CheckpointError if that fails."""
     try:
-        return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
+        return TrainingProgress(**json.loads((checkpoint / PROGRESS).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(checkpoint / PROGRESS, checkpoint, error) from None
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Compare every file of a checkpoint with what was written.
+    """Compare every file of a checkpoint with its digest.
 
     Raises:
-        CheckpointError: naming the first file that is missing or differs, and how to go on without this checkpoint.
+        CheckpointError: naming the first file that is missing or differs, with a hint how to resume without it.
     """
     for name, digest in check_complete(checkpoint).items():
         try:
@@ -130,19 +124,19 @@ def check_checkpoint(checkpoint: Path) -> None:
         except OSError as error:
             raise _damaged(checkpoint / name, checkpoint, error.strerror) from None
         if found != digest:
-            raise _damaged(checkpoint / name, checkpoint, f"its contents are not those recorded in {FILES}")
+            raise _damaged(checkpoint / name, checkpoint, f"its contents are not those recorded in {DIGESTS}")
 
 
 def check_complete(checkpoint: Path) -> dict[str, str]:
-    """Return the digests of a checkpoint's files by name; raises CheckpointError if one of the files is missing."""
+    """Return the digests of a checkpoint's files by name; raises CheckpointError if a file is missing."""
     try:
-        digests: Any = json.loads((checkpoint / FILES).read_text())
+        digests: Any = json.loads((checkpoint / DIGESTS).read_text())
         names = {str(path.relative_to(checkpoint)) for path in _files_of(checkpoint)}
         missing = sorted(digests.keys() - names)
     except FileNotFoundError:
-        digests, missing = {}, [FILES]
+        digests, missing = {}, [DIGESTS]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise _damaged(checkpoint / FILES, checkpoint, error) from None
+        raise _damaged(checkpoint / DIGESTS, checkpoint, error) from None
     if missing:
         raise CheckpointError(
             f"{checkpoint / missing[0]} is missing; delete {checkpoint} to resume from the one before it"
@@ -151,7 +145,7 @@ def check_complete(checkpoint: Path) -> dict[str, str]:
 
 
 def _files_of(checkpoint: Path) -> list[Path]:
-    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / FILES)
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / DIGESTS)
 
 
 def _digest(file: Path) -> str:

@@ -1,59 +1,148 @@
-"""A thin ``transformers.Trainer``: our loss, two learning rates, whole checkpoints, a stop at losses that are NaN."""
+"""``transformers.Trainer`` with the objectives of this package, and its arguments from the settings of a run.
 
+Added: two learning rates, checkpoints that are complete or absent, a stop or skip at losses that are NaN, and a data
+order that survives a resumption.
+"""
+
+import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
-from transformers import Trainer, TrainerState
+from torch.utils.data import RandomSampler, Sampler
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError, TrainingError
 from shadowtune.model.checkpoint import read_tensors
 from shadowtune.model.loading import load_tensors
-from shadowtune.model.objective import Objective, is_finite
+from shadowtune.model.objective import Objective, is_finite, joint_causal_objective
 from shadowtune.model.pair import ShadowPair
+from shadowtune.training.callbacks import SkipNonfiniteSteps
 from shadowtune.training.checkpoints import (
-    Progress,
+    TrainingProgress,
+    atomic_directory,
     check_complete,
     read_progress,
-    whole_directory,
-    write_files,
+    write_digests,
     write_progress,
 )
-from shadowtune.training.metrics import LeaveOutNonfinite
-from shadowtune.training.sampling import EpochSampler
 
 BACKBONE_PARTS = ("shadow.backbone.", "shadow.projection.", "shadow.input_projection.")
 LORA_B_PARTS = (".lora_B.", ".lora_embedding_B.")
-"""What PEFT calls the matrices of LoRA that start at zero."""
+"""Names in PEFT of the LoRA matrices that start at zero."""
+
+
+def training_arguments(config: TrainConfig, checkpoints: Path, quiet: bool = False) -> TrainingArguments:
+    """Convert settings to ``transformers.TrainingArguments``; joins the processes of torchrun or accelerate.
+
+    Args:
+        config: the settings.
+        checkpoints: directory of the checkpoints.
+        quiet: whether to hide the progress bar.
+
+    Raises:
+        ConfigError: if the hardware or an installed package does not support a setting.
+    """
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tensorboard=true needs the package tensorboard: pip install 'shadowtune[tensorboard]'")
+    optimizer, checkpointing = config.optimizer, config.gradient_checkpointing
+    measured = config.data.validation is not None and not config.data.learn_validation
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(checkpoints),
+            per_device_train_batch_size=config.batch_size,
+            per_device_eval_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+            num_train_epochs=config.epochs,
+            max_steps=config.max_steps or -1,
+            learning_rate=optimizer.learning_rate,
+            weight_decay=optimizer.weight_decay,
+            lr_scheduler_type="constant_with_warmup" if optimizer.schedule == "constant" else optimizer.schedule,
+            warmup_steps=optimizer.warmup_ratio,  # below 1: a share of the steps
+            max_grad_norm=optimizer.max_grad_norm,
+            seed=config.seed,
+            bf16=config.autocast,
+            activation_checkpointing=checkpointing != "off",
+            activation_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"},
+            torch_compile=config.compile,
+            logging_steps=config.logging_steps,
+            logging_nan_inf_filter=False,
+            save_strategy="steps" if config.save_steps else "epoch",
+            save_steps=config.save_steps or 500,
+            eval_strategy="no" if not measured else "steps" if config.eval_steps else "epoch",
+            eval_steps=config.eval_steps,
+            prediction_loss_only=True,
+            report_to=[],
+            remove_unused_columns=False,
+            use_cache=True,  # False would be written into the config that is saved; objectives ask for no cache
+            ddp_find_unused_parameters=True if config.projection_steps else None,  # the backbone, while it is frozen
+            ddp_broadcast_buffers=False,  # none changes, and a pretrained backbone's embedding is one
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=quiet,
+            use_cpu=not torch.accelerator.is_available(),
+        )
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one device per process; torchrun starts one for each
+    return arguments
+
+
+class EpochSampler(Sampler[int]):
+    """Sampler whose random order depends on seed and epoch only.
+
+    A run resumed within an epoch continues with the remaining examples, and all processes agree on the order. An order
+    drawn from the global generator would depend on dropout.
+
+    Args:
+        order: sampler that draws the order of one epoch.
+        seed: of the run.
+        epoch: returns the number of the current epoch, from 0.
+    """
+
+    def __init__(self, order: RandomSampler | LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
+        self.order = order
+        self.order.generator = torch.Generator()
+        self.seed = seed
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the indexes of the examples in the order of the current epoch."""
+        self.order.generator.manual_seed(self.seed + self.epoch())
+        return iter(self.order)
 
 
 class ShadowTrainer(Trainer):
-    """Trains every method: shadow, lora, dora and full.
+    """Trainer of every method: shadow, LoRA, DoRA, full fine-tuning and others of PEFT.
 
     Args:
-        objective: what is minimized; see ``shadowtune.model.objective``.
+        objective: function that computes the loss; see ``shadowtune.model.objective``.
         backbone_learning_rate: of the shadow's backbone and projections; None means the common one.
         lora_plus_ratio: learning rate of LoRA's B over the common one (LoRA+); None means the common one.
-        skip_nonfinite: whether a step with a gradient that is no number is left out (and counted) instead of stopping.
-        keep_checkpoints: how many of the latest checkpoints stay on disk.
-        **kwargs: as for ``transformers.Trainer``. Batches may carry "rows" (B,), their rows' numbers, for messages.
-            Evaluation measures the loss alone.
+        skip_nonfinite: whether a step with a NaN or infinite gradient is skipped and counted, instead of an error.
+        keep_checkpoints: number of the latest checkpoints to keep.
+        **kwargs: as for ``transformers.Trainer``. Batches may hold "rows" (B,), the numbers of their rows, for errors.
+            Evaluation measures the loss only.
 
     Raises:
-        ConfigError: if an option asks for another loss than the objective's.
+        ConfigError: if an option replaces the objective's loss.
     """
 
     def __init__(
         self,
         *,
-        objective: Objective,
+        objective: Objective = joint_causal_objective,
         backbone_learning_rate: float | None = None,
         lora_plus_ratio: float | None = None,
         skip_nonfinite: bool = False,
@@ -73,10 +162,10 @@ class ShadowTrainer(Trainer):
         self.skip_nonfinite = skip_nonfinite
         self.keep_checkpoints = keep_checkpoints
         self.model_accepts_loss_kwargs = True  # every objective divides by the labels of the whole step
-        self._left_out = LeaveOutNonfinite()
+        self._skipper = SkipNonfiniteSteps()
         if skip_nonfinite:
-            self.add_callback(self._left_out)
-        self._before = Progress()
+            self.add_callback(self._skipper)
+        self._before = TrainingProgress()
         self._started = time.perf_counter()
         self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
         self._terms: dict[str, Tensor] = {}
@@ -84,9 +173,9 @@ class ShadowTrainer(Trainer):
         self._staging: Path | None = None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as ``transformers.Trainer`` does, and keep the time.
+        """Train as ``transformers.Trainer`` does.
 
-        A checkpoint of the last step is loaded and that is all: transformers would take a further step.
+        From a checkpoint of the last step, weights are loaded and no step is taken; transformers would take one.
         """
         self._started = time.perf_counter()
         if isinstance(resume_from_checkpoint, str):
@@ -102,17 +191,17 @@ class ShadowTrainer(Trainer):
     def _total_steps(self) -> int:
         return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
-    def progress(self) -> Progress:
-        """Return what the run has cost so far, parts before a resumption included. Every process must call it."""
-        return Progress(
+    def progress(self) -> TrainingProgress:
+        """Return the costs so far, including those before a resumption. Every process must call it."""
+        return TrainingProgress(
             seconds=self._before.seconds + time.perf_counter() - self._started,
             tokens=self._before.tokens + int(self.accelerator.gather(self._tokens).sum()),
-            skipped_steps=self._before.skipped_steps + self._left_out.steps,
+            skipped_steps=self._before.skipped_steps + self._skipper.steps,
             processes=self.accelerator.num_processes,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make AdamW with groups (common, backbone, B of LoRA+) x (with, without weight decay); empty ones left out."""
+        """Make AdamW with the non-empty groups of (common, backbone, LoRA+ B) x (with, without weight decay)."""
         if self.optimizer is not None:
             return self.optimizer
         trained = cast(Any, self.model if model is None else model)
@@ -123,7 +212,7 @@ class ShadowTrainer(Trainer):
         groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((self._part(name), name in decayed), []).append(parameter)
+                groups.setdefault((self._rate_index(name), name in decayed), []).append(parameter)
         settings = [
             {"params": group, "lr": rates[part], "weight_decay": self.args.weight_decay if decay else 0.0}
             for (part, decay), group in sorted(groups.items())
@@ -132,14 +221,14 @@ class ShadowTrainer(Trainer):
         self.optimizer = kind(settings, **arguments)
         return self.optimizer
 
-    def _part(self, name: str) -> int:
-        """Return which learning rate a parameter has: 0 the common one, 1 the backbone's, 2 that of LoRA+ for B."""
+    def _rate_index(self, name: str) -> int:
+        """Index of a parameter's learning rate: 0 common, 1 backbone, 2 LoRA+ B."""
         if name.removeprefix("module.").startswith(BACKBONE_PARTS):
             return 1
         return 2 if self.lora_plus_ratio is not None and any(part in name for part in LORA_B_PARTS) else 0
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices decay; vectors (norms, biases, scales) do not, nor do biases stacked to a matrix."""
+        """Names of matrices; vectors (norms, biases, scales) and stacked biases have no weight decay."""
         return [
             name
             for name, parameter in model.named_parameters()
@@ -153,53 +242,53 @@ class ShadowTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of one batch; in training, check that it is a number and add up what is logged."""
+        """Return the loss of one batch; in training, check that it is finite and accumulate its terms for the log."""
         inputs = dict(inputs)
         rows = inputs.pop("rows", None)
         if model.training:
-            inputs |= self._annealed()
+            inputs |= self._scheduled_weight()
         terms = self._objective(model, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # Losses are shares of a sum over all processes, but data parallelism averages the gradients.
+            # Losses are parts of a sum over all processes, but data parallelism averages the gradients.
             terms = {name: term * self.accelerator.num_processes for name, term in terms.items()}
         if model.training:
             if not self.skip_nonfinite and not is_finite(terms["loss"]):
-                raise TrainingError(self._nonfinite(terms["loss"], rows))
+                raise TrainingError(self._nonfinite_error(terms["loss"], rows))
             mask = inputs.get("attention_mask")
             self._tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
-            self._add_up(terms)
+            self._accumulate(terms)
         return (terms["loss"], terms) if return_outputs else terms["loss"]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run one batch forward and backward; the returned loss, which is for the log, is a number in any case."""
+        """Run one batch forward and backward; the returned loss, for the log, has NaN and infinity replaced by 0."""
         return torch.nan_to_num(super().training_step(*args, **kwargs), 0.0, 0.0, 0.0)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure the validation rows, without a trace in the random numbers that training will draw."""
+        """Evaluate without changing the state of the random number generators."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the two terms of the joint loss to each training log line, as means over the steps since the last one."""
+        """Add the terms of the joint loss to each training log line, as means over the steps since the last one."""
         if "loss" in logs:
             steps = self.state.global_step - self._terms_since
             for name, total in self._terms.items():
                 logs[name] = self.accelerator.gather(total).mean().item() / steps
             self._terms = {}
             if self.skip_nonfinite:
-                logs["skipped_steps"] = self._before.skipped_steps + self._left_out.steps
+                logs["skipped_steps"] = self._before.skipped_steps + self._skipper.steps
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Let seed and epoch alone decide the order of rows, whatever was drawn before and in which process."""
+        """Draw the order of examples from seed and epoch alone."""
         order = super()._get_train_sampler(train_dataset)
         if not isinstance(order, RandomSampler | LengthGroupedSampler):
             return order
         return EpochSampler(order, self.args.seed, lambda: int(self.state.epoch or 0))
 
-    def _annealed(self) -> dict[str, float]:
-        """Lambda at this step, where it is to move: from its start at the first step to its end at the last."""
+    def _scheduled_weight(self) -> dict[str, float]:
+        """Return lambda at this step, linear from the first to the last step, if ``shadow_loss_weight_end`` is set."""
         if not isinstance(self.model, ShadowPair):
             return {}
         config = self.model.shadow.config
@@ -209,7 +298,7 @@ class ShadowTrainer(Trainer):
         start, end = config.shadow_loss_weight, config.shadow_loss_weight_end
         return {"shadow_loss_weight": start + (end - start) * min(1.0, share)}
 
-    def _nonfinite(self, loss: Tensor, rows: Tensor | None) -> str:
+    def _nonfinite_error(self, loss: Tensor, rows: Tensor | None) -> str:
         where = f"step {self.state.global_step + 1}"
         if rows is not None:
             where += f", training rows {', '.join(str(row) for row in rows.tolist())}"
@@ -218,7 +307,7 @@ class ShadowTrainer(Trainer):
             "set nonfinite_loss=skip to leave such steps out"
         )
 
-    def _add_up(self, terms: dict[str, Tensor]) -> None:
+    def _accumulate(self, terms: dict[str, Tensor]) -> None:
         if not self._terms:
             self._terms_since = self.state.global_step
         for name, term in terms.items():
@@ -230,10 +319,10 @@ class ShadowTrainer(Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place and rename it, so that every checkpoint directory is whole.
+        """Write a checkpoint into a staging directory and rename it, so that every checkpoint is complete.
 
         Raises:
-            TrainingError: if a trained parameter is no number; the previous checkpoint stays the last one.
+            TrainingError: if a trained parameter is NaN or infinite; the previous checkpoint stays the last one.
             CheckpointError: if the files cannot be written; likewise.
         """
         step = self.state.global_step
@@ -242,7 +331,7 @@ class ShadowTrainer(Trainer):
                 raise TrainingError(f"{name} holds NaN or infinite values at step {step}; not saved")
         directory, progress = Path(super()._get_output_dir(trial)), self.progress()
         target = directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        with whole_directory(target, self.accelerator, directory) as staging:
+        with atomic_directory(target, self.accelerator, directory) as staging:
             self._staging = staging.parent
             try:
                 super()._save_checkpoint(model, trial)
@@ -250,9 +339,9 @@ class ShadowTrainer(Trainer):
                 self._staging = None
             if self.args.should_save:
                 write_progress(staging, progress)
-            self.accelerator.wait_for_everyone()  # for the states of the others' random numbers
+            self.accelerator.wait_for_everyone()  # other processes write their random states
             if self.args.should_save:
-                write_files(staging)
+                write_digests(staging)
         if self.args.should_save:
             rotate_checkpoints(output_dir=str(directory), save_total_limit=self.keep_checkpoints)
 
@@ -271,7 +360,7 @@ class ShadowTrainer(Trainer):
 
 
 def with_row_numbers(collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """Let a collator pass on each example's "row", its number in the data set, as a tensor "rows" (B,)."""
+    """Wrap a collator so that batches hold "rows" (B,), the "row" number of each example."""
 
     def collate_numbered(examples: list[dict[str, Any]]) -> dict[str, Any]:
         return {**collate(examples), "rows": torch.tensor([example["row"] for example in examples])}

@@ -5,7 +5,7 @@ import torch
 
 from shadowtune import ShadowForCausalLM
 from shadowtune.errors import ConfigError
-from shadowtune.training.rows import frequent_tokens
+from shadowtune.training.training_data import frequent_tokens
 from tests.support.shadows import perturbed_model, tokens
 
 

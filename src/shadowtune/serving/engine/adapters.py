@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.prepacked_linear import prepacked_linear
-from shadowtune.data.ends import configured_ends, ends_of_config
+from shadowtune.data.generation import configured_ends, ends_of_config
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM

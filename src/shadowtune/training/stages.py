@@ -1,0 +1,363 @@
+"""Training stages: the steps by which one model is trained, each behind the same interface.
+
+``train`` runs ``stages(config)`` in order. Beside another trainer, plain or from TRL, they are used like this:
+
+    trainer = SFTTrainer(model, args=arguments, train_dataset=dataset, eval_dataset=hold_out)
+    context = StageContext.from_trainer(trainer)
+    for stage in (ShadowOnlyStage(), JointStage(), LogitInterpolationStage()):
+        stage.run(context)
+
+``DraftHeadStage`` needs a trainer that takes the model's own loss, as ``transformers.Trainer`` does and TRL's do not.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import TrainOutput
+
+from shadowtune.config.shadow import ShadowConfig
+from shadowtune.config.training import TrainConfig
+from shadowtune.core.head import IGNORE_INDEX
+from shadowtune.data.generation import generate_answers
+from shadowtune.errors import ConfigError
+from shadowtune.model.causal_lm import ShadowForCausalLM
+from shadowtune.model.pair import ShadowPair
+from shadowtune.training.interpolation import fit_logit_interpolation
+from shadowtune.training.run_directory import LORA_DIRECTORY, SHADOW_DIRECTORY
+from shadowtune.training.training_data import Collator
+
+
+@dataclass
+class StageContext:
+    """The model and data that stages work on, and how to train."""
+
+    model: Any
+    train_dataset: Any
+    """Encoded examples."""
+    fit: Callable[[str, Any], TrainOutput]
+    """(name of the stage, data set) -> trains the trainable parameters of ``model`` on the data set."""
+    eval_dataset: Any = None
+    """Encoded hold-out examples, for ``LogitInterpolationStage``."""
+    collate: Collator | None = None
+    """Makes batches of hold-out examples."""
+    tokenizer: Any = None
+    """For ``DraftHeadStage``."""
+    batch_size: int = 8
+    report: Callable[[str], None] = lambda line: None
+    """Called with messages."""
+
+    @classmethod
+    def from_trainer(cls, trainer: Trainer) -> "StageContext":
+        """Take model, data and arguments from a trainer; each stage trains with a new trainer of the same class."""
+        shared: dict[str, Any] = {
+            "model": trainer.model,
+            "args": trainer.args,
+            "eval_dataset": trainer.eval_dataset,
+            "data_collator": trainer.data_collator,
+            "processing_class": trainer.processing_class,
+        }
+        return cls(
+            trainer.model,
+            trainer.train_dataset,
+            lambda stage, dataset: type(trainer)(train_dataset=dataset, **shared).train(),
+            trainer.eval_dataset,
+            trainer.data_collator,
+            trainer.processing_class,
+            trainer.args.per_device_eval_batch_size,
+        )
+
+
+class Stage(Protocol):
+    """One step of training."""
+
+    name: str
+
+    def applies(self, config: TrainConfig) -> bool:
+        """Whether a run with these settings has this stage."""
+        ...
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Train or fit something; returns its entries of ``TrainSummary``."""
+        ...
+
+
+def stages(config: TrainConfig) -> list[Stage]:
+    """Return the stages of a run, in order."""
+    every: tuple[Stage, ...] = (
+        ShadowOnlyStage(distillation=True),
+        JointStage(),
+        LogitInterpolationStage(),
+        DraftHeadStage(config.drafting_epochs, config.seed),
+    )
+    return [stage for stage in every if stage.applies(config)]
+
+
+@dataclass(frozen=True)
+class ShadowOnlyStage:
+    """Trains the shadow as a language model by itself; its boundaries and the base stay as they are.
+
+    It costs a small part of a joint step, for the base does not run. So it may take several passes over the data, which
+    a small network needs, and the boundaries then learn beside a state that already knows the task.
+
+    Args:
+        distillation: whether to learn from the base as well, by the weights of ``ShadowConfig``; then the base runs.
+    """
+
+    distillation: bool = False
+    name = "shadow_only"
+
+    def applies(self, config: TrainConfig) -> bool:
+        """In pretraining, and in the run that precedes the joint stage (``preceding_runs``)."""
+        return config.stage == "pretrain"
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Train the backbone and projections in mode "detached"."""
+        with shadow_only(context.model, self.distillation):
+            return _training_entries(context.fit(self.name, context.train_dataset))
+
+
+@dataclass(frozen=True)
+class JointStage:
+    """Trains shadow and boundaries beside the base; of other methods, their adapters or the whole model."""
+
+    name = "joint"
+
+    def applies(self, config: TrainConfig) -> bool:
+        """In every run on a task."""
+        return config.stage == "task"
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Train all trainable parameters."""
+        return _training_entries(context.fit(self.name, context.train_dataset))
+
+
+@dataclass(frozen=True)
+class LogitInterpolationStage:
+    """Chooses the weight of the shadow's own logits in the attached model's on hold-out data."""
+
+    name = "logit_interpolation"
+
+    def applies(self, config: TrainConfig) -> bool:
+        """Where ``fit_head_mixing`` is set."""
+        return config.fits_head_mixing
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Set ``head_mixing`` of the model; see ``fit_logit_interpolation``."""
+        start = time.perf_counter()
+        if context.eval_dataset is None or context.collate is None:
+            raise ConfigError("the weight of the shadow's logits is fitted on validation data: give an eval_dataset")
+        fit = fit_logit_interpolation(context.model, context.eval_dataset, context.collate, context.batch_size)
+        context.report(
+            f"head_mixing {fit.gamma:g}: loss {fit.loss:.4g} on the validation data, {fit.loss_without:.4g} without it"
+        )
+        return {"fit_seconds": time.perf_counter() - start}
+
+
+@dataclass(frozen=True)
+class DraftHeadStage:
+    """Trains the draft head on greedy answers of the attached model to the training prompts; nothing else changes.
+
+    In speculative decoding drafts are verified against the model's own output, not against the data.
+
+    Args:
+        epochs: below 1, the share of the prompts that are answered; from 1 on, all are.
+        seed: of the choice of prompts.
+    """
+
+    epochs: float = 1.0
+    seed: int = 42
+    name = "draft_head"
+
+    def applies(self, config: TrainConfig) -> bool:
+        """Where ``drafting_epochs`` is set."""
+        return config.drafter_last
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Generate the answers and train on them. An interrupted run starts this stage anew."""
+        start = time.perf_counter()
+        if context.tokenizer is None:
+            raise ConfigError("the draft head learns the model's own answers, which need a tokenizer")
+        chosen = self.choose(context.train_dataset)
+        answered = own_answers(context.model, context.tokenizer, chosen, context.report)
+        with draft_head_only(context.model):
+            context.fit(self.name, answered)
+        return {"drafting_seconds": time.perf_counter() - start}
+
+    def choose(self, examples: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """Return the examples whose prompts are answered."""
+        if self.epochs >= 1:
+            return examples
+        return random.Random(self.seed).sample(list(examples), math.ceil(self.epochs * len(examples)))
+
+
+def _training_entries(output: TrainOutput) -> dict[str, Any]:
+    return {"steps": output.global_step, "final_loss": output.training_loss}
+
+
+def prepare_shadow_only(model: nn.Module, projection_steps: int = 0) -> ShadowPair:
+    """Set mode "detached" and freeze what belongs to the attached model: boundaries and draft head.
+
+    Boundaries that start with W_up = 0 keep the attached model equal to its base.
+
+    Raises:
+        ConfigError: if ``projection_steps`` is set and the shadow has no projections.
+    """
+    assert isinstance(model, ShadowPair)
+    if projection_steps and not isinstance(model.shadow.projection, nn.Linear):
+        raise ConfigError(
+            f"projection_steps={projection_steps} trains the shadow's projections first, but it has none, because its "
+            "hidden_size is the base's; set projection_steps=0, or another shadow.hidden_size"
+        )
+    model.shadow.boundaries.requires_grad_(False)
+    if model.shadow.draft_fusion is not None:
+        model.shadow.draft_fusion.requires_grad_(False)
+    return model.set_mode("detached")
+
+
+@contextmanager
+def shadow_only(model: ShadowPair, distillation: bool = False) -> Iterator[None]:
+    """Context in which a model is its detached shadow, and nothing else of it is trainable.
+
+    Args:
+        model: with a shadow.
+        distillation: whether the loss has the distillation and matching terms of ``ShadowConfig``.
+    """
+    mode, config = model.mode, model.shadow.config
+    with _restored_requires_grad(model):
+        try:
+            if not distillation:
+                model.shadow.config = replace(config, distillation_weight=0.0, matching_weight=0.0)
+            prepare_shadow_only(model)
+            yield
+        finally:
+            model.set_mode(mode).shadow.config = config
+
+
+@contextmanager
+def draft_head_only(model: ShadowForCausalLM) -> Iterator[None]:
+    """Context in which only the draft head is trainable."""
+    head = model.shadow.draft_fusion
+    if head is None:
+        raise ConfigError("this shadow has no draft head; set ShadowConfig.draft_rank, such as 64")
+    with _restored_requires_grad(model):
+        model.requires_grad_(False)
+        head.requires_grad_(True)
+        yield
+
+
+@contextmanager
+def _restored_requires_grad(model: nn.Module) -> Iterator[None]:
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, trainable in before:
+            parameter.requires_grad_(trainable)
+
+
+def own_answers(
+    model: ShadowForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict[str, Any]],
+    report: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Answer the prompts of encoded examples greedily; return examples with these answers as labels.
+
+    Args:
+        model: in mode "attached"; left in eval mode.
+        tokenizer: of the model.
+        examples: with ``input_ids`` and ``labels``; the tokens before the first label, at least one, are the prompt.
+        report: called with a message.
+    """
+    prompts = []
+    for example in examples:
+        labels = enumerate(example["labels"])
+        begin = next(position for position, label in labels if position and label != IGNORE_INDEX)
+        prompts.append(list(example["input_ids"][:begin]))
+    longest = max(len(each["input_ids"]) - len(prompt) for each, prompt in zip(examples, prompts, strict=True))
+    report(f"draft head: the model answers {len(examples)} training prompts")
+    _, answers = generate_answers(model, tokenizer, prompts, longest)
+    return [
+        {**example, "input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}
+        for example, prompt, answer in zip(examples, prompts, answers, strict=True)
+    ]
+
+
+def preceding_runs(config: TrainConfig) -> dict[str, TrainConfig]:
+    """Return the runs that come before the run itself, each in a directory of its own, by their titles."""
+    if config.method == "ensemble":
+        return {"small model": small_model_settings(config), "LoRA": lora_settings(config)}
+    return {"shadow-only stage": shadow_only_settings(config)} if config.shadow_first else {}
+
+
+def shadow_only_settings(config: TrainConfig) -> TrainConfig:
+    """Return the settings of the run of the shadow-only stage: cross-entropy alone, a schedule of its own."""
+    shadow = replace(
+        config.shadow,
+        shadow_loss_weight=1.0,
+        shadow_loss_weight_end=None,
+        distillation_weight=0.0,
+        distillation_top_k=None,
+        matching_weight=0.0,
+    )
+    optimizer = replace(config.optimizer, backbone_learning_rate=None)
+    if config.shadow_learning_rate is not None:
+        optimizer = replace(optimizer, learning_rate=config.shadow_learning_rate)
+    return replace(
+        config,
+        stage="pretrain",
+        shadow=shadow,
+        shadow_epochs=0.0,
+        drafting_epochs=0.0,
+        fit_head_mixing=False,
+        epochs=config.shadow_epochs,
+        max_steps=None,
+        optimizer=optimizer,
+        output=str(Path(config.output) / SHADOW_DIRECTORY),
+    )
+
+
+def joint_settings(config: TrainConfig) -> TrainConfig:
+    """Return the settings of the model in the joint stage: it starts from the shadow of the shadow-only stage."""
+    start = str(Path(config.output) / SHADOW_DIRECTORY / "model")
+    return replace(config, shadow=replace(config.shadow, init_layers=None, init_from=start))
+
+
+def draft_head_settings(config: TrainConfig) -> TrainConfig:
+    """Return the settings of the draft head stage: its own number of epochs, at least one, and no evaluation."""
+    return replace(
+        config,
+        epochs=max(1.0, config.drafting_epochs),
+        max_steps=None,
+        data=replace(config.data, validation=None),
+        drafting_epochs=0.0,
+        fit_head_mixing=False,
+    )
+
+
+def small_model_settings(config: TrainConfig) -> TrainConfig:
+    """Return the settings of an ensemble's small model: a shadow-only stage."""
+    rate = config.optimizer.backbone_learning_rate or config.optimizer.learning_rate
+    optimizer = replace(config.optimizer, learning_rate=rate, lora_plus_ratio=None)
+    data = replace(config.data, validation=None)
+    return shadow_only_settings(replace(config, method="shadow", optimizer=optimizer, data=data))
+
+
+def lora_settings(config: TrainConfig) -> TrainConfig:
+    """Return the settings of an ensemble's LoRA."""
+    return replace(
+        config,
+        method="lora",
+        shadow=ShadowConfig(),
+        shadow_epochs=0.0,
+        data=replace(config.data, validation=None),
+        output=str(Path(config.output) / LORA_DIRECTORY),
+    )
