@@ -78,13 +78,13 @@ class Shadow(nn.Module):
 
 
 class State:
-    """s on its way through the blocks of one forward pass."""
+    """The shadow state s of one forward pass."""
 
     def __init__(self, shadow: Shadow, s0: Tensor) -> None:
         self.shadow, self.s = shadow, s0
 
     def before_block(self, block: int, h: Tensor) -> Tensor:
-        """Cross the boundary in front of ``block`` (from 0); nothing happens in front of the first."""
+        """Apply the boundary in front of ``block`` (from 0); the first block has none."""
         if block > 0:
             h, self.s = self.shadow.boundary(block - 1, h, self.s)
         return h
@@ -107,8 +107,8 @@ def install_hooks(base: PreTrainedModel) -> None:
 # --- base and shadow together ----------------------------------------------------------------------------------------
 
 
-class Pair:
-    """A frozen base and its shadow, each with a key-value cache of its own in decoding."""
+class ShadowModel:
+    """A frozen base and its shadow; in decoding each has its own key-value cache."""
 
     def __init__(self, base: PreTrainedModel, shadow: Shadow) -> None:
         self.base, self.shadow = base.requires_grad_(False).eval(), shadow
@@ -159,46 +159,46 @@ class Pair:
 
 
 @torch.no_grad()
-def generate(pair: Pair, ids: Tensor, tokens: int, end: int, mode: str = "attached") -> list[int]:
-    """Decode greedily, token by token, behind a prompt ids (1, T). ``mode`` is attached, detached or base.
+def generate(model: ShadowModel, ids: Tensor, tokens: int, end: int, mode: str = "attached") -> list[int]:
+    """Decode greedily, token by token, after a prompt ids (1, T). ``mode`` is attached, detached or base.
 
     Injection and update work on each token alone, so decoding with the two caches is exact.
     """
-    shadow_cache, base_cache = pair.caches()
+    shadow_cache, base_cache = model.caches()
     answer: list[int] = []
     while len(answer) < tokens and end not in answer:
-        s0 = None if mode == "base" else pair.run_shadow(ids, cache=shadow_cache)
-        states = s0 if mode == "detached" else pair.run_base(ids, s0, cache=base_cache)
-        answer.append(int(pair.head(states[:, -1]).argmax()))
+        s0 = None if mode == "base" else model.run_shadow(ids, cache=shadow_cache)
+        states = s0 if mode == "detached" else model.run_base(ids, s0, cache=base_cache)
+        answer.append(int(model.head(states[:, -1]).argmax()))
         ids = torch.tensor([[answer[-1]]])
     return answer
 
 
 @torch.no_grad()
-def speculate(pair: Pair, ids: Tensor, tokens: int, end: int, drafts: int = 4) -> tuple[list[int], int]:
+def speculate(model: ShadowModel, ids: Tensor, tokens: int, end: int, drafts: int = 4) -> tuple[list[int], int]:
     """Decode as ``generate(mode="attached")`` does, in fewer passes of the base: the shadow drafts, one pass verifies.
 
     A draft is accepted where it is the attached model's own choice. The states s0 that drafting has computed are used
     again in the verifying pass. (A sliding window must hold the whole text: its cache cannot be cropped beyond.)
     Returns the answer and the number of passes of the base.
     """
-    shadow_cache, base_cache = pair.caches()
+    shadow_cache, base_cache = model.caches()
     answer: list[int] = []
     passes, last = 0, ids
     while len(answer) < tokens and end not in answer:
         drafted: list[int] = []
-        states = [pair.run_shadow(last, cache=shadow_cache)]
+        states = [model.run_shadow(last, cache=shadow_cache)]
         for _ in range(min(drafts, tokens - len(answer) - 1)):
-            drafted.append(int(pair.head(states[-1][:, -1]).argmax()))
-            states.append(pair.run_shadow(torch.tensor([[drafted[-1]]]), cache=shadow_cache))
-        row = torch.cat([last, torch.tensor([drafted], dtype=torch.long)], 1)
-        h = pair.run_base(row, torch.cat(states, 1), cache=base_cache)
-        choices = pair.head(h[:, last.shape[1] - 1 :]).argmax(-1)[0].tolist()  # behind the last token and each draft
+            drafted.append(int(model.head(states[-1][:, -1]).argmax()))
+            states.append(model.run_shadow(torch.tensor([[drafted[-1]]]), cache=shadow_cache))
+        tokens_in = torch.cat([last, torch.tensor([drafted], dtype=torch.long)], 1)
+        h = model.run_base(tokens_in, torch.cat(states, 1), cache=base_cache)
+        choices = model.head(h[:, last.shape[1] - 1 :]).argmax(-1)[0].tolist()  # after the last token and each draft
         passes += 1
         accepted = 0
         while accepted < len(drafted) and drafted[accepted] == choices[accepted] and drafted[accepted] != end:
             accepted += 1
-        answer += choices[: accepted + 1]  # the accepted drafts, and one token that the base has chosen itself
+        answer += choices[: accepted + 1]  # the accepted drafts, and one token of the attached model
         if accepted < len(drafted):  # remove what was not accepted
             for cache in (shadow_cache, base_cache):
                 cache.crop(-(len(drafted) - accepted))
@@ -209,16 +209,16 @@ def speculate(pair: Pair, ids: Tensor, tokens: int, end: int, drafts: int = 4) -
 # --- data and training -----------------------------------------------------------------------------------------------
 
 
-def read_rows(split: str, limit: int) -> list[dict[str, str]]:
-    """Rows ``{"prompt": request, "completion": intent}``."""
+def read_examples(split: str, limit: int) -> list[dict[str, str]]:
+    """Examples ``{"prompt": request, "completion": intent}``."""
     with gzip.open(DATA / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines][:limit]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> tuple[list[int], list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, example: dict[str, str]) -> tuple[list[int], list[int]]:
     """Token ids of prompt and answer; the answer ends with the end token."""
-    prompt = tokenizer(f"Request: {row['prompt']}\nIntent:")["input_ids"]
-    return prompt, [*tokenizer(f" {row['completion']}")["input_ids"], tokenizer.eos_token_id]
+    prompt = tokenizer(f"Request: {example['prompt']}\nIntent:")["input_ids"]
+    return prompt, [*tokenizer(f" {example['completion']}")["input_ids"], tokenizer.eos_token_id]
 
 
 def make_batch(examples: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
@@ -233,20 +233,20 @@ def make_batch(examples: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]
     return {"ids": torch.tensor(ids), "labels": torch.tensor(labels), "mask": torch.tensor(mask)}
 
 
-def train(pair: Pair, examples: list, steps: int, batch_size: int = 16, rate: float = 3e-3) -> None:
+def train(model: ShadowModel, examples: list, steps: int, batch_size: int = 16, rate: float = 3e-3) -> None:
     """Train the shadow with AdamW; the base gets no gradient. Backbones learn at a third of the rate."""
-    backbone = list(pair.shadow.backbone.parameters())
+    backbone = list(model.shadow.backbone.parameters())
     known = {id(parameter) for parameter in backbone}
-    boundaries = [parameter for parameter in pair.shadow.parameters() if id(parameter) not in known]
+    boundaries = [parameter for parameter in model.shadow.parameters() if id(parameter) not in known]
     groups = [{"params": boundaries, "lr": rate}, {"params": backbone, "lr": rate / 3}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     order, begin = random.Random(0), time.time()
     for step in range(steps):
-        attached, detached = pair.loss(**make_batch(order.sample(examples, batch_size)))
+        attached, detached = model.loss(**make_batch(order.sample(examples, batch_size)))
         optimizer.zero_grad()
         (attached + detached).backward()
-        nn.utils.clip_grad_norm_(pair.shadow.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.shadow.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 20 == 0 or step == steps - 1:
@@ -254,16 +254,18 @@ def train(pair: Pair, examples: list, steps: int, batch_size: int = 16, rate: fl
             print(f"step {step:4d}  attached {attached:.3f}  detached {detached:.3f}  {seconds:4.0f} s", flush=True)
 
 
-def accuracy(pair: Pair, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], mode: str) -> float:
-    """Share of rows whose decoded answer is exactly the intent."""
+def accuracy(
+    model: ShadowModel, tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, str]], mode: str
+) -> float:
+    """Fraction of examples whose decoded answer is exactly the intent."""
     right = 0
-    for row in rows:
-        prompt, answer = encode(tokenizer, row)
-        right += generate(pair, torch.tensor([prompt]), len(answer), tokenizer.eos_token_id, mode) == answer
-    return right / len(rows)
+    for example in examples:
+        prompt, answer = encode(tokenizer, example)
+        right += generate(model, torch.tensor([prompt]), len(answer), tokenizer.eos_token_id, mode) == answer
+    return right / len(examples)
 
 
-# --- the whole way ---------------------------------------------------------------------------------------------------
+# --- command line ----------------------------------------------------------------------------------------------------
 
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -282,28 +284,28 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def main() -> None:
-    """Train, compare the three models on held-out rows, draft."""
+    """Train, compare the three modes on held-out examples, then decode speculatively."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="Hub id or directory of a Llama-like base, smollm2, or tiny")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--test", type=int, default=60, help="held-out rows")
+    parser.add_argument("--test", type=int, default=60, help="number of held-out examples")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     base, tokenizer = load_base(arguments.model)
-    pair = Pair(base, Shadow(base))
-    trained = sum(parameter.numel() for parameter in pair.shadow.parameters())
+    model = ShadowModel(base, Shadow(base))
+    trained = sum(parameter.numel() for parameter in model.shadow.parameters())
     print(f"base {sum(parameter.numel() for parameter in base.parameters()):,} parameters, shadow {trained:,}")
-    train(pair, [encode(tokenizer, row) for row in read_rows("train", 1200)], arguments.steps)
-    rows = read_rows("test", arguments.test)
+    train(model, [encode(tokenizer, example) for example in read_examples("train", 1200)], arguments.steps)
+    examples = read_examples("test", arguments.test)
     for mode in ("base", "attached", "detached"):
         begin = time.time()
-        right = accuracy(pair, tokenizer, rows, mode)
-        print(f"{mode:9} {right:6.1%} of {len(rows)} requests right, {time.time() - begin:.1f} s")
+        right = accuracy(model, tokenizer, examples, mode)
+        print(f"{mode:9} {right:6.1%} of {len(examples)} requests right, {time.time() - begin:.1f} s")
     end, plain, fast, passes = tokenizer.eos_token_id, [], [], 0
-    for row in rows[:10]:
-        prompt = torch.tensor([encode(tokenizer, row)[0]])
-        plain.append(generate(pair, prompt, 8, end))
-        answer, count = speculate(pair, prompt, 8, end)
+    for example in examples[:10]:
+        prompt = torch.tensor([encode(tokenizer, example)[0]])
+        plain.append(generate(model, prompt, 8, end))
+        answer, count = speculate(model, prompt, 8, end)
         fast.append(answer)
         passes += count
     print(f"drafting: same answers {plain == fast}, {sum(map(len, fast)) / passes:.2f} tokens a pass of the base")

@@ -6,7 +6,7 @@ from transformers.models.llama import modeling_llama
 
 from shadowtune import ShadowForCausalLM
 from shadowtune.attach import ARCHITECTURES, Architecture, attach, self_check
-from shadowtune.attach.hooks import install_hooks
+from shadowtune.attach.forward import install_hooks
 from shadowtune.compatibility import CACHE, CACHE_NAMES
 from shadowtune.errors import UnsupportedArchitectureError
 from tests.support.bases import CONFIGS, tiny_base

@@ -60,7 +60,7 @@ def inputs(tokens: int, layout: str = "contiguous") -> tuple[Tensor, Tensor]:
     return h, s
 
 
-def crossing(step: Callable, h: Tensor, s: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
+def outputs_and_gradients(step: Callable, h: Tensor, s: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
     """Outputs of all boundaries in turn, then the gradients of one weighted sum of them."""
     h, s = h.detach().requires_grad_(), s.detach().requires_grad_()
     outputs, total, state = [], torch.zeros((), dtype=torch.float64), s
@@ -82,9 +82,11 @@ def test_outputs_and_every_gradient_equal_the_reference_in_float64(variant, toke
     boundaries = perturbed_boundaries(**VARIANTS[variant])
     parameters = dict(boundaries.named_parameters())
     h, s = inputs(tokens, layout)
-    fast = crossing(boundaries, h, s, parameters)
+    fast = outputs_and_gradients(boundaries, h, s, parameters)
     known = {**parameters, **dict(boundaries.named_buffers())}
-    slow = crossing(lambda index, h, s: reference.boundary(index, h, s, known, boundaries.config), h, s, parameters)
+    slow = outputs_and_gradients(
+        lambda index, h, s: reference.boundary(index, h, s, known, boundaries.config), h, s, parameters
+    )
     for ours, truth in zip(fast, slow, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
 
@@ -93,7 +95,7 @@ def test_outputs_and_every_gradient_equal_the_reference_in_float64(variant, toke
 def test_every_parameter_has_a_gradient(variant):
     boundaries = perturbed_boundaries(**VARIANTS[variant])
     parameters = dict(boundaries.named_parameters())
-    gradients = crossing(boundaries, *inputs(5), parameters)[-len(parameters) :]
+    gradients = outputs_and_gradients(boundaries, *inputs(5), parameters)[-len(parameters) :]
     assert [name for name, g in zip(parameters, gradients, strict=True) if not g.abs().sum() > 0] == []
     for parameter, gradient in zip(parameters.values(), gradients, strict=True):  # nor is a slot of a stack dead
         assert (gradient.flatten(1).abs().sum(1) > 0).all() if parameter.ndim > 1 else True

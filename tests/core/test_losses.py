@@ -4,16 +4,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shadowtune.core import reference
-from shadowtune.core.head import Head
+from shadowtune.core.kernels.linear_cross_entropy import Head
 from shadowtune.core.losses import (
     LossWeights,
     detached_causal_loss,
     joint_causal_loss,
-    labelled_rows,
     relative_squared_error,
+    shift_and_select,
     token_cross_entropy,
+    top_tokens,
 )
-from shadowtune.core.top_tokens import top_tokens
 
 VOCABULARY, WIDTH = 11, 6
 
@@ -34,10 +34,10 @@ def example(rows: int = 3, length: int = 7) -> tuple[Tensor, Tensor, Tensor, Ten
     return head, h.requires_grad_(), s.requires_grad_(), labels
 
 
-def test_labelled_rows_are_shifted_and_in_order():
+def test_labelled_positions_are_shifted_and_in_order():
     labels = torch.tensor([[5, -100, 7], [-100, -100, -100], [-100, 8, 9]])
     hidden = torch.arange(9.0).view(3, 3, 1)
-    targets, rows = labelled_rows(labels, hidden)
+    targets, rows = shift_and_select(labels, hidden)
     assert targets.tolist() == [7, 8, 9]
     assert rows.flatten().tolist() == [1.0, 6.0, 7.0]
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from shadowtune.core import top_tokens as module
-from shadowtune.core.head import Head, summed_cross_entropy
-from shadowtune.core.top_tokens import TopTokens, top_divergence, top_divergence_reference, top_tokens
-from tests.core.test_vocabulary_sweep import example, head_of, softcap
+from shadowtune.core import losses as module
+from shadowtune.core.kernels.linear_cross_entropy import Head
+from shadowtune.core.losses import TopTokens, summed_cross_entropy, top_divergence, top_divergence_reference, top_tokens
+from tests.core.test_linear_cross_entropy import example, head_of, softcap
 
 K = 4
 
@@ -28,11 +28,11 @@ def by_definition(head, h, s, targets, k, temperature):
 @pytest.mark.parametrize("rows", [0, 1, 63])
 @pytest.mark.parametrize("k", [1, K, 13])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("finish", [None, softcap], ids=["plain", "softcap"])
+@pytest.mark.parametrize("transform", [None, softcap], ids=["plain", "softcap"])
 @pytest.mark.parametrize("biased", [False, True])
-def test_the_divergence_and_its_gradient_are_those_of_the_definition(rows, k, temperature, finish, biased):
+def test_the_divergence_and_its_gradient_are_those_of_the_definition(rows, k, temperature, transform, biased):
     weight, bias, h, s, targets = example(rows)
-    head = head_of(weight, bias if biased else None, finish)
+    head = head_of(weight, bias if biased else None, transform)
     top = top_tokens(head, h, k, temperature)
     ours = top_divergence(head, s, targets, top, temperature)
     plain = top_divergence_reference(head, s, targets, top, temperature)
@@ -50,11 +50,11 @@ def test_a_cross_entropy_that_is_known_is_used_at_temperature_1_alone(temperatur
     head = head_of(weight, bias)
     top = top_tokens(head, h, K, temperature)
     known = summed_cross_entropy(head.apply(s), targets)
-    sweeps = []
-    sweep = module.Sweep.apply
-    monkeypatch.setattr(module.Sweep, "apply", lambda *call: sweeps.append(call) or sweep(*call))
+    calls = []
+    fused = module.fused_linear_cross_entropy
+    monkeypatch.setattr(module, "fused_linear_cross_entropy", lambda *call: calls.append(call) or fused(*call))
     ours = top_divergence(head, s, targets, top, temperature, known)
-    assert len(sweeps) == (0 if temperature == 1 else 1)
+    assert len(calls) == (0 if temperature == 1 else 1)
     truth = by_definition(head, h, s, targets, K, temperature)
     torch.testing.assert_close(ours, truth)
     torch.testing.assert_close(torch.autograd.grad(ours, s)[0], torch.autograd.grad(truth, s)[0])
@@ -78,8 +78,8 @@ def test_a_head_whose_weight_is_not_known_is_left_to_autograd():
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 256])
-def test_the_top_tokens_are_the_most_likely_ones_and_no_more_rows_than_allowed_are_looked_at(at_once, monkeypatch):
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", at_once)
+def test_the_top_tokens_are_the_most_likely_ones_and_few_vectors_are_processed_at_once(at_once, monkeypatch):
+    monkeypatch.setattr(module, "VECTORS_AT_ONCE", at_once)
     weight, bias, h, _, _ = example(9)
     sizes = []
 

@@ -25,7 +25,7 @@ def nano():
 
 @pytest.fixture(params=["llama", "qwen3", "gemma3_text"])
 def both(nano, request):
-    """The file's pair and the package's model with the same perturbed weights, each on a base of its own."""
+    """The file's model and the package's with the same perturbed weights, each on a base of its own."""
     config = ShadowConfig(**SIZES, dropout=0.0, shadow_loss_weight=0.6, init_layers=(0,))
     torch.manual_seed(0)
     model = perturb(ShadowForCausalLM.from_base(tiny_base(request.param), config))
@@ -36,51 +36,51 @@ def both(nano, request):
         for name, parameter in shadow.named_parameters():
             parameter.copy_(ours[name if name.startswith("backbone.") else f"boundaries.{name}"])
     assert len(list(shadow.parameters())) == len(ours)
-    return nano.Pair(base, shadow), model
+    return nano.ShadowModel(base, shadow), model
 
 
-def test_it_has_no_more_lines_than_an_evening_and_nothing_of_the_package():
+def test_it_has_at_most_400_lines_and_nothing_of_the_package():
     text = FILE.read_text()
     assert text.count("\n") <= 400
     assert "import shadowtune" not in text and "from shadowtune" not in text
 
 
 def test_logits_loss_and_every_gradient_are_those_of_the_package(both):
-    pair, model = both
+    small, model = both
     ids, mask = tokens(3, 11), torch.ones(3, 11, dtype=torch.long)
     mask[1, 8:] = 0
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :4] = -100
     with torch.no_grad():
-        s0 = pair.run_shadow(ids, mask)
-        logits = pair.head(pair.run_base(ids, s0, mask))
-        reference = pair.head(pair.run_base(ids, None, mask))
+        s0 = small.run_shadow(ids, mask)
+        logits = small.head(small.run_base(ids, s0, mask))
+        reference = small.head(small.run_base(ids, None, mask))
         ours = model.eval()(ids, attention_mask=mask).logits
         detached = model.set_mode("detached")(ids, attention_mask=mask).logits
-    cap = model._finish or (lambda values: values)
+    cap = model._logits_transform or (lambda values: values)
     kept = mask.bool()
     assert not torch.allclose(logits[kept], reference[kept], atol=1e-3)  # the shadow changes something
     assert torch.allclose(cap(logits)[kept], ours[kept], atol=1e-5)
-    assert torch.allclose(cap(pair.head(s0))[kept], detached[kept], atol=1e-5)
+    assert torch.allclose(cap(small.head(s0))[kept], detached[kept], atol=1e-5)
 
-    attached, shadows = pair.loss(ids, labels, mask, weight=0.6)
+    attached, shadows = small.loss(ids, labels, mask, weight=0.6)
     output = model.set_mode("attached").train()(ids, attention_mask=mask, labels=labels)
     assert torch.allclose(attached + shadows, output.loss, atol=1e-5)
     (attached + shadows).backward()
     output.loss.backward()
     theirs = dict(model.shadow.named_parameters())
-    for name, parameter in pair.shadow.named_parameters():
+    for name, parameter in small.shadow.named_parameters():
         wanted = theirs[name if name.startswith("backbone.") else f"boundaries.{name}"].grad
         assert wanted.abs().max() > 0, name
         assert torch.allclose(parameter.grad, wanted, atol=1e-5, rtol=1e-4), name
-    assert all(parameter.grad is None for parameter in pair.base.parameters())
+    assert all(parameter.grad is None for parameter in small.base.parameters())
 
 
-def test_cached_decoding_and_drafting_say_what_uncached_decoding_says(nano, both):
-    pair, model = both
+def test_cached_and_speculative_decoding_give_the_tokens_of_uncached_decoding(nano, both):
+    small, model = both
     ids = tokens(1, 7)
     for mode in ("attached", "detached", "base"):
-        answer = nano.generate(pair, ids, 8, end=-1, mode=mode)
+        answer = nano.generate(small, ids, 8, end=-1, mode=mode)
         uncached, text = [], ids
         with torch.no_grad():
             for _ in range(8):
@@ -88,13 +88,13 @@ def test_cached_decoding_and_drafting_say_what_uncached_decoding_says(nano, both
                 text = torch.cat([text, torch.tensor([[uncached[-1]]])], 1)
         assert answer == uncached, mode
     for drafts in (1, 3):
-        answer, passes = nano.speculate(pair, ids, 8, end=-1, drafts=drafts)
-        assert answer == nano.generate(pair, ids, 8, end=-1)
+        answer, passes = nano.speculate(small, ids, 8, end=-1, drafts=drafts)
+        assert answer == nano.generate(small, ids, 8, end=-1)
         assert passes <= 8
 
 
 @pytest.mark.model
-def test_the_whole_way_runs(nano, monkeypatch, capsys):
+def test_the_command_runs(nano, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nanoshadow.py", "--model", "tiny", "--steps", "3", "--test", "4"])
     nano.main()
     assert "drafting: same answers True" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.compatibility import cache_of
 from shadowtune.core import losses, reference
-from shadowtune.core.losses import head_sums
+from shadowtune.core.losses import linear_cross_entropy
 from shadowtune.errors import ConfigError, ShadowtuneError
 from tests.support.bases import tiny_base, tiny_classifier
 from tests.support.shadows import perturb, perturbed_model, tokens
@@ -86,9 +86,9 @@ def test_in_training_only_labelled_positions_reach_the_head(model, monkeypatch):
 
     def spy(head, h, s, *rest):
         seen.append((len(h), len(s)))
-        return head_sums(head, h, s, *rest)
+        return linear_cross_entropy(head, h, s, *rest)
 
-    monkeypatch.setattr(losses, "head_sums", spy)
+    monkeypatch.setattr(losses, "linear_cross_entropy", spy)
     hook = model.base.lm_head.register_forward_hook(lambda *call: seen.append(call))
     output = model.train()(ids, labels=labels_like(ids))
     hook.remove()

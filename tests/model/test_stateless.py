@@ -82,7 +82,7 @@ def test_evaluating_with_labels_needs_it_for_its_terms_alone():
     with torch.no_grad():
         without = model(**batch()).loss
         assert passes == []
-        model.set_head_mixing(0.5)
+        model.set_logit_interpolation(0.5)
         mixed = model(**batch()).loss
     assert len(passes) == 1
     assert without != mixed

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shadowtune.core import reference
-from shadowtune.core.top_tokens import top_tokens
+from shadowtune.core.losses import top_tokens
 from shadowtune.errors import ConfigError
 from tests.support.shadows import perturbed_classifier, perturbed_model, tokens
 

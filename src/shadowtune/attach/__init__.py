@@ -1,4 +1,4 @@
-"""Storey 2: put a shadow beside somebody else's model, and take it away without a trace."""
+"""Attach a shadow to an existing transformers model, and detach it without a trace."""
 
 import transformers.models.auto.modeling_auto  # noqa: F401 - first, since it registers our classes (registration.py)
 

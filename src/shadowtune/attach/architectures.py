@@ -1,7 +1,7 @@
-"""The table of supported bases: where a base keeps its blocks, and what it does after its head.
+"""The table of supported base architectures: paths of decoder and blocks, logits transform, settings of mirrors.
 
-To add an architecture, add a row, and a tiny config of it to ``tests/support/bases.py``: the row is right when the
-tests of attach and model pass. The one requirement: the model hands unknown keywords down to every decoder block.
+To add an architecture, add an entry, and a tiny config of it to ``tests/support/bases.py``: the entry is right when the
+tests of attach and model pass. The one requirement: the model passes unknown keywords down to every decoder block.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,53 +9,51 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from shadowtune.core.kernels.linear_cross_entropy import LogitsTransform
 from shadowtune.errors import UnsupportedArchitectureError
 
-Finish = Callable[[Tensor], Tensor]
-"""What a model does to each logit after its head's product."""
 
-
-def _nothing(config: Any) -> Finish | None:
+def _no_transform(config: Any) -> LogitsTransform | None:
     return None
 
 
-def _softcap(config: Any) -> Finish | None:
+def _softcap(config: Any) -> LogitsTransform | None:
     cap = config.final_logit_softcapping
     return None if cap is None else lambda logits: (logits / cap).tanh() * cap
 
 
-def _scale_down(config: Any) -> Finish | None:
+def _scale_down(config: Any) -> LogitsTransform | None:
     return lambda logits: logits / config.logits_scaling
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What one kind of base looks like from outside."""
+    """Structure and settings of one base architecture."""
 
     decoder: str
     """Path from the task model to the innermost headless model, whose output has ``last_hidden_state``."""
     blocks: str
     """Path from the headless model to the list of decoder blocks."""
-    finish: Callable[[Any], Finish | None] = _nothing
-    """What the model does to each logit, given its text config; None if nothing."""
+    logits_transform: Callable[[Any], LogitsTransform | None] = _no_transform
+    """From the text config: the function applied to the logits after the head's product; None if there is none."""
     logit_settings: tuple[str, ...] = ()
-    """Config values that ``finish`` reads."""
+    """Config values that ``logits_transform`` reads."""
     mirror: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """Config values that keep a mirrored backbone small and made of attention blocks only."""
+    """Config values of a mirrored backbone that keep it small and its blocks attention blocks."""
     position_embeddings: str | None = None
-    """Path from the headless model to learned absolute positions, which a mirror starts from."""
+    """Path from the headless model to learned absolute positions, which a mirror copies."""
     scales_embeddings: bool = False
-    """Whether the input embedding multiplies its rows by sqrt(width)."""
+    """Whether the input embedding is multiplied by sqrt(width)."""
     names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """The config's own words for sizes of ``ShadowConfig``, where transformers does not translate them."""
+    """Sizes of ``ShadowConfig`` by the config's own names, where its ``attribute_map`` lacks them."""
     follow_width: tuple[str, ...] = ()
-    """Config values that a mirror of another width must set to its width too."""
+    """Config values that must equal the width of a mirror of another width."""
     packs: bool = False
-    """Whether documents in one row stay apart where position ids start anew. They do not where a recurrence runs on
-    (qwen3_next), or where the attention mask is made without looking at the positions (opt, gpt_oss)."""
+    """Whether packed documents stay independent when position ids restart. They do not with a recurrence (qwen3_next),
+    or when the attention mask does not depend on the positions (opt, gpt_oss)."""
 
     def decoder_of(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the headless model inside a causal LM or a sequence classifier.
@@ -79,7 +77,7 @@ def _part(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError:
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} has no part {path!r}, where its row in shadowtune.attach.ARCHITECTURES expects it"
+            f"{type(model).__name__} has no part {path!r}, which its entry in shadowtune.attach.ARCHITECTURES names"
         ) from None
 
 
@@ -121,17 +119,17 @@ ARCHITECTURES: dict[str, Architecture] = {
 """Supported bases by the ``model_type`` of their text config."""
 
 REFUSED: dict[str, str] = {
-    "falcon": "its blocks do not receive keywords, by which the shadow's state travels",
-    "bloom": "its blocks do not receive keywords, by which the shadow's state travels",
+    "falcon": "its blocks do not receive keywords, which carry the shadow's state",
+    "bloom": "its blocks do not receive keywords, which carry the shadow's state",
 }
-"""Bases that are known not to work, and why."""
+"""Architectures that are known not to work, and why."""
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """Return the row for a base's config.
+    """Return the entry for a base's config.
 
     Raises:
-        UnsupportedArchitectureError: naming the supported ones and how to add one.
+        UnsupportedArchitectureError: with the supported ones and how to add one.
     """
     model_type = config.get_text_config(decoder=True).model_type
     if model_type in ARCHITECTURES:
@@ -139,6 +137,6 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     reason = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
     raise UnsupportedArchitectureError(
         f"model_type {model_type!r} is not supported{reason}; supported are {', '.join(sorted(ARCHITECTURES))}. To add "
-        "one whose blocks receive unknown keywords, add a row: shadowtune.attach.ARCHITECTURES[model_type] = "
+        "one whose blocks receive unknown keywords, add an entry: shadowtune.attach.ARCHITECTURES[model_type] = "
         "Architecture(decoder, blocks)"
     )

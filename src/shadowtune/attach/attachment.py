@@ -1,60 +1,25 @@
-"""``attach``: run somebody else's model with a shadow, and take it away again.
+"""``attach``: run an existing model with a shadow, and remove the shadow again.
 
 Nothing of the base is replaced, renamed or set. While attached, a hook on the base's decoder begins each call with the
-active shadow; the hooks on its blocks (``attach/hooks.py``) take the state from there.
+active shadow; the hooks of ``attach/forward.py`` do the rest.
 """
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from shadowtune.attach.architectures import architecture_of
-from shadowtune.attach.cache import check_same_past, split_cache
-from shadowtune.attach.hooks import check_fit, install_hooks
-from shadowtune.compatibility import CACHE, pop_cache, set_cache
-from shadowtune.core.boundary import Boundaries
-from shadowtune.core.state import ShadowState
+from shadowtune.attach.forward import AttachableShadow, begin_call, check_fit, install_hooks
+from shadowtune.compatibility import pop_cache
 from shadowtune.errors import AttachError
 
 
-class AttachableShadow(Protocol):
-    """What ``attach`` needs of a shadow."""
-
-    boundaries: Boundaries
-
-    @property
-    def num_cache_layers(self) -> int:
-        """Cache layers of the shadow's backbone."""
-
-    def begin(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        use_cache: bool,
-        **kwargs: Any,
-    ) -> ShadowState:
-        """Run the shadow backbone over the call's inputs and return the state s0."""
-
-
-class _BeginCall:
-    """Pre-hook on the decoder: starts the active shadow of an attachment."""
-
-    def __init__(self, attachment: "Attachment") -> None:
-        self.attachment = attachment
-
-    def __call__(self, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
-        return self.attachment._before_decoder(args, kwargs)
-
-
 class Attachment:
-    """Shadows attached to one base, of which at most one is active. A context manager that detaches at its end.
+    """Shadows attached to one base, of which at most one is active. A context manager that detaches on exit.
 
     While attached, every call of the base, ``generate`` included, runs with the active shadow.
     """
@@ -65,12 +30,11 @@ class Attachment:
         self._active: str | None = None
         self._handles = install_hooks(base)
         decoder = architecture_of(base.config).decoder_of(base)
-        self._handles.append(decoder.register_forward_pre_hook(_BeginCall(self), with_kwargs=True))
-        self._handles.append(decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
+        self._handles.append(decoder.register_forward_pre_hook(_BeforeDecoder(self), with_kwargs=True))
 
     @property
     def names(self) -> list[str]:
-        """Names of the attached shadows, in the order in which they came."""
+        """Names of the attached shadows, in the order of their attachment."""
         return list(self._shadows)
 
     @property
@@ -100,14 +64,14 @@ class Attachment:
         self._active = self._known(name)
 
     def remove(self, name: str) -> None:
-        """Forget one shadow; if it was the active one, calls run with the base alone."""
+        """Remove one shadow; if it was the active one, calls run the base alone."""
         del self._shadows[self._known(name)]
         if self._active == name:
             self._active = None
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context calls run with the base alone."""
+        """Context in which calls run the base alone."""
         active, self._active = self._active, None
         try:
             yield
@@ -135,58 +99,33 @@ class Attachment:
             )
         return name
 
-    def _before_decoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the active shadow's backbone and send its state down with the base's own arguments."""
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the decoder's arguments with the active shadow's state; None leaves them as they are."""
         if "shadow" in kwargs or self._active is None:
             return None
         if len(args) > 1:
             raise AttachError("call an attached base with keywords: input_ids=..., attention_mask=...")
-        kwargs = {"input_ids": args[0], **kwargs} if args else dict(kwargs)
-        call = {name: kwargs.pop(name, None) for name in _SHARED}
-        cache = pop_cache(kwargs)
-        if (call["input_ids"] is None) == (call["inputs_embeds"] is None):
-            return None  # the base says what is wrong
-        shadow = self._shadows[self._active]
+        inputs = {"input_ids": args[0], **kwargs} if args else dict(kwargs)
+        if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
+            return None  # the base raises its own error
+        cache = pop_cache(inputs)
         config = self._base.config.get_text_config(decoder=True)
-        use_cache = call["use_cache"]
+        use_cache = inputs.pop("use_cache", None)
         if use_cache is None:
             use_cache = bool(config.use_cache) and not self._base.training
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
-        shadow_cache = base_cache = None
-        if cache is not None:
-            shadow_cache, base_cache = split_cache(cache, shadow.num_cache_layers, len(self._blocks))
-            check_same_past(shadow_cache, base_cache)
-        embeds = call["inputs_embeds"]
-        if embeds is None:
-            embeds = self._base.get_input_embeddings()(call["input_ids"])
-        state = shadow.begin(
-            call["input_ids"],
-            embeds,
-            call["attention_mask"],
-            call["position_ids"],
-            shadow_cache,
-            use_cache,
-            **kwargs,
-        )
-        call |= {CACHE: base_cache, "use_cache": use_cache}
-        return (), {**kwargs, **call, "shadow": state, "whole_cache": cache}
-
-    def _after_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Check that the state went all the way, and give the caller its own cache back."""
-        if "whole_cache" in kwargs:
-            output.last_hidden_state = kwargs["shadow"].arrive(len(self._blocks), output.last_hidden_state)
-            if kwargs["whole_cache"] is not None:
-                set_cache(output, kwargs["whole_cache"])
-        return output
-
-    @property
-    def _blocks(self) -> nn.ModuleList:
-        return architecture_of(self._base.config).blocks_of(self._base)
+        return (), begin_call(self._base, self._shadows[self._active], inputs, cache, use_cache)
 
 
-_SHARED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache")
-"""Arguments of a decoder that an attachment reads, beside the cache; the others go to both networks as they are."""
+class _BeforeDecoder:
+    """Pre-hook on the decoder, which begins the call with the active shadow of an attachment."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
+        return self.attachment._begin(args, kwargs)
 
 
 def attach(base: PreTrainedModel, shadow: AttachableShadow, name: str = "default") -> Attachment:
@@ -196,17 +135,17 @@ def attach(base: PreTrainedModel, shadow: AttachableShadow, name: str = "default
         base: a causal language model or sequence classifier of a supported architecture. Its weights, keys and
             objects stay as they are.
         shadow: the shadow, for instance ``ShadowForCausalLM(...).shadow``.
-        name: what ``Attachment.switch`` will call it.
+        name: by which ``Attachment.switch`` selects it.
 
     Returns:
-        The handle: ``detach()`` restores the base exactly, ``add()`` brings further shadows, ``switch()`` chooses.
+        The handle: ``detach()`` restores the base exactly, ``add()`` attaches further shadows, ``switch()`` chooses.
 
     Raises:
         AttachError: if something is attached to this base already, or the shadow was made for another base.
-        UnsupportedArchitectureError: if the base has no row in the table of architectures.
+        UnsupportedArchitectureError: if the base's architecture is not in the table.
     """
     decoder = architecture_of(base.config).decoder_of(base)
-    if any(isinstance(hook, _BeginCall) for hook in decoder._forward_pre_hooks.values()):
+    if any(isinstance(hook, _BeforeDecoder) for hook in decoder._forward_pre_hooks.values()):
         raise AttachError("a shadow is attached to this base already; use handle.add(shadow, name), or handle.detach()")
     check_fit(base, shadow.boundaries)
     attachment = Attachment(base)

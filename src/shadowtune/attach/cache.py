@@ -1,14 +1,14 @@
 """One key-value cache for both networks: an ordinary transformers ``Cache`` whose first layers belong to the shadow.
 
 Only the two backbones attend; injection and update work token by token. So one cache of L_s + L layers holds all that
-decoding needs, and cropping, beam reordering, batch selection, static, offloaded and quantized caches come from
-transformers. Each network is handed a view: a ``Cache`` around its own slice of the same layer objects, in which it
-finds exactly what it would find alone. The shadow's layers stand first because they are used in both modes, attached
-and detached: the length of the cache, read at its first layer, is right in both.
+decoding needs, and transformers provides cropping, beam reordering, batch selection, static, offloaded and quantized
+caches. Each network gets a view: a ``Cache`` around its own slice of the same layer objects, with the contents that it
+would have alone. The shadow's layers come first because both modes, attached and detached, use them: the length of the
+cache, read at its first layer, is right in both.
 
-A shadow whose backbone the attached model does not read (variant "stateless") leaves its layers without keys. They then
-count tokens: a key of one head and width 1 stands for each, so that whatever is done with the cache (cropping, beams,
-batches) is done with the count as well.
+If the attached model does not need the shadow's backbone (variant "stateless"), the shadow's layers hold no keys. They
+count tokens instead: one key of one head and width 1 for each, so that operations on the cache (cropping, beams,
+batches) apply to the count as well.
 """
 
 import torch
@@ -18,7 +18,7 @@ from shadowtune.errors import AttachError
 
 
 def split_cache(cache: Cache, shadow_layers: int, base_layers: int) -> tuple[Cache, Cache]:
-    """Return the shadow's and the base's view of ``cache``; what one writes, the cache holds.
+    """Return the shadow's and the base's view of ``cache``; writes to a view are writes to the cache.
 
     A fresh cache made for the base alone, or made without a config, is given the missing layers.
 
@@ -41,7 +41,7 @@ def split_cache(cache: Cache, shadow_layers: int, base_layers: int) -> tuple[Cac
             "model.config), and do not mix caches of attached and plain models"
         )
     views = Cache(layers=cache.layers[:shadow_layers]), Cache(layers=cache.layers[shadow_layers:])
-    if cache.offloading:  # of the base's layers; the shadow's are too few to fetch one while another works
+    if cache.offloading:  # of the base's layers; the shadow's are too few to prefetch
         views[1].offloading = True
         views[1].only_non_sliding = cache.only_non_sliding
         views[1].prefetch_stream = cache.prefetch_stream
@@ -49,7 +49,7 @@ def split_cache(cache: Cache, shadow_layers: int, base_layers: int) -> tuple[Cac
 
 
 def check_same_past(shadow_cache: Cache, base_cache: Cache) -> None:
-    """Raise AttachError if the two views hold different pasts, as after decoding in mode "detached"."""
+    """Raise AttachError if the two views hold different tokens, as after decoding in mode "detached"."""
     if _is_started(shadow_cache) == _is_started(base_cache):
         lengths = shadow_cache.get_seq_length(), base_cache.get_seq_length()
         if not all(isinstance(length, int) for length in lengths) or lengths[0] == lengths[1]:
@@ -61,21 +61,21 @@ def check_same_past(shadow_cache: Cache, base_cache: Cache) -> None:
 
 
 def can_count(cache: Cache) -> bool:
-    """Whether the layers of a shadow's view can count tokens in place of holding keys: none of them holds any yet."""
+    """Whether the layers of a shadow's view can count tokens: none of them holds keys yet."""
     layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer | StaticLayer)]
     plain = len(layers) == len(cache) and all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
     return plain and all(not layer.is_initialized or _counts(layer) for layer in layers)
 
 
 def count_tokens(cache: Cache, embeds: torch.Tensor) -> None:
-    """Let the layers of a shadow's view count the tokens of a call, given as their embeddings (B, T, d)."""
+    """Count the tokens of a call, given by their embeddings (B, T, d), in the layers of a shadow's view."""
     keys = embeds.new_zeros(embeds.shape[0], 1, embeds.shape[1], 1)
     for index in range(len(cache)):
         cache.update(keys, keys, index)
 
 
 def check_holds_keys(cache: Cache) -> None:
-    """Raise AttachError if a shadow's view counts tokens whose keys its backbone would need."""
+    """Raise AttachError if a shadow's view only counts tokens whose keys its backbone needs."""
     if any(layer.is_initialized and _counts(layer) for layer in cache.layers if isinstance(layer, CacheLayerMixin)):
         raise AttachError(
             f"past_key_values holds {int(cache.get_seq_length())} tokens that the shadow's backbone has not seen: in "
@@ -84,7 +84,7 @@ def check_holds_keys(cache: Cache) -> None:
 
 
 def _counts(layer: CacheLayerMixin) -> bool:
-    """Whether an initialized layer counts tokens. No attention has a single head of width 1: rotation takes pairs."""
+    """Whether an initialized layer counts tokens. No attention has one head of width 1: rotation needs pairs."""
     keys = layer.keys
     return isinstance(keys, torch.Tensor) and keys.ndim == 4 and keys.shape[1] * keys.shape[3] == 1
 
@@ -94,7 +94,7 @@ def _is_started(cache: Cache) -> bool:
 
 
 def _full_attention_layer(cache: Cache) -> DynamicLayer | StaticLayer:
-    """A layer for the shadow beside those that were made for the base."""
+    """A layer for the shadow in a cache that was made for the base."""
     static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
     if not static:
         return DynamicLayer()

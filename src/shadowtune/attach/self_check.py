@@ -1,8 +1,8 @@
-"""Checks at attach that a base hands the shadow's state and its own cache down to its blocks, as its row promises.
+"""Checks at attach that a base passes the shadow's state and its own cache down to its blocks.
 
-The signatures of decoder and blocks are always looked at. Where neither this package's tests nor its table of
-architectures speak for a base (an untested version of a dependency, a row that a user added), two tokens are run
-through it as well. So what a new release of transformers changes is an error here, before any number is computed.
+The signatures of decoder and blocks are always checked. Bases that this package's tests do not cover (an untested
+version of a dependency, an architecture that a user added) also run two tokens. So an incompatible release of
+transformers is an error here, and not a wrong result later.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from shadowtune.errors import UnsupportedArchitectureError
 from shadowtune.versions import untested_versions
 
 TESTED = frozenset(ARCHITECTURES)
-"""Rows of the table as this package ships it."""
+"""Architectures of the table as this package ships it."""
 
 
 def check_base(base: PreTrainedModel, architecture: Architecture) -> None:
-    """Check a base on whose blocks the hooks of ``attach/hooks.py`` are.
+    """Check a base that has the hooks of ``attach/forward.py``.
 
     Raises:
         UnsupportedArchitectureError: if the shadow's state or the key-value cache would not reach the blocks.
@@ -53,22 +53,27 @@ def _check_keywords(module: nn.Module) -> None:
 
 
 class _Probe:
-    """Stands in for a ``ShadowState``: records which blocks see it and changes nothing."""
+    """Replaces a ``ShadowState``: records which blocks it reaches and changes nothing."""
+
+    cache = None
 
     def __init__(self) -> None:
-        self.seen: list[int] = []
+        self.reached: list[int] = []
 
-    def enter(self, depth: int, hidden_states: Tensor) -> Tensor:
-        if depth not in self.seen:
-            self.seen.append(depth)
+    def before_block(self, depth: int, hidden_states: Tensor) -> Tensor:
+        if depth not in self.reached:
+            self.reached.append(depth)
+        return hidden_states
+
+    def finalize(self, blocks: int, hidden_states: Tensor) -> Tensor:
         return hidden_states
 
 
 @torch.no_grad()
 def _check_two_tokens(base: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList) -> None:
-    """Run two tokens at once, one after the other with a cache, and the second one alone at its position.
+    """Run two tokens in one pass, one after the other with a cache, and the second one alone at its position.
 
-    With the cache the second token must give what it gives beside the first, and not what it gives alone.
+    With the cache the second token's result must be that of the first pass and not that of the token alone.
     """
     if any(parameter.is_meta for parameter in base.parameters()):
         return
@@ -77,9 +82,9 @@ def _check_two_tokens(base: PreTrainedModel, decoder: nn.Module, blocks: nn.Modu
     with _evaluating(base):
         probe = _Probe()
         together = decoder(input_ids=ids, position_ids=positions, use_cache=False, shadow=probe).last_hidden_state
-        if probe.seen != list(range(len(blocks))):
+        if probe.reached != list(range(len(blocks))):
             raise UnsupportedArchitectureError(
-                f"the shadow's state reached blocks {probe.seen} of {len(blocks)} in {type(decoder).__name__}; "
+                f"the shadow's state reached blocks {probe.reached} of {len(blocks)} in {type(decoder).__name__}; "
                 + _installed()
             )
         cache = DynamicCache(config=base.config.get_text_config(decoder=True))
@@ -92,14 +97,14 @@ def _check_two_tokens(base: PreTrainedModel, decoder: nn.Module, blocks: nn.Modu
     held = cache.get_seq_length() if cache_of(output) is cache else 0
     if held != 2 or not (second - cached).norm() <= (second - uncached).norm() / 2:
         raise UnsupportedArchitectureError(
-            f"{type(decoder).__name__} does not use the key-value cache that it is handed as {CACHE!r}: two tokens "
+            f"{type(decoder).__name__} does not use the key-value cache that it gets as {CACHE!r}: two tokens "
             f"give other hidden states with it than without; {_installed()}"
         )
 
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout within this context; modules come back to the mode they were in."""
+    """Context without dropout; afterwards each module is in its former mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -111,7 +116,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _installed() -> str:
-    """Say which versions are installed, as far as they are the likely reason."""
+    """Name the installed versions if they are the likely reason."""
     untested = untested_versions()
     if not untested:
         return "this base is not supported (see shadowtune.attach.ARCHITECTURES)"

@@ -1,1 +1,1 @@
-"""Storey 1: the paper's mathematics in torch alone. It knows neither models nor files."""
+"""The paper's mathematics: boundaries, losses and their fast operations. Knows torch, but no models and no files."""

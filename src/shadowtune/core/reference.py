@@ -1,6 +1,6 @@
-r"""The slow truth: ShadowPEFT as plain loops in float64. Every fast path is tested against this file.
+r"""Reference implementation: ShadowPEFT as plain loops in float64, against which every fast path is tested.
 
-Nothing here is clever, and nothing is shared with the fast code but the parameters and the settings. Equations of
+It shares nothing with the fast code but the parameters and the settings. Equations of
 https://arxiv.org/abs/2604.19254.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from shadowtune.config.shadow import ShadowConfig
 
 RANK_EXPONENT = 1.0
-"""p of ``injection.py``, written down once more."""
+"""p of ``stateless.py``, repeated here on purpose."""
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def mlp(x: Tensor, p: Mapping[str, Tensor], which: str, slot: int, activation: s
 
 
 def stateless(index: int, h: Tensor, p: Mapping[str, Tensor], config: ShadowConfig) -> Tensor:
-    """One stateless boundary without dropout, h -> h' (``injection.py``), token by token."""
+    """One stateless boundary without dropout, h -> h' (``stateless.py``), token by token."""
     boundaries, d = p["channel_scales"].shape
     slot = 0 if config.depth_sharing == "full" else index
     f = config.alpha * (16 / config.rank) ** RANK_EXPONENT * (30 / boundaries) * (576 / d)

@@ -1,4 +1,4 @@
-"""``ShadowForCausalLM``: a frozen base and its shadow as one transformers model."""
+"""``ShadowForCausalLM``: a frozen causal language model and its shadow as one transformers model."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -9,31 +9,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from shadowtune.attach.architectures import Finish
 from shadowtune.compatibility import CACHE, cache_of, pop_cache, set_cache, takes_cache
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.core.drafting import draft_loss
-from shadowtune.core.head import IGNORE_INDEX, Head
-from shadowtune.core.losses import JointLoss, LossWeights, detached_causal_loss, joint_causal_loss
+from shadowtune.core.draft_head import draft_loss
+from shadowtune.core.kernels.linear_cross_entropy import Head, LogitsTransform
+from shadowtune.core.losses import (
+    IGNORE_INDEX,
+    JointLoss,
+    LossWeights,
+    TopTokens,
+    detached_causal_loss,
+    joint_causal_loss,
+)
 from shadowtune.core.prepacked_linear import is_plain_linear
-from shadowtune.core.top_tokens import TopTokens
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
-from shadowtune.model.fused_head import carry_shadow_loss
-from shadowtune.model.keywords import check_keywords, check_labels
-from shadowtune.model.pair import ShadowPair, loss_terms
+from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
 from shadowtune.model.speculation.decoding import Speculator
+from shadowtune.model.trainer_losses import add_shadow_loss_hooks, check_labels
 
 
 @dataclass
 class ShadowCausalLMOutput(CausalLMOutputWithPast):
-    """What a forward call returns: the usual fields, and the terms of the joint loss, scalars without their weights.
+    """Output of a forward call: the usual fields, and the terms of the joint loss, scalars without their weights.
 
-    They come with labels, in mode "attached", where their weight is not 0.
+    The terms are set with labels, in mode "attached", if their weight is not 0.
     """
 
     base_loss: Tensor | None = None
@@ -45,12 +49,12 @@ class ShadowCausalLMOutput(CausalLMOutputWithPast):
     matching_loss: Tensor | None = None
     """Relative squared distance of s0 from the last hidden state."""
     draft_loss: Tensor | None = None
-    """CE of what the draft fusion proposes."""
+    """CE of the draft head's proposals."""
     last_hidden_state: Tensor | None = None
-    """h (B, T, d) in front of the head, without labels, where the shadow has a draft fusion that reads it."""
+    """h (B, T, d), the input of the head; without labels, if the shadow has a draft head, which needs it."""
 
 
-class ShadowForCausalLM(ShadowPair, GenerationMixin):
+class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
     """A causal language model made of a frozen base and a trainable shadow.
 
     ``model.base`` is the model that was passed in, ``model.shadow`` the trainable module. ``set_mode`` chooses what a
@@ -70,10 +74,10 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         if top_k is not None and top_k > vocabulary:
             raise ConfigError(
                 f"distillation_top_k={top_k} is more than the {vocabulary} tokens of the base's vocabulary; leave it "
-                "out to look at all of them"
+                "out to use all of them"
             )
         self.generation_config = copy.deepcopy(self.base.generation_config)
-        carry_shadow_loss(self)
+        add_shadow_loss_hooks(self)
 
     @takes_cache
     @can_return_tuple
@@ -99,27 +103,22 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
 
         Args:
             input_ids: (B, T) token ids, or give ``inputs_embeds`` (B, T, d).
-            labels: (B, T), -100 where there is nothing to learn; shifted inside.
-            logits_to_keep: how many last positions get logits, all if 0; or the positions themselves.
+            labels: (B, T), -100 where there is no loss; shifted inside. ``shift_labels`` (B, T) beside them replace
+                them and are not shifted (context parallelism of transformers' Trainer).
+            logits_to_keep: number of last positions that get logits, all if 0; or the positions themselves.
             num_items_in_batch: labelled tokens in the whole optimizer step; all loss terms are divided by it.
             shadow_loss_weight: lambda of this call; None takes the config's.
-            teacher_tokens: (B, T, k), the base's most likely next tokens where they are known already. In training in
-                mode "detached", and unless ``matching_weight`` needs more of the base, they spare its forward pass.
-            teacher_log_probabilities: (B, T, k), of those tokens, as ``core/top_tokens.py`` describes them.
-            shadow_states: s0 (B, T, d) where ``run_backbone`` has made it already; in mode "attached".
-            run_shadow: whether the shadow's backbone runs in mode "attached" even where nothing in this call needs it,
-                so that its part of the cache holds these tokens.
-            **kwargs: further keywords of the base's decoder. Also ``shift_labels`` (B, T), labels that are shifted
-                already: that of position t is the token after it. They take the place of ``labels``, which must be
-                given too, as transformers' Trainer does under context parallelism, where the next token of the last
-                position belongs to another process.
+            teacher_tokens, teacher_log_probabilities: (B, T, k), the base's ``core.losses.TopTokens`` if known. In
+                training in mode "detached" they replace its forward pass, unless ``matching_weight`` needs its states.
+            shadow_states, run_shadow: as in ``encode``.
+            **kwargs: further keywords of the base's decoder.
 
         Returns:
             Logits (B, T, V); None in training with labels, where only labelled positions reach the head.
 
         Raises:
-            TypeError: for a keyword that nothing reads.
-            ConfigError: if a trainer computes the loss by itself, from the logits, and the shadow's would be lost.
+            TypeError: for an unknown keyword.
+            ConfigError: if a trainer computes the loss itself, from the logits, without the shadow's terms.
         """
         shift_labels = kwargs.pop("shift_labels", None)  # by name, Trainer would look for it in every batch
         check_keywords(kwargs, self._known_keywords, self)
@@ -127,81 +126,77 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         inputs = {**text, "position_ids": position_ids, **kwargs}
         if self.mode == "base":
-            if num_items_in_batch is not None:
-                inputs["num_items_in_batch"] = num_items_in_batch
-            if shift_labels is not None:
-                inputs["shift_labels"] = shift_labels
+            given = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+            inputs |= {name: value for name, value in given.items() if value is not None}
             cache = {CACHE: past_key_values, "use_cache": use_cache}
             return self.base(**inputs, **cache, labels=labels, logits_to_keep=logits_to_keep)
-        use_cache = use_cache if labels is None else False
         weights = self.loss_weights(shadow_loss_weight)
-        run_shadow = run_shadow or (labels is not None and self.needs_shadow(weights))
         output, state = self.encode(
             **inputs,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=use_cache if labels is None else False,
             shadow_states=shadow_states,
-            run_shadow=run_shadow,
+            run_shadow=run_shadow or (labels is not None and self.needs_shadow(weights)),
         )
-        hidden_states = output.last_hidden_state
-        assert hidden_states is not None
+        hidden_states = cast(Tensor, output.last_hidden_state)
         joint = None
         if labels is not None:
-            teacher = None
-            if self.mode == "detached":
-                teacher = self._teacher(weights, (teacher_tokens, teacher_log_probabilities), inputs)
-            h, s = hidden_states, state.initial
-            if shift_labels is not None:
-                labels, h, s, teacher = _as_unshifted(shift_labels, h, s, teacher)
-            if self.mode == "attached":
-                joint = self._attached_loss(h, s, labels, weights, num_items_in_batch)
-            else:
-                weights = LossWeights(1.0) if teacher is None else weights
-                assert s is not None
-                joint = detached_causal_loss(self.head, s, labels, weights, num_items_in_batch, teacher)
-        logits = None
-        if labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.logits_of(hidden_states[:, kept])
+            teacher = self._teacher(weights, teacher_tokens, teacher_log_probabilities, inputs)
+            joint = self._loss(hidden_states, state.initial, teacher, labels, shift_labels, weights, num_items_in_batch)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = None if labels is not None and self.training else self.logits_of(hidden_states[:, kept])
+        return self._output(output, logits, joint)
+
+    def _loss(
+        self,
+        h: Tensor,
+        s: Tensor | None,
+        teacher: Tensor | TopTokens | None,
+        labels: Tensor,
+        shift_labels: Tensor | None,
+        weights: LossWeights,
+        num_items_in_batch: Tensor | int | None,
+    ) -> JointLoss:
+        """Loss of the current mode; when attached and training, that of the draft head is added."""
+        if shift_labels is not None:
+            labels, h, s, teacher = _as_unshifted(shift_labels, h, s, teacher)
+        if self.mode == "detached":
+            assert s is not None
+            weights = LossWeights(1.0) if teacher is None else weights
+            return detached_causal_loss(self.head, s, labels, weights, num_items_in_batch, teacher)
+        joint = joint_causal_loss(self.head, h, s, labels, weights, num_items_in_batch)
+        draft_head = self.shadow.draft_fusion
+        if draft_head is None or not self.training:
+            return joint
+        assert s is not None
+        previous = self.shadow.boundaries.interpolated(h, s)  # as in drafting
+        draft = draft_loss(self.head, draft_head, previous, s, labels, num_items_in_batch)
+        return joint._replace(total=joint.total + draft, draft=draft)
+
+    def _teacher(
+        self, weights: LossWeights, tokens: Tensor | None, log_probabilities: Tensor | None, inputs: dict[str, Any]
+    ) -> Tensor | TopTokens | None:
+        """Targets of shadow-only training beside the text: the base's states or most likely tokens."""
+        if self.mode != "detached" or not self.training or not weights.teach:
+            return None
+        if tokens is None or log_probabilities is None or weights.matching:
+            return self.base_states(**inputs)
+        return TopTokens(tokens, log_probabilities)
+
+    def _output(
+        self, output: BaseModelOutputWithPast, logits: Tensor | None, joint: JointLoss | None
+    ) -> ShadowCausalLMOutput:
+        drafts = joint is None and self.shadow.draft_fusion is not None
         result = ShadowCausalLMOutput(
             loss=None if joint is None else joint.total,
-            logits=logits,
+            logits=cast(torch.FloatTensor, logits),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            last_hidden_state=hidden_states if labels is None and self.shadow.draft_fusion is not None else None,
+            last_hidden_state=output.last_hidden_state if drafts else None,
             **loss_terms(joint),
         )
         set_cache(result, cache_of(output))
         return result
-
-    def _attached_loss(
-        self,
-        hidden_states: Tensor,
-        initial_states: Tensor | None,
-        labels: Tensor,
-        weights: LossWeights,
-        num_items_in_batch: Tensor | int | None,
-    ) -> JointLoss:
-        """The joint loss, and in training that of the draft fusion; only the attached model's where s0 is not there."""
-        joint = joint_causal_loss(self.head, hidden_states, initial_states, labels, weights, num_items_in_batch)
-        fusion = self.shadow.draft_fusion
-        if fusion is None or not self.training:
-            return joint
-        assert initial_states is not None
-        seen = self.shadow.boundaries.mixed(hidden_states, initial_states)  # as when it drafts
-        draft = draft_loss(self.head, fusion, seen, initial_states, labels, num_items_in_batch)
-        return joint._replace(total=joint.total + draft, draft=draft)
-
-    def _teacher(
-        self, weights: LossWeights, known: tuple[Tensor | None, Tensor | None], inputs: dict[str, Any]
-    ) -> Tensor | TopTokens | None:
-        """What the detached shadow learns from beside the text: nothing in evaluation."""
-        if not (self.training and weights.teach):
-            return None
-        tokens, log_probabilities = known
-        if tokens is None or log_probabilities is None or weights.matching:
-            return self.base_states(**inputs)
-        return TopTokens(tokens, log_probabilities)
 
     @torch.no_grad()
     def base_states(self, **inputs: Any) -> Tensor:
@@ -209,21 +204,21 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         return self.architecture.decoder_of(self.base)(**inputs, use_cache=False).last_hidden_state
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
-        """Apply the base's head and whatever the architecture does after it: (..., d) -> (..., V)."""
+        """Apply the base's head and the architecture's logits transform: (..., d) -> (..., V)."""
         logits = self.base.get_output_embeddings()(hidden_states.to(self.base.dtype))
-        return logits if self._finish is None else self._finish(logits)
+        return logits if self._logits_transform is None else self._logits_transform(logits)
 
     @property
     def head(self) -> Head:
-        """The base's head as the losses want it; its weight is known if it is an ordinary one and frozen."""
+        """The base's head for the losses; its weight is known if it is an ordinary linear layer and frozen."""
         module = self.base.get_output_embeddings()
         if not is_plain_linear(module) or module.weight.requires_grad:
             return Head(self.logits_of)
-        return Head(self.logits_of, module.weight, module.bias, self._finish)
+        return Head(self.logits_of, module.weight, module.bias, self._logits_transform)
 
     @property
-    def _finish(self) -> Finish | None:
-        return self.architecture.finish(self.base.config.get_text_config(decoder=True))
+    def _logits_transform(self) -> LogitsTransform | None:
+        return self.architecture.logits_transform(self.base.config.get_text_config(decoder=True))
 
     @torch.no_grad()
     def generate(self, *args: Any, speculate: bool | int | str | SpeculationConfig = False, **kwargs: Any) -> Any:
@@ -231,17 +226,17 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
 
         Args:
             speculate: whether the shadow drafts and the attached model verifies: True or "auto", a number of tokens to
-                draft at a time, or settings. What greedy decoding says stays the same, and samples fall with the same
-                probabilities. Where it is not possible (beams, a cache that cannot take tokens back) a warning says so.
+                draft at a time, or settings. Greedy decoding gives the same tokens, sampling the same distribution.
+                Where it is not possible (beams, a cache that cannot be cropped), a warning is given.
 
         Raises:
             ConfigError: if ``speculate`` is none of these, or does not go with the mode or other arguments.
         """
         speculation = SpeculationConfig.of(speculate)
         if speculation is not None:
-            faults = [name for name in ("assistant_model", "custom_generate") if kwargs.get(name) is not None]
-            if self.mode != "attached" or faults:
-                against = f"mode {self.mode!r}" if self.mode != "attached" else faults[0]
+            conflicts = [name for name in ("assistant_model", "custom_generate") if kwargs.get(name) is not None]
+            if self.mode != "attached" or conflicts:
+                against = f"mode {self.mode!r}" if self.mode != "attached" else conflicts[0]
                 raise ConfigError(f"speculate={speculate!r} does not go with {against}; leave one of them out")
             kwargs["custom_generate"] = Speculator(speculation, kwargs.get("streamer"), kwargs.get("synced_gpus"))
         if self.mode == "base":
@@ -251,10 +246,10 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         return super().generate(*args, **kwargs)
 
     def _base_settings(self, generation_config: GenerationConfig | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Keywords with which the base's own ``generate`` does what this model's generation config says.
+        """Keywords with which the base's own ``generate`` follows this model's generation config.
 
-        They are put into one config, because transformers deprecates a config beside further settings; those that are
-        None stay beside it, for in a config None means the base's own value.
+        They are merged into one config, because transformers deprecates a config beside further settings; those that
+        are None stay beside it, because in a config None means the base's own value.
         """
         own = self.generation_config.to_dict()
         if generation_config is None and own == self.base.generation_config.to_dict():
@@ -281,11 +276,11 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
 
     @property
     def draft_vocabulary(self) -> Tensor | None:
-        """The tokens (K,) that the shadow drafts from, saved with it; None if from all."""
+        """The tokens (K,) that the shadow's drafts are restricted to, saved with it; None without a restriction."""
         return self.shadow.draft_vocabulary
 
     def set_draft_vocabulary(self, tokens: Tensor) -> None:
-        """Let the shadow draft from these tokens (K,) alone, in speculative decoding; they are saved with it.
+        """Restrict the shadow's drafts in speculative decoding to these tokens (K,); they are saved with it.
 
         Raises:
             ConfigError: if there are none, or one is not in the base's vocabulary.
@@ -296,8 +291,8 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         self.shadow.draft_vocabulary = tokens.to(self.base.device)
         self.config.draft_vocabulary_size = len(tokens)
 
-    def set_head_mixing(self, gamma: float | None) -> None:
-        """Give the shadow's own logits this weight in the attached model's: ``ShadowConfig.head_mixing``, saved."""
+    def set_logit_interpolation(self, gamma: float | None) -> None:
+        """Set gamma (``ShadowConfig.head_mixing``), the weight of the shadow's logits when attached; it is saved."""
         shadow = self.shadow
         shadow.config = shadow.boundaries.config = replace(shadow.config, head_mixing=gamma)
         self.config.shadow["head_mixing"] = gamma
@@ -313,9 +308,9 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """Leave the (B, T) mask two-dimensional: the two networks may attend differently and make their own from it.
+        """Return the (B, T) mask two-dimensional, because the two networks may need different attention masks.
 
-        It is padded to the length of the cache, so that a compiled step sees one shape, not a longer one each time.
+        It is padded to the length of the cache, so that a compiled decoding step always gets the same shape.
         """
         cache = pop_cache(kwargs)
         if attention_mask is None or cache is None:
@@ -323,13 +318,13 @@ class ShadowForCausalLM(ShadowPair, GenerationMixin):
         return F.pad(attention_mask, (0, max(0, cache.get_max_length() - attention_mask.shape[1])))
 
     def _get_static_cache_init_shape(self) -> None:
-        """The two networks' key shapes and dtypes may differ, so a static cache is filled in on first use."""
+        """Return None: the networks' key shapes and dtypes may differ, so a static cache is allocated on first use."""
 
 
 def _as_unshifted(
     shift_labels: Tensor, h: Tensor, s: Tensor | None, teacher: Tensor | TopTokens | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | TopTokens | None]:
-    """Move shifted labels (B, T) behind the tokens that they belong to, (B, T + 1), and lengthen the rest alike."""
+    """Move shifted labels (B, T) by one to unshifted labels (B, T + 1), and pad the rest to that length."""
     labels = F.pad(shift_labels, (1, 0), value=IGNORE_INDEX)
     h, s = F.pad(h, (0, 0, 0, 1)), None if s is None else F.pad(s, (0, 0, 0, 1))
     if isinstance(teacher, TopTokens):

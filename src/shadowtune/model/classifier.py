@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,19 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
 from shadowtune.compatibility import CACHE, cache_of, set_cache, takes_cache
-from shadowtune.core.class_losses import classification_loss, joint_classification_loss
-from shadowtune.core.losses import JointLoss
+from shadowtune.core.losses import JointLoss, LossWeights, classification_loss, joint_classification_loss
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_classifier
-from shadowtune.model.keywords import check_keywords, check_labels
-from shadowtune.model.pair import ShadowPair, loss_terms
+from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
+from shadowtune.model.trainer_losses import check_labels
 
 
 @dataclass
 class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
-    """The usual fields, and the terms of the joint loss, scalars without their weights; with labels.
+    """Output of a forward call: the usual fields, and the terms of the joint loss, scalars without their weights.
 
-    All but the shadow's come in mode "attached", where their weight is not 0.
+    The terms are set with labels, all but the shadow's only in mode "attached", if their weight is not 0.
     """
 
     base_loss: Tensor | None = None
@@ -37,13 +36,13 @@ class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
     matching_loss: Tensor | None = None
     """Relative squared distance of s0 from the last hidden state."""
     draft_loss: Tensor | None = None
-    """Always None: classifiers draft no tokens."""
+    """Always None: classifiers have no draft head."""
 
 
 def last_token(attention_mask: Tensor | None, input_ids: Tensor | None, pad_token_id: int | None, length: int) -> Any:
-    """Return for each row the position of its last real token, (B,): padding may stand on either side.
+    """Return the position of each sequence's last real token, (B,); padding may be on either side.
 
-    Without a mask, tokens equal to ``pad_token_id`` count as padding; without both, the last position is taken.
+    Without a mask, tokens equal to ``pad_token_id`` count as padding; without both, the result is -1.
     """
     if attention_mask is None:
         if input_ids is None or pad_token_id is None:
@@ -53,7 +52,7 @@ def last_token(attention_mask: Tensor | None, input_ids: Tensor | None, pad_toke
     return (positions * attention_mask[:, -length:].int()).argmax(-1)
 
 
-class ShadowForSequenceClassification(ShadowPair):
+class ShadowForSequenceClassification(ShadowPreTrainedModel):
     """A sequence classifier made of a frozen base and a trainable shadow.
 
     ``model.score`` on the attached states and ``model.shadow_score`` on the shadow's, both of the last real token,
@@ -72,7 +71,7 @@ class ShadowForSequenceClassification(ShadowPair):
             )
         if (top_k := self.shadow.config.distillation_top_k) is not None:
             raise ConfigError(
-                f"distillation_top_k={top_k} is for language models; the distillation of a classifier looks at all "
+                f"distillation_top_k={top_k} is for language models; the distillation of a classifier uses all "
                 "classes: leave it out"
             )
         if self.shadow.config.head_mixing is not None:
@@ -86,7 +85,7 @@ class ShadowForSequenceClassification(ShadowPair):
         self.num_labels = head.out_features
 
     def trained_modules(self) -> dict[str, nn.Module]:
-        """Return what is trained and saved, by its path in the model."""
+        """Return the trained and saved modules by their paths in the model."""
         return {**super().trained_modules(), "score": self.score, "shadow_score": self.shadow_score}
 
     @takes_cache
@@ -113,53 +112,29 @@ class ShadowForSequenceClassification(ShadowPair):
             shadow_loss_weight: lambda of this call; None takes the config's.
 
         Raises:
-            TypeError: for a keyword that nothing reads.
-            ConfigError: if a trainer computes the loss by itself, from the logits, and the shadow's would be lost.
+            TypeError: for an unknown keyword.
+            ConfigError: if a trainer computes the loss itself, from the logits, without the shadow's terms.
         """
         check_keywords(kwargs, self._known_keywords, self)
         weights = self.loss_weights(shadow_loss_weight)
         loses_terms = self.training and self.mode == "attached" and (weights.shadow != 0 or weights.teach)
         check_labels(labels, None, num_items_in_batch, loses_terms)
+        text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        inputs = {**text, "position_ids": position_ids, "use_cache": use_cache, **kwargs}
         if self.mode == "base" and self.base.config.pad_token_id is not None:
-            return self.base(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                use_cache=use_cache,
-                **{CACHE: past_key_values},
-                **kwargs,
-            )
-        texts = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+            return self.base(**inputs, **{CACHE: past_key_values}, labels=labels)
         if self.mode == "base":
-            return self._base_without_pad(texts, labels, num_items_in_batch, **kwargs)
+            return self._base_without_pad({**inputs, CACHE: past_key_values}, labels, num_items_in_batch)
         run_shadow = self.mode == "detached" or (labels is not None and self.needs_shadow(weights))
-        output, state = self.encode(*texts, run_shadow=run_shadow, **kwargs)
-        hidden_states = output.last_hidden_state
-        assert hidden_states is not None
-        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
-        last = last_token(attention_mask, input_ids, self.config.pad_token_id, hidden_states.shape[1])
-        # As transformers does, the head sees every position: of one row alone it rounds its products differently.
-        dtype = self.score.weight.dtype
+        output, state = self.encode(**inputs, past_key_values=past_key_values, run_shadow=run_shadow)
+        states = cast(Tensor, output.last_hidden_state)
+        last = self._last_tokens(inputs, states)
+        # As in transformers, the head is applied to every position: on one position alone, products round differently.
         head = self.score if self.mode == "attached" else self.shadow_score
-        logits = head(hidden_states.to(dtype))[rows, last]
+        logits = head(states.to(self.score.weight.dtype))[last]
         joint = None
-        if labels is not None and self.mode == "detached":
-            loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
-            joint = JointLoss(loss, None, loss)
-        elif labels is not None:
-            s = state.initial
-            joint = joint_classification_loss(
-                logits,
-                None if s is None else self.shadow_score(s.to(dtype))[rows, last],
-                hidden_states[rows, last],
-                None if s is None else s[rows, last],
-                labels,
-                weights,
-                self.config.problem_type,
-                num_items_in_batch,
-            )
+        if labels is not None:
+            joint = self._loss(logits, states, state.initial, last, labels, weights, num_items_in_batch)
         result = ShadowClassifierOutput(
             loss=None if joint is None else joint.total,
             logits=logits,
@@ -170,32 +145,55 @@ class ShadowForSequenceClassification(ShadowPair):
         set_cache(result, cache_of(output))
         return result
 
-    def _base_without_pad(
-        self, texts: tuple[Any, ...], labels: Tensor | None, num_items_in_batch: Tensor | int | None, **kwargs: Any
-    ) -> SequenceClassifierOutputWithPast:
-        """What the bare base says, where its config names no pad token and its own forward refuses batches."""
-        input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache = texts
-        output = self.architecture.decoder_of(self.base)(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **{CACHE: past_key_values},
-            **kwargs,
+    def _loss(
+        self,
+        logits: Tensor,
+        states: Tensor,
+        initial_states: Tensor | None,
+        last: tuple[Tensor, Any],
+        labels: Tensor,
+        weights: LossWeights,
+        num_items_in_batch: Tensor | int | None,
+    ) -> JointLoss:
+        """Loss of the current mode, "attached" or "detached"."""
+        problem_type = self.config.problem_type
+        if self.mode == "detached":
+            loss = classification_loss(logits, labels, problem_type, num_items_in_batch)
+            return JointLoss(loss, None, loss)
+        s = initial_states
+        return joint_classification_loss(
+            logits,
+            None if s is None else self.shadow_score(s.to(self.score.weight.dtype))[last],
+            states[last],
+            None if s is None else s[last],
+            labels,
+            weights,
+            problem_type,
+            num_items_in_batch,
         )
+
+    def _base_without_pad(
+        self, inputs: dict[str, Any], labels: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> SequenceClassifierOutputWithPast:
+        """Output of the bare base without a pad token in its config, whose own forward refuses batches."""
+        output = self.architecture.decoder_of(self.base)(**inputs)
         states = output.last_hidden_state
-        last = last_token(attention_mask, input_ids, self.config.pad_token_id, states.shape[1])
-        logits = self.base.get_submodule("score")(states)[torch.arange(len(states), device=states.device), last]
+        logits = self.base.get_submodule("score")(states)[self._last_tokens(inputs, states)]
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
         fields = {"hidden_states": output.hidden_states, "attentions": output.attentions, CACHE: cache_of(output)}
         return SequenceClassifierOutputWithPast(loss=loss, logits=logits, **fields)
 
+    def _last_tokens(self, inputs: dict[str, Any], states: Tensor) -> tuple[Tensor, Any]:
+        """Index of each sequence's last real token in ``states`` (B, T, d)."""
+        mask, ids = inputs["attention_mask"], inputs["input_ids"]
+        last = last_token(mask, ids, self.config.pad_token_id, states.shape[1])
+        return torch.arange(len(states), device=states.device), last
+
     def detached(self) -> PreTrainedModel:
         """Return the detached shadow as a plain sequence classifier of the backbone's own architecture.
 
-        Its pad token is this model's, ``config.pad_token_id``; without one it takes one text at a time.
+        Its pad token is this model's ``config.pad_token_id``; without one it takes one text at a time.
         """
         return detached_classifier(self.base, self.shadow, self.shadow_score, self.config.pad_token_id)

@@ -1,7 +1,7 @@
-r"""The detached shadow as a plain transformers model.
+r"""Build the detached shadow as a plain transformers model.
 
 head(Proj(z)) = (W_head W_proj) z: the projection folds into the head, and the projection of the base's embeddings folds
-into the embedding. What remains is exactly an ordinary model of the backbone's architecture with its own head.
+into the embedding. The result is exactly an ordinary model of the backbone's architecture with its own head.
 """
 
 import copy
@@ -30,32 +30,32 @@ from shadowtune.model.shadow import Shadow
 def detached_causal_lm(
     base: PreTrainedModel, shadow: Shadow, generation_config: GenerationConfig | None = None
 ) -> PreTrainedModel:
-    """Build the causal language model that the detached shadow is.
+    """Build the detached shadow as a causal language model.
 
     Args:
         base: the base.
         shadow: its shadow.
-        generation_config: of the attached model, which the result gets a copy of; None takes the base's.
+        generation_config: the attached model's, of which the result gets a copy; None takes the base's.
 
     Raises:
-        ShadowtuneError: if base and backbone treat logits differently (softcap, scale), so that no plain model of the
-            backbone's architecture has the same logits.
+        ShadowtuneError: if base and backbone transform logits differently (soft-capping, scaling), so that no plain
+            model of the backbone's architecture has the same logits.
     """
     architecture, base_config = architecture_of(base.config), base.config.get_text_config(decoder=True)
     own = architecture_of(shadow.backbone.config)
-    if own.finish is not architecture.finish:
+    if own.logits_transform is not architecture.logits_transform:
         raise ShadowtuneError(
             f"a {shadow.backbone.config.model_type} shadow of a {base_config.model_type} base has no plain form: the "
             "two architectures treat logits differently"
         )
-    settings = {name: vars(base_config)[name] for name in architecture.logit_settings}
-    rows, head = _embedding_rows(base, shadow), _folded_head(base.get_output_embeddings(), shadow)
-    tied = torch.equal(rows, head)  # one matrix in memory and in files, as a tied base and a mirror of its width have
+    settings = {name: getattr(base_config, name) for name in architecture.logit_settings}
+    embeddings, head = _embeddings(base, shadow), _folded_head(base.get_output_embeddings(), shadow)
+    tied = torch.equal(embeddings, head)  # one matrix in memory and in files, as for a tied base and an equal width
     plain = _plain(AutoModelForCausalLM, base, shadow, tie_word_embeddings=tied, **settings)
     plain.get_output_embeddings().weight.copy_(head)
     plain.generation_config = copy.deepcopy(generation_config or base.generation_config)
     ends = None if plain.generation_config is None else plain.generation_config.eos_token_id
-    if ends is not None:  # some converters read config.json alone, and one token there
+    if ends is not None:  # some converters read one token from config.json only
         plain.config.eos_token_id = ends[0] if isinstance(ends, list) else ends
     return plain
 
@@ -64,9 +64,9 @@ def detached_causal_lm(
 def detached_classifier(
     base: PreTrainedModel, shadow: Shadow, score: nn.Linear, pad_token_id: int | None
 ) -> PreTrainedModel:
-    """Build the sequence classifier that the detached shadow with its head ``score`` (d -> classes) is."""
+    """Build the detached shadow with its head ``score`` (d -> classes) as a sequence classifier."""
     names = ("problem_type", "id2label", "label2id")
-    settings = {name: copy.deepcopy(vars(base.config)[name]) for name in names} | {"pad_token_id": pad_token_id}
+    settings = {name: copy.deepcopy(getattr(base.config, name)) for name in names} | {"pad_token_id": pad_token_id}
     plain = _plain(AutoModelForSequenceClassification, base, shadow, **settings)
     cast(nn.Linear, plain.get_submodule("score")).weight.copy_(_folded_head(score, shadow))
     return plain
@@ -75,16 +75,16 @@ def detached_classifier(
 def write_plain(model: PreTrainedModel, directory: Path) -> None:
     """Write config, generation config and weights of a plain model into ``directory``; the weights with a checksum.
 
-    The tensors have the names that transformers gives them in files, and tied ones are written once.
+    Tensors have transformers' names for files, and tied ones are written once.
     """
     model.save_pretrained(directory, max_shard_size="1TB")
     tensors = load_file(directory / WEIGHTS)
-    (directory / WEIGHTS).unlink()  # the tensors are still mapped, and a new file takes the name
+    (directory / WEIGHTS).unlink()  # the tensors stay mapped; a new file takes the name
     write_tensors(directory, tensors)
 
 
 def _plain(auto: Any, base: PreTrainedModel, shadow: Shadow, **changes: Any) -> PreTrainedModel:
-    """The backbone's network and embeddings in a fresh task model, whose head is still random."""
+    """A new task model with the backbone's network and embeddings, and a head that is still random."""
     config = copy.deepcopy(shadow.backbone.config)
     config.name_or_path = ""
     config.vocab_size = base.config.get_text_config(decoder=True).vocab_size
@@ -94,7 +94,7 @@ def _plain(auto: Any, base: PreTrainedModel, shadow: Shadow, **changes: Any) -> 
     plain = auto.from_config(config, dtype=shadow.boundaries.injection_downs.dtype).to(base.device).eval()
     missing = architecture_of(config).decoder_of(plain).load_state_dict(shadow.backbone.state_dict(), strict=False)
     assert not missing.unexpected_keys
-    plain.get_input_embeddings().weight.copy_(_embedding_rows(base, shadow))
+    plain.get_input_embeddings().weight.copy_(_embeddings(base, shadow))
     return plain
 
 
@@ -104,8 +104,8 @@ def _folded_head(head: Any, shadow: Shadow) -> Tensor:
     return weight @ shadow.projection.weight if isinstance(shadow.projection, nn.Linear) else weight
 
 
-def _embedding_rows(base: PreTrainedModel, shadow: Shadow) -> Tensor:
-    """The embedding matrix (V, d_s) whose rows the backbone saw."""
+def _embeddings(base: PreTrainedModel, shadow: Shadow) -> Tensor:
+    """The backbone's input embeddings (V, d_s)."""
     if shadow.embedding is not None:
         return shadow.embedding.weight
     embedding = cast(nn.Embedding, base.get_input_embeddings())
@@ -113,8 +113,6 @@ def _embedding_rows(base: PreTrainedModel, shadow: Shadow) -> Tensor:
     if not isinstance(shadow.input_projection, nn.Linear):
         return rows
     rows = rows @ shadow.input_projection.weight.T
-    if architecture_of(
-        base.config
-    ).scales_embeddings:  # the base multiplied by sqrt(d), the plain model will by sqrt(d_s)
+    if architecture_of(base.config).scales_embeddings:  # the base scales by sqrt(d), the plain model by sqrt(d_s)
         rows = rows * math.sqrt(shadow.input_projection.in_features / shadow.input_projection.out_features)
     return rows

@@ -1,7 +1,6 @@
-"""Two models that answer together: z = z_large + gamma z_small, the sum of their logits (a product of experts).
+"""Logit ensemble, a baseline: two models' logits are added, z = z_large + gamma z_small (a product of experts).
 
-What logit interpolation does inside a shadow, done with two models that were trained apart: LoRA, and a small model
-that learned the task by itself.
+The same as logit interpolation of a shadow, with two models that were trained separately: LoRA, and a small model.
 """
 
 import json
@@ -19,7 +18,7 @@ from shadowtune.errors import CheckpointError
 from shadowtune.model.checkpoint import writing_into
 
 SMALL = "small"
-"""Directory of the small model in that of the large model's adapters."""
+"""Directory of the small model inside that of the large model's adapters."""
 _WEIGHT = "ensemble.json"
 
 
@@ -38,17 +37,17 @@ class LogitEnsemble(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The large model's."""
+        """The large model's config."""
         return self.large.config
 
     @property
     def generation_config(self) -> Any:
-        """The large model's."""
+        """The large model's generation config."""
         return self.large.generation_config
 
     @property
     def device(self) -> torch.device:
-        """The large model's."""
+        """The large model's device."""
         device: torch.device = self.large.device
         return device
 
@@ -64,7 +63,7 @@ class LogitEnsemble(nn.Module):
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
         """Generate as the large model does, with the small model's logits added before each token is chosen.
 
-        The small model reads the whole sequence for each token, so long answers take longer than with a cache.
+        The small model recomputes the whole sequence for each token, so long answers are slower than with a cache.
         """
         processors = LogitsProcessorList([_AddLogits(self.small, self.gamma, attention_mask)] if self.gamma else [])
         tokens: Tensor = self.large.generate(
@@ -74,7 +73,7 @@ class LogitEnsemble(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Context in which the model is its base."""
+        """Context in which the model computes its base."""
         gamma, self.gamma = self.gamma, 0.0
         try:
             with self.large.disable_adapter():
@@ -97,7 +96,7 @@ class _AddLogits(LogitsProcessor):
 
 
 def write_weight(directory: Path, gamma: float) -> None:
-    """Write the weight of the small model's logits, whole or not at all."""
+    """Write the weight of the small model's logits, atomically."""
     with writing_into(directory) as staging:
         (staging / _WEIGHT).write_text(json.dumps({"gamma": gamma}) + "\n")
 

@@ -1,4 +1,4 @@
-"""What training minimizes, one function per kind of model; every head runs at labelled positions only.
+"""Training objectives, one function per kind of model; every head runs at labelled positions only.
 
 All have the signature ``objective(model, inputs, num_items_in_batch) -> {"loss": scalar, ...}``. ``inputs`` is a batch
 with labels. ``num_items_in_batch`` counts the labels of the whole optimizer step, over its micro-batches and processes;
@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shadowtune.core.class_losses import classification_loss
-from shadowtune.core.head import IGNORE_INDEX
-from shadowtune.core.losses import token_cross_entropy
+from shadowtune.core.losses import IGNORE_INDEX, classification_loss, token_cross_entropy
 
 TERMS = ("loss", "base_loss", "shadow_loss", "distillation_loss", "matching_loss", "draft_loss")
-"""What the joint losses give, as far as it is there."""
+"""Fields of the joint losses; those that are None are left out."""
 Objective = Callable[[nn.Module, dict[str, Any], Tensor | int | None], dict[str, Tensor]]
 """Signature of the functions below."""
 
@@ -47,7 +45,7 @@ def class_objective(
 ) -> dict[str, Tensor]:
     """Loss of a plain sequence classifier (lora, dora, full).
 
-    Its own ``loss`` is not asked for: transformers averages it over each micro-batch, whatever the step's count is.
+    The model's own ``loss`` is not used: transformers averages it over each micro-batch, whatever the step's count is.
     """
     inputs = dict(inputs)
     labels = inputs.pop("labels")
@@ -60,7 +58,7 @@ def own_causal_objective(
 ) -> dict[str, Tensor]:
     """The model's own loss, with the terms that its adapters add to it (PEFT's Shadow tuner, AdaLoRA).
 
-    Such a term is a mean over this batch, whatever the step's count is; so over several batches a step it weighs more.
+    Such a term is a mean over this batch, whatever the step's count is; with several batches a step it weighs more.
     """
     return {"loss": model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss}
 
@@ -68,18 +66,18 @@ def own_causal_objective(
 def own_class_objective(
     model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
 ) -> dict[str, Tensor]:
-    """The classifier's own loss, a mean over this batch, weighted by its share of the step's rows."""
+    """The classifier's own loss, a mean over this batch, weighted by its fraction of the step's examples."""
     count = len(inputs["labels"])
-    share = count / (count if num_items_in_batch is None else num_items_in_batch)
-    return {"loss": model(**inputs, use_cache=False).loss * share}
+    fraction = count / (count if num_items_in_batch is None else num_items_in_batch)
+    return {"loss": model(**inputs, use_cache=False).loss * fraction}
 
 
 def causal_loss(model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
     """Cross-entropy of any causal language model's logits, a scalar.
 
-    The model computes logits at those positions of the sequence that have a label in some row, which for prompt and
-    completion is a small part of them. ``inputs`` holds ``input_ids``, ``labels`` and ``attention_mask``, each (B, T);
-    packed rows have ``position_ids`` instead of a mask.
+    The model computes logits at those positions that have a label in some sequence of the batch, for prompts and
+    completions a small part of them. ``inputs`` holds ``input_ids``, ``labels`` and ``attention_mask``, each (B, T);
+    packed sequences have ``position_ids`` instead of a mask.
     """
     inputs = dict(inputs)
     targets = inputs.pop("labels")[:, 1:]
@@ -90,7 +88,7 @@ def causal_loss(model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Te
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is a number one can train on."""
+    """Whether no entry is NaN or infinite."""
     return bool(torch.isfinite(tensor.detach()).all())
 
 

@@ -1,4 +1,4 @@
-"""The trainable module: shadow backbone, projection and boundaries.
+"""The trained module: shadow backbone, projection, boundaries and draft head.
 
 ShadowPEFT (https://arxiv.org/abs/2604.19254), Eq. 1:  s0 = Proj(shadow_backbone(x)); Proj: d_s -> d, none when equal.
 """
@@ -14,24 +14,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from shadowtune.attach.cache import can_count, check_holds_keys, count_tokens
 from shadowtune.compatibility import CACHE, takes_cache
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.core.boundary import Boundaries
-from shadowtune.core.drafting import DraftFusion
-from shadowtune.core.state import ShadowState
+from shadowtune.core.boundary import Boundaries, ShadowState
+from shadowtune.core.draft_head import DraftHead
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.backbone import FrozenEmbedding, build_backbone
 
 
 class Shadow(nn.Module):
-    """A shadow of a base with width d and L blocks. All its parameters are trained; what is frozen is a buffer.
+    """A shadow of a base with width d and L blocks. All its parameters are trained; frozen tensors are buffers.
 
     Args:
         config: the method's settings.
         base_config: the base's config, for d and L.
         backbone_config: config of the shadow backbone, of width d_s.
         backbone: the network itself; None builds a randomly initialized one.
-        embedding: the backbone's own frozen embedding; None feeds it the base's embeddings, projected down (d -> d_s)
-            where the widths differ.
-        draft_vocabulary_size: K of the tokens (K,) that it drafts from; None drafts from all.
+        embedding: the backbone's own frozen embedding; None uses the base's embeddings, projected down (d -> d_s) if
+            the widths differ.
+        draft_vocabulary_size: K, if drafts are restricted to K tokens; None for all tokens.
     """
 
     draft_vocabulary: Tensor | None
@@ -61,13 +60,13 @@ class Shadow(nn.Module):
                 self.input_projection = nn.Linear(width, shadow_width, bias=False)
         count = text.num_hidden_layers - (0 if config.inject_first else 1)
         self.boundaries = Boundaries(count, width, config)
-        self.draft_fusion = None if config.draft_rank is None else DraftFusion(width, config.draft_rank)
+        self.draft_fusion = None if config.draft_rank is None else DraftHead(width, config.draft_rank)
         self.requires_grad_(True)
         size = draft_vocabulary_size
         self.register_buffer("draft_vocabulary", None if size is None else torch.zeros(size, dtype=torch.long))
 
     def cast(self, dtype: torch.dtype) -> "Shadow":
-        """Bring all that is saved to ``dtype``. What is not, such as RoPE frequencies, stays as exact as it is."""
+        """Cast everything that is saved to ``dtype``. Other tensors, such as RoPE frequencies, keep their precision."""
         for tensor in self.state_dict(keep_vars=True).values():
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
@@ -75,7 +74,7 @@ class Shadow(nn.Module):
 
     @property
     def num_cache_layers(self) -> int:
-        """Blocks of the shadow backbone, each of which needs one layer of the cache."""
+        """Number of the shadow backbone's blocks, each of which needs one layer of the cache."""
         return self.backbone.config.num_hidden_layers
 
     def begin(
@@ -89,24 +88,25 @@ class Shadow(nn.Module):
         run_shadow: bool = False,
         **kwargs: Any,
     ) -> ShadowState:
-        """Run the shadow backbone where it is needed; return the state of a call, ready for the base's blocks.
+        """Run the shadow backbone if it is needed; return the state of a call for the base's blocks.
 
         Args:
-            run_shadow: whether the backbone runs even where the attached model does not read s0 (variant "stateless"):
-                for the shadow's own loss, or for drafts to come. It also runs where the cache holds its keys already.
-            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, **kwargs: as for
-                ``initial_states``.
+            run_shadow: whether the backbone runs even if the attached model does not need s0 (variant "stateless"):
+                for the shadow's own loss, or for later drafts. It also runs if the cache already holds its keys.
+            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, **kwargs: as in ``run``.
         """
         cache = past_key_values
         if run_shadow or self.boundaries.reads_states or not (cache is None or can_count(cache)):
-            call = (input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache)
-            return ShadowState(self.boundaries, self.initial_states(*call, **kwargs))
+            states = self.initial_states(
+                input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache, **kwargs
+            )
+            return ShadowState(self.boundaries, states)
         if cache is not None and use_cache:
             count_tokens(cache, inputs_embeds)
         return ShadowState(self.boundaries, None)
 
     def initial_states(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the shadow backbone, called as ``run`` is, and return s0, (B, T, d) (Eq. 1)."""
+        """Run the shadow backbone; arguments as in ``run``. Return s0, (B, T, d) (Eq. 1)."""
         states = self.run(*args, **kwargs).last_hidden_state
         assert states is not None
         return states
@@ -122,16 +122,16 @@ class Shadow(nn.Module):
         use_cache: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the shadow backbone; its output, with s0 (B, T, d) in the place of ``last_hidden_state`` (Eq. 1).
+        """Run the shadow backbone; return its output with s0 (B, T, d) as ``last_hidden_state`` (Eq. 1).
 
         Args:
             input_ids: (B, T); needed by a backbone with its own embedding.
             inputs_embeds: (B, T, d), the base's embeddings, used by a mirror.
-            attention_mask: (B, T) over past and present tokens, or None.
+            attention_mask: (B, past + T), or None.
             position_ids: (B, T), or None for consecutive ones.
-            past_key_values: the shadow's own view of the cache.
+            past_key_values: the shadow's view of the cache.
             use_cache: whether the backbone writes to that view.
-            **kwargs: handed to the backbone. Hidden states (B, T, d_s) and attentions, if asked for, are its own.
+            **kwargs: passed to the backbone. Hidden states (B, T, d_s) and attentions, if asked for, are its own.
 
         Raises:
             ShadowtuneError: if a backbone with its own embedding is given ``inputs_embeds`` only.
@@ -159,7 +159,7 @@ class Shadow(nn.Module):
         return output
 
     def _needs_grad_input(self, embeds: Tensor) -> bool:
-        """Whether a checkpointed backbone would learn nothing from these embeddings, which are frozen.
+        """Whether gradient checkpointing needs an input that requires a gradient; the embeddings are frozen.
 
         Reentrant checkpointing drops the gradients of a block's parameters unless its input requires a gradient.
         """

@@ -1,8 +1,10 @@
-"""What every task model shares: a frozen base, its shadow, the modes, and the way through both networks."""
+"""Base class of the shadow models: a frozen base, its shadow, three modes, and the forward pass of both networks."""
 
 import copy
+import inspect
 import os
 import weakref
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -12,29 +14,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import TransformersKwargs
 from typing_extensions import Self
 
 from shadowtune.attach.architectures import Architecture, architecture_of
-from shadowtune.attach.cache import check_same_past, split_cache
-from shadowtune.attach.hooks import check_fit, install_hooks
-from shadowtune.compatibility import CACHE, CACHE_NAMES, set_cache, takes_cache
+from shadowtune.attach.cache import split_cache
+from shadowtune.attach.forward import begin_call, check_fit, install_hooks
+from shadowtune.compatibility import CACHE_NAMES, set_cache, takes_cache
+from shadowtune.config.checking import nearest
 from shadowtune.config.shadow import ShadowConfig
+from shadowtune.core.boundary import ShadowState
 from shadowtune.core.losses import JointLoss, LossWeights
-from shadowtune.core.state import ShadowState
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint, base_signature
-from shadowtune.model.fused_head import Trunk
 from shadowtune.model.initialization import start_shadow
-from shadowtune.model.keywords import known_keywords
 from shadowtune.model.loading import check_save_keywords, lasting_name, load_pair, save_pair
 from shadowtune.model.shadow import Shadow
+from shadowtune.model.trainer_losses import HeadlessModel
 
 Mode = Literal["attached", "detached", "base"]
+"""What a model computes: base and shadow together, the shadow alone with the base's head, or the base alone."""
+PASSED_ON = ("cache_position", "mm_token_type_ids", "return_dict", "token_type_ids", "tokenizer")
+"""Keywords that tokenizers, trainers, ``generate`` and earlier versions of transformers send to every model."""
 
 
-class ShadowPair(PreTrainedModel):
-    """A frozen base and a trainable shadow. Use ``ShadowForCausalLM`` or ``ShadowForSequenceClassification``."""
+class ShadowPreTrainedModel(PreTrainedModel):
+    """A frozen base and a trainable shadow; base class of the task models."""
 
     config_class = ShadowModelConfig
     config: ShadowModelConfig
@@ -69,16 +75,16 @@ class ShadowPair(PreTrainedModel):
     def from_base(
         cls, base: PreTrainedModel, config: ShadowConfig | None = None, dtype: torch.dtype = torch.float32
     ) -> Self:
-        """Give a base a new shadow.
+        """Make a model of a base and a new shadow.
 
         Args:
-            base: a pretrained model; it is frozen, and otherwise left as it is. Several shadows may share one.
+            base: a pretrained model; it is frozen, and otherwise unchanged. Several shadows may share it.
             config: the shadow's settings; by default the paper's.
             dtype: of the shadow's parameters. float32 beside a bfloat16 base is the usual choice.
 
         Raises:
-            UnsupportedArchitectureError: if the base's architecture has no row in the table.
-            ConfigError: if the shadow's sizes do not fit, or what it starts from does not fit or load.
+            UnsupportedArchitectureError: if the base's architecture is not in the table.
+            ConfigError: if the shadow's sizes do not fit, or its initialization does not fit or load.
         """
         config = config or ShadowConfig()
         architecture_of(base.config)
@@ -88,7 +94,7 @@ class ShadowPair(PreTrainedModel):
             base_config=base.config,
             backbone_config=shadow.backbone.config,
             base_name_or_path=lasting_name(base.config.name_or_path or ""),
-            base_revision=vars(base.config).get("_commit_hash"),
+            base_revision=vars(base.config).get("_commit_hash"),  # which transformers 5.24 has not any more
             base_fingerprint=base_fingerprint(base),
             base_signature=base_signature(base),
             initialization=asdict(initialization),
@@ -113,7 +119,7 @@ class ShadowPair(PreTrainedModel):
             pretrained_model_name_or_path: a directory written by ``save_pretrained``, or a Hub id.
             base: the base itself, or its path or id; by default the one that ``config.json`` names.
             check_base_weights: whether a base of the right shape but with other weights is refused.
-            mode: what it computes at first, as for ``set_mode``.
+            mode: the initial mode, as for ``set_mode``.
             output_loading_info: whether to return the model and a dictionary of missing, unexpected and mismatched
                 keys, as transformers does. They are all empty: such keys are an error here.
             **kwargs: hub keywords (``revision``, ``token``, ...) apply to the shadow; the rest (``dtype``,
@@ -162,16 +168,16 @@ class ShadowPair(PreTrainedModel):
             self.push_to_hub(**{"repo_id": directory.name, "max_shard_size": max_shard_size, **hub})
 
     def trained_modules(self) -> dict[str, nn.Module]:
-        """Return what is trained and saved, by its path in the model."""
+        """Return the trained and saved modules by their paths in the model."""
         return {"shadow": self.shadow}
 
     @property
     def architecture(self) -> Architecture:
-        """The base's row in the table of architectures."""
+        """The base's entry in the table of architectures."""
         return architecture_of(self.base.config)
 
     def set_mode(self, mode: Mode) -> Self:
-        """Choose what calls compute: "attached", "detached" or "base". Returns the model."""
+        """Set what calls compute: "attached", "detached" or "base". Returns the model."""
         if mode not in get_args(Mode):
             raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
         self.mode = mode
@@ -190,82 +196,73 @@ class ShadowPair(PreTrainedModel):
         run_shadow: bool = False,
         **kwargs: Any,
     ) -> tuple[BaseModelOutputWithPast, ShadowState]:
-        """Run the shadow backbone and, when attached, the base's blocks beside it.
+        """Run the shadow backbone and, when attached, the base's blocks beside it; other keywords go to both networks.
 
         Args:
-            shadow_states: s0 (B, T, d), where ``run_backbone`` has made it of these tokens already.
-            run_shadow: whether the shadow backbone runs when attached even if the attached model does not read s0.
+            shadow_states: s0 (B, T, d), if ``run_backbone`` has already computed it for these tokens; when attached.
+            run_shadow: whether the shadow backbone runs when attached even if the attached model does not need s0.
 
         Returns:
-            The base's output, or the shadow backbone's when detached. Its ``last_hidden_state`` (B, T, d) goes to the
-            head and is s0 when detached; it has the whole cache. And the state, without an s0 where nothing needs it.
-            Other keywords go to both networks.
+            The output of the base, or of the shadow backbone when detached. Its ``last_hidden_state`` (B, T, d) is the
+            input of the head (s0 when detached), its cache that of both networks. And the state of the call, without
+            an s0 where nothing needed it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds")
-        for name in ("output_hidden_states", "output_attentions"):
-            if getattr(self.config, name):
-                kwargs.setdefault(name, True)
+        if self.config.output_hidden_states:
+            kwargs.setdefault("output_hidden_states", True)
+        if self.config.output_attentions:
+            kwargs.setdefault("output_attentions", True)
         if use_cache is None:
             use_cache = bool(self.base.config.get_text_config(decoder=True).use_cache) and not self.training
         cache = past_key_values
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        depth = len(self.architecture.blocks_of(self.base))
-        shadow_cache = base_cache = None
-        if cache is not None:
-            shadow_cache, base_cache = split_cache(cache, self.shadow.num_cache_layers, depth)
-            if self.mode == "attached" and shadow_states is None:
-                check_same_past(shadow_cache, base_cache)
-        boundaries, detached = self.shadow.boundaries, self.mode == "detached"
-        if shadow_states is not None:
-            alone = BaseModelOutputWithPast(last_hidden_state=shadow_states)
-            state = ShadowState(boundaries, shadow_states)
-        else:
-            embeds = self.base.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            call = (input_ids, embeds, attention_mask, position_ids, shadow_cache, use_cache)
-            if detached:
-                alone = self.shadow.run(*call, **kwargs)
-                state = ShadowState(boundaries, alone.last_hidden_state)
-            else:
-                state = self.shadow.begin(*call, run_shadow=run_shadow, **kwargs)
-        if detached:
-            set_cache(alone, cache)
-            return alone, state
-        output = self.architecture.decoder_of(self.base)(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            shadow=state,
-            **{CACHE: base_cache},
+        inputs = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
             **kwargs,
-        )
-        output.last_hidden_state = state.arrive(depth, output.last_hidden_state)
-        set_cache(output, cache)
-        return output, state
+        }
+        if self.mode == "detached":
+            output = self._run_backbone(inputs, cache, use_cache)
+            return output, ShadowState(self.shadow.boundaries, output.last_hidden_state)
+        call = begin_call(self.base, self.shadow, inputs, cache, use_cache, shadow_states, run_shadow)
+        return self.architecture.decoder_of(self.base)(**call), call["shadow"]
 
     def run_backbone(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, past_key_values: Cache
     ) -> Tensor:
-        """Run the shadow backbone ahead of the base over (B, T) tokens and return s0 (B, T, d).
+        """Run the shadow backbone ahead of the base on (B, T) tokens and return s0 (B, T, d).
 
-        The shadow's part of the cache then holds them. ``encode`` with ``shadow_states`` lets the base catch up.
+        The shadow's part of the cache then holds them. ``encode`` with ``shadow_states`` runs the base on them later.
         """
-        depth = len(self.architecture.blocks_of(self.base))
-        cache, _ = split_cache(past_key_values, self.shadow.num_cache_layers, depth)
-        embeds = self.base.get_input_embeddings()(input_ids)
-        return self.shadow.initial_states(input_ids, embeds, attention_mask, position_ids, cache, use_cache=True)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        states = self._run_backbone(inputs, past_key_values, use_cache=True).last_hidden_state
+        assert states is not None
+        return states
+
+    def _run_backbone(self, inputs: dict[str, Any], cache: Cache | None, use_cache: bool) -> BaseModelOutputWithPast:
+        """Run the shadow backbone alone, on its part of the cache."""
+        view = None
+        if cache is not None:
+            blocks = len(self.architecture.blocks_of(self.base))
+            view = split_cache(cache, self.shadow.num_cache_layers, blocks)[0]
+        if inputs.get("inputs_embeds") is None:
+            inputs = {**inputs, "inputs_embeds": self.base.get_input_embeddings()(inputs["input_ids"])}
+        output = self.shadow.run(**inputs, past_key_values=view, use_cache=use_cache)
+        set_cache(output, cache)
+        return output
 
     def needs_shadow(self, weights: LossWeights) -> bool:
-        """Whether a call with labels needs s0 beside the attached model's output: for the shadow's terms, or drafts."""
+        """Whether the losses of a call with labels need s0: the shadow's terms, or the draft head's."""
         return weights.shadow > 0 or weights.teach or (self.training and self.shadow.draft_fusion is not None)
 
     def freeze_unused(self) -> None:
-        """Freeze what no gradient reaches in attached training: a backbone that neither boundaries nor losses read.
+        """Freeze parameters without a gradient in joint training: a backbone that neither boundaries nor losses use.
 
-        An optimizer would keep moments of it, and data parallelism wait for gradients that never come.
+        Otherwise an optimizer keeps moments of them, and data parallelism waits for their gradients.
         """
         weights, config = self.loss_weights(), self.shadow.config
         if config.variant == "paper" or weights.shadow or weights.teach or config.shadow_loss_weight_end:
@@ -302,11 +299,11 @@ class ShadowPair(PreTrainedModel):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the base knows."""
+        """Size of the base's vocabulary."""
         return self.base.config.get_text_config(decoder=True).vocab_size
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Choose how both networks attend (``PreTrainedModel.set_attn_implementation``)."""
+        """Set the attention implementation of both networks (``PreTrainedModel.set_attn_implementation``)."""
         self.base.set_attn_implementation(*args, **kwargs)
         self.shadow.backbone.set_attn_implementation(*args, **kwargs)
         self.config._attn_implementation = self.base.config._attn_implementation
@@ -320,7 +317,7 @@ class ShadowPair(PreTrainedModel):
         return self.base.get_output_embeddings()
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """The base ties its own weights; the shadow has none to tie."""
+        """Do nothing: the base ties its own weights; the shadow has none to tie."""
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the base's vocabulary (``PreTrainedModel.resize_token_embeddings``) and keep the new rows frozen.
@@ -344,37 +341,57 @@ class ShadowPair(PreTrainedModel):
         return embedding
 
     def enable_input_require_grads(self) -> None:
-        """Nothing: below the first boundary there is nothing to learn, and the shadow sees to its own input."""
+        """Do nothing: nothing below the first boundary is trained, and the shadow prepares its own input."""
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """Checkpoint all blocks but those that no gradient reaches."""
+        """Checkpoint all blocks but the first, which no gradient reaches without ``inject_first``."""
         super()._set_gradient_checkpointing(*args, **kwargs)
         if not self.shadow.config.inject_first:
             first: Any = self.architecture.blocks_of(self.base)[0]
             first.gradient_checkpointing = False
 
     def post_init(self) -> None:
-        """Take over what the two networks say of themselves: their blocks, plans and precisions, for whoever places,
-        shards or quantizes the model. No weight is touched.
-        """
+        """Collect both networks' attributes for device placement, sharding and quantization; change no weight."""
         super().post_init()
         self._no_split_modules = set(self._no_split_modules or ()) | set(self.shadow.backbone._no_split_modules or ())
-        for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-            vars(self)[name] |= set(vars(self.shadow.backbone)[name])
+        backbone = self.shadow.backbone
+        self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *(backbone._keep_in_fp32_modules or ())}
+        self._keep_in_fp32_modules_strict = {
+            *(self._keep_in_fp32_modules_strict or ()),
+            *(backbone._keep_in_fp32_modules_strict or ()),
+        }
         self._keys_to_ignore_on_save = {f"base.{name}" for name in self.base.state_dict()}  # a save holds the shadow
 
     def init_weights(self) -> None:
-        """Nothing: base and shadow are initialized where they are built."""
+        """Do nothing: base and shadow are initialized where they are built."""
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing, likewise."""
+        """Do nothing, likewise."""
 
     @property
     def trunk(self) -> nn.Module:
-        """The model without its head; what trainers with a head of their own call ``base_model``."""
-        return Trunk(self)
+        """The model without its head, which trainers with their own head use as ``base_model``."""
+        return HeadlessModel(self)
 
 
 def loss_terms(joint: JointLoss | None) -> dict[str, Any]:
-    """Name the terms of a joint loss as the outputs of the models name them."""
+    """Return the terms of a joint loss by the field names of the models' outputs."""
     return {} if joint is None else {f"{name}_loss": term for name, term in joint._asdict().items() if name != "total"}
+
+
+def known_keywords(*modules: nn.Module) -> frozenset[str]:
+    """Return the keywords that the ``forward`` of some of the modules names, and those of all transformers models."""
+    names = {name for module in modules for name in inspect.signature(type(module).forward).parameters}
+    return frozenset({*names, *TransformersKwargs.__annotations__, *CACHE_NAMES, *PASSED_ON} - {"self", "kwargs"})
+
+
+def check_keywords(given: Iterable[str], known: frozenset[str], model: nn.Module) -> None:
+    """Raise TypeError for the first unknown keyword, with the nearest known one.
+
+    transformers' models ignore such a keyword, so a misspelt ``labels`` would train on nothing.
+    """
+    for name in given:
+        if name not in known:
+            raise TypeError(
+                f"{type(model).__name__}.forward() got an unexpected keyword argument {name!r}{nearest(name, known)}"
+            )

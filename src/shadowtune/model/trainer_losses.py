@@ -1,10 +1,10 @@
-"""lambda under trainers that compute the loss themselves.
+"""Trainers that compute the loss outside of the model: checks, and the shadow's term under TRL's fused head.
 
 TRL's trainers patch ``forward`` with a fused head: called with ``fused_lm_head=True`` it runs ``model.base_model``,
-takes log-probabilities of its last hidden states, and reduces them to a loss of its own. The shadow's term would be
-lost. Two hooks on the model bring it back: one puts an empty list into the call's keywords, in which ``trunk`` leaves
-s0; the other adds lambda * log p_shadow to the returned log-probabilities, its value subtracted again. So the numbers
-stay those of the attached model, and the gradient is that of the joint loss under whatever reduction follows.
+computes log-probabilities from its last hidden states, and reduces them to its own loss, without the shadow's term. Two
+hooks on the model add it: one puts an empty list into the call's keywords, in which ``HeadlessModel`` leaves s0; the
+other adds lambda * log p_shadow to the returned log-probabilities, with its value subtracted again. So the values stay
+those of the attached model, and the gradient is that of the joint loss under any reduction.
 """
 
 from typing import Any
@@ -13,13 +13,40 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.errors import ConfigError
 
 SLOT = "shadow_initial_states"
+"""The keyword by which a call's s0 comes back."""
 
 
-class Trunk(nn.Module):
-    """The model without its head, as ``model.base_model`` is expected to be."""
+def check_labels(labels: Any, shift_labels: Any, num_items_in_batch: Any, loses_terms: bool) -> None:
+    """Check that a trainer which counts labels also passes them.
+
+    Args:
+        labels: the call's.
+        shift_labels: the call's.
+        num_items_in_batch: the call's; transformers' Trainer passes it in training, even where it keeps the labels.
+        loses_terms: whether a loss computed outside of the model would lack terms of the model's.
+
+    Raises:
+        ConfigError: if the trainer computes the loss itself, from the logits.
+    """
+    if labels is None and shift_labels is not None:
+        raise ConfigError(
+            "shift_labels without labels: a trainer that computes the loss itself would leave out the shadow's terms; "
+            "pass labels as well"
+        )
+    if labels is None and num_items_in_batch is not None and loses_terms:
+        raise ConfigError(
+            "the batch has no labels but num_items_in_batch: the trainer took them out to compute the loss itself "
+            "(label_smoothing_factor or compute_loss_func), and the shadow's loss would never exist; leave these "
+            "options out"
+        )
+
+
+class HeadlessModel(nn.Module):
+    """A shadow model without its head, as its ``base_model`` is expected to be."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -35,7 +62,7 @@ class Trunk(nn.Module):
         return output
 
 
-def carry_shadow_loss(model: Any) -> None:
+def add_shadow_loss_hooks(model: Any) -> None:
     """Install the two hooks; they do nothing for calls without ``fused_lm_head=True``."""
     model.register_forward_pre_hook(_offer_slot, with_kwargs=True)
     model.register_forward_hook(_add_shadow_gradient, with_kwargs=True)
@@ -60,7 +87,7 @@ def _add_shadow_gradient(model: Any, args: Any, kwargs: dict[str, Any], output: 
         targets, states = kwargs["shift_labels"], kwargs[SLOT][0]
     else:
         targets, states = kwargs["labels"][:, 1:], kwargs[SLOT][0][:, :-1]
-    kept = targets != -100
+    kept = targets != IGNORE_INDEX
     log_probs = torch.log_softmax(model.logits_of(states[kept]).float(), -1)
     chosen = log_probs.gather(1, targets[kept].unsqueeze(1)).squeeze(1)
     term = output.log_probs.new_zeros(targets.shape).masked_scatter(kept, weight * chosen.to(output.log_probs.dtype))

@@ -2,8 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shadowtune.core.class_losses import classification_loss, joint_classification_loss
-from shadowtune.core.losses import LossWeights
+from shadowtune.core.losses import LossWeights, classification_loss, joint_classification_loss
 
 CLASSES = {
     "one_class": ((5, 3), torch.tensor([0, 2, 1, 1, 0]), "single_label_classification"),

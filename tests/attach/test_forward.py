@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from shadowtune import attach
-from shadowtune.attach.hooks import install_hooks
+from shadowtune.attach.forward import install_hooks
 from shadowtune.errors import AttachError
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturbed_model, tokens
@@ -14,7 +14,7 @@ def test_hooks_do_nothing_to_calls_that_carry_no_state():
     plain = base(ids).logits
     handles = install_hooks(base)
     assert torch.equal(base(ids).logits, plain)
-    assert len(handles) == len(base.model.layers)
+    assert len(handles) == len(base.model.layers) + 1  # and the decoder's output
 
 
 @pytest.mark.parametrize("installed", [1, 2])

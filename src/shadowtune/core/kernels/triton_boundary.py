@@ -1,17 +1,115 @@
-r"""The boundary's Triton kernels: one forward, two backward. The maths is that of ``fused.py``, Eq. 2-7.
+r"""The boundary on CUDA devices: Triton kernels, one forward and two backward, as one autograd operation.
 
-Forward, a program for each ``TOKENS`` tokens, walking over d three times (the second and third reading h from the
+The maths is that of ``fused.py``, Eq. 2-7. Imported only where Triton is installed.
+
+Forward: a program for each ``TOKENS`` tokens walks over d three times (the second and third time h comes from the
 cache): u = LN(h) A by sums alone; s' and p = (h - s') W_down; h' = h + alpha p W_up.
 
-Backward: ``backward_tokens`` walks like the forward one and gives dh, ds and the low-rank gradients du, dp of each
-token. ``backward_weights`` has a program for each slice of d and each part of the tokens, and sums the parameters'
-gradients in registers; the parts are added up in a fixed order, so results do not depend on timing.
+Backward: ``_backward_tokens`` walks like the forward kernel and gives dh, ds and the low-rank gradients du, dp of each
+token. ``_backward_weights`` has a program for each slice of d and each part of the tokens, and sums the parameters'
+gradients in registers; the parts are added in a fixed order, so results do not depend on timing.
 
-16-bit states go through the tensor cores with float32 accumulation; float32 ones are multiplied exactly.
+16-bit states go through the tensor cores with float32 accumulation; float32 states are multiplied exactly.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from shadowtune.core.kernels.fused import EPSILON, FusedParameters
+
+TOKENS = 32
+"""Tokens of a program."""
+WIDTH = 64
+"""Entries of d that a program holds at a time."""
+PARTS = 16
+"""Parts into which the tokens are split when parameters' gradients are summed."""
+
+
+def triton_boundary(
+    hidden_states: Tensor,
+    shadow_states: Tensor,
+    parameters: FusedParameters,
+    alpha: float,
+    transform_mask: Tensor | None = None,
+    injection_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply a boundary on a CUDA device; arguments and results as for ``fused_boundary``."""
+    corrected: tuple[Tensor, Tensor] = _TritonBoundary.apply(
+        hidden_states, shadow_states, *parameters, alpha, transform_mask, injection_mask
+    )
+    return corrected
+
+
+class _TritonBoundary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, s: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        h, s = _with_contiguous_rows(h), _with_contiguous_rows(s)
+        p = FusedParameters(*(parameter.contiguous() for parameter in rest[:8]))
+        alpha, transform_mask, injection_mask = rest[8:]
+        n, d = h.shape
+        k, r = p.gate_up.shape[0], p.injection_up.shape[0]
+        corrected, updated = h.new_empty(n, d), s.new_empty(n, d)
+        u, bottleneck = s.new_empty(n, 2 * k, dtype=torch.float32), s.new_empty(n, r, dtype=torch.float32)
+        mean, rstd = s.new_empty(n, dtype=torch.float32), s.new_empty(n, dtype=torch.float32)
+        _forward[(triton.cdiv(n, TOKENS),)](
+            h, s, h.stride(0), s.stride(0), *p, transform_mask, injection_mask, corrected, updated, u, bottleneck,
+            mean, rstd, n, d, k, r, alpha, EPSILON=EPSILON, **_constants(p, transform_mask, injection_mask, h),
+        )  # fmt: skip
+        ctx.save_for_backward(h, s, updated, u, bottleneck, mean, rstd, transform_mask, injection_mask, *p)
+        ctx.alpha = alpha
+        return corrected, updated
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        h, s, updated, u, bottleneck, mean, rstd, transform_mask, injection_mask, *rest = ctx.saved_tensors
+        p = FusedParameters(*rest)
+        n, d = h.shape
+        k, r = p.gate_up.shape[0], p.injection_up.shape[0]
+        d_corrected, d_updated = gradients[0].contiguous(), gradients[1].contiguous()
+        d_h, d_s, d_u, d_p = h.new_empty(n, d), s.new_empty(n, d), torch.empty_like(u), torch.empty_like(bottleneck)
+        constants = _constants(p, transform_mask, injection_mask, h)
+        _backward_tokens[(triton.cdiv(n, TOKENS),)](
+            h, s, h.stride(0), s.stride(0), *p, transform_mask, injection_mask, updated, u, mean, rstd, d_corrected,
+            d_updated, d_h, d_s, d_u, d_p, n, d, k, r, ctx.alpha, **constants,
+        )  # fmt: skip
+        parts = min(PARTS, triton.cdiv(n, TOKENS))
+        part_tokens = triton.cdiv(triton.cdiv(n, TOKENS), parts) * TOKENS
+        shapes = ((d, 2 * k), (k, d), (k, d), (d, r), (r, d))
+        sums = [u.new_empty(parts, *shape) for shape in shapes]
+        _backward_weights[(triton.cdiv(d, WIDTH), parts)](
+            h, s, h.stride(0), s.stride(0), p.gate_up, p.injection_down, transform_mask, injection_mask, updated, u,
+            bottleneck, mean, rstd, d_corrected, d_updated, d_u, d_p, *sums, n, d, k, r, ctx.alpha, part_tokens,
+            **constants,
+        )  # fmt: skip
+        d_normed, d_transform_up, d_gate_up, d_down, d_up = (part.sum(0) for part in sums)
+        a = torch.cat((p.transform_down, p.gate_down), 1).float()
+        total = d_u.sum(0)
+        d_a = d_normed * p.norm_weight.unsqueeze(1) + torch.outer(p.norm_bias.float(), total)
+        d_norm = (d_normed * a).sum(1), a @ total
+        by_name = FusedParameters(d_a[:, :k], d_transform_up, d_a[:, k:], d_gate_up, *d_norm, d_down, d_up)
+        d_parameters = (gradient.to(own.dtype) for gradient, own in zip(by_name, p, strict=True))
+        return d_h, d_s, *d_parameters, None, None, None
+
+
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    """Entries of a row must be adjacent in memory; rows need not be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _constants(p: FusedParameters, transform_mask: Any, injection_mask: Any, h: Tensor) -> dict[str, Any]:
+    return {
+        "MASK_T": transform_mask is not None,
+        "MASK_P": injection_mask is not None,
+        "TOKENS": TOKENS,
+        "WIDTH": WIDTH,
+        "K": max(16, triton.next_power_of_2(p.gate_up.shape[0])),
+        "R": max(16, triton.next_power_of_2(p.injection_up.shape[0])),
+        "PRECISION": "ieee" if h.dtype == torch.float32 else "tf32",
+    }
 
 
 @triton.jit
@@ -38,9 +136,9 @@ def _silu(x):
 
 
 @triton.jit
-def forward(
+def _forward(
     h, s, h_stride, s_stride, transform_down, transform_up, gate_down, gate_up, norm_weight, norm_bias,
-    injection_down, injection_up, transform_mask, injection_mask, crossed, refined, u, p, mean, rstd,
+    injection_down, injection_up, transform_mask, injection_mask, corrected, updated, u, p, mean, rstd,
     n, d, k, r, alpha,
     MASK_T: tl.constexpr, MASK_P: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
     R: tl.constexpr, EPSILON: tl.constexpr, PRECISION: tl.constexpr,
@@ -84,7 +182,7 @@ def forward(
         g = tl.sigmoid(tl.dot(hidden_g, _load(gate_up, low_k, columns, d, k, d), input_precision=PRECISION))
         state = _load(s, rows, columns, s_stride, n, d)
         state += g * (t - state)
-        _store(refined, state, rows, columns, d, n, d)
+        _store(updated, state, rows, columns, d, n, d)
         delta = _load(h, rows, columns, h_stride, n, d) - state
         bottleneck += tl.dot(delta, _load(injection_down, columns, low_r, r, d, r), input_precision=PRECISION)
     _store(p, bottleneck, rows, low_r, r, n, r)
@@ -94,29 +192,29 @@ def forward(
         columns = start + tl.arange(0, WIDTH)
         up = _load(injection_up, low_r, columns, d, r, d)
         tile = _load(h, rows, columns, h_stride, n, d) + alpha * tl.dot(bottleneck, up, input_precision=PRECISION)
-        _store(crossed, tile, rows, columns, d, n, d)
+        _store(corrected, tile, rows, columns, d, n, d)
 
 
 @triton.jit
 def _state_gradients(
-    columns, rows, s, refined, d_refined_in, s_stride, d_bottleneck, hidden_g, gate_up, injection_down,
+    columns, rows, s, updated, d_updated_in, s_stride, d_bottleneck, hidden_g, gate_up, injection_down,
     n, d, k, r, K: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(dt, dz, ds) on a tile: dt = g ds', ds = ds' - dt, dz = (s' - s) ds."""
     down = _load(injection_down, columns, tl.arange(0, R), r, d, r)
-    total = _load(d_refined_in, rows, columns, d, n, d)
+    total = _load(d_updated_in, rows, columns, d, n, d)
     total -= tl.dot(d_bottleneck, tl.trans(down), input_precision=PRECISION)
     up = _load(gate_up, tl.arange(0, K), columns, d, k, d)
     d_t = tl.sigmoid(tl.dot(hidden_g, up, input_precision=PRECISION)) * total
     d_s = total - d_t
-    d_z = (_load(refined, rows, columns, d, n, d) - _load(s, rows, columns, s_stride, n, d)) * d_s
+    d_z = (_load(updated, rows, columns, d, n, d) - _load(s, rows, columns, s_stride, n, d)) * d_s
     return d_t, d_z, d_s
 
 
 @triton.jit
-def backward_tokens(
+def _backward_tokens(
     h, s, h_stride, s_stride, transform_down, transform_up, gate_down, gate_up, norm_weight, norm_bias,
-    injection_down, injection_up, transform_mask, injection_mask, refined, u, mean, rstd, d_crossed, d_refined,
+    injection_down, injection_up, transform_mask, injection_mask, updated, u, mean, rstd, d_corrected, d_updated,
     d_h, d_s, d_u, d_p, n, d, k, r, alpha,
     MASK_T: tl.constexpr, MASK_P: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
     R: tl.constexpr, PRECISION: tl.constexpr,
@@ -129,7 +227,7 @@ def backward_tokens(
     for start in range(0, d, WIDTH):
         columns = start + tl.arange(0, WIDTH)
         up = _load(injection_up, low_r, columns, d, r, d)
-        gradient = _load(d_crossed, rows, columns, d, n, d)
+        gradient = _load(d_corrected, rows, columns, d, n, d)
         d_bottleneck += alpha * tl.dot(gradient, tl.trans(up), input_precision=PRECISION)
         weight, bias = _vector(norm_weight, columns, d)[:, None], _vector(norm_bias, columns, d)[:, None]
         down_t = _load(transform_down, columns, low_k, k, d, k)
@@ -145,7 +243,7 @@ def backward_tokens(
     for start in range(0, d, WIDTH):
         columns = start + tl.arange(0, WIDTH)
         d_t, d_z, d_state = _state_gradients(
-            columns, rows, s, refined, d_refined, s_stride, d_bottleneck, _silu(u_g), gate_up, injection_down,
+            columns, rows, s, updated, d_updated, s_stride, d_bottleneck, _silu(u_g), gate_up, injection_down,
             n, d, k, r, K, R, PRECISION,
         )  # fmt: skip
         _store(d_s, d_state, rows, columns, d, n, d)
@@ -175,7 +273,7 @@ def backward_tokens(
         down_t = _load(transform_down, columns, low_k, k, d, k) * weight
         down_g = _load(gate_down, columns, low_k, k, d, k) * weight
         down = _load(injection_down, columns, low_r, r, d, r)
-        gradient = _load(d_crossed, rows, columns, d, n, d)
+        gradient = _load(d_corrected, rows, columns, d, n, d)
         gradient += tl.dot(d_u_t, tl.trans(down_t), input_precision=PRECISION)
         gradient += tl.dot(d_u_g, tl.trans(down_g), input_precision=PRECISION)
         gradient += tl.dot(d_bottleneck, tl.trans(down), input_precision=PRECISION)
@@ -184,9 +282,9 @@ def backward_tokens(
 
 
 @triton.jit
-def backward_weights(
-    h, s, h_stride, s_stride, gate_up, injection_down, transform_mask, injection_mask, refined, u, p, mean, rstd,
-    d_crossed, d_refined, d_u, d_p, d_normed_down, d_up_t, d_up_g, d_down, d_up,
+def _backward_weights(
+    h, s, h_stride, s_stride, gate_up, injection_down, transform_mask, injection_mask, updated, u, p, mean, rstd,
+    d_corrected, d_updated, d_u, d_p, d_normed_down, d_up_t, d_up_g, d_down, d_up,
     n, d, k, r, alpha, part_tokens,
     MASK_T: tl.constexpr, MASK_P: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
     R: tl.constexpr, PRECISION: tl.constexpr,
@@ -205,7 +303,7 @@ def backward_weights(
             hidden_t *= _load(transform_mask, rows, low_k, k, n, k)
         d_bottleneck = _load(d_p, rows, low_r, r, n, r)
         d_t, d_z, _ = _state_gradients(
-            columns, rows, s, refined, d_refined, s_stride, d_bottleneck, hidden_g, gate_up, injection_down,
+            columns, rows, s, updated, d_updated, s_stride, d_bottleneck, hidden_g, gate_up, injection_down,
             n, d, k, r, K, R, PRECISION,
         )  # fmt: skip
         up_t += tl.dot(tl.trans(hidden_t), d_t, input_precision=PRECISION)
@@ -213,10 +311,10 @@ def backward_weights(
         bottleneck = _load(p, rows, low_r, r, n, r)
         if MASK_P:
             bottleneck *= _load(injection_mask, rows, low_r, r, n, r)
-        gradient = _load(d_crossed, rows, columns, d, n, d)
+        gradient = _load(d_corrected, rows, columns, d, n, d)
         up += alpha * tl.dot(tl.trans(bottleneck), gradient, input_precision=PRECISION)
         tile = _load(h, rows, columns, h_stride, n, d)
-        delta = tile - _load(refined, rows, columns, d, n, d)
+        delta = tile - _load(updated, rows, columns, d, n, d)
         down += tl.dot(tl.trans(delta), d_bottleneck, input_precision=PRECISION)
         average = tl.load(mean + rows, mask=rows < n, other=0.0)
         scale = tl.load(rstd + rows, mask=rows < n, other=0.0)

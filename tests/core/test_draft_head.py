@@ -1,15 +1,15 @@
 import torch
 import torch.nn.functional as F
 
-from shadowtune.core.drafting import DraftFusion, draft_loss
-from shadowtune.core.head import Head
+from shadowtune.core.draft_head import DraftHead, draft_loss
+from shadowtune.core.kernels.linear_cross_entropy import Head
 
 WIDTH, VOCABULARY = 6, 11
 
 
 def made(seed=0):
     torch.manual_seed(seed)
-    fusion = DraftFusion(WIDTH, 4)
+    fusion = DraftHead(WIDTH, 4)
     torch.nn.init.normal_(fusion.up.weight)
     weight = torch.randn(VOCABULARY, WIDTH)
     return fusion, weight, Head(lambda x: x @ weight.T, weight)
@@ -53,5 +53,5 @@ def test_no_network_learns_from_it():
 
 
 def test_it_starts_as_the_shadow_alone():
-    fusion, s = DraftFusion(WIDTH, 4), torch.randn(3, WIDTH)
+    fusion, s = DraftHead(WIDTH, 4), torch.randn(3, WIDTH)
     assert torch.equal(fusion(s, torch.randn(3, WIDTH)), s)

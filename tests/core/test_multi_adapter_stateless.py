@@ -1,4 +1,4 @@
-"""Rows of several stateless shadows in one pass get what each would get from its own boundaries."""
+"""Sequences of several stateless adapters in one batch get what each would get from its own boundaries."""
 
 import pytest
 import torch
@@ -6,8 +6,7 @@ from torch import nn
 
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import Boundaries
-from shadowtune.core.injection_mixture import InjectionMixture
-from shadowtune.core.mixture import mixing_key
+from shadowtune.core.multi_adapter import AdapterStack, batching_key
 
 COUNT, WIDTH, TOKENS = 5, 12, 3
 
@@ -28,32 +27,32 @@ def boundaries(seed, dtype=torch.float64, **settings):
     ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str
 )
 @torch.no_grad()
-def test_each_row_is_corrected_by_its_own_shadow(dtype, tolerance):
+def test_each_sequence_is_corrected_by_its_own_adapter(dtype, tolerance):
     members = [boundaries(0), boundaries(1), boundaries(2, depth_sharing="full")]
     members = [member.to(torch.float32 if dtype == torch.bfloat16 else dtype) for member in members]
     owners = [2, 0, None, 1, 0]
     h = torch.randn(len(owners), TOKENS, WIDTH, generator=torch.Generator().manual_seed(9)).to(dtype)
-    mixed = InjectionMixture(members).of_rows(owners, TOKENS)
-    for index, parameters in enumerate(mixed.split()):
-        crossed, state = mixed.cross(parameters, h, None)
-        assert (state, crossed.dtype) == (None, dtype)
+    batched = AdapterStack(members).for_sequences(owners, TOKENS)
+    for index, parameters in enumerate(batched.unstack()):
+        corrected, state = batched.apply_boundary(parameters, h, None)
+        assert (state, corrected.dtype) == (None, dtype)
         for row, owner in enumerate(owners):
             own = h[row] if owner is None else members[owner](index, h[row], None)[0]
-            torch.testing.assert_close(crossed[row], own, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(corrected[row], own, rtol=tolerance, atol=tolerance)
             assert (owner is None) == torch.equal(own, h[row])
 
 
 @torch.no_grad()
-def test_each_row_is_mixed_by_its_own_weight():
+def test_each_sequence_gets_its_own_gamma():
     members = [boundaries(0, head_mixing=0.5), boundaries(1)]
     h, s = torch.randn(2, 3, TOKENS, WIDTH, dtype=torch.float64)
-    seen = InjectionMixture(members).of_rows([1, 0, None], TOKENS).mix(h, s)
+    seen = AdapterStack(members).for_sequences([1, 0, None], TOKENS).final_states(h, s)
     torch.testing.assert_close(seen[1], h[1] + 0.5 * s[1])
     assert torch.equal(seen[::2], h[::2])
-    assert torch.equal(InjectionMixture(members[1:]).of_rows([0, 0, None], TOKENS).mix(h, None), h)
+    assert torch.equal(AdapterStack(members[1:]).for_sequences([0, 0, None], TOKENS).final_states(h, None), h)
 
 
 def test_it_does_not_share_a_pass_with_the_papers_variant():
     paper = Boundaries(COUNT, WIDTH, ShadowConfig()).double()
-    assert mixing_key(boundaries(0)) != mixing_key(paper)
-    assert mixing_key(boundaries(0)) == mixing_key(boundaries(3))
+    assert batching_key(boundaries(0)) != batching_key(paper)
+    assert batching_key(boundaries(0)) == batching_key(boundaries(3))

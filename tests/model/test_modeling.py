@@ -124,15 +124,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, reentrant, inject
 def test_checkpointing_recomputes_blocks_but_never_runs_the_shadows_hooks_again(reentrant, monkeypatch):
     model, ids = perturbed_model().train(), tokens(2, 9)
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    crossed, computed = [], []
-    cross = type(model.shadow.boundaries).cross
+    applied, computed = [], []
+    apply_boundary = type(model.shadow.boundaries).apply_boundary
     monkeypatch.setattr(
-        type(model.shadow.boundaries), "cross", lambda self, *args: crossed.append(args[0]) or cross(self, *args)
+        type(model.shadow.boundaries),
+        "apply_boundary",
+        lambda self, *args: applied.append(args[0]) or apply_boundary(self, *args),
     )
     model.base.model.layers[2].mlp.register_forward_pre_hook(lambda *call: computed.append(1))
     model(ids, labels=ids).loss.backward()
     downs = model.shadow.boundaries.injection_downs
-    assert [parameters.injection.down.data_ptr() for parameters in crossed] == [down.data_ptr() for down in downs]
+    assert [parameters.injection.down.data_ptr() for parameters in applied] == [down.data_ptr() for down in downs]
     assert len(computed) == 2
 
 

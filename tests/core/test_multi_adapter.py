@@ -1,13 +1,12 @@
-"""Rows of several shadows in one crossing get what each would get from its own boundaries."""
+"""Sequences of several adapters in one batch get what each would get from its own boundaries."""
 
 import pytest
 import torch
 from torch import nn
 
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.core.boundary import Boundaries
-from shadowtune.core.mixture import Mixture, mixing_key
-from shadowtune.core.state import ShadowState
+from shadowtune.core.boundary import Boundaries, ShadowState
+from shadowtune.core.multi_adapter import AdapterStack, batching_key
 
 COUNT, WIDTH, TOKENS = 5, 12, 3
 VARIANTS = {
@@ -30,7 +29,7 @@ def boundaries(seed, count=COUNT, dtype=torch.float64, **settings):
 
 @torch.no_grad()
 def alone(member, h, s):
-    """What one row comes to after all boundaries, by its own shadow; the last state."""
+    """Hidden states and state of one sequence after all boundaries of its own adapter."""
     for index in range(COUNT):
         h, s = member(index, h, s)
     return h, s
@@ -38,13 +37,13 @@ def alone(member, h, s):
 
 @torch.no_grad()
 def together(members, owners, h, s):
-    mixed = Mixture(members).of_rows(owners, h.shape[1])
-    for parameters in mixed.split():
-        h, s = mixed.cross(parameters, h, s)
+    batched = AdapterStack(members).for_sequences(owners, h.shape[1])
+    for parameters in batched.unstack():
+        h, s = batched.apply_boundary(parameters, h, s)
     return h, s
 
 
-def rows(count, dtype=torch.float64):
+def sequences(count, dtype=torch.float64):
     generator = torch.Generator().manual_seed(9)
     return (torch.randn(count, TOKENS, WIDTH, generator=generator, dtype=dtype) for _ in range(2))
 
@@ -52,65 +51,65 @@ def rows(count, dtype=torch.float64):
 @pytest.mark.parametrize(
     "common", [{}, {"update_norm": False}, {"activation": "gelu"}, {"inject_first": True}], ids=str
 )
-def test_rows_of_different_shadows_cross_as_each_alone(common):
+def test_sequences_of_different_adapters_get_what_each_gets_alone(common):
     members = [boundaries(seed, **settings, **common) for seed, settings in enumerate(VARIANTS.values())]
     owners = [2, 0, None, 3, 1, 0]
-    h, s = rows(len(owners))
-    crossed, states = together(members, owners, h, s)
+    h, s = sequences(len(owners))
+    corrected, states = together(members, owners, h, s)
     for row, owner in enumerate(owners):
         if owner is None:
-            assert torch.equal(crossed[row], h[row])
+            assert torch.equal(corrected[row], h[row])
             continue
         expected = alone(members[owner], h[row : row + 1], s[row : row + 1])
-        torch.testing.assert_close(crossed[row : row + 1], expected[0])
+        torch.testing.assert_close(corrected[row : row + 1], expected[0])
         torch.testing.assert_close(states[row : row + 1], expected[1])
-        assert (crossed[row] - h[row]).abs().max() > 0.1, "the shadow must do something"
+        assert (corrected[row] - h[row]).abs().max() > 0.1, "the adapter must do something"
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-def test_one_shadow_beside_rows_of_none(settings):
+def test_one_adapter_beside_sequences_without_one(settings):
     member = boundaries(1, **settings)
-    h, s = rows(2)
-    crossed, _ = together([member], [None, 0], h, s)
-    assert torch.equal(crossed[0], h[0])
-    torch.testing.assert_close(crossed[1:], alone(member, h[1:], s[1:])[0])
+    h, s = sequences(2)
+    corrected, _ = together([member], [None, 0], h, s)
+    assert torch.equal(corrected[0], h[0])
+    torch.testing.assert_close(corrected[1:], alone(member, h[1:], s[1:])[0])
 
 
 @torch.no_grad()
 def test_hidden_states_keep_their_precision_and_states_take_that_of_the_boundaries():
     members = [boundaries(0, dtype=torch.float32), boundaries(1, dtype=torch.float32)]
-    h, s = rows(2, torch.bfloat16)
-    mixed = Mixture(members).of_rows([1, 0], TOKENS)
-    crossed, states = mixed.cross(mixed.split()[1], h, s)
-    assert (crossed.dtype, states.dtype) == (torch.bfloat16, torch.float32)
+    h, s = sequences(2, torch.bfloat16)
+    batched = AdapterStack(members).for_sequences([1, 0], TOKENS)
+    corrected, states = batched.apply_boundary(batched.unstack()[1], h, s)
+    assert (corrected.dtype, states.dtype) == (torch.bfloat16, torch.float32)
     for row, member in enumerate((members[1], members[0])):
         member.kernel = "auto"  # which rounds once, at the end
         expected = member(1, h[row], s[row])
-        torch.testing.assert_close(crossed[row], expected[0])
+        torch.testing.assert_close(corrected[row], expected[0])
         torch.testing.assert_close(states[row], expected[1])
 
 
 @torch.no_grad()
-def test_the_state_of_a_call_goes_through_mixed_boundaries_as_through_one_shadows():
+def test_a_state_goes_through_batched_boundaries_as_through_one_adapters():
     members = [boundaries(0), boundaries(1)]
-    h, s = rows(2)
-    state = ShadowState(Mixture(members).of_rows([1, 0], TOKENS), s)
+    h, s = sequences(2)
+    state = ShadowState(AdapterStack(members).for_sequences([1, 0], TOKENS), s)
     single = ShadowState(members[1], s[:1])
     one = h[:1]
     for depth in range(COUNT + 1):
-        h, one = state.enter(depth, h), single.enter(depth, one)
-    torch.testing.assert_close(state.arrive(COUNT + 1, h)[:1], single.arrive(COUNT + 1, one))
+        h, one = state.before_block(depth, h), single.before_block(depth, one)
+    torch.testing.assert_close(state.finalize(COUNT + 1, h)[:1], single.finalize(COUNT + 1, one))
 
 
 @torch.no_grad()
-def test_each_token_gets_as_much_of_s0_as_its_own_shadow_mixes_in():
+def test_each_token_gets_the_gamma_of_its_own_adapter():
     members = [boundaries(0), boundaries(1, head_mixing=0.3), boundaries(2, head_mixing=0.6)]
-    h, s = rows(4)
-    mixed = Mixture(members).of_rows([2, None, 0, 1], TOKENS).mix(h, s)
-    assert torch.equal(mixed[1:3], h[1:3])
+    h, s = sequences(4)
+    batched = AdapterStack(members).for_sequences([2, None, 0, 1], TOKENS).final_states(h, s)
+    assert torch.equal(batched[1:3], h[1:3])
     for row, member in ((0, members[2]), (3, members[1])):
-        torch.testing.assert_close(mixed[row], h[row] + member.config.head_mixing * s[row])
-        assert (mixed[row] - h[row]).abs().max() > 0.1
+        torch.testing.assert_close(batched[row], h[row] + member.config.head_mixing * s[row])
+        assert (batched[row] - h[row]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -126,5 +125,5 @@ def test_each_token_gets_as_much_of_s0_as_its_own_shadow_mixes_in():
     ],
     ids=str,
 )
-def test_what_shadows_must_share_to_be_crossed_together(settings, same):
-    assert (mixing_key(boundaries(0)) == mixing_key(boundaries(1, **settings))) == same
+def test_what_shadows_must_share_to_be_corrected_together(settings, same):
+    assert (batching_key(boundaries(0)) == batching_key(boundaries(1, **settings))) == same
