@@ -62,12 +62,13 @@ def test_a_saved_shadow_opens_whichever_package_comes_first(tmp_path, imports):
 
 
 def test_attach_is_the_function_also_after_its_subpackage_was_imported():
-    code = "import shadowtune, shadowtune.attach.hooks, shadowtune.model.pair; print(type(shadowtune.attach).__name__)"
+    modules = "shadowtune, shadowtune.attach.forward, shadowtune.model.modeling"
+    code = f"import {modules}; print(type(shadowtune.attach).__name__)"
     assert python(code) == ["function"]
     assert python("import shadowtune; print(type(shadowtune.attach).__name__)") == ["function"]
 
 
-@pytest.mark.parametrize("module", ["models", "compatibility", "attach.hooks", "model.pair"])
+@pytest.mark.parametrize("module", ["models", "compatibility", "attach.forward", "model.modeling"])
 def test_any_module_may_be_imported_first(module):
     assert python(f"import shadowtune.{module}; from transformers import AutoModelForCausalLM; print('ok')") == ["ok"]
 

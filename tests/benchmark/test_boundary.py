@@ -38,8 +38,8 @@ def test_only_ours_takes_the_fast_operation(monkeypatch):
     def refuse(*arguments):
         raise RuntimeError("fast")
 
-    monkeypatch.setattr("shadowtune.core.crossing.fused_boundary", refuse)
-    monkeypatch.setattr("shadowtune.core.crossing.FEW_TOKENS", 1)
+    monkeypatch.setattr("shadowtune.core.boundary.fused_boundary", refuse)
+    monkeypatch.setattr("shadowtune.core.boundary.FEW_TOKENS", 1)
     crossing("reference", BACKWARD)
     with pytest.raises(RuntimeError, match="fast"):
         crossing("shadow", BACKWARD)

@@ -5,7 +5,7 @@ from shadowtune.benchmark.bench import Case
 from shadowtune.benchmark.peers import CONTENDERS, OURS, PEERS
 from shadowtune.benchmark.train import TrainSettings, open_subject, plan
 from shadowtune.core import losses
-from shadowtune.core.losses import head_sums
+from shadowtune.core.losses import linear_cross_entropy
 from shadowtune.errors import CheckpointError, ConfigError, ShadowtuneError
 from shadowtune.model.budget import is_equal
 
@@ -64,9 +64,9 @@ def test_a_peer_computes_logits_at_all_positions_and_ours_sweeps_over_the_labell
 
     def spy(head, h, s, *rest):
         swept.append((len(h), len(s)))
-        return head_sums(head, h, s, *rest)
+        return linear_cross_entropy(head, h, s, *rest)
 
-    monkeypatch.setattr(losses, "head_sums", spy)
+    monkeypatch.setattr(losses, "linear_cross_entropy", spy)
     rows = {}
     for name in (OURS, "lora", "base"):
         one = subject(name)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shadowtune.core.head import IGNORE_INDEX
+from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data import segments
 from shadowtune.data.segments import Segment, TokenizedSegments, begin_tokens, tokenize, tokenize_segments
 from shadowtune.errors import DataError

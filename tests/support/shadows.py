@@ -5,11 +5,11 @@ from typing import Any
 import torch
 
 from shadowtune import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification
-from shadowtune.model.pair import ShadowPair
+from shadowtune.model.modeling import ShadowPreTrainedModel
 from tests.support.bases import VOCABULARY, tiny_base, tiny_classifier
 
 
-def perturb(model: ShadowPair, seed: int = 1, scale: float = 0.3) -> ShadowPair:
+def perturb(model: ShadowPreTrainedModel, seed: int = 1, scale: float = 0.3) -> ShadowPreTrainedModel:
     """Add reproducible noise to every trained parameter, so that the shadow changes every output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

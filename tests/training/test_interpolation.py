@@ -26,7 +26,7 @@ def test_it_takes_what_the_labels_are_likeliest_with(collate, better):
             model.base.model.norm.weight.mul_(0.01)
     losses = []
     for gamma in GAMMAS:
-        model.set_head_mixing(gamma)
+        model.set_logit_interpolation(gamma)
         losses.append(answer_loss(model, rows, collate, 3))
     fit = fit_logit_interpolation(model, rows, collate, 3)
     assert model.shadow.config.head_mixing == (GAMMAS[losses.index(min(losses))] or None)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from shadowtune import ShadowConfig
 from shadowtune.errors import ConfigError, TrainingError
-from shadowtune.model.pair import ShadowPair
+from shadowtune.model.modeling import ShadowPreTrainedModel
 from shadowtune.model.shadow import Shadow
 from shadowtune.training import run as run_module
 from shadowtune.training.run import build_model, train
@@ -48,13 +48,13 @@ def test_the_shadow_learns_alone_and_then_beside_its_base(tmp_path):
 def test_alone_it_learns_from_the_text_and_never_runs_the_base(tmp_path, monkeypatch):
     config = config_in(tmp_path, optimizer=replace(run_config(tmp_path).optimizer, backbone_learning_rate=1e-5))
     modes = []
-    encode = ShadowPair.encode
+    encode = ShadowPreTrainedModel.encode
 
     def spy(self, *args, **kwargs):
         modes.append(self.mode)
         return encode(self, *args, **kwargs)
 
-    monkeypatch.setattr(ShadowPair, "encode", spy)
+    monkeypatch.setattr(ShadowPreTrainedModel, "encode", spy)
     train(shadow_only_settings(config), quiet=True)
     assert set(modes) == {"detached"}
     own = shadow_only_settings(config)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shadowtune.core.top_tokens import TopTokens
+from shadowtune.core.losses import TopTokens
 from shadowtune.data.collate import CausalCollator
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.training import teacher_logits

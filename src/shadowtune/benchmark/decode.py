@@ -22,7 +22,7 @@ from shadowtune.config.checking import check_choices
 from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.model.causal_lm import ShadowForCausalLM
-from shadowtune.model.pair import Mode
+from shadowtune.model.modeling import Mode
 
 NOISE = 0.01
 """Standard deviation of what is added to every trained parameter."""

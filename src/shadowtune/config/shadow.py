@@ -25,7 +25,7 @@ class ShadowConfig:
     variant: Literal["paper", "stateless"] = "paper"
     """What a boundary computes. "paper": Eq. 2-7, from h and the shadow state s. "stateless": a correction of h that
     reads h alone, each token normalized, with a scale by which an optimizer step moves h alike for every rank, width
-    and depth (``core/injection.py``). The attached model then needs the shadow's backbone for ``head_mixing``, the
+    and depth (``core/stateless.py``). The attached model then needs the shadow's backbone for ``head_mixing``, the
     shadow's loss terms and drafts only, and does not run it otherwise. Of the settings of a boundary it knows ``rank``,
     ``alpha``, ``dropout``, ``dropout_position``, ``depth_sharing``, ``inject_first`` and ``channel_scaling``."""
     rank: int = 16

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from shadowtune.core.head import IGNORE_INDEX
+from shadowtune.core.losses import IGNORE_INDEX
 
 TEACHER_LOGITS = ("teacher_tokens", "teacher_log_probabilities")
 """Optional keys of an example with the teacher's k most likely next tokens, (T, k) each."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from shadowtune.core.head import IGNORE_INDEX
+from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data.examples import (
     Completion,
     Conversation,

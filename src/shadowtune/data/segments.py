@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from shadowtune.core.head import IGNORE_INDEX
+from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data.examples import (
     ChatMessage,
     Completion,

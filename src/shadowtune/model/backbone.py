@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from shadowtune.attach.architectures import ARCHITECTURES, Finish, architecture_of
+from shadowtune.attach.architectures import ARCHITECTURES, architecture_of
 from shadowtune.config.shadow import ShadowConfig
+from shadowtune.core.kernels.linear_cross_entropy import LogitsTransform
 from shadowtune.errors import ConfigError
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -153,7 +154,7 @@ class PretrainedBackbone:
     """Its own, of V rows."""
     head: Tensor | None = None
     """(V, d_s), what its logits come from; may be left out beside a projection."""
-    finish: Finish | None = None
+    finish: LogitsTransform | None = None
     """What it does to each logit after the product with its head."""
     projection: Tensor | None = None
     """(d, d_s), where the source comes with a projection of its own; None has it fitted."""
@@ -180,5 +181,5 @@ def load_pretrained_backbone(path_or_id: str, vocab_size: int, **kwargs: Any) ->
     network = architecture.decoder_of(model)
     frozen = FrozenEmbedding(network.config, embedding.weight)
     network.set_input_embeddings(cast(nn.Module, None))
-    finish = architecture.finish(model.config.get_text_config(decoder=True))
+    finish = architecture.logits_transform(model.config.get_text_config(decoder=True))
     return PretrainedBackbone(network, frozen, model.get_output_embeddings().weight.detach(), finish)

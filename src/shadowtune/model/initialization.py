@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shadowtune.attach.architectures import Finish, architecture_of
+from shadowtune.attach.architectures import architecture_of
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import Boundaries
+from shadowtune.core.kernels.linear_cross_entropy import LogitsTransform
 from shadowtune.errors import ConfigError
 from shadowtune.model.backbone import (
     PretrainedBackbone,
@@ -127,7 +128,9 @@ def _from_pretrained(base: PreTrainedModel, config: ShadowConfig, dtype: torch.d
             f"the projection of the backbone {config.backbone} cannot be fitted to the base's head, which is quantized "
             "or offloaded; load the base whole (base_quantization: none)"
         )
-    projection, error = _start_projection(shadow.projection, head, architecture_of(base.config).finish(text), source)
+    projection, error = _start_projection(
+        shadow.projection, head, architecture_of(base.config).logits_transform(text), source
+    )
     name = lasting_name(config.backbone)
     return shadow, Initialization("pretrained", name, projection=projection, projection_error=error)
 
@@ -155,7 +158,7 @@ def _projected(place: str, text: PreTrainedConfig) -> PretrainedBackbone:
 
 
 def _start_projection(
-    projection: nn.Module, head: Tensor | None, finish: Finish | None, source: PretrainedBackbone
+    projection: nn.Module, head: Tensor | None, finish: LogitsTransform | None, source: PretrainedBackbone
 ) -> tuple[ProjectionStart, float | None]:
     """Start the projection of a pretrained backbone; return what it started as, and its error where that is known."""
     weight = None
@@ -280,7 +283,7 @@ def _is_dense(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta
 
 
-def _slope(finish: Finish | None) -> float:
+def _slope(finish: LogitsTransform | None) -> float:
     """What a model multiplies small logits by after its head: 1 unless it scales them (granite)."""
     small = torch.tensor(1e-6, dtype=torch.float64)
     return 1.0 if finish is None else (finish(small) / small).item()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from shadowtune.model.pair import ShadowPair
+from shadowtune.model.modeling import ShadowPreTrainedModel
 
 
 class MetricsFile(TrainerCallback):
@@ -130,7 +130,7 @@ class ProjectionWarmup(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, steps: int) -> None:
-        assert isinstance(model, ShadowPair)
+        assert isinstance(model, ShadowPreTrainedModel)
         self.backbone = model.shadow.backbone
         self.steps = steps
 

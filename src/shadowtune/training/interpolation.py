@@ -16,9 +16,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from shadowtune.config.training import TrainConfig
-from shadowtune.core.boundary import mix
-from shadowtune.core.head import IGNORE_INDEX, summed_cross_entropy
-from shadowtune.core.losses import labelled_rows
+from shadowtune.core.boundary import interpolate
+from shadowtune.core.losses import IGNORE_INDEX, shift_and_select, summed_cross_entropy
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.detached import write_plain
 from shadowtune.model.ensemble import SMALL, LogitEnsemble, write_weight
@@ -52,18 +51,18 @@ def fit_logit_interpolation(
         collate: makes a batch of them.
         batch_size: examples per batch.
     """
-    model.eval().set_head_mixing(None)
+    model.eval().set_logit_interpolation(None)
 
     def interpolations() -> Iterator[Interpolation]:
         for batch in _batches(examples, collate, batch_size, model.device):
             labels = batch.pop("labels")
             output, state = model.encode(**batch, use_cache=False, run_shadow=True)
             assert output.last_hidden_state is not None and state.initial is not None
-            targets, h, s = labelled_rows(labels, output.last_hidden_state, state.initial)
-            yield lambda gamma, h=h, s=s: model.logits_of(mix(h, s, gamma)), targets  # type: ignore[misc]
+            targets, h, s = shift_and_select(labels, output.last_hidden_state, state.initial)
+            yield lambda gamma, h=h, s=s: model.logits_of(interpolate(h, s, gamma)), targets  # type: ignore[misc]
 
     fit = _fit(interpolations())
-    model.set_head_mixing(fit.gamma or None)
+    model.set_logit_interpolation(fit.gamma or None)
     return fit
 
 

@@ -43,8 +43,8 @@ from shadowtune.model.methods import (
     parameter_table,
     trainable_parameters,
 )
+from shadowtune.model.modeling import ShadowPreTrainedModel
 from shadowtune.model.older_versions import write_older_keys
-from shadowtune.model.pair import ShadowPair
 from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import peak_memory_mb, provenance
 from shadowtune.training.callbacks import GracefulInterrupt, MetricsFile, ProjectionWarmup
@@ -238,7 +238,7 @@ class ModelRun:
         for part, total, trained in parameter_table(model):
             self.options.report(f"parameters: {part}: {total:,} of which trainable {trained:,}")
         before = trainable_parameters(model)
-        if on_task and isinstance(model, ShadowPair):
+        if on_task and isinstance(model, ShadowPreTrainedModel):
             model.freeze_unused()
         return before if config.shadow_first else trainable_parameters(model)
 

@@ -25,11 +25,11 @@ from transformers.trainer_utils import TrainOutput
 
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import TrainConfig
-from shadowtune.core.head import IGNORE_INDEX
+from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data.generation import generate_answers
 from shadowtune.errors import ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM
-from shadowtune.model.pair import ShadowPair
+from shadowtune.model.modeling import ShadowPreTrainedModel
 from shadowtune.training.interpolation import fit_logit_interpolation
 from shadowtune.training.run_directory import LORA_DIRECTORY, SHADOW_DIRECTORY
 from shadowtune.training.training_data import Collator
@@ -202,7 +202,7 @@ def _training_entries(output: TrainOutput) -> dict[str, Any]:
     return {"steps": output.global_step, "final_loss": output.training_loss}
 
 
-def prepare_shadow_only(model: nn.Module, projection_steps: int = 0) -> ShadowPair:
+def prepare_shadow_only(model: nn.Module, projection_steps: int = 0) -> ShadowPreTrainedModel:
     """Set mode "detached" and freeze what belongs to the attached model: boundaries and draft head.
 
     Boundaries that start with W_up = 0 keep the attached model equal to its base.
@@ -210,7 +210,7 @@ def prepare_shadow_only(model: nn.Module, projection_steps: int = 0) -> ShadowPa
     Raises:
         ConfigError: if ``projection_steps`` is set and the shadow has no projections.
     """
-    assert isinstance(model, ShadowPair)
+    assert isinstance(model, ShadowPreTrainedModel)
     if projection_steps and not isinstance(model.shadow.projection, nn.Linear):
         raise ConfigError(
             f"projection_steps={projection_steps} trains the shadow's projections first, but it has none, because its "
@@ -223,7 +223,7 @@ def prepare_shadow_only(model: nn.Module, projection_steps: int = 0) -> ShadowPa
 
 
 @contextmanager
-def shadow_only(model: ShadowPair, distillation: bool = False) -> Iterator[None]:
+def shadow_only(model: ShadowPreTrainedModel, distillation: bool = False) -> Iterator[None]:
     """Context in which a model is its detached shadow, and nothing else of it is trainable.
 
     Args:

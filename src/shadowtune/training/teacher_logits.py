@@ -19,9 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from shadowtune.config.training import TrainConfig
-from shadowtune.core.head import IGNORE_INDEX
-from shadowtune.core.losses import labelled_rows
-from shadowtune.core.top_tokens import TopTokens, top_tokens
+from shadowtune.core.losses import IGNORE_INDEX, TopTokens, shift_and_select, top_tokens
 from shadowtune.data.collate import TEACHER_LOGITS
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM
@@ -195,7 +193,7 @@ def _compute_logits(model: ShadowForCausalLM, examples: Any, collate: Collator, 
     for start in range(0, len(examples), batch_size):
         batch = send_to_device(collate(examples[start : start + batch_size]), model.device)
         labels = batch.pop("labels")
-        _, hidden_states = labelled_rows(labels, model.base_states(**batch))
+        _, hidden_states = shift_and_select(labels, model.base_states(**batch))
         parts.append(top_tokens(model.head, hidden_states, weights.top_k, weights.temperature))
     return TopTokens(*(torch.cat(each) for each in zip(*parts, strict=True)))
 

@@ -22,8 +22,8 @@ from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError, TrainingError
 from shadowtune.model.checkpoint import read_tensors
 from shadowtune.model.loading import load_tensors
+from shadowtune.model.modeling import ShadowPreTrainedModel
 from shadowtune.model.objective import Objective, is_finite, joint_causal_objective
-from shadowtune.model.pair import ShadowPair
 from shadowtune.training.callbacks import SkipNonfiniteSteps
 from shadowtune.training.checkpoints import (
     TrainingProgress,
@@ -289,7 +289,7 @@ class ShadowTrainer(Trainer):
 
     def _scheduled_weight(self) -> dict[str, float]:
         """Return lambda at this step, linear from the first to the last step, if ``shadow_loss_weight_end`` is set."""
-        if not isinstance(self.model, ShadowPair):
+        if not isinstance(self.model, ShadowPreTrainedModel):
             return {}
         config = self.model.shadow.config
         if config.shadow_loss_weight_end is None:
@@ -353,7 +353,7 @@ class ShadowTrainer(Trainer):
                 f"{resume_from_checkpoint} was written by {before} process(es) and cannot be resumed with {now}: every "
                 f"step would see other rows; start {before}"
             )
-        if isinstance(self.model, ShadowPair) and not self.is_fsdp_enabled:
+        if isinstance(self.model, ShadowPreTrainedModel) and not self.is_fsdp_enabled:
             load_tensors(self.model.trained_modules(), read_tensors(resume_from_checkpoint), resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowtune.attach.architectures import ARCHITECTURES
 from shadowtune.config.training import TrainConfig
-from shadowtune.core.head import IGNORE_INDEX
+from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data.blocks import BlockReport
 from shadowtune.data.chat_template import load_tokenizer_and_format
 from shadowtune.data.collate import CausalCollator, ClassificationCollator, PackedCollator
@@ -21,7 +21,7 @@ from shadowtune.data.generation import ends_to_record
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ConfigError, DataError, ShadowtuneError
 from shadowtune.model.methods import context_length
-from shadowtune.model.pair import ShadowPair
+from shadowtune.model.modeling import ShadowPreTrainedModel
 from shadowtune.models import resolve
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -136,7 +136,7 @@ def check_data(data: TrainingData, model: nn.Module) -> None:
 
 def _check_packing(model: nn.Module) -> None:
     configs: list[Any] = [model.config]
-    if isinstance(model, ShadowPair):
+    if isinstance(model, ShadowPreTrainedModel):
         configs.append(model.shadow.backbone.config)
     packing = {name for name, architecture in ARCHITECTURES.items() if architecture.packs}
     for config in configs:

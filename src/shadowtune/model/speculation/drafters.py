@@ -9,8 +9,8 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.core.drafting import DraftFusion
-from shadowtune.core.head import Head
+from shadowtune.core.draft_head import DraftHead
+from shadowtune.core.kernels.linear_cross_entropy import Head
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.acceptance import Proposal
 
@@ -63,7 +63,7 @@ class ShadowDrafter:
         head: Head,
         vocabulary: Tensor | None,
         warpers: LogitsProcessorList | None,
-        fusion: DraftFusion | None = None,
+        fusion: DraftHead | None = None,
     ) -> None:
         self._head, self._fusion = head, fusion
         self._previous: Tensor | None = None
@@ -96,7 +96,7 @@ class ShadowDrafter:
         if self._vocabulary is None:
             return self._head.apply(states)
         logits = torch.nn.functional.linear(states.to(self._rows.dtype), self._rows, self._bias)
-        return logits if self._head.finish is None else self._head.finish(logits)
+        return logits if self._head.logits_transform is None else self._head.logits_transform(logits)
 
     def _named(self, columns: Tensor) -> Tensor:
         return columns if self._vocabulary is None else self._vocabulary[columns]

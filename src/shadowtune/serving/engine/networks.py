@@ -9,9 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
-from shadowtune.core.injection_mixture import InjectionMixture
-from shadowtune.core.mixture import Mixture, mixing_key
-from shadowtune.core.state import ShadowState
+from shadowtune.core.boundary import ShadowState
+from shadowtune.core.multi_adapter import AdapterStack, batching_key
 from shadowtune.serving.engine.adapters import Adapter, padded
 from shadowtune.serving.engine.rows import Row
 from shadowtune.serving.engine.slots import Slots
@@ -37,9 +36,8 @@ class Networks:
         self.base = base.eval()
         self.slots = Slots(base.config, base.dtype, base.device)
         self._decoder: Any = architecture.decoder_of(base)
-        self._finish = architecture.finish(base.config.get_text_config(decoder=True))
-        self._depth = len(architecture.blocks_of(base))
-        self._mixtures: OrderedDict[tuple[Adapter, ...], Mixture | InjectionMixture] = OrderedDict()
+        self._logits_transform = architecture.logits_transform(base.config.get_text_config(decoder=True))
+        self._mixtures: OrderedDict[tuple[Adapter, ...], AdapterStack] = OrderedDict()
 
     def join(self, row: Row) -> None:
         """Give a row its slots."""
@@ -83,12 +81,12 @@ class Networks:
         shadow = {} if state is None else {"shadow": state}
         output = self._decoder(input_ids=ids, **self.slots.inputs(rows, starts, counts, ids.shape[1]), **shadow)
         hidden_states: Tensor = output.last_hidden_state
-        return hidden_states if state is None else state.arrive(self._depth, hidden_states)
+        return hidden_states
 
     def head(self, states: Tensor) -> Tensor:
         """Apply the base's head: (..., d) -> (..., V)."""
         logits = self.base.get_output_embeddings()(states.to(self.base.dtype))
-        return logits if self._finish is None else self._finish(logits)
+        return logits if self._logits_transform is None else self._logits_transform(logits)
 
     def forget(self, adapter: Adapter) -> None:
         """Let go of what was made of a shadow."""
@@ -118,13 +116,11 @@ class Networks:
         if alone:
             return ShadowState(members[0].boundaries, states)
         owners = [None if row.adapter is None else members.index(row.adapter) for row in rows]
-        return ShadowState(self._mixture(members).of_rows(owners, width), states)
+        return ShadowState(self._mixture(members).for_sequences(owners, width), states)
 
-    def _mixture(self, members: tuple[Adapter, ...]) -> Mixture | InjectionMixture:
+    def _mixture(self, members: tuple[Adapter, ...]) -> AdapterStack:
         if members not in self._mixtures:
-            stateless = members[0].boundaries.config.variant == "stateless"
-            kind = InjectionMixture if stateless else Mixture
-            self._mixtures[members] = kind([member.boundaries for member in members])
+            self._mixtures[members] = AdapterStack([member.boundaries for member in members])
         self._mixtures.move_to_end(members)
         while len(self._mixtures) > MIXTURES:
             self._mixtures.popitem(last=False)
@@ -143,4 +139,4 @@ def _gathered(rows: Sequence[Row], parts: Known, width: int) -> Tensor:
 
 def _key(adapter: Adapter) -> Hashable:
     """What adapters that share a pass have in common."""
-    return mixing_key(adapter.boundaries) if adapter.finite else adapter.name
+    return batching_key(adapter.boundaries) if adapter.finite else adapter.name
