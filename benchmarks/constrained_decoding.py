@@ -163,12 +163,12 @@ def main() -> None:
             compiling, masks, followed = [], [], 0
             try:
                 for _ in range(REPEATS):
-                    took, follower = milliseconds(partial(compiled, schema))
+                    took, matcher = milliseconds(partial(compiled, schema))
                     compiling.append(took)
                     followed = 0
                     for token in tokens:
-                        masks.append(milliseconds(follower.mask)[0])
-                        if not follower.advance(token):
+                        masks.append(milliseconds(matcher.mask)[0])
+                        if not matcher.advance(token):
                             break
                         followed += 1
             except (ValueError, RuntimeError) as error:

@@ -9,7 +9,7 @@ from shadowtune.cli.served import open_served
 from shadowtune.config.serving import ServerConfig
 from shadowtune.evaluation.run import FinishedRun
 from shadowtune.serving.engine.engine import Engine
-from shadowtune.serving.engine.limits import Limits
+from shadowtune.serving.engine.scheduler import Limits
 from shadowtune.serving.http.app import create_app
 from tests.support.chats import GPT_OSS, QWEN3, chat_tokenizer, learned_run
 

@@ -1,4 +1,4 @@
-"""Answers that fit a schema, whatever the weights: in the engine, beside others, with drafts, and at the edge."""
+"""Constrained decoding: output fits its schema in the engine, with drafts, and at the edge."""
 
 import asyncio
 import json
@@ -11,11 +11,11 @@ pytest.importorskip("llguidance")
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.export.opening import OpenModel
 from shadowtune.export.runtimes import TorchModel
-from shadowtune.serving.constrained import Schemas, closed
+from shadowtune.serving.constrained import SchemaCompiler, close_objects
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.engine.engine import Engine
-from shadowtune.serving.engine.limits import Limits
-from shadowtune.serving.requests import Request, RequestError, Sampling
+from shadowtune.serving.engine.scheduler import Limits
+from shadowtune.serving.requests import GenerationRequest, RequestError, SamplingParams
 from tests.serving.engine.support import adapter, alone, ask, prompt, request, with_engine
 from tests.support.bases import VOCABULARY, tiny_base
 from tests.support.tokenizers import tiny_tokenizer
@@ -46,7 +46,7 @@ def served(models, base, **limits):
 
 
 def wanted(model="a", temperature=0.0, **settings):
-    sampling = Sampling(temperature=temperature, seed=settings.pop("seed", None))
+    sampling = SamplingParams(temperature=temperature, seed=settings.pop("seed", None))
     plain = {"schema": SCHEMA, "max_tokens": 100, "ignore_eos": False, "sampling": sampling}
     return request(model, **{**plain, **settings})
 
@@ -123,7 +123,7 @@ def test_a_schema_that_cannot_be_is_refused(schema):
 
     async def work(each):
         with pytest.raises(RequestError) as refused:
-            await each.answer(wanted(schema=schema))
+            await each.generate(wanted(schema=schema))
         return refused.value
 
     error = with_engine(served({"a": adapter(base)}, base), work)
@@ -131,9 +131,9 @@ def test_a_schema_that_cannot_be_is_refused(schema):
 
 
 def test_a_vocabulary_that_cannot_write_it_is_an_error():
-    follower = Schemas(tiny_tokenizer(), VOCABULARY, frozenset({2})).follower({"type": "object"})
+    matcher = SchemaCompiler(tiny_tokenizer(), VOCABULARY, frozenset({2})).compile({"type": "object"})
     with pytest.raises(RequestError):
-        follower.advance(int(follower.restrict(torch.zeros(VOCABULARY)).argmax()))
+        matcher.advance(int(matcher.restrict(torch.zeros(VOCABULARY)).argmax()))
 
 
 def test_the_edge_fits_it_too():
@@ -145,8 +145,10 @@ def test_the_edge_fits_it_too():
     async def work():
         answers = []
         for seed in range(3):
-            asked = Request("a", prompt=[5, 6], schema=SCHEMA, sampling=Sampling(seed=seed), max_tokens=100)
-            pieces = [piece async for piece in await model.answer(asked)]
+            asked = GenerationRequest(
+                "a", prompt=[5, 6], schema=SCHEMA, sampling=SamplingParams(seed=seed), max_tokens=100
+            )
+            pieces = [piece async for piece in await model.generate(asked)]
             answers.append(("".join(piece.text for piece in pieces), pieces[-1].finish_reason))
         await model.aclose()
         return answers
@@ -163,8 +165,8 @@ def test_stop_tokens_end_and_least_tokens_hold():
     first = said.index(stop)
 
     async def work(each):
-        stopped = await ask(each, request(stop_tokens=(stop,)))
-        later = await ask(each, request(stop_tokens=(stop,), min_tokens=first + 3))
+        stopped = await ask(each, request(stop_token_ids=(stop,)))
+        later = await ask(each, request(stop_token_ids=(stop,), min_tokens=first + 3))
         return stopped, later
 
     (tokens, pieces), (later, _) = with_engine(served(models, base), work)
@@ -176,7 +178,7 @@ def test_stop_tokens_end_and_least_tokens_hold():
 def test_objects_that_list_their_properties_are_closed():
     inner = {"type": "object", "properties": {"b": {"type": "integer"}}}
     schema = {"properties": {"a": inner, "c": {"items": inner}}, "$defs": {"d": inner}, "default": {"properties": {}}}
-    told = closed(schema)
+    told = close_objects(schema)
     assert told["additionalProperties"] is told["properties"]["a"]["additionalProperties"] is False
     assert (
         told["properties"]["c"]["items"]["additionalProperties"] is told["$defs"]["d"]["additionalProperties"] is False
@@ -195,4 +197,4 @@ def test_objects_that_list_their_properties_are_closed():
     ],
 )
 def test_others_stay_open(schema):
-    assert closed(schema) == schema
+    assert close_objects(schema) == schema

@@ -6,8 +6,8 @@ import pytest
 
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import DataError
-from shadowtune.serving.conversation import conversation_ids
-from shadowtune.serving.requests import Request, RequestError
+from shadowtune.serving.conversation import chat_token_ids
+from shadowtune.serving.requests import GenerationRequest, RequestError
 from tests.support.tokenizers import CHATML, tiny_tokenizer
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "of a city"}}
@@ -32,8 +32,8 @@ WITH_TOOLS = (
 
 def text(template, messages=USER, tools=(TOOL,), prompt_format=None, **fields):
     tokenizer = tiny_tokenizer(template, more='<>{}[]"_/()')
-    request = Request("m", messages=messages, tools=tools, **fields)
-    return tokenizer.decode(conversation_ids(request, prompt_format or PromptFormat(), tokenizer))
+    request = GenerationRequest("m", messages=messages, tools=tools, **fields)
+    return tokenizer.decode(chat_token_ids(request, prompt_format or PromptFormat(), tokenizer))
 
 
 def test_tools_go_through_the_models_template():

@@ -1,4 +1,4 @@
-"""A base's own penalties hold in generate, in evaluate and in both servers, unless a request says otherwise."""
+"""A base's own penalties hold in generate, in evaluate and in both servers, unless a request overrides them."""
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ from shadowtune.export.exporting import FORMATS
 from shadowtune.export.opening import open_model
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.engine.engine import Engine
-from shadowtune.serving.engine.limits import Limits
-from shadowtune.serving.requests import Request, Sampling
-from shadowtune.serving.sampling import penalty_of, processors
+from shadowtune.serving.engine.scheduler import Limits
+from shadowtune.serving.requests import GenerationRequest, SamplingParams
+from shadowtune.serving.sampling import logits_processors, repetition_penalty
 from tests.export.support import plain_model
 from tests.serving.edge.models import KINDS, answered
 from tests.support.shadows import perturbed_model, tokens
@@ -24,11 +24,11 @@ from tests.support.tokenizers import tiny_tokenizer
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (4, 7, 9)]
 
 
-def said(answerer, name, prompt, count=10, **sampling):
-    request = Request(
-        name, prompt=prompt, max_tokens=count, ignore_eos=True, sampling=Sampling(temperature=0, **sampling)
+def said(backend, name, prompt, count=10, **sampling):
+    request = GenerationRequest(
+        name, prompt=prompt, max_tokens=count, ignore_eos=True, sampling=SamplingParams(temperature=0, **sampling)
     )
-    pieces, _ = answered(answerer(), request)
+    pieces, _ = answered(backend(), request)
     return "".join(piece.text for piece in pieces)
 
 
@@ -61,7 +61,7 @@ def test_the_edge_penalizes_in_every_format(kind, tmp_path):
         path.mkdir()
     FORMATS[kind].write(model, tokenizer, path, "f32", PromptFormat())
     opened = open_model(path)
-    assert penalty_of(Sampling(), opened.generation) == pytest.approx(1.8)
+    assert repetition_penalty(SamplingParams(), opened.generation) == pytest.approx(1.8)
     model.generation_config.eos_token_id = None
     for prompt in PROMPTS:
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
@@ -81,8 +81,8 @@ def test_generate_and_evaluate_take_the_models_penalty_and_no_way_of_drawing():
     assert len(drawn) > 1, "the base's top_k=1 would leave nothing to draw from"
 
 
-def test_a_request_that_says_nothing_has_the_models_penalty():
-    assert penalty_of(Sampling(), None) == 1.0
-    assert penalty_of(Sampling(), GenerationConfig(repetition_penalty=1.4)) == 1.4
-    assert penalty_of(Sampling(repetition_penalty=1.0), GenerationConfig(repetition_penalty=1.4)) == 1.0
-    assert len(processors(Sampling(temperature=0), 3, GenerationConfig(repetition_penalty=1.4))) == 1
+def test_a_request_without_a_penalty_has_the_models():
+    assert repetition_penalty(SamplingParams(), None) == 1.0
+    assert repetition_penalty(SamplingParams(), GenerationConfig(repetition_penalty=1.4)) == 1.4
+    assert repetition_penalty(SamplingParams(repetition_penalty=1.0), GenerationConfig(repetition_penalty=1.4)) == 1.0
+    assert len(logits_processors(SamplingParams(temperature=0), 3, GenerationConfig(repetition_penalty=1.4))) == 1

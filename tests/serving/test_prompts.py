@@ -1,19 +1,19 @@
-"""Requests become the prompts of training in both servers, or are refused with what would be lost."""
+"""Both servers render requests as training does, or refuse what would be lost."""
 
 import pytest
 from starlette.testclient import TestClient
 
 from shadowtune.config.serving import ServerConfig
 from shadowtune.data.encoding import encode_prompts
-from shadowtune.data.examples import FieldNames
 from shadowtune.data.prompt_format import PromptFormat
+from shadowtune.data.prompts import FieldNames
 from shadowtune.export.opening import of_model
 from shadowtune.serving.edge.local import LocalModel
-from shadowtune.serving.edge.openai_api import request_body
+from shadowtune.serving.edge.wire import body_of
 from shadowtune.serving.engine.engine import Engine
-from shadowtune.serving.engine.limits import Limits
+from shadowtune.serving.engine.scheduler import Limits
 from shadowtune.serving.http.app import create_app
-from shadowtune.serving.requests import Request
+from shadowtune.serving.requests import GenerationRequest
 from tests.support.chats import PARTS, QWEN3, chat_tokenizer
 from tests.support.shadows import perturbed_model
 
@@ -35,8 +35,8 @@ def serve(request):
     opened = []
 
     def make(form, tokenizer=None):
-        answerer = request.param(form, tokenizer or chat_tokenizer())
-        client = TestClient(create_app(answerer, ServerConfig(), "cloud"), raise_server_exceptions=False)
+        backend = request.param(form, tokenizer or chat_tokenizer())
+        client = TestClient(create_app(backend, ServerConfig(), "cloud"), raise_server_exceptions=False)
         client.__enter__()
         opened.append(client)
         return client
@@ -122,6 +122,6 @@ def test_completions_read_as_many_tokens_as_training_had(serve, add_bos):
 
 def test_the_edge_hands_over_all_that_makes_the_prompt():
     asked = {"fields": {"input": "blue"}, "tools": [{"type": "function"}], "chat_template_kwargs": {"a": 1}}
-    body = request_body(Request("m", messages=[USER], **asked), "m")
+    body = body_of(GenerationRequest("m", messages=[USER], **asked), "m")
     assert {name: body[name] for name in asked} == asked
-    assert not set(asked) & set(request_body(Request("m", messages=[USER]), "m"))
+    assert not set(asked) & set(body_of(GenerationRequest("m", messages=[USER]), "m"))

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from shadowtune.serving.requests import Piece, Usage
-from shadowtune.serving.tools import CallReader, call_schema
+from shadowtune.serving.requests import OutputChunk, Usage
+from shadowtune.serving.tools import ToolCallParser, call_schema
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 CALL = '{"name": "weather", "arguments": {"city": "Ulm"}}'
@@ -11,9 +11,11 @@ CALL = '{"name": "weather", "arguments": {"city": "Ulm"}}'
 
 def read(text, size=1, names=("weather", "time"), **settings):
     """Feed a text in pieces of ``size`` characters; return what was said, the calls and the reason."""
-    reader = CallReader(names, **settings)
+    parser = ToolCallParser(names, **settings)
     parts = [text[start : start + size] for start in range(0, len(text), size)]
-    pieces = [reader.read(Piece(part)) for part in parts] + [reader.read(Piece("", (), "stop", Usage(1, 1)))]
+    pieces = [parser.parse(OutputChunk(part)) for part in parts] + [
+        parser.parse(OutputChunk("", (), "stop", Usage(1, 1)))
+    ]
     calls = [call for piece in pieces for call in piece.tool_calls]
     return "".join(piece.text for piece in pieces), calls, pieces[-1].finish_reason
 
@@ -72,8 +74,8 @@ def test_everything_else_is_text(text, size):
 
 
 def test_words_that_are_no_call_are_not_held_back():
-    reader = CallReader(["weather"])
-    assert [reader.read(Piece(word)).text for word in ("Ulm", " is", " a <", " city")] == [
+    parser = ToolCallParser(["weather"])
+    assert [parser.parse(OutputChunk(word)).text for word in ("Ulm", " is", " a <", " city")] == [
         "Ulm",
         " is",
         " a ",

@@ -22,8 +22,8 @@ from shadowtune.config.checking import check_choices
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.serving.engine.engine import Engine
-from shadowtune.serving.engine.limits import Limits
-from shadowtune.serving.requests import Request, Sampling
+from shadowtune.serving.engine.scheduler import Limits
+from shadowtune.serving.requests import GenerationRequest, SamplingParams
 
 SERVED = ("mixed", "batched", "alone")
 """What can be measured."""
@@ -76,7 +76,7 @@ class ServingSubject(TimedSubject):
         self.mark_loaded(nn.ModuleList(models))
         self.names = [f"adapter-{index}" for index in range(count)]
         loaded = {name: (model, PromptFormat()) for name, model in zip(self.names, models, strict=True)}
-        limits = Limits(max_rows=max(settings.streams), speculation=None)
+        limits = Limits(max_sequences=max(settings.streams), speculation=None)
         self.engine = Engine(base, base_tokenizer(settings.model), loaded, limits)
         vocabulary = base.config.get_text_config(decoder=True).vocab_size
         self.prompts = torch.randint(3, vocabulary, (max(settings.streams), settings.prompt)).tolist()
@@ -108,17 +108,17 @@ class ServingSubject(TimedSubject):
         if any(tokens != self.settings.new for tokens in said):
             raise ShadowtuneError(f"{self.name} answered with {said} tokens, not {self.settings.new} each")
 
-    async def _ask(self, request: Request) -> int:
-        pieces = [piece async for piece in await self.engine.answer(request)]
+    async def _ask(self, request: GenerationRequest) -> int:
+        pieces = [piece async for piece in await self.engine.generate(request)]
         usage = pieces[-1].usage
         return 0 if usage is None else usage.completion_tokens
 
-    def _request(self, stream: int) -> Request:
-        return Request(
+    def _request(self, stream: int) -> GenerationRequest:
+        return GenerationRequest(
             self.names[stream % len(self.names)],
             prompt=self.prompts[stream],
             max_tokens=self.settings.new,
-            sampling=Sampling(temperature=0),
+            sampling=SamplingParams(temperature=0),
             ignore_eos=True,
         )
 

@@ -14,7 +14,7 @@ from shadowtune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from shadowtune.config.cloud import CloudConfig
-    from shadowtune.serving.requests import Answerer, Request
+    from shadowtune.serving.requests import Backend, GenerationRequest
     from shadowtune.serving.simulation.records import AnswerFile, RecordedAnswer
 
 NAME = "model"
@@ -29,7 +29,7 @@ class Side:
     """Of the file, and in messages."""
     source: str
     """A run, a detached model's files, or an address."""
-    open: Callable[[], "Answerer"]
+    open: Callable[[], "Backend"]
     far: bool = False
     """Whether it is asked in messages, as users do, where that is possible."""
 
@@ -109,11 +109,11 @@ async def _answer(side: Side, labelled: LabelledSet, recording: "AnswerFile", sh
     """Ask what has not been answered yet, one after the other."""
     from shadowtune.serving.simulation.records import measure
 
-    answerer = side.open()
+    backend = side.open()
 
     async def ask(number: int) -> "RecordedAnswer":
         asked = _request(labelled.requests[number], labelled.max_new_tokens, side.far)
-        return await measure(answerer, asked, partial(labelled.score, number), labelled.tokenize)
+        return await measure(backend, asked, partial(labelled.score, number), labelled.tokenize)
 
     try:
         todo = range(len(recording.answers), len(labelled.requests))
@@ -122,26 +122,26 @@ async def _answer(side: Side, labelled: LabelledSet, recording: "AnswerFile", sh
             recording.add(await ask(number))
             show(number + 1, len(labelled.requests))
     finally:
-        await answerer.aclose()
+        await backend.aclose()
 
 
-def _request(asked: Labelled, max_new_tokens: int, far: bool) -> "Request":
-    from shadowtune.serving.requests import Request, Sampling
+def _request(asked: Labelled, max_new_tokens: int, far: bool) -> "GenerationRequest":
+    from shadowtune.serving.requests import GenerationRequest, SamplingParams
 
     words: dict[str, Any] = {"prompt": asked.prompt}
     if far and asked.messages is not None:
         words = {"messages": asked.messages}
-    return Request(NAME, **words, max_tokens=max_new_tokens, sampling=Sampling(temperature=0))
+    return GenerationRequest(NAME, **words, max_tokens=max_new_tokens, sampling=SamplingParams(temperature=0))
 
 
-def _open_edge(path: Path) -> "Answerer":
+def _open_edge(path: Path) -> "Backend":
     from shadowtune.export.opening import open_model
     from shadowtune.serving.edge.local import LocalModel
 
     return _open_run(path, detached=True) if is_run(path) else LocalModel(open_model(path), NAME)
 
 
-def _open_run(path: Path, detached: bool) -> "Answerer":
+def _open_run(path: Path, detached: bool) -> "Backend":
     from shadowtune.evaluation.run import FinishedRun
     from shadowtune.export.opening import of_model
     from shadowtune.serving.edge.local import LocalModel

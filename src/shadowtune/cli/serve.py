@@ -11,7 +11,7 @@ from shadowtune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from shadowtune.config.serving import ServerConfig
-    from shadowtune.serving.engine.engine import Loaded
+    from shadowtune.serving.engine.engine import LoadedAdapter
 
 CLOSE_SECONDS = 5.0
 """For which the engine may end what runs after the server has waited for ``--drain-timeout``."""
@@ -58,18 +58,18 @@ def _build(runs: dict[str, Path], arguments: argparse.Namespace, config: "Server
     from shadowtune.cli.served import check_finite, open_served, open_shadow, read_source
     from shadowtune.config.speculation import SpeculationConfig
     from shadowtune.serving.engine.engine import Engine
-    from shadowtune.serving.engine.limits import Limits
+    from shadowtune.serving.engine.scheduler import Limits
     from shadowtune.serving.http.app import create_app
 
     limits = Limits(
-        max_rows=arguments.max_rows,
+        max_sequences=arguments.max_rows,
         max_queue=arguments.max_queue,
         speculation=None if arguments.no_speculate else SpeculationConfig(),
         close_seconds=CLOSE_SECONDS,
     )
     served = open_served(runs, say)
 
-    def open_adapter(path: str) -> "Loaded":
+    def open_adapter(path: str) -> "LoadedAdapter":
         try:
             source = read_source(Path(path))
             model = open_shadow(source, served.base)

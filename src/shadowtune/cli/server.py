@@ -151,12 +151,12 @@ def run_server(config: ServerConfig, build: Callable[[], Any]) -> int:
         gc.collect()
         gc.freeze()  # the model's objects stay: large requests would have them looked through again and again
         address = address_of(bound)
-        names = [card.name for card in app.state.desk.answerer.models()]
+        names = [card.name for card in app.state.admission.backend.models()]
         _log(config.log_prompts)
         if not config.key_hashes and not config.is_local:
             say(f"note: {config.host} is open to the network and asks for no key; --api-key-file asks for one")
         make_server(app, config, lambda: print(_welcome(address, names, config), flush=True)).run([bound])
-    failure = app.state.desk.failure()
+    failure = app.state.admission.failure()
     if failure is None:
         return 0
     say(f"the server could not go on: {failure}")

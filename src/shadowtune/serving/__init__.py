@@ -1,1 +1,1 @@
-"""Answering over HTTP: the attached model in the cloud, the detached one at the edge, and who answers what."""
+"""Serving over HTTP: the attached model in the cloud, the detached model at the edge, and routing between the two."""

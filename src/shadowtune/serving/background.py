@@ -1,4 +1,4 @@
-"""Work outside of the event loop: one daemon thread, and results that concurrent callers share."""
+"""Work outside of the event loop: a daemon thread, and calls that share one run."""
 
 import asyncio
 import queue
@@ -13,11 +13,7 @@ Result = TypeVar("Result")
 class DaemonThread:
     """Runs functions one after another in a thread that never keeps the process alive.
 
-    ``ThreadPoolExecutor`` waits for its threads when the interpreter exits, so a model that hangs would keep a server
-    from ending.
-
-    Args:
-        name: of the thread.
+    ``ThreadPoolExecutor`` joins its threads at interpreter exit, so a model that hangs would keep a server from ending.
     """
 
     def __init__(self, name: str) -> None:
@@ -26,7 +22,7 @@ class DaemonThread:
         self._thread.start()
 
     def submit(self, function: Callable[[], Result]) -> "Future[Result]":
-        """Queue a function; cancelling the future before its turn removes it."""
+        """Queue a function; cancelling the future before it runs removes it."""
         future: Future[Result] = Future()
         self._work.put((future, function))
         return future
@@ -44,18 +40,14 @@ class DaemonThread:
                 continue
             try:
                 result = function()
-            except BaseException as error:  # who waits for the future gets it; the thread goes on
+            except BaseException as error:  # raised where the future is awaited; the thread goes on
                 future.set_exception(error)
             else:
                 future.set_result(result)
 
 
 class SharedWork:
-    """Runs functions in a ``DaemonThread``; concurrent calls with the same key share one run.
-
-    Args:
-        name: of the thread.
-    """
+    """Runs functions in a ``DaemonThread``; concurrent calls with the same key share one run."""
 
     def __init__(self, name: str) -> None:
         self._thread = DaemonThread(name)
@@ -63,9 +55,9 @@ class SharedWork:
         self._callers: dict[Hashable, int] = {}
 
     async def run(self, key: Hashable, function: Callable[[], Result]) -> Result:
-        """Return the function's result, or that of a call with the same key that has not ended.
+        """Return the function's result, or that of a run with the same key that has not ended.
 
-        A caller that is cancelled leaves the run to the others; with the last of them it is taken out of the queue.
+        Cancelling a caller leaves the run to the others; cancelling the last one removes it from the queue.
         """
         shared = self._running.get(key)
         if shared is None:
@@ -79,7 +71,7 @@ class SharedWork:
             self._callers[key] -= 1
             if not self._callers[key]:
                 del self._callers[key], self._running[key]
-                shared.cancel()  # does nothing to what has ended
+                shared.cancel()  # no effect on a run that has ended
 
     def close(self, seconds: float) -> bool:
         """As ``DaemonThread.close``."""

@@ -1,7 +1,7 @@
-"""Answers that fit a JSON schema: llguidance says after each token which tokens may follow.
+"""Constrained decoding: output that fits a JSON schema, with token masks from llguidance.
 
 llguidance was chosen by measurement (docs/log.md): it has no dependencies, and compiles a schema in less than a
-millisecond, because it makes the mask of a state when that state is reached.
+millisecond, because it computes the mask of a grammar state when that state is reached.
 """
 
 import importlib.util
@@ -22,27 +22,23 @@ if TYPE_CHECKING:
 MAX_SCHEMA = 100_000
 """Characters of a schema written as JSON."""
 WHITESPACE = r"[ \n]?[ ]{0,16}"
-"""White space between JSON tokens is bounded: a small model would otherwise fill its answer with line breaks."""
+"""White space between JSON tokens is bounded: small models would otherwise fill the output with line breaks."""
 COMBINING = ("allOf", "if", "not", "dependentSchemas", "unevaluatedProperties")
-"""Words of schemas whose objects' properties may stand elsewhere."""
+"""Keywords of schemas that may define an object's properties in another place."""
 PARAM = "response_format"
 
 
-class Follower:
-    """Where one answer is in its schema.
-
-    Args:
-        matcher: of llguidance, at its start.
-    """
+class SchemaMatcher:
+    """State of one output in the grammar of its schema."""
 
     def __init__(self, matcher: "LLMatcher") -> None:
         self._matcher = matcher
 
     def restrict(self, scores: Tensor) -> Tensor:
-        """Return scores (V,) with -inf for every token that may not come next.
+        """Return scores (V,) with -inf for every token that the grammar does not allow next.
 
         Raises:
-            RequestError: if the schema has grown beyond llguidance's limits.
+            RequestError: if the grammar exceeds llguidance's limits.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
@@ -53,38 +49,38 @@ class Follower:
         return scores.masked_fill(~mask.to(scores.device), -torch.inf)
 
     def advance(self, token: int) -> None:
-        """Take the token that was chosen.
+        """Advance by the sampled token.
 
         Raises:
-            RequestError: if the vocabulary has no token that could follow.
+            RequestError: if the grammar does not allow it, because no token of the vocabulary fits.
         """
         if not self._matcher.consume_token(token):
             raise RequestError(f"the schema cannot be followed: {_first_line(self._matcher.get_error())}", param=PARAM)
 
     @property
     def complete(self) -> bool:
-        """Whether nothing may follow."""
+        """Whether the output is complete and no token may follow."""
         return bool(self._matcher.is_stopped())
 
 
-class Schemas:
-    """Compiles schemas for one vocabulary.
+class SchemaCompiler:
+    """Compiles JSON schemas for one vocabulary.
 
     Args:
         tokenizer: of the model.
-        vocabulary: tokens that the model chooses from.
-        ends: tokens that end an answer.
+        vocabulary: size of the model's vocabulary.
+        ends: end-of-sequence token ids.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: frozenset[int]) -> None:
         self._tokenizer, self._vocabulary, self._ends = tokenizer, vocabulary, ends
         self._prepared: LLTokenizer | None = None
 
-    def follower(self, schema: Mapping[str, Any]) -> Follower:
-        """Compile a schema; the first call takes a second or two for the vocabulary.
+    def compile(self, schema: Mapping[str, Any]) -> SchemaMatcher:
+        """Compile a schema; the first call prepares the vocabulary, which takes a second or two.
 
         Raises:
-            RequestError: 400 if it is no schema, or one that cannot be followed; 501 without llguidance.
+            RequestError: 400 if the schema is invalid or not supported; 501 without llguidance.
         """
         check_size(schema)
         if importlib.util.find_spec("llguidance") is None:
@@ -94,13 +90,15 @@ class Schemas:
         from llguidance import LLMatcher
 
         try:
-            grammar = LLMatcher.grammar_from_json_schema(closed(schema), defaults={"whitespace_pattern": WHITESPACE})
+            grammar = LLMatcher.grammar_from_json_schema(
+                close_objects(schema), defaults={"whitespace_pattern": WHITESPACE}
+            )
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the schema cannot be read: {_first_line(str(error))}", param=PARAM) from None
         matcher = LLMatcher(self._tokenizer_of_llguidance(), grammar, log_level=0)
         if matcher.is_error():
             raise RequestError(f"the schema cannot be followed: {_first_line(matcher.get_error())}", param=PARAM)
-        return Follower(matcher)
+        return SchemaMatcher(matcher)
 
     def _tokenizer_of_llguidance(self) -> "LLTokenizer":
         if self._prepared is None:
@@ -113,11 +111,11 @@ class Schemas:
         return self._prepared
 
 
-def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema with objects that list their properties and say nothing of others closed to these.
+def close_objects(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema with ``additionalProperties: false`` on objects that list properties and leave others open.
 
-    OpenAI's strict schemas are closed, and what fits the closed schema fits the open one. A small model would otherwise
-    go on inventing properties until its answer is cut off. Schemas that are combined with others stay as they are.
+    OpenAI's strict schemas are closed, and output that fits the closed schema fits the open one. A small model would
+    otherwise go on inventing properties until ``max_tokens``. Schemas with ``COMBINING`` keywords are left unchanged.
     """
     if any(f'"{word}"' in json.dumps(schema) for word in COMBINING):
         return dict(schema)
@@ -128,22 +126,22 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
 def _closed(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
-    told = dict(schema)
+    result = dict(schema)
     for name in ("properties", "$defs", "definitions"):
-        if isinstance(told.get(name), Mapping):
-            told[name] = {key: _closed(value) for key, value in told[name].items()}
+        if isinstance(result.get(name), Mapping):
+            result[name] = {key: _closed(value) for key, value in result[name].items()}
     for name in ("items", "additionalProperties"):
-        told |= {name: _closed(told[name])} if name in told else {}
+        result |= {name: _closed(result[name])} if name in result else {}
     for name in ("anyOf", "oneOf", "prefixItems"):
-        if isinstance(told.get(name), list) and (name == "prefixItems" or "properties" not in told):
-            told[name] = [_closed(entry) for entry in told[name]]
-    if "properties" in told and not told.keys() & {"additionalProperties", "patternProperties", "anyOf", "oneOf"}:
-        told["additionalProperties"] = False
-    return told
+        if isinstance(result.get(name), list) and (name == "prefixItems" or "properties" not in result):
+            result[name] = [_closed(entry) for entry in result[name]]
+    if "properties" in result and not result.keys() & {"additionalProperties", "patternProperties", "anyOf", "oneOf"}:
+        result["additionalProperties"] = False
+    return result
 
 
 def check_size(schema: Mapping[str, Any]) -> None:
-    """Refuse a schema that is too large to be compiled; raises RequestError."""
+    """Raise RequestError if a schema is too large to be compiled."""
     size = len(json.dumps(schema))
     if size > MAX_SCHEMA:
         raise RequestError(f"the schema has {size} characters, and at most {MAX_SCHEMA} are taken", param=PARAM)

@@ -1,4 +1,4 @@
-"""What is asked and what comes back, whoever answers: an engine in the cloud, a file at the edge, a far server."""
+"""Types that every backend shares: generation requests, output chunks, and the protocol of a backend."""
 
 from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,11 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class RequestError(ShadowtuneError):
-    """A request that cannot be answered as it is.
+    """A request that cannot be answered.
 
     Args:
-        message: one line for the one who asked.
-        status: the HTTP status: 400 wrong, 403 forbidden, 404 no such model, 413 too large, 429 too many, 500 the model
-            failed, 503 not now.
+        message: one line for the client.
+        status: the HTTP status, such as 400 invalid, 404 no such model, 429 too many, 500 failed, 503 unavailable.
         param: the field at fault, as OpenAI's API calls it.
     """
 
@@ -25,73 +24,71 @@ class RequestError(ShadowtuneError):
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; names and meanings are those of OpenAI's API, and of transformers for the rest."""
+class SamplingParams:
+    """Sampling settings, with the names and meanings of OpenAI's API, and of transformers for the others."""
 
     temperature: float = 1.0
-    """0 takes the likeliest token."""
+    """0 is greedy decoding."""
     top_p: float = 1.0
     top_k: int | None = None
     min_p: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float | None = None
-    """None takes the model's own, of its generation config: 1 if it has none."""
+    """None takes that of the model's generation config, 1 if it has none."""
     logit_bias: dict[int, float] = field(default_factory=dict)
-    """Token id -> what is added to its logit."""
+    """Token id -> value added to its logit."""
     seed: int | None = None
     """The same seed gives the same tokens; None draws one."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """One prompt that wants one answer. Exactly one of ``messages`` and ``prompt`` is given."""
+class GenerationRequest:
+    """One prompt to be answered once. Exactly one of ``messages`` and ``prompt`` is given."""
 
     model: str
     """Name of the adapter, as ``/v1/models`` lists it."""
     messages: Sequence[dict[str, Any]] | None = None
-    """A conversation as the client sent it, "role" and "content" each, with "tool_calls" and "tool_call_id" where a
-    tool was called; goes through the model's own template."""
+    """Chat messages as the client sent them; rendered with the model's own template."""
     prompt: str | Sequence[int] | None = None
     """A text or its token ids, continued as it is."""
     fields: Mapping[str, str] = field(default_factory=dict)
-    """Fields of the model's template, beside the one that the last message fills."""
+    """Fields of the model's prompt template, beside the one that the last message fills."""
     max_tokens: int | None = None
-    """Tokens of the answer at most; None allows what the server and the model's positions allow."""
-    fitting: bool = False
-    """Whether ``max_tokens`` is lowered to what the model's positions allow; else a number that is too large is
-    refused."""
-    sampling: Sampling = field(default_factory=Sampling)
+    """Most tokens to generate; None allows as many as the server and the model's positions do."""
+    clamp_max_tokens: bool = False
+    """Whether ``max_tokens`` is lowered to what fits the model's positions; else too large a value is an error."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
-    """Texts that end the answer, and are not part of it."""
+    """Stop strings; they end generation and are not part of the output."""
     ignore_eos: bool = False
-    """Whether the answer goes on after an end-of-text token."""
+    """Whether generation goes on after an end-of-sequence token."""
     top_logprobs: int | None = None
-    """How many alternatives each token is told with, 0 for its own log-probability alone; None tells nothing."""
+    """Alternatives reported with each token, 0 for the token's own log-probability alone; None reports nothing."""
     prediction: str | Sequence[int] | None = None
-    """What the answer may well be: checked in one pass, and continued from the first token that does not stand."""
+    """Predicted output: verified in one pass, and continued from the first token that is not accepted."""
     speculate: bool = True
-    """Whether the shadow may draft; the answer is the same, or falls with the same probabilities."""
-    stop_tokens: tuple[int, ...] = ()
-    """Token ids that end the answer, and are not part of it, whatever ``ignore_eos`` says."""
+    """Whether the shadow may draft; the output has the same distribution either way."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end generation, whatever ``ignore_eos`` says, and are not part of the output."""
     min_tokens: int = 0
-    """Tokens before which nothing ends the answer but its length."""
+    """Tokens before which only ``max_tokens`` ends generation."""
     schema: Mapping[str, Any] | None = None
-    """JSON schema that the answer must fit, all of it; {"type": "object"} is any JSON object."""
+    """JSON schema that the output must fit; {"type": "object"} is any JSON object."""
     tools: Sequence[Mapping[str, Any]] = ()
-    """Functions that the model may call, as OpenAI's API describes them; they go through the model's template."""
+    """Functions that the model may call, as in OpenAI's API; rendered with the model's template."""
     tool_choice: str | Mapping[str, Any] | None = None
     """As the client sent it: None, "auto", "none", "required", or the one function to call."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of the model's chat template."""
+    """Further variables of the chat template."""
     owner: str = ""
-    """Who asks: a digest of the API key, or the client's address. Owners get equal shares of the server."""
+    """The client: a digest of its API key, or its address. Owners get equal shares of the server."""
     forwarded: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the client's body for a remote endpoint in place of ours, such as "max_completion_tokens"."""
+    """Fields of the client's body that a remote endpoint gets unchanged, such as "max_completion_tokens"."""
 
     @property
     def prompt_key(self) -> Hashable:
-        """Return what requests with the very same prompt objects have in common, while these exist."""
+        """Key that requests made of the very same prompt objects share, while these objects exist."""
         parts = (
             self.messages,
             self.prompt,
@@ -103,143 +100,141 @@ class Request:
         )
         return tuple(id(part) if part else None for part in parts)
 
-    def wanted(self, room: int) -> int:
-        """Return how many tokens the answer may have, where there are positions for ``room``; more than that if it says
-        so, which is to be refused.
-        """
+    def max_new_tokens(self, room: int) -> int:
+        """Return how many tokens to generate where ``room`` positions are free; more than ``room`` is an error."""
         if self.max_tokens is None:
             return room
-        return min(self.max_tokens, room) if self.fitting else self.max_tokens
+        return min(self.max_tokens, room) if self.clamp_max_tokens else self.max_tokens
 
 
 @dataclass(frozen=True)
-class Token:
-    """A token of an answer."""
+class GeneratedToken:
+    """A token of the output with its log-probability."""
 
     id: int
     text: str
-    """By itself; a part of a character shows as the replacement sign."""
+    """Of this token alone; a part of a character shows as the replacement character."""
     logprob: float
-    """Natural logarithm of its probability before temperature and the rest of the sampling."""
+    """Natural logarithm of its probability before temperature and the other sampling settings."""
     top: tuple[tuple[int, str, float], ...] = ()
-    """The likeliest (id, text, logprob), best first."""
+    """The most likely (id, text, logprob), best first."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What an answer took."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
     accepted_prediction_tokens: int = 0
-    """Tokens of ``Request.prediction`` that stood."""
+    """Accepted tokens of ``GenerationRequest.prediction``."""
     rejected_prediction_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of a function that the model wants, or a part of one."""
+    """A function call in the output, or a part of one."""
 
     index: int
-    """Number of the call in the answer."""
+    """Number of the call in the output."""
     arguments: str
     """JSON, or the next part of it."""
     id: str | None = None
-    """On a call's first part alone, as ``name``."""
+    """On the first part of a call only, as ``name``."""
     name: str | None = None
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of an answer, as soon as it stands."""
+class OutputChunk:
+    """The next part of a generated output."""
 
     text: str
-    """What is new; may be empty."""
-    tokens: tuple[Token, ...] = ()
-    """The new tokens, told if ``top_logprobs`` is not None; a token's text may come with a later piece."""
+    """New text; may be empty."""
+    tokens: tuple[GeneratedToken, ...] = ()
+    """New tokens, if ``top_logprobs`` is not None; a token's text may come with a later chunk."""
     finish_reason: FinishReason | None = None
-    """On the last piece alone."""
+    """On the last chunk only."""
     usage: Usage | None = None
-    """On the last piece alone."""
+    """On the last chunk only."""
     tool_calls: tuple[ToolCall, ...] = ()
-    """Where a remote endpoint has read them; of our own models ``serving.tools`` reads them out of the text."""
-    running: Usage | None = None
-    """What the answer took so far, where it is known."""
+    """Calls that a remote endpoint parsed; those of local models are parsed from the text by ``serving.tools``."""
+    usage_so_far: Usage | None = None
+    """Token counts up to this chunk, where known."""
 
 
 @dataclass(frozen=True)
-class Decision:
-    """Who answers, and why. An answerer that decides says so before its first piece."""
+class RoutingDecision:
+    """Which side answers a request and why; known before the first chunk."""
 
     side: Literal["cloud", "edge", "fallback"]
     """fallback: the edge, because the cloud did not answer."""
     reason: str
     """A short word: "attached", "confident", "unsure", "tag", "agreed", "corrected", "cloud timed out", ..."""
     confidence: float | None = None
-    """Of the edge's own answer, from 0 to 1, where there is one."""
+    """Confidence of the edge's own answer, 0 to 1, where there is one."""
     cost: float = 0.0
-    """In units of what one token of the cloud costs."""
+    """In units of the cost of one cloud token."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A model that can be asked for."""
+    """A model that requests can name."""
 
     name: str
     created: int
-    """Seconds since 1970."""
+    """Unix time in seconds."""
     max_model_len: int
-    """Tokens that prompt and answer may have together."""
+    """Most tokens of prompt and output together."""
     root: str = ""
-    """What it was made from, such as the base's name."""
+    """Its source, such as the name of the base."""
     conversations: bool = True
-    """Whether it reads system messages and earlier turns; else one message of a user."""
+    """Whether it takes system messages and earlier turns; else a single user message."""
     fields: tuple[str, ...] = ()
-    """Fields of its template beside the one that a message fills."""
+    """Fields of its prompt template, beside the one that a message fills."""
 
 
-class Answer(Protocol):
-    """An answer that is on its way."""
+class GenerationStream(Protocol):
+    """The output of one request while it is generated."""
 
-    decision: Decision
+    decision: RoutingDecision
 
-    def __aiter__(self) -> AsyncIterator[Piece]:
-        """Give its pieces; the last one has ``finish_reason`` and ``usage``."""
+    def __aiter__(self) -> AsyncIterator[OutputChunk]:
+        """Iterate over the chunks; the last one has ``finish_reason`` and ``usage``."""
 
     async def aclose(self) -> None:
-        """Stop answering, whether or not it has ended: whatever it holds is free afterwards."""
+        """Stop generating, whether or not it has ended, and release all resources."""
 
 
-class Answerer(Protocol):
-    """Whoever answers requests."""
+class Backend(Protocol):
+    """Generates the output of requests: an engine, a detached model, a remote endpoint, or a router over these."""
 
     def models(self) -> list[ModelCard]:
-        """The models that can be asked for."""
+        """List the models that requests can name."""
 
-    async def answer(self, request: Request) -> Answer:
-        """Accept a request, and decide who answers it.
+    async def generate(self, request: GenerationRequest) -> GenerationStream:
+        """Accept a request, and decide which side answers it.
 
         Raises:
-            RequestError: if it cannot be answered as it is, or not now.
+            RequestError: if it is invalid, or cannot be accepted now.
         """
 
     async def aclose(self) -> None:
-        """Accept nothing more, finish what was begun, and let go of everything; within bounded time."""
+        """Accept nothing more, finish running requests and release all resources, within bounded time."""
 
 
 @runtime_checkable
-class CanFail(Protocol):
-    """An answerer with a thread that may end."""
+class SupportsFailure(Protocol):
+    """A backend that reports an unrecoverable failure."""
 
     def failure(self) -> str | None:
-        """Why it can never answer again; None while it can."""
+        """Return why the backend can never generate again; None while it can."""
 
 
 @runtime_checkable
-class HasTokens(Protocol):
-    """An answerer that shows what its tokenizer makes of texts."""
+class SupportsTokenization(Protocol):
+    """A backend that exposes its tokenizer."""
 
-    async def tokenize(self, request: Request) -> list[int]:
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
         """Return the token ids of a request's prompt."""
 
     async def detokenize(self, model: str, tokens: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""From logits to a token: OpenAI's penalties and biases, transformers' warpers, a generator for each request."""
+"""Logits to tokens: logits processors of a request's sampling settings, and drawing with a generator per request."""
 
 import secrets
 from typing import cast
@@ -8,35 +8,23 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
-from shadowtune.serving.requests import Sampling
+from shadowtune.serving.requests import SamplingParams
 
 
 class CountPenalty(LogitsProcessor):
-    """Presence and frequency penalties over the answer's own tokens, as OpenAI's API defines them."""
+    """Presence and frequency penalties over the generated tokens, as OpenAI's API defines them."""
 
     def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
         self._presence, self._frequency, self._start = presence, frequency, prompt_length
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Lower the scores (1, V) of the tokens in ``input_ids`` (1, n) behind the prompt."""
-        said = input_ids[:, self._start :]
-        counts = torch.zeros_like(scores).scatter_add_(1, said, torch.ones_like(said, dtype=scores.dtype))
+        """Lower the scores (1, V) of the tokens in ``input_ids`` (1, n) after the prompt."""
+        generated = input_ids[:, self._start :]
+        counts = torch.zeros_like(scores).scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
         return cast(torch.FloatTensor, scores - self._frequency * counts - self._presence * (counts > 0))
 
 
-class Bias(LogitsProcessor):
-    """Adds a number to the logits of some tokens."""
-
-    def __init__(self, biases: dict[int, float]) -> None:
-        self._tokens, self._values = torch.tensor(list(biases)), torch.tensor(list(biases.values()))
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Shift the scores (1, V)."""
-        tokens, values = self._tokens.to(scores.device), self._values.to(scores)
-        return cast(torch.FloatTensor, scores.index_add(1, tokens, values[None]))
-
-
-def penalty_of(sampling: Sampling, generation: GenerationConfig | None) -> float:
+def repetition_penalty(sampling: SamplingParams, generation: GenerationConfig | None) -> float:
     """Return the repetition penalty of a request: its own, else that of the model's generation config, else 1."""
     if sampling.repetition_penalty is not None:
         return sampling.repetition_penalty
@@ -44,27 +32,27 @@ def penalty_of(sampling: Sampling, generation: GenerationConfig | None) -> float
     return 1.0 if own is None else float(own)
 
 
-def processors(
-    sampling: Sampling, prompt_length: int, generation: GenerationConfig | None = None
+def logits_processors(
+    sampling: SamplingParams, prompt_length: int, generation: GenerationConfig | None = None
 ) -> LogitsProcessorList:
-    """Return what turns raw logits into those that are drawn from, or whose largest is taken.
+    """Return the processors applied to raw logits before sampling or the arg max.
 
-    The rule is the same as in ``generate`` and ``evaluate``: how tokens are drawn (temperature, top_p, top_k, min_p) is
-    the request's; what the model's generation config forbids or penalizes holds, where the request does not say
-    otherwise.
+    As in ``generate`` and ``evaluate``, the request sets temperature, top_p, top_k and min_p; constraints and penalties
+    of the model's generation config apply unless the request overrides them.
 
     Args:
-        sampling: the settings; a temperature of 0 leaves out what only matters in drawing.
-        prompt_length: tokens of the prompt, which the penalties do not count.
+        sampling: the settings; a temperature of 0 leaves out the warpers.
+        prompt_length: tokens of the prompt, which the presence and frequency penalties do not count.
         generation: the model's generation config.
     """
     found = LogitsProcessorList()
     if sampling.logit_bias:
-        found.append(Bias(sampling.logit_bias))
-    penalty = penalty_of(sampling, generation)
+        biases: list[list[list[int] | float]] = [[[token], float(bias)] for token, bias in sampling.logit_bias.items()]
+        found.append(logits_process.SequenceBiasLogitsProcessor(biases))
+    penalty = repetition_penalty(sampling, generation)
     if penalty != 1.0:
         found.append(logits_process.RepetitionPenaltyLogitsProcessor(penalty))
-    found.extend(_forbidden(generation, prompt_length))
+    found.extend(_constraints(generation, prompt_length))
     if sampling.presence_penalty or sampling.frequency_penalty:
         found.append(CountPenalty(sampling.presence_penalty, sampling.frequency_penalty, prompt_length))
     if sampling.temperature > 0:
@@ -79,8 +67,8 @@ def processors(
     return found
 
 
-def _forbidden(generation: GenerationConfig | None, prompt_length: int) -> list[LogitsProcessor]:
-    """Return what keeps a model from tokens that its generation config forbids."""
+def _constraints(generation: GenerationConfig | None, prompt_length: int) -> list[LogitsProcessor]:
+    """Return the processors for tokens that a generation config forbids or biases."""
     if generation is None:
         return []
     found: list[LogitsProcessor] = []
@@ -98,14 +86,14 @@ def _forbidden(generation: GenerationConfig | None, prompt_length: int) -> list[
     return found
 
 
-def generator(sampling: Sampling, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return the source of chance of one request."""
+def random_generator(sampling: SamplingParams, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return the random generator of one request."""
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
     return torch.Generator(device).manual_seed(seed % 2**63)
 
 
-def choose(scores: Tensor, sampling: Sampling, source: torch.Generator) -> int:
-    """Choose a token by processed scores (V,)."""
+def sample(scores: Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:
+    """Return a token id drawn from processed scores (V,), or their arg max at temperature 0."""
     if sampling.temperature == 0:
         return int(scores.argmax())
-    return int(torch.multinomial(scores.float().softmax(-1), 1, generator=source))
+    return int(torch.multinomial(scores.float().softmax(-1), 1, generator=generator))

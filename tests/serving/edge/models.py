@@ -10,7 +10,7 @@ from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.export.exporting import FORMATS
 from shadowtune.export.opening import open_model
 from shadowtune.serving.edge.local import LocalModel
-from shadowtune.serving.requests import Request, Sampling
+from shadowtune.serving.requests import GenerationRequest, SamplingParams
 from tests.export.support import plain_model
 
 FORMAT = PromptFormat("say {text}", chat_template=False)
@@ -20,7 +20,7 @@ KINDS = [
     pytest.param(kind, marks=pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}"))
     for kind, package in NEEDED.items()
 ]
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 def write(kind: str, folder: Path, end: int | None = None) -> Path:
@@ -40,24 +40,24 @@ def local(kind: str, folder: Path, end: int | None = None, **settings) -> LocalM
     return LocalModel(open_model(write(kind, folder, end)), "tiny", **settings)
 
 
-def ask(**fields) -> Request:
+def ask(**fields) -> GenerationRequest:
     """A greedy request for 6 tokens after PROMPT."""
-    return Request(**{"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "sampling": GREEDY, **fields})
+    return GenerationRequest(**{"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "sampling": GREEDY, **fields})
 
 
-async def gather(answerer, request: Request):
+async def gather(backend, request: GenerationRequest):
     """Return the chunks of a stream, and the stream."""
-    answer = await answerer.answer(request)
+    answer = await backend.generate(request)
     return [piece async for piece in answer], answer
 
 
-def answered(answerer, request: Request):
+def answered(backend, request: GenerationRequest):
     """The same, and close the backend."""
 
     async def run():
         try:
-            return await gather(answerer, request)
+            return await gather(backend, request)
         finally:
-            await answerer.aclose()
+            await backend.aclose()
 
     return asyncio.run(run())

@@ -9,7 +9,7 @@ from shadowtune.export.opening import open_model
 from shadowtune.export.runtimes import TorchModel
 from shadowtune.serving.edge import local as local_module
 from shadowtune.serving.edge.local import LocalModel, LocalStream
-from shadowtune.serving.requests import RequestError, Sampling
+from shadowtune.serving.requests import RequestError, SamplingParams
 from tests.export.support import plain_model
 from tests.serving.edge.models import GREEDY, KINDS, PROMPT, answered, ask, gather, local, write
 
@@ -98,10 +98,10 @@ def test_a_seed_repeats_and_a_bias_decides(kind, tmp_path):
     model = local(kind, tmp_path)
 
     async def run():
-        drawn = Sampling(temperature=1.0, seed=3)
+        drawn = SamplingParams(temperature=1.0, seed=3)
         texts = [
             "".join(piece.text for piece in (await gather(model, ask(sampling=sampling)))[0])
-            for sampling in (drawn, drawn, GREEDY, Sampling(temperature=0, logit_bias={20: 100.0}))
+            for sampling in (drawn, drawn, GREEDY, SamplingParams(temperature=0, logit_bias={20: 100.0}))
         ]
         await model.aclose()
         return texts
@@ -131,7 +131,7 @@ def test_messages_go_through_the_format_that_the_files_keep(tmp_path):
         ({"prompt": None, "messages": []}, 400, "messages", "no messages"),
         ({"prompt": "\ud800"}, 400, "prompt", "UTF-8"),
         ({"prompt": None, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages", "UTF-8"),
-        ({"sampling": Sampling(temperature=0, logit_bias={97: 1.0})}, 400, "logit_bias", "0 to 96"),
+        ({"sampling": SamplingParams(temperature=0, logit_bias={97: 1.0})}, 400, "logit_bias", "0 to 96"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(fields, status, param, said, tmp_path):
@@ -150,13 +150,13 @@ def test_a_full_line_is_refused_and_a_closed_answer_makes_room(tmp_path):
 
     async def run():
         long = ask(max_tokens=120, ignore_eos=True)
-        first, second = await model.answer(long), await model.answer(long)
+        first, second = await model.generate(long), await model.generate(long)
         with pytest.raises(RequestError, match="1 requests wait already") as caught:
-            await model.answer(long)
+            await model.generate(long)
         assert caught.value.status == 429
         assert model.counters() == {"running": 1, "waiting": 1}
         await second.aclose()  # never began
-        third = await model.answer(ask())
+        third = await model.generate(ask())
         await first.aclose()  # at work
         pieces = [piece async for piece in first]
         assert all(piece.finish_reason is None for piece in pieces)
@@ -172,7 +172,7 @@ def test_closing_stops_at_the_next_token_and_frees_the_model(kind, tmp_path):
     model = local(kind, tmp_path)
 
     async def run():
-        answer = await model.answer(ask(max_tokens=100, ignore_eos=True))
+        answer = await model.generate(ask(max_tokens=100, ignore_eos=True))
         await anext(aiter(answer))
         await answer.aclose()
         assert model.counters() == {"running": 0, "waiting": 0}
@@ -189,10 +189,10 @@ def test_closing_the_model_finishes_what_was_begun_and_takes_no_more(tmp_path):
     model = local("safetensors", tmp_path)
 
     async def run():
-        answer = await model.answer(ask())
+        answer = await model.generate(ask())
         await model.aclose()
         with pytest.raises(RequestError) as caught:
-            await model.answer(ask())
+            await model.generate(ask())
         assert caught.value.status == 503
         return [piece async for piece in answer]
 
@@ -233,7 +233,7 @@ def test_a_second_owner_does_not_wait_for_all_of_the_first(tmp_path, monkeypatch
     monkeypatch.setattr(LocalStream, "run", noted)
 
     async def work():
-        answers = [await model.answer(ask(owner=owner)) for owner in ("a", "a", "a", "a", "b")]
+        answers = [await model.generate(ask(owner=owner)) for owner in ("a", "a", "a", "a", "b")]
         go.set()
         for answer in answers:
             [piece async for piece in answer]
@@ -265,7 +265,7 @@ def test_a_model_that_hangs_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(local_module, "CLOSE_SECONDS", 0.1)
 
     async def work():
-        await model.answer(ask())
+        await model.generate(ask())
         await asyncio.to_thread(entered.wait)
         await model.aclose()
         return model.failure()

@@ -9,7 +9,7 @@ from shadowtune.errors import ConfigError
 from shadowtune.export.runtimes import GgufModel
 from shadowtune.serving.edge.openai_api import RemoteError
 from shadowtune.serving.edge.remote import RemoteEndpoint
-from shadowtune.serving.requests import Request, Sampling, Usage
+from shadowtune.serving.requests import GenerationRequest, SamplingParams, Usage
 from tests.serving.edge.models import write
 from tests.serving.edge.sockets import (
     STREAM_HEAD,
@@ -24,7 +24,7 @@ from tests.serving.edge.sockets import (
 )
 from tests.support.tokenizers import tiny_tokenizer
 
-REQUEST = Request("m", messages=[{"role": "user", "content": "hi"}], max_tokens=5)
+REQUEST = GenerationRequest("m", messages=[{"role": "user", "content": "hi"}], max_tokens=5)
 COMPRESSED = STREAM_HEAD[:-2] + b"content-encoding: gzip\r\n\r\n" + gzip.compress(words("a"))
 JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
 
@@ -48,7 +48,7 @@ def asked(*script, request=REQUEST, times=1, **settings):
             for _ in range(times):
                 pieces = []
                 try:
-                    async for piece in await cloud.answer(request):
+                    async for piece in await cloud.generate(request):
                         pieces.append(piece)
                     outcomes.append(pieces)
                 except RemoteError as error:
@@ -82,10 +82,10 @@ def test_an_answer_comes_piece_by_piece_with_its_usage():
 
 
 def test_a_key_and_everything_that_a_request_says_are_sent():
-    request = Request(
+    request = GenerationRequest(
         "m",
         prompt="café \ud800",
-        sampling=Sampling(temperature=0.5, top_k=3, seed=1, logit_bias={4: -1.0}),
+        sampling=SamplingParams(temperature=0.5, top_k=3, seed=1, logit_bias={4: -1.0}),
         stop=("x",),
         ignore_eos=True,
         speculate=False,
@@ -157,7 +157,7 @@ def test_nobody_there_is_unreachable():
         await asyncio.sleep(0)
         cloud = RemoteEndpoint(CloudConfig(url, model="big", retries=0))
         with pytest.raises(RemoteError) as caught:
-            await cloud.answer(REQUEST)
+            await cloud.generate(REQUEST)
         await cloud.aclose()
         return caught.value
 
@@ -227,7 +227,7 @@ def test_an_answer_that_goes_on_is_not_cut_at_the_deadline():
     async def run():
         async with cloud_that(slowly) as fake:
             cloud = RemoteEndpoint(CloudConfig(fake.url, model="big", retries=0, deadline=60), clock=lambda: now[0])
-            pieces = [piece async for piece in await cloud.answer(REQUEST)]
+            pieces = [piece async for piece in await cloud.generate(REQUEST)]
             await cloud.aclose()
             return pieces
 
@@ -267,7 +267,7 @@ ODD = {
 def test_an_odd_reply_is_garbage_and_the_probe_is_released(odd):
     """The circuit opens at the first failure, the second attempt is the probe, and the third must be let through."""
     now = [0.0]
-    request = Request("m", messages=[{"role": "user", "content": "hi"}], top_logprobs=0)
+    request = GenerationRequest("m", messages=[{"role": "user", "content": "hi"}], top_logprobs=0)
 
     async def run():
         async with cloud_that(b"", STREAM_HEAD + event(odd), answer("a")) as fake:
@@ -276,7 +276,7 @@ def test_an_odd_reply_is_garbage_and_the_probe_is_released(odd):
             outcomes = []
             for _ in range(3):
                 try:
-                    outcomes.append(text([piece async for piece in await cloud.answer(request)]))
+                    outcomes.append(text([piece async for piece in await cloud.generate(request)]))
                 except RemoteError as error:
                     outcomes.append(error.reason)
                 now[0] += 20
@@ -297,13 +297,13 @@ def test_whatever_an_attempt_raises_the_probe_is_released(monkeypatch):
             config = CloudConfig(fake.url, model="big", retries=0, failures=1, cool_down=10)
             cloud = RemoteEndpoint(config, clock=lambda: now[0])
             with pytest.raises(RemoteError):
-                await cloud.answer(REQUEST)
+                await cloud.generate(REQUEST)
             now[0] = 20
             with monkeypatch.context() as patched:
                 patched.setattr(RemoteEndpoint, "_begin", breaks)
                 with pytest.raises(MemoryError):
-                    await cloud.answer(REQUEST)
-            pieces = [piece async for piece in await cloud.answer(REQUEST)]
+                    await cloud.generate(REQUEST)
+            pieces = [piece async for piece in await cloud.generate(REQUEST)]
             await cloud.aclose()
             return text(pieces)
 
@@ -312,7 +312,7 @@ def test_whatever_an_attempt_raises_the_probe_is_released(monkeypatch):
 
 def test_fields_go_on_as_they_came():
     messages = [{"role": "developer", "content": "be short"}, {"role": "user", "content": "hi"}]
-    request = Request("m", messages=messages, max_tokens=7, forwarded={"max_completion_tokens": 7})
+    request = GenerationRequest("m", messages=messages, max_tokens=7, forwarded={"max_completion_tokens": 7})
     _, fake = asked(answer("a"), request=request)
     assert fake.bodies[0]["messages"] == messages
     assert fake.bodies[0]["max_completion_tokens"] == 7 and "max_tokens" not in fake.bodies[0]
@@ -366,7 +366,7 @@ def test_a_cloud_that_fails_is_left_alone_and_tried_again_later():
 
             async def reason():
                 try:
-                    await (await cloud.answer(REQUEST)).aclose()
+                    await (await cloud.generate(REQUEST)).aclose()
                     return "answered"
                 except RemoteError as error:
                     return error.reason
@@ -395,7 +395,7 @@ def test_closing_an_answer_closes_the_connection():
     async def run():
         async with cloud_that(drips(words("a", reason=None))) as fake:
             cloud = RemoteEndpoint(CloudConfig(fake.url, model="big"))
-            answered = await cloud.answer(REQUEST)
+            answered = await cloud.generate(REQUEST)
             await anext(aiter(answered))
             await answered.aclose()
             await asyncio.wait_for(fake.gone.wait(), 5)
@@ -409,7 +409,7 @@ def test_giving_up_while_waiting_closes_the_connection_and_is_no_failure():
     async def run():
         async with cloud_that(hangs) as fake:
             cloud = RemoteEndpoint(CloudConfig(fake.url, model="big", failures=1))
-            task = asyncio.ensure_future(cloud.answer(REQUEST))
+            task = asyncio.ensure_future(cloud.generate(REQUEST))
             while not fake.bodies:
                 await asyncio.sleep(0.01)
             task.cancel()
@@ -423,7 +423,7 @@ def test_giving_up_while_waiting_closes_the_connection_and_is_no_failure():
 
 
 def test_a_cloud_without_predictions_is_asked_without_and_never_again_with():
-    request = Request("m", messages=REQUEST.messages, prediction="so")
+    request = GenerationRequest("m", messages=REQUEST.messages, prediction="so")
     outcomes, fake = asked(
         refusal(400, "unknown field 'prediction'"), answer("a"), answer("b"), request=request, times=2, failures=1
     )
@@ -434,7 +434,7 @@ def test_a_cloud_without_predictions_is_asked_without_and_never_again_with():
 @pytest.mark.parametrize(("wanted", "sent"), [("second", "second"), ("other", "first")])
 def test_without_a_name_the_cloud_is_asked_for_what_it_lists(wanted, sent):
     listed = json.dumps({"data": [{"id": "first"}, {"id": "second"}]}).encode()
-    request = Request(wanted, messages=REQUEST.messages)
+    request = GenerationRequest(wanted, messages=REQUEST.messages)
     outcomes, fake = asked(JSON_HEAD + listed, answer("a"), answer("b"), request=request, times=2, model=None)
     assert [text(pieces) for pieces in outcomes] == ["a", "b"]
     assert fake.paths == ["/v1/models", *["/v1/chat/completions"] * 2]
@@ -457,11 +457,13 @@ def test_an_address_that_is_none_is_refused(url):
 def test_a_stock_llama_cpp_server_is_a_cloud(fields, tmp_path):
     pytest.importorskip("xllamacpp")
     server = GgufModel(write("gguf", tmp_path), 128, 1)
-    request = Request("x", **fields, max_tokens=6, sampling=Sampling(temperature=0), prediction="so", top_logprobs=0)
+    request = GenerationRequest(
+        "x", **fields, max_tokens=6, sampling=SamplingParams(temperature=0), prediction="so", top_logprobs=0
+    )
 
     async def run():
         cloud = RemoteEndpoint(CloudConfig(server.server.listening_address))
-        pieces = [piece async for piece in await cloud.answer(request)]
+        pieces = [piece async for piece in await cloud.generate(request)]
         await cloud.aclose()
         return pieces
 

@@ -47,7 +47,7 @@ def routed(*script, request=CHAT, policy=None, edge_deadline=60.0, max_length=No
             opened.max_length = max_length or opened.max_length
             router = Router(LocalModel(opened, "tiny"), RemoteEndpoint(config), policy, edge_deadline)
             try:
-                found = await router.answer(request)
+                found = await router.generate(request)
                 before, pieces = found.decision, []
                 try:
                     async for piece in found:
@@ -173,7 +173,7 @@ def test_giving_up_while_the_edge_drafts_frees_it():
     async def run():
         model = LocalModel(of_model(MODEL, TOKENIZER, FORMAT), "tiny")
         router = Router(model, RemoteEndpoint(CloudConfig("http://127.0.0.1:1")), PolicyConfig())
-        task = asyncio.ensure_future(router.answer(ask(max_tokens=100, ignore_eos=True)))
+        task = asyncio.ensure_future(router.generate(ask(max_tokens=100, ignore_eos=True)))
         while not model.counters()["running"]:
             await asyncio.sleep(0)
         task.cancel()
@@ -193,9 +193,9 @@ def test_the_threshold_changes_while_it_runs():
             point = CurvePoint(0.0, 0.5, 0.0, 0.0)
             policy = PolicyConfig(threshold=0.0, curve=(point,))
             router = Router(LocalModel(of_model(MODEL, TOKENIZER, FORMAT), "tiny"), cloud, policy)
-            first = (await router.answer(CHAT)).decision.side
+            first = (await router.generate(CHAT)).decision.side
             router.set_threshold(1.0)
-            second = await router.answer(CHAT)
+            second = await router.generate(CHAT)
             with pytest.raises(ConfigError, match="threshold must be"):
                 router.set_threshold(1.5)
             told = router.describe()
@@ -226,13 +226,13 @@ def test_verify_gives_exactly_the_clouds_own_answer(seed):
         cloud_engine = engine({"big": model})
         app = create_app(cloud_engine, ServerConfig(), "cloud")
         cloud = RemoteEndpoint(CloudConfig("http://cloud", model="big"), httpx2.ASGITransport(app))
-        own = [piece async for piece in await cloud_engine.answer(replace(request, model="big"))]
+        own = [piece async for piece in await cloud_engine.generate(replace(request, model="big"))]
         plain, tokenizer = model.detached(), TOKENIZER
         edge = LocalModel(of_model(plain, tokenizer, FORMAT), "tiny")
         router = Router(edge, cloud, PolicyConfig(kind="verify"))
-        found = await router.answer(request)
+        found = await router.generate(request)
         pieces = [piece async for piece in found]
-        draft = [piece async for piece in await edge.answer(request)]
+        draft = [piece async for piece in await edge.generate(request)]
         await router.aclose()
         await cloud_engine.aclose()
         return own, pieces, draft, found.decision

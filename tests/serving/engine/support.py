@@ -1,4 +1,4 @@
-"""Tiny engines, and what each of their answers must be: that of the model alone."""
+"""Tiny engines, and the reference output: greedy ``generate`` of the model alone."""
 
 import asyncio
 from typing import Any
@@ -8,13 +8,13 @@ import torch
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.serving.engine.engine import Engine
-from shadowtune.serving.engine.limits import Limits
-from shadowtune.serving.requests import Piece, Request, RequestError, Sampling
+from shadowtune.serving.engine.scheduler import Limits
+from shadowtune.serving.requests import GenerationRequest, OutputChunk, RequestError, SamplingParams
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturb, tokens
 from tests.support.tokenizers import tiny_tokenizer
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 def adapter(base: Any, seed: int = 1, **settings: Any) -> ShadowForCausalLM:
@@ -39,23 +39,23 @@ def prompt(length: int, seed: int | None = None) -> list[int]:
     return tokens(1, length, seed=length if seed is None else seed)[0].tolist()
 
 
-def request(model: str = "a", length: int = 5, **settings: Any) -> Request:
+def request(model: str = "a", length: int = 5, **settings: Any) -> GenerationRequest:
     """A greedy request that runs to its end and tells its tokens."""
     plain = {"prompt": prompt(length), "max_tokens": 12, "sampling": GREEDY, "ignore_eos": True, "top_logprobs": 0}
-    return Request(model, **{**plain, **settings})
+    return GenerationRequest(model, **{**plain, **settings})
 
 
-async def pieces_of(answer: Any) -> list[Piece]:
+async def pieces_of(answer: Any) -> list[OutputChunk]:
     return [piece async for piece in answer]
 
 
-async def ask(served: Engine, asked: Request) -> tuple[list[int], list[Piece]]:
+async def ask(served: Engine, asked: GenerationRequest) -> tuple[list[int], list[OutputChunk]]:
     """The tokens told, and all pieces."""
-    pieces = await pieces_of(await served.answer(asked))
+    pieces = await pieces_of(await served.generate(asked))
     return [token.id for piece in pieces for token in piece.tokens], pieces
 
 
-async def ask_all(served: Engine, requests: list[Request]) -> list[list[int]]:
+async def ask_all(served: Engine, requests: list[GenerationRequest]) -> list[list[int]]:
     """The tokens of answers that are given at once."""
     return [ids for ids, _ in await asyncio.gather(*(ask(served, asked) for asked in requests))]
 
@@ -72,7 +72,7 @@ def with_engine(served: Engine, work: Any) -> Any:
     return asyncio.run(main())
 
 
-def answers(served: Engine, requests: list[Request]) -> list[list[int]]:
+def answers(served: Engine, requests: list[GenerationRequest]) -> list[list[int]]:
     """The tokens of all answers, asked for at once."""
     return with_engine(served, lambda each: ask_all(each, requests))
 
@@ -88,5 +88,5 @@ def alone(model: Any, ids: list[int], new: int = 12) -> list[int]:
 class Collected(list):
     """Takes what an engine delivers, outside any event loop."""
 
-    def __call__(self, item: Piece | RequestError | None) -> None:
+    def __call__(self, item: OutputChunk | RequestError | None) -> None:
         self.append(item)

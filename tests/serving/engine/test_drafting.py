@@ -1,4 +1,4 @@
-"""Drafts that are mostly right save passes; those that are not, cost nothing but themselves."""
+"""Speculative decoding in batches: accepted drafts save passes, rejected ones change nothing."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ class Oracle:
 
 @pytest.mark.parametrize("wrong", [2, 3, 1000])
 @pytest.mark.parametrize("lengths", [LENGTHS[:1], LENGTHS], ids=["one", "three"])
-def test_drafts_that_stand_save_passes_in_every_row(monkeypatch, wrong, lengths):
+def test_accepted_drafts_save_passes_in_every_sequence(monkeypatch, wrong, lengths):
     models = one_model()
     texts = [prompt(length) + alone(models["a"], prompt(length), 24) for length in lengths]
     monkeypatch.setattr(drafting, "make_drafter", lambda *arguments, **settings: Oracle(texts, wrong))
@@ -52,7 +52,7 @@ def test_drafts_that_stand_save_passes_in_every_row(monkeypatch, wrong, lengths)
     assert passes < 24
 
 
-def test_only_rows_that_want_drafts_get_them(monkeypatch):
+def test_only_sequences_with_speculation_get_drafts(monkeypatch):
     models = one_model()
     asked = []
 
@@ -69,7 +69,7 @@ def test_only_rows_that_want_drafts_get_them(monkeypatch):
     assert set(asked) == {1}
 
 
-def test_a_drafter_that_is_never_right_is_soon_left_alone(monkeypatch):
+def test_a_drafter_that_is_never_right_is_soon_not_asked(monkeypatch):
     models = one_model()
     texts = [prompt(5) + alone(models["a"], prompt(5), 60)]
     oracle = Oracle(texts, 1)
@@ -82,7 +82,7 @@ def test_a_drafter_that_is_never_right_is_soon_left_alone(monkeypatch):
     assert len(proposals) < 30
 
 
-def test_many_rows_on_a_processor_are_not_worth_drafts_of_middling_quality():
+def test_large_batches_on_a_cpu_need_better_drafts():
     """What one more token costs in the verifying pass grows with the rows of the batch."""
     length = drafting.DraftLength(drafting.Costs.of("cpu", 0.05, 1), 8)
     chances = torch.tensor([0.6])

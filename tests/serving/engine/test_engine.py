@@ -1,4 +1,4 @@
-"""What a batch of requests is told is what each would be told alone."""
+"""Outputs of a batch equal those of each request alone."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.prepacked_linear import PrepackedForward
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError, UnsupportedArchitectureError
-from shadowtune.serving.engine.networks import Networks
+from shadowtune.serving.engine.model_runner import ModelRunner
 from shadowtune.serving.requests import RequestError
 from tests.serving.engine.support import (
     adapter,
@@ -29,7 +29,7 @@ from tests.support.shadows import perturbed_model
 
 SERVED = sorted(set(CONFIGS) - {"qwen3_next"})
 MANY = [(5, 12), (9, 3), (2, 20), (17, 1), (11, 7), (3, 15), (1, 9)]
-"""Prompt and answer lengths: rows that join and leave at different times, and windows of 16 that fill up."""
+"""Prompt and output lengths: sequences start and end at different times, and windows of 16 fill up."""
 SPECULATIONS = [
     None,
     SpeculationConfig(),
@@ -48,10 +48,10 @@ def expected(models, requests):
 
 
 @pytest.mark.parametrize("model_type", SERVED)
-def test_rows_that_join_and_leave_say_what_each_says_alone(model_type):
+def test_continuous_batching_changes_no_output(model_type):
     models = one_model(model_type)
     requests = many()
-    served = engine(models, max_rows=3, prefill_tokens=8, speculation=None)
+    served = engine(models, max_sequences=3, prefill_tokens=8, speculation=None)
     assert answers(served, requests) == expected(models, requests)
     bare = alone(models["a"].base, list(requests[2].prompt), 20)
     assert bare != alone(models["a"], list(requests[2].prompt), 20), "the shadow must change the answers"
@@ -62,7 +62,7 @@ def test_rows_that_join_and_leave_say_what_each_says_alone(model_type):
 def test_drafts_change_no_answer(model_type, speculation):
     models = one_model(model_type, draft_rank=4)
     requests = many()
-    served = engine(models, max_rows=3, speculation=speculation)
+    served = engine(models, max_sequences=3, speculation=speculation)
     assert answers(served, requests) == expected(models, requests)
 
 
@@ -141,7 +141,7 @@ def test_requests_that_come_later_join_those_that_run():
     late = request(length=7, max_tokens=10)
 
     async def work(served):
-        first = await served.answer(request(length=5, max_tokens=60))
+        first = await served.generate(request(length=5, max_tokens=60))
         reading = first.__aiter__()
         early = [await reading.__anext__() for _ in range(3)]
         ids, _ = await ask(served, late)
@@ -193,20 +193,20 @@ def test_a_prompt_at_the_limit_gets_its_one_token():
     ]
 
 
-def test_one_request_more_than_rows_and_queue_hold_is_refused():
+def test_requests_beyond_the_queue_are_refused():
     async def work(served):
-        running = [await served.answer(request(max_tokens=100)) for _ in range(3)]
+        running = [await served.generate(request(max_tokens=100)) for _ in range(3)]
         with pytest.raises(RequestError, match="ask again later") as raised:
-            await served.answer(request())
+            await served.generate(request())
         for answer in running:
             await answer.aclose()
         ids, _ = await ask(served, request())
         return raised.value.status, len(ids)
 
-    assert with_engine(engine(one_model(), max_rows=1, max_queue=2), work) == (429, 12)
+    assert with_engine(engine(one_model(), max_sequences=1, max_queue=2), work) == (429, 12)
 
 
-def test_a_cache_of_few_tokens_lets_one_in_after_the_other():
+def test_a_small_cache_admits_one_sequence_after_the_other():
     models = one_model()
     requests = [request(length=9, max_tokens=11) for _ in range(3)]
     served = engine(models, max_tokens=40, speculation=None)
@@ -216,12 +216,12 @@ def test_a_cache_of_few_tokens_lets_one_in_after_the_other():
         answers(engine(models, max_tokens=40), [request(prompt=[3] * 41)])
 
 
-def test_cancelling_frees_the_row_and_leaves_the_others_alone():
+def test_cancelling_frees_the_slot_and_leaves_the_others_alone():
     models = one_model()
 
     async def work(served):
-        gone = await served.answer(request(length=4, max_tokens=100))
-        stays = await served.answer(request(length=6, max_tokens=30))
+        gone = await served.generate(request(length=4, max_tokens=100))
+        stays = await served.generate(request(length=6, max_tokens=30))
         async for _ in gone:
             break
         await gone.aclose()
@@ -238,24 +238,24 @@ def test_cancelling_frees_the_row_and_leaves_the_others_alone():
 
 def test_a_request_that_waits_can_be_cancelled():
     async def work(served):
-        runs, waits = await served.answer(request(max_tokens=40)), await served.answer(request())
+        runs, waits = await served.generate(request(max_tokens=40)), await served.generate(request())
         await waits.aclose()
         return await pieces_of(waits), len(await pieces_of(runs))
 
-    nothing, some = with_engine(engine(one_model(), max_rows=1), work)
+    nothing, some = with_engine(engine(one_model(), max_sequences=1), work)
     assert nothing == []
     assert some > 0
 
 
 def test_a_pass_that_fails_ends_its_requests_and_nothing_else(monkeypatch):
-    run, broken = Networks.run, [True]
+    run, broken = ModelRunner.run, [True]
 
-    def fail(self, rows, tokens, known=()):
-        if broken and any(row.adapter is None for row in rows):
+    def fail(self, sequences, tokens, known=None):
+        if broken and any(each.adapter is None for each in sequences):
             raise RuntimeError("out of memory")
-        return run(self, rows, tokens, known)
+        return run(self, sequences, tokens, known)
 
-    monkeypatch.setattr(Networks, "run", fail)
+    monkeypatch.setattr(ModelRunner, "run", fail)
     models = one_model()
 
     async def work(served):
@@ -273,12 +273,12 @@ def test_closing_finishes_what_was_begun_and_takes_nothing_more():
     models = one_model()
 
     async def main():
-        served = engine(models, max_rows=1)
-        begun = [await served.answer(request(max_tokens=30)) for _ in range(2)]
+        served = engine(models, max_sequences=1)
+        begun = [await served.generate(request(max_tokens=30)) for _ in range(2)]
         closing = asyncio.create_task(served.aclose())
         await asyncio.sleep(0)
         with pytest.raises(RequestError, match="closing") as raised:
-            await served.answer(request())
+            await served.generate(request())
         told = [[token.id for piece in await pieces_of(answer) for token in piece.tokens] for answer in begun]
         await closing
         return raised.value.status, told
@@ -291,7 +291,7 @@ def test_closing_finishes_what_was_begun_and_takes_nothing_more():
 def test_closing_breaks_off_what_takes_too_long():
     async def main():
         served = engine(one_model(), close_seconds=0.0)
-        begun = await served.answer(request(max_tokens=120))
+        begun = await served.generate(request(max_tokens=120))
         await served.aclose()
         with pytest.raises(RequestError, match="closing") as raised:
             await pieces_of(begun)
@@ -329,14 +329,14 @@ def test_adapters_come_and_go_while_others_answer(tmp_path):
     models["b"].save_pretrained(tmp_path / "b")
 
     async def work(served):
-        running = await served.answer(request(max_tokens=60))
+        running = await served.generate(request(max_tokens=60))
         await served.load("b", str(tmp_path / "b"))
-        second = await served.answer(request("b", max_tokens=30))
+        second = await served.generate(request("b", max_tokens=30))
         assert [card.name for card in served.models()] == ["a", "b", "base"]
         leaving = asyncio.create_task(served.unload("b"))
         await asyncio.sleep(0)
         with pytest.raises(RequestError, match="no model 'b'"):
-            await served.answer(request("b"))
+            await served.generate(request("b"))
         told = [token.id for piece in await pieces_of(second) for token in piece.tokens]
         await leaving
         with pytest.raises(RequestError, match="no model 'b'"):
@@ -348,7 +348,7 @@ def test_adapters_come_and_go_while_others_answer(tmp_path):
     assert first == alone(models["a"], prompt(5), 60)
 
 
-def test_adapters_that_do_not_load_are_refused_and_the_engine_goes_on(tmp_path):
+def test_adapters_that_do_not_load_are_refused_and_the_engine_keeps_running(tmp_path):
     perturbed_model(seed=3).save_pretrained(tmp_path / "same")  # of an equal base: loads beside ours
     adapter(tiny_base(seed=7)).save_pretrained(tmp_path / "foreign")
 
@@ -369,7 +369,7 @@ def test_adapters_that_do_not_load_are_refused_and_the_engine_goes_on(tmp_path):
     assert ids == alone(perturbed_model(seed=3), prompt(5))
 
 
-def test_the_caller_says_how_paths_are_opened():
+def test_the_caller_chooses_how_paths_are_opened():
     models = one_model()
     opened = []
 
@@ -391,11 +391,11 @@ def test_messages_go_through_the_models_own_format():
     served = engine(models)
     served._adapters["a"].prompt_format = PromptFormat("say {word}", chat_template=False)
     messages = [{"role": "user", "content": "tea"}]
-    ids = served._intake._tokenizer("say tea")["input_ids"]
+    ids = served._processor._tokenizer("say tea")["input_ids"]
     assert answers(served, [request(prompt=None, messages=messages)]) == [alone(models["a"], ids)]
 
 
-def test_counters_say_what_was_done():
+def test_counters_report_the_work_done():
     served = engine(one_model(), speculation=SpeculationConfig(length=2, drafter="shadow"))
     answers(served, [request(length=5), request(length=6)])
     numbers = served.counters()

@@ -1,4 +1,4 @@
-"""An engine that cannot go on: its thread dies or hangs, or an adapter holds NaN."""
+"""Failures of the engine: its thread dies or hangs, or an adapter holds NaN."""
 
 import asyncio
 import os
@@ -39,7 +39,7 @@ def test_a_dead_thread_ends_every_answer_and_refuses_the_next(error, monkeypatch
 
     async def work(each):
         assert each.failure() is None
-        begun = [await each.answer(request()) for _ in range(3)]
+        begun = [await each.generate(request()) for _ in range(3)]
         now.set()
         for answer in begun:
             with pytest.raises(RequestError, match="thread has ended") as failed:
@@ -47,13 +47,13 @@ def test_a_dead_thread_ends_every_answer_and_refuses_the_next(error, monkeypatch
             assert failed.value.status == 503
             await answer.aclose()
         with pytest.raises(RequestError, match="thread has ended"):
-            await each.answer(request())
+            await each.generate(request())
         return each.failure()
 
     assert with_engine(served, work) == type(error).__name__
 
 
-def test_health_tells_of_a_dead_thread(monkeypatch):
+def test_health_reports_a_dead_thread(monkeypatch):
     served = engine(one_model())
     monkeypatch.setattr(served._scheduler, "step", dies(MemoryError()))
     app = create_app(served, ServerConfig(), "cloud", counters=served.counters)
@@ -68,7 +68,7 @@ def test_health_tells_of_a_dead_thread(monkeypatch):
 
 
 def test_a_pass_that_hangs_does_not_hold_up_the_end(monkeypatch):
-    monkeypatch.setattr(engine_module, "LAST_SECONDS", 0.1)
+    monkeypatch.setattr(engine_module, "JOIN_SECONDS", 0.1)
     served = engine(one_model(), close_seconds=0.1)
     entered, released = threading.Event(), threading.Event()
 
@@ -76,10 +76,10 @@ def test_a_pass_that_hangs_does_not_hold_up_the_end(monkeypatch):
         entered.set()
         released.wait()
 
-    monkeypatch.setattr(served._networks, "run", hang)
+    monkeypatch.setattr(served._runner, "run", hang)
 
     async def work():
-        answer = await served.answer(request())
+        answer = await served.generate(request())
         await asyncio.to_thread(entered.wait)
         await served.aclose()
         with pytest.raises(RequestError):
@@ -100,7 +100,7 @@ from shadowtune.serving.http.app import create_app
 from tests.serving.engine.support import engine, one_model
 
 kind = sys.argv.pop(1)
-engine_module.LAST_SECONDS = 0.1
+engine_module.JOIN_SECONDS = 0.1
 parser = argparse.ArgumentParser()
 add_server(parser)
 config = server_config(parser.parse_args(sys.argv[1:]))
@@ -112,7 +112,7 @@ def broken(*_):
         raise SystemExit
     threading.Event().wait()
 
-served._networks.run = broken
+served._runner.run = broken
 sys.exit(run_server(config, lambda: create_app(served, config, "cloud", counters=served.counters)))
 """
 
@@ -152,7 +152,7 @@ def test_an_adapter_of_nan_fails_alone(speculate):
     """Neighbours in the batch, the base's rows, and later rows in the same slots say what they say alone."""
     base = tiny_base()
     models = {"a": adapter(base), "b": broken_adapter(base)}
-    served = engine(models, max_rows=8)
+    served = engine(models, max_sequences=8)
 
     async def work(each):
         async def one(name, length):
@@ -175,22 +175,22 @@ def test_an_adapter_of_nan_fails_alone(speculate):
     assert second == expected["a"]
 
 
-def test_a_row_whose_sampling_fails_ends_alone(monkeypatch):
-    from shadowtune.serving.engine import rows
+def test_a_sequence_whose_sampling_fails_ends_alone(monkeypatch):
+    from shadowtune.serving.engine import sequence
 
     models = one_model()
-    served, choose = engine(models), rows.choose
+    served, choose = engine(models), sequence.sample
 
     def fails(scores, sampling, source):
         if sampling.seed == 13:
             raise RuntimeError("probability tensor contains either inf, nan or element < 0")
         return choose(scores, sampling, source)
 
-    monkeypatch.setattr(rows, "choose", fails)
-    from shadowtune.serving.requests import Sampling
+    monkeypatch.setattr(sequence, "sample", fails)
+    from shadowtune.serving.requests import SamplingParams
 
     async def work(each):
-        bad = request(sampling=Sampling(seed=13))
+        bad = request(sampling=SamplingParams(seed=13))
         results = await asyncio.gather(
             ask(each, request()), ask(each, bad), ask(each, request(length=9)), return_exceptions=True
         )

@@ -1,25 +1,25 @@
-"""An app with a fake answerer, asked in this process."""
+"""Clients of apps with a fake backend, in this process."""
 
 import pytest
 from starlette.testclient import TestClient
 
 from shadowtune.config.serving import ServerConfig
 from shadowtune.serving.http.app import create_app
-from tests.serving.http.fakes import FakeAnswerer
+from tests.serving.http.fakes import FakeBackend
 
 
 @pytest.fixture
 def asking():
-    """Makes clients of apps; their ``app_state`` holds the answerer's memory."""
+    """Makes clients of apps, which know the backend and the admission controller."""
     opened = []
 
-    def make(answerer=None, role="cloud", controls=None, **settings):
-        answerer = answerer or FakeAnswerer()
-        app = create_app(answerer, ServerConfig(**settings), role, **(controls or {}))
+    def make(backend=None, role="cloud", controls=None, **settings):
+        backend = backend or FakeBackend()
+        app = create_app(backend, ServerConfig(**settings), role, **(controls or {}))
         client = TestClient(app, raise_server_exceptions=False)
         client.__enter__()
         opened.append(client)
-        client.answerer, client.desk = answerer, app.state.desk
+        client.backend, client.admission = backend, app.state.admission
         return client
 
     yield make

@@ -1,4 +1,4 @@
-"""An answerer without a model, whose faults can be asked for, and a real server around it."""
+"""A backend without a model, whose failures can be requested, and a real server around it."""
 
 import asyncio
 import contextlib
@@ -11,28 +11,36 @@ from typing import Any
 from shadowtune.config.serving import ServerConfig
 from shadowtune.serving.http.app import create_app
 from shadowtune.serving.http.server import address_of, bind, make_server
-from shadowtune.serving.requests import Decision, ModelCard, Piece, Request, RequestError, Token, Usage
+from shadowtune.serving.requests import (
+    GeneratedToken,
+    GenerationRequest,
+    ModelCard,
+    OutputChunk,
+    RequestError,
+    RoutingDecision,
+    Usage,
+)
 
 SECRET = "the prompt that nobody may see"
 MODELS = ("echo", "hang", "refuse", "full", "fail", "late", "bug", "late-bug", "mute", "slow")
 
 
-def words_of(request: Request) -> list[str]:
+def words_of(request: GenerationRequest) -> list[str]:
     """What the fake answers: the words of the prompt, or its token ids."""
     given = request.prompt if request.messages is None else request.messages[-1]["content"] or ""
     return given.split() if isinstance(given, str) else [str(token) for token in given]
 
 
 @dataclass
-class FakeAnswer:
+class FakeStream:
     """Says the prompt's words, one a piece, with the logarithm of a probability of 1/2, 1/4, ..."""
 
-    request: Request
-    owner: "FakeAnswerer"
-    decision: Decision
+    request: GenerationRequest
+    owner: "FakeBackend"
+    decision: RoutingDecision
     closed: bool = False
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[OutputChunk]:
         model, words = self.request.model, words_of(self.request)
         if model == "fail":
             raise RequestError("the pass failed", 500)
@@ -48,11 +56,11 @@ class FakeAnswer:
                 finish = "length"
                 break
             text = word if number == 0 else f" {word}"
-            tokens: tuple[Token, ...] = ()
+            tokens: tuple[GeneratedToken, ...] = ()
             if self.request.top_logprobs is not None:
                 top = tuple((other, f"t{other}", -1.0 * other) for other in range(self.request.top_logprobs))
-                tokens = (Token(number, text, float("-inf") if word == "never" else -0.5 * (number + 1), top),)
-            yield Piece(text, tokens)
+                tokens = (GeneratedToken(number, text, float("-inf") if word == "never" else -0.5 * (number + 1), top),)
+            yield OutputChunk(text, tokens)
             said += 1
             if model == "late":
                 raise RequestError("the pass failed", 500)
@@ -63,32 +71,32 @@ class FakeAnswer:
             if model == "slow":
                 await asyncio.sleep(self.owner.pause)
         accepted = 0 if self.request.prediction is None else len(str(self.request.prediction).split())
-        yield Piece("", (), finish, Usage(len(words), said, accepted, 1 if accepted else 0))
+        yield OutputChunk("", (), finish, Usage(len(words), said, accepted, 1 if accepted else 0))
 
     async def aclose(self) -> None:
         self.closed = True
 
 
 @dataclass
-class FakeAnswerer:
+class FakeBackend:
     """Remembers what it was asked."""
 
     pause: float = 0.05
-    decision: Decision = field(default_factory=lambda: Decision("cloud", "attached", None, 1.5))
-    answers: list[FakeAnswer] = field(default_factory=list)
+    decision: RoutingDecision = field(default_factory=lambda: RoutingDecision("cloud", "attached", None, 1.5))
+    answers: list[FakeStream] = field(default_factory=list)
     closed: bool = False
 
     def models(self) -> list[ModelCard]:
         return [ModelCard(name, 1700000000, 64, "tiny") for name in MODELS]
 
-    async def answer(self, request: Request) -> FakeAnswer:
+    async def generate(self, request: GenerationRequest) -> FakeStream:
         if request.model not in MODELS:
             raise RequestError(f"no model {request.model!r}", 404, "model")
         if request.model == "refuse":
             raise RequestError("the prompt has 99 tokens", 400, "messages")
         if request.model == "full":
             raise RequestError("the queue is full", 429)
-        answer = FakeAnswer(request, self, self.decision)
+        answer = FakeStream(request, self, self.decision)
         self.answers.append(answer)
         return answer
 
@@ -96,7 +104,7 @@ class FakeAnswerer:
         self.closed = True
 
     @property
-    def asked(self) -> list[Request]:
+    def asked(self) -> list[GenerationRequest]:
         return [answer.request for answer in self.answers]
 
 
@@ -137,12 +145,12 @@ class Live:
     """A server that runs."""
 
     url: str
-    answerer: Any
+    backend: Any
     server: Any
     thread: threading.Thread
 
     def stop(self) -> None:
-        self.server.should_exit = self.server._desk.draining = True
+        self.server.drain()
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -154,22 +162,22 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def serving(answerer: Any = None, config: ServerConfig | None = None, **controls: Any) -> Iterator[Live]:
+def serving(backend: Any = None, config: ServerConfig | None = None, **controls: Any) -> Iterator[Live]:
     """A real server on a free port."""
     config = config or ServerConfig(port=0)
-    answerer = answerer or FakeAnswerer()
-    app = create_app(answerer, config, "cloud", **controls)
+    backend = backend or FakeBackend()
+    app = create_app(backend, config, "cloud", **controls)
     ready = threading.Event()
     with bind(config) as bound:
         server = make_server(app, config, ready.set)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         assert ready.wait(20)
-        live = Live(address_of(bound), answerer, server, thread)
+        live = Live(address_of(bound), backend, server, thread)
         try:
             yield live
         finally:
             live.stop()
             thread.join(30)
     assert not thread.is_alive()
-    assert answerer.closed
+    assert backend.closed

@@ -1,4 +1,4 @@
-"""Who may change a server, and to what."""
+"""Admin keys: loading adapters and changing the policy."""
 
 import logging
 

@@ -4,7 +4,7 @@ from tests.serving.http.fakes import FakeAdapters, FakePolicy
 
 
 @pytest.mark.parametrize("role", ["cloud", "edge"])
-def test_health_says_the_role(asking, role):
+def test_health_reports_the_role(asking, role):
     assert asking(role=role).get("/health").json() == {"status": "ok", "role": role}
 
 
@@ -90,14 +90,14 @@ def test_the_page_may_load_nothing_from_elsewhere(asking):
 
 def test_the_document_states_the_bounds(asking):
     schemas = asking().get("/openapi.json").json()["components"]["schemas"]
-    (temperature, _) = schemas["ChatBody"]["properties"]["temperature"]["anyOf"]
+    (temperature, _) = schemas["ChatCompletionRequest"]["properties"]["temperature"]["anyOf"]
     assert (temperature["minimum"], temperature["maximum"]) == (0, 2)
-    assert schemas["ChatBody"]["additionalProperties"] is False
+    assert schemas["ChatCompletionRequest"]["additionalProperties"] is False
     assert "HTTPValidationError" not in schemas
 
 
-def test_the_answerer_is_closed_at_the_end(asking):
+def test_the_backend_is_closed_at_the_end(asking):
     client = asking()
     client.__exit__(None, None, None)
-    assert client.answerer.closed
+    assert client.backend.closed
     client.__enter__()

@@ -1,4 +1,4 @@
-"""Clients of other people against a server of ours with a real model: chat, streaming, JSON schema, tools.
+"""Third-party clients against a server with a real model: chat, streaming, JSON schema, tools.
 
 The clients may live in another environment: SHADOWTUNE_CLIENTS names its interpreter. All traffic stays on this
 machine.
@@ -19,7 +19,7 @@ from shadowtune.config.serving import ServerConfig
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.models import smollm2_135m
 from shadowtune.serving.engine.engine import Engine
-from shadowtune.serving.engine.limits import Limits
+from shadowtune.serving.engine.scheduler import Limits
 from shadowtune.serving.http.app import create_app
 from shadowtune.serving.http.server import address_of, bind, make_server
 
@@ -50,7 +50,7 @@ def url():
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     model = ShadowForCausalLM.from_base(base, ShadowConfig(rank=4, update_width=3)).eval()
-    engine = Engine(base, tokenizer, {"m": (model, PromptFormat())}, Limits(max_rows=4))
+    engine = Engine(base, tokenizer, {"m": (model, PromptFormat())}, Limits(max_sequences=4))
     config = ServerConfig(port=0, max_tokens=100)
     ready = threading.Event()
     with bind(config) as bound:

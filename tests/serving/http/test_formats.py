@@ -1,12 +1,12 @@
-"""JSON schemas, tools, echo, usage and tokens over HTTP, with an answerer that says what it is told."""
+"""JSON schemas, tools, echo, usage and tokens over HTTP, with a backend of fixed text."""
 
 import json
 
 import pytest
 
-from shadowtune.serving.requests import Decision, Piece, Usage
-from tests.serving.http.fakes import FakeAnswerer
-from tests.serving.http.test_answering import events
+from shadowtune.serving.requests import OutputChunk, RoutingDecision, Usage
+from tests.serving.http.fakes import FakeBackend
+from tests.serving.http.test_streaming import events
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
@@ -17,22 +17,22 @@ TOOL = {
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Ulm"}}</tool_call>'
 
 
-class Says(FakeAnswerer):
+class Says(FakeBackend):
     """Says one text in pieces of three characters."""
 
     text = CALL
 
-    async def answer(self, request):
-        answer = await super().answer(request)
+    async def generate(self, request):
+        answer = await super().generate(request)
         text = self.text
 
         class Saying(type(answer)):
             async def __aiter__(self):
                 for start in range(0, len(text), 3):
-                    yield Piece(text[start : start + 3], running=Usage(4, start // 3 + 1))
-                yield Piece("", (), "stop", Usage(4, -(-len(text) // 3)))
+                    yield OutputChunk(text[start : start + 3], usage_so_far=Usage(4, start // 3 + 1))
+                yield OutputChunk("", (), "stop", Usage(4, -(-len(text) // 3)))
 
-        return Saying(request, self, Decision("cloud", "attached"))
+        return Saying(request, self, RoutingDecision("cloud", "attached"))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ class Says(FakeAnswerer):
 def test_the_schema_of_an_answer(asking, chat, fields, schema):
     client = asking()
     assert client.post("/v1/chat/completions", json=chat(**fields)).status_code == 200
-    (request,) = client.answerer.asked
+    (request,) = client.backend.asked
     assert request.schema == schema and list(request.tools) == fields.get("tools", [])
 
 
@@ -56,7 +56,7 @@ def test_the_schema_of_an_answer(asking, chat, fields, schema):
 def test_a_call_that_must_come_is_a_schema(asking, chat, choice):
     client = asking()
     client.post("/v1/chat/completions", json=chat(tools=[TOOL], tool_choice=choice))
-    (request,) = client.answerer.asked
+    (request,) = client.backend.asked
     assert request.schema["properties"]["name"] == {"const": "weather"} and request.tool_choice == choice
 
 
@@ -70,7 +70,7 @@ def test_a_call_that_must_come_is_a_schema(asking, chat, choice):
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 7}}}, "schema"),
     ],
 )
-def test_what_is_wrong_is_said(asking, chat, fields, said):
+def test_invalid_tools_and_formats_are_named(asking, chat, fields, said):
     error = asking().post("/v1/chat/completions", json=chat(**fields)).json()["error"]
     assert said in error["message"]
 
@@ -106,7 +106,7 @@ def test_a_conversation_with_calls_and_their_answers(asking, chat):
         {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
     ]
     assert client.post("/v1/chat/completions", json=body).status_code == 200
-    _, called, answered = client.answerer.asked[0].messages
+    _, called, answered = client.backend.asked[0].messages
     assert called["tool_calls"] == [call] and called["content"] is None
     assert answered == {"role": "tool", "content": "sunny", "tool_call_id": "c1"}
 
@@ -150,13 +150,13 @@ def test_names_of_inner_fields_are_whole(asking, chat):
 def test_an_error_in_mid_stream_has_its_type(asking, chat, status, kind):
     from shadowtune.serving.requests import RequestError
 
-    class Breaks(FakeAnswerer):
-        async def answer(self, request):
-            answer = await super().answer(request)
+    class Breaks(FakeBackend):
+        async def generate(self, request):
+            answer = await super().generate(request)
 
             class Breaking(type(answer)):
                 async def __aiter__(self):
-                    yield Piece("a")
+                    yield OutputChunk("a")
                     raise RequestError("the cloud broke off", status)
 
             return Breaking(request, self, self.decision)
@@ -190,5 +190,5 @@ def test_tokens_are_shown_and_read():
         assert client.post("/detokenize", json={"model": "a", "tokens": [10**6]}).status_code == 400
 
 
-def test_a_server_without_a_tokenizer_says_so(asking):
+def test_a_server_without_a_tokenizer_responds_404(asking):
     assert asking().post("/tokenize", json={"model": "echo", "prompt": "x"}).status_code == 404

@@ -1,4 +1,4 @@
-"""Bodies of megabytes that are wrong, or right and long: none is worked on for long inside the event loop.
+"""Bodies of megabytes, invalid or valid: none blocks the event loop for long.
 
 Nothing here measures time. What a body costs is counted: faults that are looked at, texts that are tokenized, and in
 which thread.
@@ -13,7 +13,7 @@ import pytest
 
 from shadowtune.config.serving import ServerConfig
 from shadowtune.serving.http.app import create_app
-from shadowtune.serving.http.bodies import ChatBody, CompletionBody
+from shadowtune.serving.http.protocol import ChatCompletionRequest, CompletionRequest
 from shadowtune.serving.requests import RequestError
 from tests.serving.engine.support import engine, one_model, request, with_engine
 
@@ -40,9 +40,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("fields", HOSTILE.values(), ids=HOSTILE)
-def test_a_body_that_is_wrong_everywhere_is_a_few_faults(fields):
+def test_a_body_that_is_wrong_everywhere_has_few_errors(fields):
     with pytest.raises(ValueError, match="validation error") as refused:
-        ChatBody.model_validate({"model": "echo", **fields})
+        ChatCompletionRequest.model_validate({"model": "echo", **fields})
     assert refused.value.error_count() <= 8
 
 
@@ -51,7 +51,7 @@ def test_a_body_that_is_wrong_everywhere_is_a_few_faults(fields):
 )
 def test_so_is_a_list_of_prompts(prompt):
     with pytest.raises(ValueError, match="validation error") as refused:
-        CompletionBody.model_validate({"model": "echo", "prompt": prompt})
+        CompletionRequest.model_validate({"model": "echo", "prompt": prompt})
     assert refused.value.error_count() <= 8
 
 
@@ -64,18 +64,18 @@ def test_such_a_body_is_refused_in_one_short_line(asking, fields):
 
 @pytest.mark.parametrize("inner", ["[]", "{}"])
 def test_a_million_objects_are_refused_before_they_are_made(asking, inner, monkeypatch):
-    from shadowtune.serving.http import parsing
+    from shadowtune.serving.http import middleware
 
-    monkeypatch.setattr(parsing.pydantic_core, "from_json", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(middleware.pydantic_core, "from_json", lambda *_, **__: pytest.fail("read"))
     body = '{"model": "echo", "prompt": [' + ",".join([inner] * 850_000) + "]}"
     response = asking().post("/v1/completions", content=body, headers=JSON)
     assert response.status_code == 400 and "850002 opening brackets" in response.json()["error"]["message"]
 
 
 def test_a_flood_of_prompts_is_refused_before_requests_are_made_of_it(asking, monkeypatch):
-    from shadowtune.serving.http import translation
+    from shadowtune.serving.http import handlers
 
-    monkeypatch.setattr(translation, "_choices", lambda *_: pytest.fail("made requests"))
+    monkeypatch.setattr(handlers, "_choices", lambda *_: pytest.fail("made requests"))
     body = {"model": "echo", "prompt": ["a"] * 16_384, "n": 16}
     response = asking(max_requests=80).post("/v1/completions", json=body)
     assert response.status_code == 400 and "262144 answers" in response.json()["error"]["message"]
@@ -103,8 +103,8 @@ class Watched:
 
 
 def watched(served):
-    served._intake._tokenizer = Watched(served._intake._tokenizer)
-    return served._intake._tokenizer
+    served._processor._tokenizer = Watched(served._processor._tokenizer)
+    return served._processor._tokenizer
 
 
 def test_a_prompt_of_many_answers_is_tokenized_once_and_in_another_thread():
@@ -115,7 +115,7 @@ def test_a_prompt_of_many_answers_is_tokenized_once_and_in_another_thread():
     async def work(each):
         ours = threading.current_thread()
         asked = [request(prompt=prompt, max_tokens=2) for _ in range(16)]
-        await asyncio.gather(*(each.answer(one) for one in asked))
+        await asyncio.gather(*(each.generate(one) for one in asked))
         return ours
 
     ours = with_engine(served, work)
@@ -131,7 +131,7 @@ def test_what_cannot_fit_is_refused_by_its_characters(field):
 
     async def work(each):
         with pytest.raises(RequestError, match="1000000 characters are more than") as refused:
-            await each.answer(request(**given))
+            await each.generate(request(**given))
         return refused.value.param
 
     assert with_engine(served, work) == field
@@ -150,7 +150,7 @@ def test_health_answers_while_a_prompt_is_tokenized():
             assert answered.wait(60), "the event loop stood still"
             return tokenize(*arguments, **settings)
 
-    served._intake._tokenizer = Slow(tokenize)
+    served._processor._tokenizer = Slow(tokenize)
     app = create_app(served, ServerConfig(), "cloud", counters=served.counters)
 
     async def work(each):
@@ -167,7 +167,7 @@ def test_health_answers_while_a_prompt_is_tokenized():
     assert with_engine(served, work) == 200
 
 
-def test_a_client_that_goes_leaves_the_reading_to_the_others():
+def test_a_cancelled_caller_leaves_the_tokenization_to_the_others():
     from shadowtune.serving.background import SharedWork
 
     async def run():

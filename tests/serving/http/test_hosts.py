@@ -1,4 +1,4 @@
-"""Names and origins: pages of other sites reach nothing; pages of allowed ones reach what they may."""
+"""Host and Origin checks, CORS, HEAD and OPTIONS."""
 
 import http.client
 import json
@@ -52,10 +52,10 @@ def test_another_name_is_refused_everywhere(live, host, path):
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/load_adapter"])
 def test_another_name_changes_and_asks_nothing(live, path):
-    asked = len(live.answerer.answers)
+    asked = len(live.backend.answers)
     body = {"model": "echo", "prompt": "x"} if "comp" in path else {"name": "x", "path": "y"}
     assert ask(live, "POST", path, EVIL, body).status == 403
-    assert len(live.answerer.answers) == asked and not live.adapters.loaded
+    assert len(live.backend.answers) == asked and not live.adapters.loaded
 
 
 @pytest.mark.parametrize("origin", [f"http://{EVIL}", f"https://{EVIL}:8000", "null", "http://[", "file://"])
@@ -93,7 +93,7 @@ def test_names_that_are_none_are_refused(settings):
 PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
 
 
-def test_an_allowed_origin_may_ask_with_a_key_and_read_who_answered(asking, chat):
+def test_an_allowed_origin_may_send_a_key_and_read_the_decision(asking, chat):
     from shadowtune.config.serving import hash_key
 
     page = {"origin": "https://chat.example"}
@@ -114,7 +114,7 @@ def test_without_the_option_no_origin_is_allowed(asking):
     assert response.status_code == 200 and "access-control-allow-origin" not in response.headers
 
 
-def test_options_tell_the_methods_and_head_has_no_body(asking):
+def test_options_lists_the_methods_and_head_has_no_body(asking):
     client = asking()
     options = client.options("/v1/chat/completions")
     assert options.status_code == 204 and options.headers["allow"] == "OPTIONS, POST"

@@ -1,6 +1,6 @@
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving.http.fakes import FakeAnswerer
+from tests.serving.http.fakes import FakeBackend
 
 
 def samples(client):
@@ -40,7 +40,7 @@ def test_broken_answers_are_counted_by_what_broke_them(asking, chat):
     assert client.get("/v1/recent").json()["requests"] == []
 
 
-def test_the_answerers_own_numbers_are_shown(asking):
+def test_the_backends_own_numbers_are_shown(asking):
     running = {"running": 3, "waiting": 5}
     client = asking(controls={"counters": lambda: running})
     found = samples(client)
@@ -50,6 +50,6 @@ def test_the_answerers_own_numbers_are_shown(asking):
 
 
 def test_two_apps_count_apart(asking, chat):
-    one, other = asking(), asking(FakeAnswerer())
+    one, other = asking(), asking(FakeBackend())
     one.post("/v1/chat/completions", json=chat())
     assert ("shadowtune_requests_total", "200", "cloud") not in samples(other)

@@ -5,7 +5,7 @@ import pytest
 openai = pytest.importorskip("openai")
 
 from shadowtune.config.serving import ServerConfig, hash_key  # noqa: E402
-from tests.serving.http.fakes import FakeAnswerer, eventually, serving  # noqa: E402
+from tests.serving.http.fakes import FakeBackend, eventually, serving  # noqa: E402
 
 HELLO = [{"role": "user", "content": "to be or not"}]
 
@@ -30,7 +30,7 @@ def test_a_chat_is_answered(live, client):
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "to be or not", "stop")
     assert reply.object == "chat.completion" and reply.model == "echo" and reply.id.startswith("chatcmpl-")
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (4, 4, 8)
-    request = live.answerer.asked[-1]
+    request = live.backend.asked[-1]
     assert request.messages == [{"role": "developer", "content": "be short"}, HELLO[0]]
     assert (request.sampling.temperature, request.sampling.top_p, request.max_tokens) == (0.25, 0.5, None)
 
@@ -78,7 +78,7 @@ def test_stop_texts_arrive(client, stop):
 def test_several_choices_have_a_seed_each(live, client):
     reply = client.chat.completions.create(model="echo", messages=HELLO, n=3, seed=7)
     assert [choice.index for choice in reply.choices] == [0, 1, 2]
-    assert [request.sampling.seed for request in live.answerer.asked[-3:]] == [7, 8, 9]
+    assert [request.sampling.seed for request in live.backend.asked[-3:]] == [7, 8, 9]
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (4, 12)  # one prompt, three answers
 
 
@@ -117,7 +117,7 @@ def test_a_prediction_is_handed_on_and_counted(live, client):
     reply = client.chat.completions.create(model="echo", messages=HELLO, prediction=prediction)
     details = reply.usage.completion_tokens_details
     assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (3, 1)
-    assert live.answerer.asked[-1].prediction == "to be or"
+    assert live.backend.asked[-1].prediction == "to be or"
 
 
 def test_a_text_is_completed(live, client):
@@ -126,7 +126,7 @@ def test_a_text_is_completed(live, client):
     assert (choice.text, choice.finish_reason, reply.object) == ("one two", "length", "text_completion")
     assert choice.logprobs.tokens == ["one", " two"] and choice.logprobs.text_offset == [0, 3]
     assert choice.logprobs.token_logprobs == [-0.5, -1.0] and choice.logprobs.top_logprobs == [{"t0": 0.0}] * 2
-    assert live.answerer.asked[-1].prompt == "one two three"
+    assert live.backend.asked[-1].prompt == "one two three"
 
 
 @pytest.mark.parametrize(
@@ -156,9 +156,9 @@ def test_a_completion_streams_with_offsets(client):
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_a_completion_has_sixteen_tokens_where_nothing_is_said(live, client):
+def test_a_completion_has_sixteen_tokens_by_default(live, client):
     client.completions.create(model="echo", prompt="a")
-    assert live.answerer.asked[-1].max_tokens == 16
+    assert live.backend.asked[-1].max_tokens == 16
 
 
 def test_models_are_listed_and_described(client):
@@ -229,7 +229,7 @@ def test_errors_have_their_kind(client, model, kind, code, stream):
     assert failed.value.code == code
 
 
-def test_too_many_requests_are_told_when_to_come_back(client):
+def test_too_many_requests_get_a_retry_after_header(client):
     with pytest.raises(openai.RateLimitError) as refused:
         client.chat.completions.create(model="full", messages=HELLO)
     assert refused.value.response.headers["retry-after"] == "1"
@@ -244,7 +244,7 @@ def test_a_wrong_key_is_refused(live, key):
 
 
 @pytest.mark.parametrize("model", ["late", "late-bug"])
-def test_a_stream_that_fails_says_so(client, model):
+def test_a_stream_that_fails_reports_it(client, model):
     stream = client.chat.completions.create(model=model, messages=HELLO, stream=True)
     with pytest.raises(openai.APIError, match="failed"):
         list(stream)
@@ -255,13 +255,13 @@ def test_an_answer_that_takes_too_long_is_a_time_out(live, client, model):
     with pytest.raises(openai.InternalServerError) as failed:
         client.chat.completions.create(model=model, messages=HELLO)
     assert failed.value.status_code == 504 and "within 1 s" in failed.value.message
-    eventually(lambda: live.answerer.answers[-1].closed)
+    eventually(lambda: live.backend.answers[-1].closed)
 
 
 def test_a_stream_that_takes_too_long_ends_with_an_error(live, client):
     with pytest.raises(openai.APIError, match="within 1 s"):
         list(client.chat.completions.create(model="hang", messages=HELLO, stream=True))
-    eventually(lambda: live.answerer.answers[-1].closed)
+    eventually(lambda: live.backend.answers[-1].closed)
 
 
 def test_the_asynchronous_client_works_too(live):
@@ -276,12 +276,12 @@ def test_the_asynchronous_client_works_too(live):
 
 
 def test_the_client_waits_for_its_turn():
-    class Busy(FakeAnswerer):
-        async def answer(self, request):
+    class Busy(FakeBackend):
+        async def generate(self, request):
             self.tries = vars(self).get("tries", 0) + 1
-            return await super().answer(request)
+            return await super().generate(request)
 
     with serving(Busy()) as live, openai.OpenAI(base_url=f"{live.url}/v1", api_key="-", max_retries=1) as client:
         with pytest.raises(openai.RateLimitError):
             client.chat.completions.create(model="full", messages=HELLO)
-        assert live.answerer.tries == 2
+        assert live.backend.tries == 2

@@ -1,4 +1,4 @@
-"""Requests made from the OpenAPI document, right ones and wrong ones: none is a server error, all are as documented.
+"""Valid and invalid requests generated from the OpenAPI document: no server errors, responses as documented.
 
 SHADOWTUNE_SCHEMA_CASES sets how many are made for each operation.
 """
@@ -17,18 +17,18 @@ from schemathesis import GenerationMode  # noqa: E402
 
 from shadowtune.config.serving import ServerConfig  # noqa: E402
 from shadowtune.serving.http.app import create_app  # noqa: E402
-from tests.serving.http.fakes import FakeAdapters, FakeAnswerer, FakePolicy  # noqa: E402
+from tests.serving.http.fakes import FakeAdapters, FakeBackend, FakePolicy  # noqa: E402
 
 CASES = int(os.environ.get("SHADOWTUNE_SCHEMA_CASES", "30"))
 SEEN: collections.Counter[int] = collections.Counter()
 """Responses by status."""
 
 
-class Willing(FakeAnswerer):
+class Willing(FakeBackend):
     """Answers by every name, so that what is right gets an answer."""
 
-    async def answer(self, request):
-        return await super().answer(dataclasses.replace(request, model="echo"))
+    async def generate(self, request):
+        return await super().generate(dataclasses.replace(request, model="echo"))
 
 
 APP = create_app(

@@ -1,4 +1,4 @@
-"""Sockets, patience, and the end."""
+"""Sockets, slow clients, connection limits and graceful shutdown."""
 
 import asyncio
 import errno
@@ -11,14 +11,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
 
 from shadowtune.config.serving import ServerConfig
 from shadowtune.errors import ConfigError
-from shadowtune.serving.http.server import Connections, QuietAccept, address_of, bind
-from tests.serving.http.fakes import FakeAnswerer, eventually, serving
+from shadowtune.serving.http.server import AcceptErrorHandler, ConnectionGuard, address_of, bind
+from tests.serving.http.fakes import FakeBackend, eventually, serving
 
 JSON = "Content-Type: application/json"
 PROGRAM = """
@@ -26,14 +27,14 @@ import sys
 from shadowtune.config.serving import ServerConfig
 from shadowtune.serving.http.app import create_app
 from shadowtune.serving.http.server import address_of, bind, make_server
-from tests.serving.http.fakes import FakeAnswerer
+from tests.serving.http.fakes import FakeBackend
 
 config = ServerConfig(port=0, drain_timeout=float(sys.argv[1]))
-answerer = FakeAnswerer(pause=0.1)
+backend = FakeBackend(pause=0.1)
 with bind(config) as bound:
-    app = create_app(answerer, config, "cloud")
+    app = create_app(backend, config, "cloud")
     make_server(app, config, lambda: print(address_of(bound), flush=True)).run([bound])
-print("closed" if answerer.closed else "open", flush=True)
+print("closed" if backend.closed else "open", flush=True)
 """
 
 
@@ -103,14 +104,14 @@ def test_a_body_that_does_not_come_is_a_time_out(hasty):
         assert b"408" in ended(connection).splitlines()[0]
 
 
-def test_a_client_that_takes_nothing_is_dropped(chat):
-    with serving(FakeAnswerer(pause=0.0), ServerConfig(port=0, read_timeout=0.3)) as live:
+def test_a_client_that_reads_nothing_is_dropped(chat):
+    with serving(FakeBackend(pause=0.0), ServerConfig(port=0, read_timeout=0.3)) as live:
         body = json.dumps(chat("x" * 1000 + " " + "word " * 200_000, "slow", stream=True)).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{JSON}\r\nContent-Length: {len(body)}\r\n\r\n"
         with connect(live.url) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.sendall(head.encode() + body)
-            eventually(lambda: any(answer.closed for answer in live.answerer.answers))
+            eventually(lambda: any(answer.closed for answer in live.backend.answers))
 
 
 def test_a_body_without_end_is_cut_off():
@@ -119,7 +120,7 @@ def test_a_body_without_end_is_cut_off():
         connection.sendall(head.encode() + b"64\r\n" + b"x" * 100 + b"\r\n")
         connection.sendall((b"64\r\n" + b"x" * 100 + b"\r\n") * 20)
         assert b"413" in ended(connection).splitlines()[0]
-        assert not live.answerer.answers
+        assert not live.backend.answers
 
 
 def test_what_is_not_http_is_refused(hasty):
@@ -160,7 +161,7 @@ def await_refusal(url):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_what_was_begun_and_lets_nothing_in(number):
+def test_a_signal_finishes_running_requests_and_refuses_new_ones(number):
     process, url = start(drain=30)
     response = stream(url, "word " * 40)
     process.send_signal(number)
@@ -172,7 +173,7 @@ def test_a_signal_finishes_what_was_begun_and_lets_nothing_in(number):
     assert "Traceback" not in error
 
 
-def test_after_its_time_what_still_runs_is_told_so():
+def test_after_the_drain_timeout_running_requests_get_an_error():
     process, url = start(drain=0.2)
     response = stream(url, "a b", model="hang")
     process.send_signal(signal.SIGTERM)
@@ -192,39 +193,63 @@ def test_a_second_signal_does_not_wait():
     response.close()
 
 
-class Transport:
-    """A connection that can only be dropped."""
+class Connection:
+    """A connection of uvicorn: without a request, answering, or with a part of a response unread."""
 
-    def __init__(self):
-        self.dropped = False
+    def __init__(self, answering=False):
+        self.transport, self.timeout_keep_alive_task = self, None
+        self.cycle = SimpleNamespace(response_complete=not answering)
+        self.dropped, self.unread = False, 0
 
     def abort(self):
         self.dropped = True
 
+    def is_closing(self):
+        return self.dropped
 
-def test_beyond_the_largest_number_the_oldest_idle_connection_is_dropped():
-    connections = Connections(3)
-    first, second, third, fourth, fifth = transports = [Transport() for _ in range(5)]
-    for each in transports[:3]:
-        connections.open(each)
-    connections.answer(first)
-    connections.open(fourth)
-    assert second.dropped and not first.dropped and len(connections) == 3
-    connections.wait(first)  # its answer has ended: the youngest of those that wait
-    connections.open(fifth)
+    def get_write_buffer_size(self):
+        return self.unread
+
+
+def test_beyond_the_limit_the_connection_that_was_idle_the_longest_is_dropped():
+    guard, connections = ConnectionGuard(3, 60.0), []
+    first, second, third, fourth, fifth = (Connection() for _ in range(5))
+    for each in (first, second, third):
+        connections.append(each)
+        guard.limit(connections)
+    first.cycle.response_complete = False
+    connections.append(fourth)
+    guard.limit(connections)
+    assert second.dropped and not first.dropped
+    assert sum(not each.dropped for each in connections) == 3
+    first.cycle.response_complete = True  # the youngest of those that are idle
+    guard.limit(connections)
+    connections.append(fifth)
+    guard.limit(connections)
     assert third.dropped and not first.dropped and not fourth.dropped
 
 
-def test_where_all_are_answered_the_new_one_is_dropped():
-    connections = Connections(2)
-    transports = [Transport() for _ in range(3)]
-    for each in transports[:2]:
-        connections.open(each)
-        connections.answer(each)
-    connections.open(transports[2])
-    assert [each.dropped for each in transports] == [False, False, True]
-    connections.close(transports[0])
-    assert len(connections) == 1
+def test_where_all_are_answered_the_new_connection_is_dropped():
+    guard = ConnectionGuard(2, 60.0)
+    first, second = Connection(answering=True), Connection(answering=True)
+    for third in (Connection(), Connection(answering=True)):
+        guard.limit([first, second, third])
+        assert [each.dropped for each in (first, second, third)] == [False, False, True]
+
+
+def test_only_a_client_that_owes_something_for_too_long_is_dropped():
+    now = [0.0]
+    guard = ConnectionGuard(9, 30.0, lambda: now[0])
+    silent, slow, reader, answered, kept = (Connection() for _ in range(5))
+    answered.cycle.response_complete = False
+    slow.unread = reader.unread = 1000
+    kept.timeout_keep_alive_task = "uvicorn's own timer"
+    for step in range(31):
+        now[0] = float(step)
+        reader.unread -= 10
+        guard.check([silent, slow, reader, answered, kept])
+        assert not any(each.dropped for each in (reader, answered, kept))
+        assert silent.dropped == slow.dropped == (step >= 30)
 
 
 def test_half_open_connections_leave_room_for_a_request():
@@ -240,9 +265,9 @@ def test_half_open_connections_leave_room_for_a_request():
             connection.close()
 
 
-def test_connections_that_cannot_be_accepted_are_told_of_once_in_a_while(caplog):
+def test_accept_errors_are_logged_once_a_minute(caplog):
     now = [0.0]
-    handle = QuietAccept(lambda: now[0])
+    handle = AcceptErrorHandler(lambda: now[0])
     loop = asyncio.new_event_loop()
     with caplog.at_level("ERROR"):
         for _ in range(10_000):

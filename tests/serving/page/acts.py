@@ -1,4 +1,4 @@
-"""What a visitor does, and what is looked at, in several files of tests."""
+"""Actions on the page and locators that several tests share."""
 
 
 def send(page, text):

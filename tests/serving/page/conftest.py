@@ -1,4 +1,4 @@
-"""A browser for these tests, and around each of them the rule that the page is quiet and stays at home."""
+"""A browser, and a check around each test: no console errors, no requests to other origins."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""A server with the documented endpoints and no model: what it says, and when, is the test's to choose."""
+"""A server with the documented endpoints and no model, whose responses the test chooses."""
 
 import asyncio
 import json

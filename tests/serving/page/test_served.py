@@ -1,9 +1,9 @@
-"""The page in front of the product's own app, with an answerer that has no model."""
+"""The page in front of the product's own app, with a backend that has no model."""
 
 import pytest
 
 from shadowtune.config.serving import ServerConfig, hash_key
-from shadowtune.serving.requests import Decision
+from shadowtune.serving.requests import RoutingDecision
 from tests.serving.page.acts import last, send, waits_for
 
 expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
@@ -17,8 +17,8 @@ def policy():
 
 
 @pytest.fixture
-def answerer():
-    return fakes.FakeAnswerer(decision=Decision("edge", "confident", 0.87, 0.0))
+def backend():
+    return fakes.FakeBackend(decision=RoutingDecision("edge", "confident", 0.87, 0.0))
 
 
 @pytest.fixture
@@ -27,13 +27,13 @@ def config():
 
 
 @pytest.fixture
-def server(answerer, config, policy):
-    running = stubs.Running(fakes.create_app(answerer, config, "edge", policy=policy))
+def server(backend, config, policy):
+    running = stubs.Running(fakes.create_app(backend, config, "edge", policy=policy))
     yield running
     running.stop()
 
 
-def test_a_message_is_answered_with_its_decision_and_shows_in_the_plots(visit, answerer):
+def test_a_message_is_answered_with_its_decision_and_shows_in_the_plots(visit, backend):
     page = visit()
     send(page, "to be or not")
     expect(last(page)).to_have_text("to be or not")
@@ -44,7 +44,7 @@ def test_a_message_is_answered_with_its_decision_and_shows_in_the_plots(visit, a
         "cost 0 cloud tokens",
     ]
     expect(page.locator("#latency svg > .edge")).to_have_count(1)
-    (request,) = answerer.asked
+    (request,) = backend.asked
     assert (request.model, request.max_tokens, request.sampling.temperature) == ("echo", 256, 0)
 
 
@@ -54,13 +54,13 @@ def test_the_page_comes_under_a_policy_of_the_server_and_cannot_be_framed(visit)
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
 
 
-def test_stop_frees_the_answer(visit, answerer):
+def test_stop_frees_the_answer(visit, backend):
     page = visit()
     page.locator("#model").select_option("hang")
     send(page, "one two")
     expect(last(page)).to_have_text("one")
     page.locator("#stop").click()
-    assert waits_for(page, lambda: answerer.answers[0].closed)
+    assert waits_for(page, lambda: backend.answers[0].closed)
 
 
 def test_the_slider_turns_the_policy(visit, policy):

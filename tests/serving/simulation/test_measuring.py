@@ -6,7 +6,14 @@ from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.export.opening import of_model
 from shadowtune.serving.edge.confidence import NO_SIGNALS
 from shadowtune.serving.edge.local import LocalModel
-from shadowtune.serving.requests import Decision, Piece, Request, RequestError, Sampling, Usage
+from shadowtune.serving.requests import (
+    GenerationRequest,
+    OutputChunk,
+    RequestError,
+    RoutingDecision,
+    SamplingParams,
+    Usage,
+)
 from shadowtune.serving.simulation.records import measure
 from tests.support.bases import tiny_base
 from tests.support.tokenizers import tiny_tokenizer
@@ -24,11 +31,11 @@ class Slow:
     """Answers "one two", with 2 seconds to its acceptance, 3 to its first piece and 4 to its second."""
 
     def __init__(self, clock, pieces=None):
-        last = Piece(" two", finish_reason="stop", usage=Usage(7, 4))
-        self._clock, self._pieces = clock, [(3, Piece("one")), (4, last)] if pieces is None else pieces
-        self.decision = Decision("cloud", "fake")
+        last = OutputChunk(" two", finish_reason="stop", usage=Usage(7, 4))
+        self._clock, self._pieces = clock, [(3, OutputChunk("one")), (4, last)] if pieces is None else pieces
+        self.decision = RoutingDecision("cloud", "fake")
 
-    async def answer(self, request):
+    async def generate(self, request):
         self._clock.now += 2
         return self
 
@@ -41,7 +48,7 @@ class Slow:
 def measured(pieces=None):
     clock = Clock()
     scored = measure(
-        Slow(clock, pieces), Request("m"), lambda text: float(text == "one two"), lambda t: [len(t)], clock
+        Slow(clock, pieces), GenerationRequest("m"), lambda text: float(text == "one two"), lambda t: [len(t)], clock
     )
     return asyncio.run(scored)
 
@@ -64,7 +71,7 @@ def test_a_model_of_ours_tells_how_sure_it_was_and_a_failure_is_an_error():
     model = LocalModel(of_model(tiny_base(), tokenizer, PromptFormat()), "m")
 
     async def ask(name):
-        request = Request(name, prompt=[5, 6, 7], max_tokens=3, sampling=Sampling(temperature=0))
+        request = GenerationRequest(name, prompt=[5, 6, 7], max_tokens=3, sampling=SamplingParams(temperature=0))
         return await measure(model, request, lambda text: 0.5, lambda text: tokenizer(text)["input_ids"])
 
     answered = asyncio.run(ask("m"))

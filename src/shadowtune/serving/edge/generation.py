@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 
 from shadowtune.export.opening import OpenModel
 from shadowtune.export.runtimes import GgufModel, Stepwise
-from shadowtune.serving.constrained import Follower
+from shadowtune.serving.constrained import SchemaMatcher
 from shadowtune.serving.edge.confidence import TokenStatistics, statistics_from_logits, statistics_from_top
-from shadowtune.serving.requests import Request, RequestError, Sampling
-from shadowtune.serving.sampling import choose, generator, penalty_of, processors
+from shadowtune.serving.requests import GenerationRequest, RequestError, SamplingParams
+from shadowtune.serving.sampling import logits_processors, random_generator, repetition_penalty, sample
 
 TOP_TOKENS = 64
 """Alternatives requested of llama.cpp for each token; the entropy of the others is bounded from above."""
@@ -33,7 +33,7 @@ class DecodingStep:
 
 
 def decoding_steps(
-    opened: OpenModel, ids: list[int], request: Request, limit: int, follower: Follower | None = None
+    opened: OpenModel, ids: list[int], request: GenerationRequest, limit: int, matcher: SchemaMatcher | None = None
 ) -> Generator[DecodingStep, None, None]:
     """Yield up to ``limit`` tokens after the prompt ``ids``; closing the iterator frees the runtime.
 
@@ -56,21 +56,21 @@ def decoding_steps(
             yield DecodingStep(token, new.text, new.made)
         return
     assert isinstance(runtime, Stepwise)
-    warp, source = processors(request.sampling, len(ids), opened.generation), generator(request.sampling)
+    warp, source = logits_processors(request.sampling, len(ids), opened.generation), random_generator(request.sampling)
     logits_of, sequence = runtime.steps(ids), list(ids)
     logits = torch.tensor(next(logits_of))
-    ends = sorted(opened.ends | set(request.stop_tokens))
+    ends = sorted(opened.ends | set(request.stop_token_ids))
     for count in range(1, limit + 1):
-        allowed = logits.clone() if follower is None else follower.restrict(logits)
+        allowed = logits.clone() if matcher is None else matcher.restrict(logits)
         if count <= request.min_tokens:
             allowed[ends] = -torch.inf
         if not math.isfinite(float(allowed.max())):
             raise RequestError("the model's logits are not finite, or no token may follow", 500)
         scores: Any = warp(torch.tensor([sequence]), allowed[None])  # type: ignore[arg-type]
-        chosen = choose(scores[0], request.sampling, source)
-        if follower is not None and chosen not in ends:
-            follower.advance(chosen)
-        complete = follower is not None and follower.complete
+        chosen = sample(scores[0], request.sampling, source)
+        if matcher is not None and chosen not in ends:
+            matcher.advance(chosen)
+        complete = matcher is not None and matcher.complete
         yield DecodingStep(statistics_from_logits(logits, chosen, top), None, count, complete)
         if count < limit:
             sequence.append(chosen)
@@ -78,7 +78,7 @@ def decoding_steps(
 
 
 def _llama_settings(
-    sampling: Sampling, ignore_eos: bool, length: int, generation: GenerationConfig | None
+    sampling: SamplingParams, ignore_eos: bool, length: int, generation: GenerationConfig | None
 ) -> dict[str, Any]:
     """Return a request's sampling as llama.cpp's settings, in the order in which ``serving.sampling`` applies it."""
     settings: dict[str, Any] = {
@@ -89,7 +89,7 @@ def _llama_settings(
         "min_p": sampling.min_p or 0.0,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
-        "repeat_penalty": penalty_of(sampling, generation),
+        "repeat_penalty": repetition_penalty(sampling, generation),
         "repeat_last_n": length,
         "logit_bias": [[token, bias] for token, bias in sampling.logit_bias.items()],
         "ignore_eos": ignore_eos,

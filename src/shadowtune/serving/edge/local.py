@@ -13,12 +13,21 @@ from shadowtune.errors import DataError
 from shadowtune.export.opening import OpenModel
 from shadowtune.export.runtimes import GgufModel
 from shadowtune.serving.background import DaemonThread, SharedWork
-from shadowtune.serving.constrained import Follower, Schemas
-from shadowtune.serving.conversation import check_characters, conversation_ids, longest_token
+from shadowtune.serving.constrained import SchemaCompiler, SchemaMatcher
+from shadowtune.serving.conversation import chat_token_ids, check_characters, longest_token
+from shadowtune.serving.detokenizer import IncrementalDetokenizer
 from shadowtune.serving.edge.confidence import NO_SIGNALS, Signals, TokenStatistics, signals_of
 from shadowtune.serving.edge.generation import decoding_steps
-from shadowtune.serving.requests import Decision, FinishReason, ModelCard, Piece, Request, RequestError, Token, Usage
-from shadowtune.serving.wording import Wording
+from shadowtune.serving.requests import (
+    FinishReason,
+    GeneratedToken,
+    GenerationRequest,
+    ModelCard,
+    OutputChunk,
+    RequestError,
+    RoutingDecision,
+    Usage,
+)
 
 LOGGER = logging.getLogger(__name__)
 CLOSE_SECONDS = 10.0
@@ -29,23 +38,28 @@ class LocalStream:
     """The generation stream of a detached model."""
 
     def __init__(
-        self, opened: OpenModel, request: Request, ids: list[int], limit: int, follower: Follower | None = None
+        self,
+        opened: OpenModel,
+        request: GenerationRequest,
+        ids: list[int],
+        limit: int,
+        matcher: SchemaMatcher | None = None,
     ) -> None:
-        self.decision = Decision("edge", "detached")
+        self.decision = RoutingDecision("edge", "detached")
         self.signals: Signals = NO_SIGNALS
         """Confidence of the answer; complete once the last chunk has come."""
         self.owner = request.owner
         self.future: Future[None] = Future()
         """Done when its run is."""
-        self._opened, self._request, self._ids, self._limit, self._follower = opened, request, ids, limit, follower
+        self._opened, self._request, self._ids, self._limit, self._follower = opened, request, ids, limit, matcher
         self._loop = asyncio.get_running_loop()
-        self._chunks: asyncio.Queue[Piece | None] = asyncio.Queue()
+        self._chunks: asyncio.Queue[OutputChunk | None] = asyncio.Queue()
         self.ended = asyncio.Event()
         """Set once it holds nothing any more."""
         self._stopped = threading.Event()
         self.future.add_done_callback(lambda _: self._call(self._end))
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[OutputChunk]:
         """Yield the chunks as they come.
 
         Raises:
@@ -94,10 +108,10 @@ class LocalStream:
         self.ended.set()
         self._chunks.put_nowait(None)
 
-    def _generate(self) -> Generator[Piece, None, None]:
+    def _generate(self) -> Generator[OutputChunk, None, None]:
         request = self._request
-        ends = (frozenset() if request.ignore_eos else self._opened.ends) | set(request.stop_tokens)
-        wording = Wording(self._opened.tokenizer, request.stop, request.min_tokens)
+        ends = (frozenset() if request.ignore_eos else self._opened.ends) | set(request.stop_token_ids)
+        detokenizer = IncrementalDetokenizer(self._opened.tokenizer, request.stop, request.min_tokens)
         tokens: list[TokenStatistics] = []
         count = 0
         finish: FinishReason = "length"
@@ -109,9 +123,9 @@ class LocalStream:
                 if step.token.id in ends:
                     finish = "stop"
                     break
-                text = wording.add(step.token.id) if step.text is None else wording.say(step.text)
-                yield Piece(text, self._logprobs(step.token), running=Usage(len(self._ids), count))
-                if wording.stopped or step.complete:
+                text = detokenizer.add(step.token.id) if step.text is None else detokenizer.add_text(step.text)
+                yield OutputChunk(text, self._logprobs(step.token), usage_so_far=Usage(len(self._ids), count))
+                if detokenizer.stopped or step.complete:
                     finish = "stop"
                     break
                 if self._stopped.is_set():
@@ -119,14 +133,14 @@ class LocalStream:
         finally:
             steps.close()
         self.signals = signals_of(tokens)
-        yield Piece(wording.end(), (), finish, Usage(len(self._ids), count))
+        yield OutputChunk(detokenizer.flush(), (), finish, Usage(len(self._ids), count))
 
-    def _logprobs(self, token: TokenStatistics) -> tuple[Token, ...]:
+    def _logprobs(self, token: TokenStatistics) -> tuple[GeneratedToken, ...]:
         if self._request.top_logprobs is None:
             return ()
         text = partial(self._opened.tokenizer.decode, skip_special_tokens=False)
         top = tuple((other, str(text([other])), logprob) for other, logprob in token.top)
-        return (Token(token.id, str(text([token.id])), token.logprob, top),)
+        return (GeneratedToken(token.id, str(text([token.id])), token.logprob, top),)
 
 
 class LocalModel:
@@ -147,7 +161,7 @@ class LocalModel:
         self._queue: list[LocalStream] = []
         self._served: dict[str, int] = {}
         self._longest_token = longest_token(opened.tokenizer)
-        self._schemas = Schemas(opened.tokenizer, opened.vocabulary, opened.ends)
+        self._schemas = SchemaCompiler(opened.tokenizer, opened.vocabulary, opened.ends)
         self._closing = False
         self._failure: str | None = None
 
@@ -167,7 +181,7 @@ class LocalModel:
         """Return why it can never answer again; None while it can."""
         return self._failure
 
-    async def answer(self, request: Request) -> LocalStream:
+    async def generate(self, request: GenerationRequest) -> LocalStream:
         """Queue a request.
 
         Raises:
@@ -176,21 +190,21 @@ class LocalModel:
         """
         self._check_available(request)
         self._check_tokens("logit_bias", request.sampling.logit_bias)
-        self._check_tokens("stop_token_ids", request.stop_tokens)
+        self._check_tokens("stop_token_ids", request.stop_token_ids)
         check_characters(request, self._opened.max_length, self._longest_token)
         ids = await self._tokenizing.run(request.prompt_key, partial(self._encode, request))
         limit = self._answer_limit(request, len(ids))
-        follower = None
+        matcher = None
         if request.schema is not None and not isinstance(self._opened.runtime, GgufModel):
-            follower = await self._tokenizing.run(object(), partial(self._schemas.follower, request.schema))
+            matcher = await self._tokenizing.run(object(), partial(self._schemas.compile, request.schema))
         self._check_available(request)  # again: it may have changed meanwhile
-        stream = LocalStream(self._opened, request, ids, limit, follower)
+        stream = LocalStream(self._opened, request, ids, limit, matcher)
         self._streams.add(stream)
         self._queue.append(stream)
         self._thread.submit(self._run_next).add_done_callback(self._record_failure)
         return stream
 
-    async def tokenize(self, request: Request) -> list[int]:
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
         """Return the token ids of a request's prompt; raises RequestError as ``answer`` does."""
         self._check_name(request.model)
         check_characters(request, self._opened.max_length, self._longest_token)
@@ -248,7 +262,7 @@ class LocalModel:
         if name != self._name:
             raise RequestError(f"there is no model {name!r}; this server has {self._name}", 404, "model")
 
-    def _check_available(self, request: Request) -> None:
+    def _check_available(self, request: GenerationRequest) -> None:
         self._check_name(request.model)
         if self._failure is not None:
             raise RequestError(f"the edge's model can answer no more: {self._failure}", 503)
@@ -257,11 +271,11 @@ class LocalModel:
         if len(self._active()) > self._max_queue:
             raise RequestError(f"{self._max_queue} requests wait already; ask again later", 429)
 
-    def _encode(self, request: Request) -> list[int]:
+    def _encode(self, request: GenerationRequest) -> list[int]:
         opened, field = self._opened, "prompt" if request.messages is None else "messages"
         try:
             if request.messages is not None:
-                return conversation_ids(request, opened.prompt_format, opened.tokenizer)
+                return chat_token_ids(request, opened.prompt_format, opened.tokenizer)
             prompt = request.prompt or ()
             ids = prompt_ids(prompt, opened.tokenizer, False) if isinstance(prompt, str) else list(prompt)
         except DataError as error:
@@ -276,10 +290,10 @@ class LocalModel:
         if not all(0 <= token <= last for token in ids):
             raise RequestError(f"{field} has token ids outside 0 to {last}", param=field)
 
-    def _answer_limit(self, request: Request, prompt: int) -> int:
+    def _answer_limit(self, request: GenerationRequest, prompt: int) -> int:
         """Return the most tokens that the answer may have after a prompt of so many."""
         room = self._opened.max_length - prompt
-        wanted = request.wanted(room)
+        wanted = request.max_new_tokens(room)
         if room < 1 or wanted > room:
             asked = f"{prompt} tokens" + ("" if request.max_tokens is None else f" and an answer of {wanted}")
             raise RequestError(

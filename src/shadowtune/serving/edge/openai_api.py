@@ -10,13 +10,21 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from shadowtune.serving.requests import Piece, Request, RequestError, Sampling, Token, ToolCall, Usage
+from shadowtune.serving.requests import (
+    GeneratedToken,
+    GenerationRequest,
+    OutputChunk,
+    RequestError,
+    SamplingParams,
+    ToolCall,
+    Usage,
+)
 
 GARBAGE = "cloud sent garbage"
 BROKE_OFF = "cloud broke off"
 UNKNOWN = -1
 """Id of a token of which the API gives the text alone."""
-_DEFAULTS = vars(Sampling())
+_DEFAULTS = vars(SamplingParams())
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -43,12 +51,12 @@ class RemoteError(RequestError):
         self.reason, self.http_status, self.retry_after = reason, http_status, retry_after
 
 
-def request_path(request: Request) -> str:
+def request_path(request: GenerationRequest) -> str:
     """Return the path of a request below ``/v1``."""
     return "/completions" if request.messages is None else "/chat/completions"
 
 
-def request_body(request: Request, model: str, predicts: bool = True) -> dict[str, Any]:
+def request_body(request: GenerationRequest, model: str, predicts: bool = True) -> dict[str, Any]:
     """Return the JSON body of a request; defaults of the API are left out, for servers that know fewer fields.
 
     Args:
@@ -70,13 +78,13 @@ def request_body(request: Request, model: str, predicts: bool = True) -> dict[st
         "fields": dict(request.fields),
         "tools": list(request.tools),
         "min_tokens": request.min_tokens,
-        "stop_token_ids": list(request.stop_tokens),
+        "stop_token_ids": list(request.stop_token_ids),
         "chat_template_kwargs": dict(request.chat_template_kwargs),
         "stop": list(request.stop),
         "ignore_eos": request.ignore_eos,
     }
     body |= {name: value for name, value in optional.items() if value}
-    if request.max_tokens is not None and not request.fitting and "max_completion_tokens" not in body:
+    if request.max_tokens is not None and not request.clamp_max_tokens and "max_completion_tokens" not in body:
         body["max_tokens"] = request.max_tokens
     if request.schema is not None and not body.keys() & {"response_format", "tools"}:
         named = {"name": "answer", "schema": dict(request.schema)}
@@ -155,7 +163,7 @@ class _ModelList(_Payload):
     data: list[_Model] = Field(min_length=1)
 
 
-async def output_chunks(events: AsyncIterator[str], logprobs: bool) -> AsyncIterator[Piece]:
+async def output_chunks(events: AsyncIterator[str], logprobs: bool) -> AsyncIterator[OutputChunk]:
     """Convert the events of a stream to output chunks, empty ones left out; the last has finish reason and usage.
 
     Args:
@@ -166,7 +174,7 @@ async def output_chunks(events: AsyncIterator[str], logprobs: bool) -> AsyncIter
         RemoteError: if they are not in OpenAI's format, report an error, or end before the answer does.
     """
     reason, usage, count = None, None, 0
-    last: list[Piece] = []
+    last: list[OutputChunk] = []
     async for data in events:
         chunk = _parse_chunk(data)
         usage = _to_usage(chunk.usage) if chunk.usage else usage
@@ -180,7 +188,7 @@ async def output_chunks(events: AsyncIterator[str], logprobs: bool) -> AsyncIter
                 yield new
     if not reason:
         raise RemoteError(BROKE_OFF, "its answer has no end")
-    yield Piece(
+    yield OutputChunk(
         "".join(part.text for part in last),
         tuple(token for part in last for token in part.tokens),
         reason if reason in ("length", "tool_calls") else "stop",  # type: ignore[arg-type]
@@ -217,21 +225,21 @@ def _parse_chunk(data: str) -> _Chunk:
     return chunk
 
 
-def _to_output(choice: _Choice, logprobs: bool) -> Piece:
+def _to_output(choice: _Choice, logprobs: bool) -> OutputChunk:
     delta = choice.delta or _Delta(content=choice.text)
     calls = []
     for call in delta.tool_calls or ():
         function = call.function or _Function()
         calls.append(ToolCall(call.index, function.arguments or "", call.id, function.name))
-    return Piece(delta.content or "", _to_tokens(choice.logprobs) if logprobs else (), tool_calls=tuple(calls))
+    return OutputChunk(delta.content or "", _to_tokens(choice.logprobs) if logprobs else (), tool_calls=tuple(calls))
 
 
-def _to_tokens(logprobs: _Logprobs | None) -> tuple[Token, ...]:
+def _to_tokens(logprobs: _Logprobs | None) -> tuple[GeneratedToken, ...]:
     if logprobs is None:
         return ()
     if logprobs.tokens is None:
         return tuple(
-            Token(
+            GeneratedToken(
                 UNKNOWN,
                 token.token,
                 token.logprob,
@@ -242,7 +250,7 @@ def _to_tokens(logprobs: _Logprobs | None) -> tuple[Token, ...]:
     tops = logprobs.top_logprobs or [None] * len(logprobs.tokens)
     try:
         return tuple(
-            Token(UNKNOWN, text, logprob, tuple((UNKNOWN, *other) for other in (top or {}).items()))
+            GeneratedToken(UNKNOWN, text, logprob, tuple((UNKNOWN, *other) for other in (top or {}).items()))
             for text, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, tops, strict=True)
         )
     except ValueError:

@@ -26,7 +26,7 @@ from shadowtune.serving.edge.openai_api import (
     request_body,
     request_path,
 )
-from shadowtune.serving.requests import Decision, ModelCard, Piece, Request
+from shadowtune.serving.requests import GenerationRequest, ModelCard, OutputChunk, RoutingDecision
 
 DONE = "[DONE]"
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
@@ -91,15 +91,15 @@ class RemoteStream:
     A task of its own reads the connection, so that the stream can be closed at any moment, even while it is awaited.
     """
 
-    def __init__(self, endpoint: "RemoteEndpoint", first: Piece, rest: AsyncGenerator[Piece, None]) -> None:
-        self.decision = Decision("cloud", "asked")
+    def __init__(self, endpoint: "RemoteEndpoint", first: OutputChunk, rest: AsyncGenerator[OutputChunk, None]) -> None:
+        self.decision = RoutingDecision("cloud", "asked")
         self._endpoint, self._rest = endpoint, rest
-        self._chunks: asyncio.Queue[Piece | None] = asyncio.Queue()
+        self._chunks: asyncio.Queue[OutputChunk | None] = asyncio.Queue()
         self._chunks.put_nowait(first)
         self._reader = asyncio.create_task(self._read())
         self._reader.add_done_callback(lambda _: self._chunks.put_nowait(None))
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[OutputChunk]:
         """Yield the chunks as they arrive; after ``aclose`` those that arrived before it.
 
         Raises:
@@ -126,7 +126,7 @@ class RemoteStream:
             self._endpoint.breaker.fail()
             raise
 
-    async def _next(self) -> Piece | None:
+    async def _next(self) -> OutputChunk | None:
         return await anext(self._rest, None)
 
 
@@ -169,7 +169,7 @@ class RemoteEndpoint:
         names = [self.config.model] if self.config.model else self._listed or []
         return [ModelCard(name, 0, 0, self.config.url) for name in names]
 
-    async def answer(self, request: Request) -> RemoteStream:
+    async def generate(self, request: GenerationRequest) -> RemoteStream:
         """Send a request, with retries until a first chunk has arrived.
 
         Raises:
@@ -215,7 +215,9 @@ class RemoteEndpoint:
         except (ValueError, LookupError, httpx2.StreamError, httpx2.InvalidURL) as error:  # about what it sent
             raise RemoteError(GARBAGE, type(error).__name__) from None
 
-    async def _attempt(self, request: Request, until: float) -> tuple[Piece, AsyncGenerator[Piece, None]]:
+    async def _attempt(
+        self, request: GenerationRequest, until: float
+    ) -> tuple[OutputChunk, AsyncGenerator[OutputChunk, None]]:
         """Send a request once; the breaker learns the outcome whatever happens."""
         outcome = self.breaker.release
         try:
@@ -230,12 +232,12 @@ class RemoteEndpoint:
         finally:
             outcome()
 
-    async def _begin(self, request: Request) -> tuple[Piece, AsyncGenerator[Piece, None]]:
+    async def _begin(self, request: GenerationRequest) -> tuple[OutputChunk, AsyncGenerator[OutputChunk, None]]:
         body = request_body(request, await self._model(request.model), self._predicts)
         rest = self._stream(request_path(request), body, request.top_logprobs is not None)
         return await anext(rest), rest
 
-    async def _stream(self, path: str, body: dict[str, Any], logprobs: bool) -> AsyncGenerator[Piece, None]:
+    async def _stream(self, path: str, body: dict[str, Any], logprobs: bool) -> AsyncGenerator[OutputChunk, None]:
         """Yield the chunks of a response; the connection is closed at their end or with this generator."""
         content = json.dumps(body).encode()  # ASCII, whatever characters a prompt has
         headers, limit = {"content-type": "application/json"}, self.config.max_line_bytes
@@ -274,7 +276,7 @@ class RemoteEndpoint:
                 self._listed = model_names(await _read(response, self.config.max_body_bytes))
         return asked if asked in self._listed else self._listed[0]
 
-    def _disable_predictions(self, request: Request, error: RemoteError) -> bool:
+    def _disable_predictions(self, request: GenerationRequest, error: RemoteError) -> bool:
         """Stop sending predictions if the endpoint has just refused one; return whether it has."""
         unknown = error.http_status in (400, 422) and "prediction" in str(error)
         if not (unknown and self._predicts and request.prediction):

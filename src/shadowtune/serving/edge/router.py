@@ -14,7 +14,15 @@ from shadowtune.serving.edge.confidence import PolicyDecision, decide
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.edge.openai_api import RemoteError
 from shadowtune.serving.edge.remote import RemoteEndpoint
-from shadowtune.serving.requests import Answer, Decision, ModelCard, Piece, Request, RequestError, Usage
+from shadowtune.serving.requests import (
+    GenerationRequest,
+    GenerationStream,
+    ModelCard,
+    OutputChunk,
+    RequestError,
+    RoutingDecision,
+    Usage,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class EdgeAnswer:
     """A complete answer of the edge, and the policy's decision about it."""
 
     text: str
-    chunks: tuple[Piece, ...]
+    chunks: tuple[OutputChunk, ...]
     decision: PolicyDecision
 
 
@@ -38,15 +46,15 @@ class RoutedStream:
 
     def __init__(
         self,
-        source: Answer | tuple[Piece, ...],
-        decision: Decision,
+        source: GenerationStream | tuple[OutputChunk, ...],
+        decision: RoutingDecision,
         prices: Prices | None = None,
         draft: str | None = None,
     ) -> None:
         self.decision = decision
         self._source, self._prices, self._draft = source, prices, draft
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[OutputChunk]:
         """Yield the chunks."""
         if isinstance(self._source, tuple):
             for chunk in self._source:
@@ -107,7 +115,7 @@ class Router:
         """Return why the edge's model can never answer again; None while it can."""
         return self.edge.failure()
 
-    async def tokenize(self, request: Request) -> list[int]:
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
         """Return the token ids of a request's prompt, by the edge's tokenizer."""
         return await self.edge.tokenize(request)
 
@@ -138,7 +146,7 @@ class Router:
             )
         self.policy = replace(self.policy, threshold=threshold)
 
-    async def answer(self, request: Request) -> RoutedStream:
+    async def generate(self, request: GenerationRequest) -> RoutedStream:
         """Answer at the edge, decide, and ask the cloud if the answer is deferred.
 
         Raises:
@@ -149,7 +157,7 @@ class Router:
         if request.model not in names:
             raise RequestError(f"there is no model {request.model!r}; this server has {', '.join(names)}", 404, "model")
         if policy.kind == "always-edge":
-            return RoutedStream(await self.edge.answer(request), Decision("edge", policy.kind))
+            return RoutedStream(await self.edge.generate(request), RoutingDecision("edge", policy.kind))
         if policy.kind == "always-cloud":
             return await self._answer_in_cloud(request, policy)
         try:
@@ -161,23 +169,25 @@ class Router:
                 raise error from None
         decision = edge.decision
         if not decision.defer:
-            return RoutedStream(edge.chunks, Decision("edge", decision.reason, decision.confidence))
+            return RoutedStream(edge.chunks, RoutingDecision("edge", decision.reason, decision.confidence))
         draft = edge.text if policy.kind == "verify" else None
         read = Usage(sum(chunk.usage.prompt_tokens for chunk in edge.chunks if chunk.usage), 0)
         try:
-            source = await self.cloud.answer(replace(request, prediction=draft or request.prediction))
+            source = await self.cloud.generate(replace(request, prediction=draft or request.prediction))
         except RemoteError as error:
-            return RoutedStream(edge.chunks, Decision("fallback", error.reason, decision.confidence))
+            return RoutedStream(edge.chunks, RoutingDecision("fallback", error.reason, decision.confidence))
         cost = response_cost(policy.prices, read)
-        return RoutedStream(source, Decision("cloud", decision.reason, decision.confidence, cost), policy.prices, draft)
+        return RoutedStream(
+            source, RoutingDecision("cloud", decision.reason, decision.confidence, cost), policy.prices, draft
+        )
 
     async def aclose(self) -> None:
         """Let the edge finish, and close the connections to the cloud."""
         await self.edge.aclose()
         await self.cloud.aclose()
 
-    async def _answer_at_edge(self, request: Request, policy: PolicyConfig) -> EdgeAnswer:
-        stream = await self.edge.answer(request)
+    async def _answer_at_edge(self, request: GenerationRequest, policy: PolicyConfig) -> EdgeAnswer:
+        stream = await self.edge.generate(request)
         try:
             chunks = await asyncio.wait_for(_collect(stream), self.edge_deadline)
         except asyncio.TimeoutError:
@@ -187,17 +197,17 @@ class Router:
         text = "".join(chunk.text for chunk in chunks)
         return EdgeAnswer(text, chunks, decide(policy, text, stream.signals))
 
-    async def _answer_in_cloud(self, request: Request, policy: PolicyConfig) -> RoutedStream:
+    async def _answer_in_cloud(self, request: GenerationRequest, policy: PolicyConfig) -> RoutedStream:
         try:
             return await self._ask_cloud(request, policy, policy.kind)
         except RemoteError as error:
             edge = await self._answer_at_edge(request, policy)
-            return RoutedStream(edge.chunks, Decision("fallback", error.reason, edge.decision.confidence))
+            return RoutedStream(edge.chunks, RoutingDecision("fallback", error.reason, edge.decision.confidence))
 
-    async def _ask_cloud(self, request: Request, policy: PolicyConfig, reason: str) -> RoutedStream:
-        source = await self.cloud.answer(request)
-        return RoutedStream(source, Decision("cloud", reason, None, policy.prices.request), policy.prices)
+    async def _ask_cloud(self, request: GenerationRequest, policy: PolicyConfig, reason: str) -> RoutedStream:
+        source = await self.cloud.generate(request)
+        return RoutedStream(source, RoutingDecision("cloud", reason, None, policy.prices.request), policy.prices)
 
 
-async def _collect(stream: Answer) -> tuple[Piece, ...]:
+async def _collect(stream: GenerationStream) -> tuple[OutputChunk, ...]:
     return tuple([chunk async for chunk in stream])

@@ -1,1 +1,1 @@
-"""The attached models of several shadows on one frozen base, answering many requests at once."""
+"""Batched serving of several adapters on one frozen base, with continuous batching and speculative decoding."""

@@ -1,4 +1,4 @@
-"""Drafts of one shadow for those of its rows that want them, as long as they pay in the batch there is."""
+"""Speculative decoding in batches: drafts of one adapter's shadow for its sequences, while they pay."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -15,27 +15,27 @@ from shadowtune.model.speculation.draft_length import Costs, DraftLength
 from shadowtune.model.speculation.drafters import make_drafter
 
 
-class Text(Protocol):
-    """What is known of a row's text."""
+class SequenceState(Protocol):
+    """What drafting and the shadow's backbone read of a sequence."""
 
     tokens: list[int]
-    """Prompt and answer so far."""
+    """Prompt and output so far."""
     cached: int
-    """How many of them the networks have seen."""
-    room: int
-    """How many there may be."""
-    previous: Tensor | None
-    """The attached model's last hidden state (d,) that chose the last token."""
+    """Number of tokens in the key-value caches."""
+    max_length: int
+    """Most tokens of prompt and output."""
+    last_hidden: Tensor | None
+    """The attached model's last hidden state (d,) that produced the last token."""
 
     @property
-    def left(self) -> int:
-        """Tokens that may still come."""
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
 
 
-class Drafting:
-    """The drafter of one attached model, and what it has learned of how often it is right.
+class BatchDrafter:
+    """Drafts for the sequences of one adapter, with a draft length adapted to measured acceptance.
 
-    Drafts are the likeliest tokens, for rows that sample too: a row's next token does not depend on them then.
+    Drafts are greedy for sequences that sample, too: their next token does not depend on the draft.
 
     Args:
         model: the attached model.
@@ -52,34 +52,38 @@ class Drafting:
         self._length = DraftLength(costs, config.longest, config.length is not None)
 
     def draft(
-        self, rows: Sequence[Text], batch: int, run: Callable[[list[list[int]], int], Tensor]
+        self,
+        sequences: Sequence[SequenceState],
+        batch: int,
+        run_backbone: Callable[[list[list[int]], int], Tensor],
     ) -> tuple[Draft, list[list[int]]]:
-        """Draft for rows that have at least one token left.
+        """Draft for sequences with at least one token left.
 
         Args:
-            rows: B.
-            batch: rows of the verifying pass, these included: all of them pay for its length.
-            run: the shadow's backbone: (the next tokens of each row, tokens that it has seen since ``cached``) -> s0.
+            sequences: B.
+            batch: sequences of the verifying pass, these included: all of them pay for its length.
+            run_backbone: (next tokens of each sequence, tokens that it has processed since ``cached``) -> s0.
 
         Returns:
-            The draft, and of each row those of its tokens that fit behind the text.
+            The draft, and the drafted tokens of each sequence that fit its length.
         """
         self._length.costs = Costs.of(self._device, self._share, batch)
-        known = [row.previous for row in rows if row.previous is not None]
-        self._drafter.learn(torch.stack(known) if len(known) == len(rows) else None)
+        hidden = [sequence.last_hidden for sequence in sequences if sequence.last_hidden is not None]
+        self._drafter.learn(torch.stack(hidden) if len(hidden) == len(sequences) else None)
         draft = make_draft(
             self._drafter,
             self._length,
-            max(row.left for row in rows) - 1,
-            torch.tensor([row.tokens[-1:] for row in rows]),
-            lambda: [row.tokens for row in rows],
-            lambda tokens, seen: run(tokens.tolist(), seen),
-            counted=list(range(len(rows))),
-            others=batch - len(rows),
+            max(sequence.remaining for sequence in sequences) - 1,
+            torch.tensor([sequence.tokens[-1:] for sequence in sequences]),
+            lambda: [sequence.tokens for sequence in sequences],
+            lambda tokens, seen: run_backbone(tokens.tolist(), seen),
+            counted=list(range(len(sequences))),
+            others=batch - len(sequences),
         )
-        return draft, [said[: max(0, row.left - 1)] for said, row in zip(draft.tokens, rows, strict=True)]
+        pairs = zip(draft.tokens, sequences, strict=True)
+        return draft, [tokens[: max(0, sequence.remaining - 1)] for tokens, sequence in pairs]
 
-    def learn(self, draft: Draft, accepted: Sequence[int], said: Sequence[int]) -> None:
-        """Take in what became of a draft: of each row, how many tokens stood and how many it got."""
+    def learn(self, draft: Draft, accepted: Sequence[int], gained: Sequence[int]) -> None:
+        """Update the acceptance estimate: accepted drafts and generated tokens of each sequence."""
         confidences = [proposal.confidence for proposal in draft.proposals]
-        self._length.learn(confidences, accepted, sum(said) / len(said), draft.looked)
+        self._length.learn(confidences, accepted, sum(gained) / len(gained), draft.looked)

@@ -1,4 +1,4 @@
-"""``Engine``: an ``Answerer`` whose passes run in a thread of their own, while asyncio asks and listens."""
+"""The backend of ``serve cloud``: decodes in a thread of its own, while asyncio takes requests and reads outputs."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,35 +18,81 @@ from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.serving.background import SharedWork
-from shadowtune.serving.engine.adapters import Adapter
-from shadowtune.serving.engine.answer import EngineAnswer
-from shadowtune.serving.engine.counters import Counters
-from shadowtune.serving.engine.intake import Intake
-from shadowtune.serving.engine.limits import Limits
-from shadowtune.serving.engine.networks import Networks
-from shadowtune.serving.engine.scheduler import Scheduler
-from shadowtune.serving.requests import Decision, ModelCard, Request, RequestError
+from shadowtune.serving.engine.adapter import Adapter
+from shadowtune.serving.engine.model_runner import ModelRunner
+from shadowtune.serving.engine.request_processor import RequestProcessor
+from shadowtune.serving.engine.scheduler import EngineStatistics, Limits, Scheduler
+from shadowtune.serving.engine.sequence import TokenizedRequest
+from shadowtune.serving.requests import GenerationRequest, ModelCard, OutputChunk, RequestError, RoutingDecision
 
 LOG = logging.getLogger(__name__)
-Loaded = tuple[ShadowForCausalLM, PromptFormat]
+LoadedAdapter = tuple[ShadowForCausalLM, PromptFormat]
 BASE = "base"
 """Name of the bare base among the models."""
 CLOSING = "the server is closing; ask again later"
 POLL_SECONDS = 0.05
-LAST_SECONDS = 5.0
-"""For which a thread that was told to stop is waited for; a pass that hangs is left behind."""
+JOIN_SECONDS = 5.0
+"""How long a thread that was told to stop is waited for; a pass that hangs is left behind."""
+
+
+class EngineStream:
+    """Output of one request, from the engine's thread to the event loop in which it was made.
+
+    Args:
+        decision: of the engine.
+        on_end: called with the stream once the engine holds nothing of it any more.
+    """
+
+    def __init__(self, decision: RoutingDecision, on_end: Callable[["EngineStream"], object]) -> None:
+        self.decision = decision
+        self.ended = asyncio.Event()
+        """Set once the engine holds nothing of it any more."""
+        self.cancel: Callable[[], None] = lambda: None
+        """Asks the engine to stop."""
+        self._loop = asyncio.get_running_loop()
+        self._chunks: asyncio.Queue[OutputChunk | RequestError | None] = asyncio.Queue()
+        self._on_end = on_end
+
+    async def __aiter__(self) -> AsyncIterator[OutputChunk]:
+        """Iterate over the remaining chunks; raises RequestError if decoding failed."""
+        while (item := await self._chunks.get()) is not None:
+            if isinstance(item, RequestError):
+                raise item
+            yield item
+        self._chunks.put_nowait(None)  # for another iteration
+
+    async def aclose(self) -> None:
+        """Stop decoding, and wait until the sequence is removed."""
+        if not self.ended.is_set():
+            self.cancel()
+            await self.ended.wait()
+
+    def deliver(self, item: OutputChunk | RequestError | None) -> None:
+        """Add the next item, from any thread; None is the end."""
+        try:
+            self._loop.call_soon_threadsafe(self._add, item)
+        except RuntimeError:  # the loop is closed: nobody reads
+            self.cancel()
+            if item is None:
+                self._on_end(self)
+
+    def _add(self, item: OutputChunk | RequestError | None) -> None:
+        self._chunks.put_nowait(item)
+        if item is None:
+            self._on_end(self)
+            self.ended.set()
 
 
 class Engine:
-    """Answers with the attached models of several shadows on one frozen base; belongs to one event loop at a time.
+    """Generates with the attached models of several adapters on one frozen base; belongs to one event loop at a time.
 
     Args:
         base: a causal language model; nothing else may run it meanwhile.
         tokenizer: its own.
-        adapters: models that share the base, by the names that requests call them by, with their prompts' formats.
-        limits: how much at once.
-        open_adapter: how ``load`` reads a path; None takes directories that ``save_pretrained`` wrote, with a
-            ``prompt_format.json`` or without.
+        adapters: models that share the base with their prompt formats, by the names that requests use.
+        limits: its capacity.
+        open_adapter: how ``load`` reads a path; None takes directories of ``save_pretrained``, with or without
+            ``prompt_format.json``.
 
     Raises:
         UnsupportedArchitectureError: if base or a backbone cannot be served in batches.
@@ -57,21 +103,21 @@ class Engine:
         self,
         base: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        adapters: Mapping[str, Loaded],
+        adapters: Mapping[str, LoadedAdapter],
         limits: Limits | None = None,
-        open_adapter: Callable[[str], Loaded] | None = None,
+        open_adapter: Callable[[str], LoadedAdapter] | None = None,
     ) -> None:
         self._base, self._limits = base, limits or Limits()
         self._open_adapter = open_adapter or self._open_directory
-        self._networks, self._counters = Networks(base), Counters()
-        self._scheduler = Scheduler(self._networks, self._limits, self._counters)
-        self._intake = Intake(base, tokenizer, self._limits)
+        self._runner, self._statistics = ModelRunner(base), EngineStatistics()
+        self._scheduler = Scheduler(self._runner, self._limits, self._statistics)
+        self._processor = RequestProcessor(base, tokenizer, self._limits)
         self._created = int(time.time())
         self._adapters: dict[str, Adapter] = {}
         for name, loaded in adapters.items():
-            self._adapters[self._free(name)] = self._adapter(name, loaded)
-        self._open: dict[EngineAnswer, Adapter | None] = {}
-        self._reading = SharedWork("shadowtune-prompts")
+            self._adapters[self._check_free(name)] = self._make_adapter(name, loaded)
+        self._streams: dict[EngineStream, Adapter | None] = {}
+        self._tokenizing = SharedWork("shadowtune-prompts")
         self._failure: str | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
@@ -79,144 +125,130 @@ class Engine:
         self._thread.start()
 
     def counters(self) -> dict[str, float]:
-        """What it has done and does now, by name; at any time, in any thread."""
-        return self._counters.numbers()
+        """Return the statistics by name, in any thread."""
+        return self._statistics.numbers()
 
     def models(self) -> list[ModelCard]:
-        """The adapters, and the bare base."""
+        """List the adapters, then the bare base."""
         root = self._base.config.name_or_path or self._base.config.model_type
-        base = ModelCard(BASE, self._created, self._intake.longest(None), root, self._intake.reads(None))
-        return [self._card(each, root) for each in self._adapters.values()] + [base]
+        return [self._card(each, root) for each in self._adapters.values()] + [self._card(None, root)]
 
-    def _card(self, adapter: Adapter, root: str) -> ModelCard:
-        fields = adapter.prompt_format.further_fields
-        reads = self._intake.reads(adapter)
-        return ModelCard(adapter.name, adapter.created, self._intake.longest(adapter), root, reads, fields)
-
-    async def answer(self, request: Request) -> EngineAnswer:
+    async def generate(self, request: GenerationRequest) -> EngineStream:
         """Accept a request.
 
         Raises:
-            RequestError: 404 without such a model, 400 if it is not one to be answered, 429 if too many wait, 503 once
-                the engine closes.
+            RequestError: 404 if there is no such model, 400 if the request is invalid, 429 if the queue is full, 503
+                once the engine closes.
         """
-        adapter = None if request.model == BASE else self._known(request.model)
-        self._check_room()
-        self._intake.check(request, adapter)
-        prepared = await self._reading.run(
-            (request.prompt_key, adapter), partial(self._intake.prepare, request, adapter)
-        )
-        answer = EngineAnswer(Decision("cloud", "base" if adapter is None else "attached"), self._forget)
-        make = partial(self._intake.row, request, adapter, answer.deliver, prepared)
-        row = make() if request.schema is None else await self._reading.run(object(), make)
-        self._check_room()  # meanwhile there may be less of it
+        adapter = self._adapter_of(request.model)
+        self._check_capacity()
+        tokenized = await self._tokenize(request, adapter)
+        reason = "base" if adapter is None else "attached"
+        stream = EngineStream(RoutingDecision("cloud", reason), lambda ended: self._streams.pop(ended, None))
+        build = partial(self._processor.sequence, request, adapter, stream.deliver, tokenized)
+        sequence = build() if request.schema is None else await self._tokenizing.run(object(), build)
+        self._check_capacity()  # it may have changed meanwhile
         if adapter is not None and self._adapters.get(adapter.name) is not adapter:
-            self._known(request.model)
+            self._adapter_of(request.model)
             raise RequestError(f"the model {request.model!r} was loaded anew; ask again", 503)
-        answer.cancel = partial(self._commands.put, partial(self._scheduler.cancel, row))
-        self._open[answer] = adapter
-        self._commands.put(partial(self._scheduler.add, row))
-        if self._failure is not None:  # the thread has ended since, and may not have seen this answer
-            answer.deliver(self._dead())
-            answer.deliver(None)
-        return answer
+        stream.cancel = partial(self._commands.put, partial(self._scheduler.cancel, sequence))
+        self._streams[stream] = adapter
+        self._commands.put(partial(self._scheduler.add, sequence))
+        if self._failure is not None:  # the thread has ended since, and may not have seen this stream
+            stream.deliver(self._dead())
+            stream.deliver(None)
+        return stream
 
-    async def tokenize(self, request: Request) -> list[int]:
-        """Return the token ids of a request's prompt.
-
-        Raises:
-            RequestError: as ``answer``.
-        """
-        adapter = None if request.model == BASE else self._known(request.model)
-        self._intake.check(request, adapter)
-        prepared = await self._reading.run(
-            (request.prompt_key, adapter), partial(self._intake.prepare, request, adapter)
-        )
-        return prepared.prompt
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
+        """Return the token ids of a request's prompt; raises RequestError as ``generate``."""
+        return (await self._tokenize(request, self._adapter_of(request.model))).prompt
 
     async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included.
 
         Raises:
-            RequestError: without such a model, or if an id is none of its tokens.
+            RequestError: if there is no such model, or an id is not in its vocabulary.
         """
-        if model != BASE:
-            self._known(model)
-        return await self._reading.run(object(), partial(self._intake.text_of, tokens))
+        self._adapter_of(model)
+        return await self._tokenizing.run(object(), partial(self._processor.decode, tokens))
 
     def failure(self) -> str | None:
-        """Why it can never answer again; None while it can."""
+        """Return why the engine can never generate again; None while it can."""
         return self._failure
 
     async def load(self, name: str, path: str) -> None:
-        """Load an adapter; answers that run wait while it is read.
+        """Load an adapter; decoding pauses while it is read.
 
         Raises:
             RequestError: if the name is taken, or the path holds no adapter of this base.
         """
-        self._free(name)
+        self._check_free(name)
         adapter = await asyncio.to_thread(self._load, name, path)
-        self._adapters[self._free(name)] = adapter
+        self._adapters[self._check_free(name)] = adapter
 
     async def unload(self, name: str) -> None:
-        """Refuse an adapter's name from now on, wait for what it has begun, and let go of it.
+        """Remove an adapter: new requests for it are refused, running ones finish first.
 
         Raises:
-            RequestError: 404 without such an adapter.
+            RequestError: 404 if there is no such adapter.
         """
-        adapter = self._known(name)
-        del self._adapters[name]
-        await asyncio.gather(*(answer.ended.wait() for answer, owner in self._open.items() if owner is adapter))
-        self._commands.put(partial(self._retire, adapter))
+        adapter = self._adapters.pop(name, None)
+        if adapter is None:
+            raise self._unknown(name)
+        await asyncio.gather(*(stream.ended.wait() for stream, owner in self._streams.items() if owner is adapter))
+
+        def retire() -> None:
+            self._runner.forget(adapter)
+            adapter.close()
+
+        self._commands.put(retire)
 
     async def aclose(self) -> None:
-        """Accept nothing more, finish what was begun as far as ``Limits.close_seconds`` allow, and end the thread."""
+        """Accept nothing more, finish running requests within ``Limits.close_seconds``, and end the thread."""
         self._closing = True
-        self._commands.put(_nothing)
+        self._commands.put(lambda: None)  # wakes the thread
         await asyncio.to_thread(self._thread.join, self._limits.close_seconds)
         if self._thread.is_alive():
             self._commands.put(partial(self._scheduler.fail, None, RequestError(CLOSING, 503)))
-            await asyncio.to_thread(self._thread.join, LAST_SECONDS)
+            await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
         if self._thread.is_alive():
-            self._failure = f"a pass did not end within {self._limits.close_seconds + LAST_SECONDS:g} s of closing"
-            self._end_answers()
-        await asyncio.to_thread(self._reading.close, LAST_SECONDS)
+            self._failure = f"a pass did not end within {self._limits.close_seconds + JOIN_SECONDS:g} s of closing"
+            self._fail_streams()
+        await asyncio.to_thread(self._tokenizing.close, JOIN_SECONDS)
 
-    def _check_room(self) -> None:
+    async def _tokenize(self, request: GenerationRequest, adapter: Adapter | None) -> TokenizedRequest:
+        self._processor.check(request, adapter)
+        tokenize = partial(self._processor.tokenize, request, adapter)
+        return await self._tokenizing.run((request.prompt_key, adapter), tokenize)
+
+    def _check_capacity(self) -> None:
         if self._failure is not None:
             raise self._dead()
         if self._closing:
             raise RequestError(CLOSING, 503)
-        if len(self._open) >= self._limits.max_rows + self._limits.max_queue:
-            raise RequestError(f"{len(self._open)} requests run or wait; ask again later", 429)
+        if len(self._streams) >= self._limits.max_sequences + self._limits.max_queue:
+            raise RequestError(f"{len(self._streams)} requests run or wait; ask again later", 429)
 
     def _dead(self) -> RequestError:
         return RequestError(f"the model's thread has ended: {self._failure}", 503)
 
-    def _end_answers(self) -> None:
-        """Tell everyone who waits that nothing more comes; in any thread."""
-        for answer in list(self._open):
-            answer.deliver(self._dead())
-            answer.deliver(None)
-
-    def _retire(self, adapter: Adapter) -> None:
-        self._networks.forget(adapter)
-        adapter.close()
-
-    def _forget(self, answer: EngineAnswer) -> None:
-        self._open.pop(answer, None)
+    def _fail_streams(self) -> None:
+        """End every stream with an error; in any thread."""
+        for stream in list(self._streams):
+            stream.deliver(self._dead())
+            stream.deliver(None)
 
     def _run(self) -> None:
-        """What the thread does; whatever ends it ends all answers."""
+        """Body of the thread; whatever ends it ends all streams."""
         try:
-            self._work()
+            self._loop()
         except BaseException as error:
             self._failure = type(error).__name__
             LOG.critical("the engine's thread has ended", exc_info=error)
-            self._end_answers()
+            self._fail_streams()
 
-    def _work(self) -> None:
-        """Run commands as they come, and steps as long as there are rows."""
+    def _loop(self) -> None:
+        """Run commands as they come, and steps while there are sequences."""
         with prepacked_linear(self._base):
             while not self._closing or self._scheduler.busy or not self._commands.empty():
                 if not self._scheduler.busy:
@@ -229,15 +261,15 @@ class Engine:
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
-        """Within this context the thread stands still; entered from any other thread."""
-        arrived, resume = threading.Event(), threading.Event()
+        """Pause the thread within this context; entered from any other thread."""
+        paused, resume = threading.Event(), threading.Event()
 
         def pause() -> None:
-            arrived.set()
+            paused.set()
             resume.wait()
 
         self._commands.put(pause)
-        while not arrived.wait(POLL_SECONDS):
+        while not paused.wait(POLL_SECONDS):
             if self._closing or not self._thread.is_alive():
                 resume.set()
                 raise RequestError(CLOSING, 503)
@@ -247,31 +279,37 @@ class Engine:
             resume.set()
 
     def _load(self, name: str, path: str) -> Adapter:
-        with self._paused():  # loading puts hooks on the base
+        with self._paused():  # loading registers hooks on the base
             try:
-                return self._adapter(name, self._open_adapter(path))
+                return self._make_adapter(name, self._open_adapter(path))
             except ShadowtuneError as error:
                 raise RequestError(str(error), 400, "path") from None
 
-    def _open_directory(self, path: str) -> Loaded:
+    def _open_directory(self, path: str) -> LoadedAdapter:
         return ShadowForCausalLM.from_pretrained(path, base=self._base), PromptFormat.load(Path(path))
 
-    def _adapter(self, name: str, loaded: Loaded) -> Adapter:
+    def _make_adapter(self, name: str, loaded: LoadedAdapter) -> Adapter:
         return Adapter(name, *loaded, self._base, self._limits.speculation)
 
-    def _known(self, name: str) -> Adapter:
-        if name not in self._adapters:
-            names = [*self._adapters, BASE]
-            raise RequestError(
-                f"no model {name!r} is served here{nearest(name, names)}; there are {', '.join(names)}", 404, "model"
-            )
-        return self._adapters[name]
+    def _card(self, adapter: Adapter | None, root: str) -> ModelCard:
+        length, conversations = self._processor.max_model_len(adapter), self._processor.takes_conversations(adapter)
+        if adapter is None:
+            return ModelCard(BASE, self._created, length, root, conversations)
+        fields = adapter.prompt_format.further_fields
+        return ModelCard(adapter.name, adapter.created, length, root, conversations, fields)
 
-    def _free(self, name: str) -> str:
+    def _adapter_of(self, name: str) -> Adapter | None:
+        """Return the adapter that a request names, None for the bare base; raises RequestError 404."""
+        if name != BASE and name not in self._adapters:
+            raise self._unknown(name)
+        return self._adapters.get(name)
+
+    def _unknown(self, name: str) -> RequestError:
+        names = [*self._adapters, BASE]
+        hint = f"{nearest(name, names)}; there are {', '.join(names)}"
+        return RequestError(f"no model {name!r} is served here{hint}", 404, "model")
+
+    def _check_free(self, name: str) -> str:
         if not name or name == BASE or name in self._adapters:
             raise RequestError(f"the name {name!r} is taken; choose another", 400, "name")
         return name
-
-
-def _nothing() -> None:
-    """Wakes the thread."""

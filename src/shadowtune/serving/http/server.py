@@ -1,4 +1,4 @@
-"""An app behind a socket: who connects has to ask, and the end comes after what was begun."""
+"""Serving an app on a socket: limits for slow and idle connections, and a graceful shutdown."""
 
 import asyncio
 import contextlib
@@ -6,8 +6,10 @@ import errno
 import logging
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 from typing import Any
 
@@ -17,21 +19,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shadowtune.config.serving import ServerConfig
 from shadowtune.errors import ConfigError
-from shadowtune.serving.http.desk import Desk
+from shadowtune.serving.http.admission import AdmissionController
 
-ENDING_SECONDS = 5
-"""For which connections may close after the last answer."""
+SHUTDOWN_SECONDS = 5
+"""How long connections may take to close after the last response."""
 BACKLOG = 128
 SPARE_FILES = 64
 """Open files that are kept for models and logs, beside those of connections."""
 LOG_SECONDS = 60.0
-"""Between two lines about connections that cannot be accepted."""
+"""Between two log lines about connections that cannot be accepted."""
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 LOGGER = logging.getLogger(__name__)
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """Return a socket bound to the address.
+    """Return a socket bound to the configured address.
 
     Raises:
         ConfigError: if the port is taken, or the address is not of this machine.
@@ -50,23 +52,25 @@ def bind(config: ServerConfig) -> socket.socket:
 
 
 def address_of(bound: socket.socket) -> str:
-    """Return the URL of a server behind the socket."""
+    """Return the URL of a server on the socket."""
     host, port = bound.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}"
 
 
 def make_server(app: FastAPI, config: ServerConfig, ready: Callable[[], None]) -> "Server":
-    """Return what serves an app: ``run([bind(config)])`` does until SIGTERM or SIGINT, and finishes what was begun.
+    """Return the server of an app: ``run([bind(config)])`` serves until SIGTERM or SIGINT.
 
     Args:
         app: of ``create_app``.
         config: its settings.
-        ready: called once requests are taken.
+        ready: called once requests are accepted.
     """
+    guard = ConnectionGuard(_connection_limit(config.max_connections), config.read_timeout)
+    make_protocol: Any = guard.make_protocol
     settings = uvicorn.Config(
         app,
-        http=_patient(config.read_timeout, Connections(_most_connections(config.max_connections))),
+        http=make_protocol,
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -75,56 +79,71 @@ def make_server(app: FastAPI, config: ServerConfig, ready: Callable[[], None]) -
         server_header=False,
         backlog=BACKLOG,
         timeout_keep_alive=max(1, round(config.idle_timeout)),
-        timeout_graceful_shutdown=ENDING_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
-    return Server(settings, app.state.desk, config.drain_timeout, ready)
+    return Server(settings, app.state.admission, guard, config.drain_timeout, ready)
 
 
 class Server(uvicorn.Server):
-    """A uvicorn that answers with 503 while it finishes what it began, and then ends without an error.
+    """A uvicorn server that responds 503 while running requests finish, and then exits with code 0.
 
     Args:
         config: of uvicorn.
-        desk: of the app.
-        drain_timeout: seconds for what was begun.
-        ready: called once requests are taken.
+        admission: of the app.
+        guard: of its connections.
+        drain_timeout: seconds for running requests.
+        ready: called once requests are accepted.
     """
 
-    def __init__(self, config: uvicorn.Config, desk: Desk, drain_timeout: float, ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        admission: AdmissionController,
+        guard: "ConnectionGuard",
+        drain_timeout: float,
+        ready: Callable[[], None],
+    ) -> None:
         super().__init__(config)
-        self._desk, self._drain_timeout, self._ready = desk, drain_timeout, ready
+        self._admission, self._guard = admission, guard
+        self._drain_timeout, self._ready = drain_timeout, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Listen, then call ``ready``."""
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(QuietAccept(loop.time))
+        loop.set_exception_handler(AcceptErrorHandler(loop.time))
         await super().startup(sockets)
         if self.started:
             self._ready()
 
     async def on_tick(self, counter: int) -> bool:
-        """Begin the end where whoever answers never can again."""
-        if not self.should_exit and (failure := self._desk.failure()) is not None:
+        """Check the connections, and shut down once the backend has failed."""
+        self._guard.check(self.server_state.connections)
+        if not self.should_exit and (failure := self._admission.failure()) is not None:
             LOGGER.critical("the server ends: %s", failure)
-            self.should_exit = self._desk.draining = True
+            self.drain()
         return await super().on_tick(counter)
 
+    def drain(self) -> None:
+        """Refuse new requests from now on, and shut down after the running ones."""
+        self.should_exit = self._admission.draining = True
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin the end at the first signal; at the second, end."""
+        """Drain at the first signal; exit at once at the second."""
         self.force_exit = self.should_exit
-        self.should_exit = self._desk.draining = True
+        self.drain()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish what was begun while new requests are told to go elsewhere, then close."""
-        draining = asyncio.ensure_future(self._desk.drain(self._drain_timeout))
+        """Finish running requests while new ones get 503, then close."""
+        draining = asyncio.ensure_future(self._admission.drain(self._drain_timeout))
         while not draining.done() and not self.force_exit:
+            self._guard.check(self.server_state.connections)
             await asyncio.wait({draining}, timeout=0.1)
         draining.cancel()
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle signals meanwhile; uvicorn's own would raise them again at the end, which is no end without error."""
+        """Handle signals within this context; uvicorn's own raises them again at the end, for another exit code."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -136,19 +155,92 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-class QuietAccept:
-    """Handler of an event loop's errors: connections that cannot be accepted are told of once in a while.
+class ConnectionGuard:
+    """Aborts connections that are too slow or too many.
+
+    A connection is too slow if for ``timeout`` seconds no complete request head arrives, or its client reads nothing of
+    what was written. Of too many connections, those that have been idle the longest are aborted, or the newest if all
+    are being answered. uvicorn's limits do neither: ``timeout_keep_alive`` starts after a first response, and
+    ``limit_concurrency`` refuses requests, and keeps idle connections.
+
+    Args:
+        limit: most open connections.
+        timeout: seconds.
+        clock: returns the time in seconds.
+    """
+
+    def __init__(self, limit: int, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._timeout, self._clock = limit, timeout, clock
+        self._idle: dict[Any, None] = {}
+        self._due: dict[Any, tuple[int, float]] = {}
+        """Connections that owe something: see ``_due_of``, and since when."""
+
+    def make_protocol(self, **settings: Any) -> H11Protocol:
+        """Make the protocol of a new connection, in place of uvicorn's protocol class."""
+        asyncio.get_running_loop().call_soon(self.limit, settings["server_state"].connections)
+        return H11Protocol(**settings)
+
+    def check(self, connections: Collection[Any]) -> None:
+        """Abort slow connections and excess ones; called several times a second."""
+        now, due = self._clock(), dict[Any, tuple[int, float]]()
+        for connection in list(connections):
+            owed = _due_of(connection)
+            if owed is None:
+                continue
+            before, since = self._due.get(connection, (owed, now))
+            due[connection] = (owed, since if owed == before else now)
+            if now - due[connection][1] >= self._timeout:
+                connection.transport.abort()
+        self._due = due
+        self.limit(connections)
+
+    def limit(self, connections: Collection[Any]) -> None:
+        """Abort excess connections."""
+        open_ = [connection for connection in connections if not connection.transport.is_closing()]
+        idle = dict.fromkeys(connection for connection in open_ if not _is_answering(connection))
+        self._idle = {each: None for each in self._idle if each in idle} | idle  # in the order of becoming idle
+        if (excess := len(open_) - self._limit) > 0:
+            answering = [connection for connection in open_ if connection not in idle]
+            for connection in [*self._idle, *reversed(answering)][:excess]:
+                connection.transport.abort()
+
+
+def _is_answering(connection: Any) -> bool:
+    """Whether a request of the connection is being answered."""
+    return connection.cycle is not None and not connection.cycle.response_complete
+
+
+def _due_of(connection: Any) -> int | None:
+    """Bytes that the client has to read; 0 if it has to send a request head; None if nothing is due."""
+    if unread := connection.transport.get_write_buffer_size():
+        return int(unread)
+    keep_alive = connection.timeout_keep_alive_task is not None
+    return None if keep_alive or _is_answering(connection) else 0
+
+
+def _connection_limit(wanted: int) -> int:
+    """The wanted number of connections, or as many as the process may have open files for."""
+    if sys.platform == "win32":
+        return wanted
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - SPARE_FILES))
+
+
+class AcceptErrorHandler:
+    """Error handler of an event loop that logs connections that cannot be accepted only once a minute.
 
     asyncio calls it again and again while the process has no file descriptor left.
 
     Args:
-        clock: tells the seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._told: float | None = None
-        self._untold = 0
+        self._logged: float | None = None
+        self._suppressed = 0
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log the error, or count it."""
@@ -157,117 +249,8 @@ class QuietAccept:
             loop.default_exception_handler(context)
             return
         now = self._clock()
-        if self._told is not None and now < self._told + LOG_SECONDS:
-            self._untold += 1
+        if self._logged is not None and now < self._logged + LOG_SECONDS:
+            self._suppressed += 1
             return
-        LOGGER.error("no connection can be accepted: %s (%d times more before)", error.strerror, self._untold)
-        self._told, self._untold = now, 0
-
-
-class Connections:
-    """Open connections of a server, of which there is a largest number.
-
-    Args:
-        most: connections; one more closes the one that has been without a request for the longest, or itself if all
-            are answered.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._waiting: dict[Any, None] = {}
-        self._answered: set[Any] = set()
-
-    def __len__(self) -> int:
-        """Connections that are open."""
-        return len(self._waiting) + len(self._answered)
-
-    def open(self, transport: Any) -> None:
-        """Count a new connection."""
-        self._waiting[transport] = None
-        if len(self) > self._most:
-            oldest = next(iter(self._waiting))
-            self.close(oldest)
-            oldest.abort()
-
-    def wait(self, transport: Any) -> None:
-        """A connection waits for its next request."""
-        if transport in self._answered:
-            self._answered.discard(transport)
-            self._waiting[transport] = None
-
-    def answer(self, transport: Any) -> None:
-        """A connection's request is being answered."""
-        if transport in self._waiting:
-            del self._waiting[transport]
-            self._answered.add(transport)
-
-    def close(self, transport: Any) -> None:
-        """A connection is gone."""
-        self._waiting.pop(transport, None)
-        self._answered.discard(transport)
-
-
-def _most_connections(wanted: int) -> int:
-    """The wanted number, or as many as the process may have open files for."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return wanted
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - SPARE_FILES))
-
-
-def _patient(seconds: float, connections: Connections) -> type[H11Protocol]:
-    """Return uvicorn's protocol with an end to waiting.
-
-    A connection is dropped if so many seconds go by without a whole head of a request, or without its client taking
-    anything of what was written.
-    """
-
-    class Patient(H11Protocol):
-        _head: asyncio.TimerHandle | None = None
-        _taking: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            connections.open(transport)
-            self._head = self.loop.call_later(seconds, transport.abort)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            answering = self.cycle is not None and not self.cycle.response_complete
-            (connections.answer if answering else connections.wait)(self.transport)
-            if answering:
-                self._stop_head()
-            elif self._head is None:
-                self._head = self.loop.call_later(seconds, self.transport.abort)
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._taking = self.loop.call_later(seconds, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._stop_taking()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_head()
-            self._stop_taking()
-            connections.close(self.transport)
-            super().connection_lost(exc)
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            connections.wait(self.transport)
-
-        def _stop_head(self) -> None:
-            if self._head is not None:
-                self._head.cancel()
-                self._head = None
-
-        def _stop_taking(self) -> None:
-            if self._taking is not None:
-                self._taking.cancel()
-                self._taking = None
-
-    return Patient
+        LOGGER.error("no connection can be accepted: %s (%d times more before)", error.strerror, self._suppressed)
+        self._logged, self._suppressed = now, 0

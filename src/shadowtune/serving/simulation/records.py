@@ -11,7 +11,7 @@ from shadowtune.config.checking import from_mapping
 from shadowtune.errors import ConfigError, DataError
 from shadowtune.serving.edge.confidence import NO_SIGNALS, Signals
 from shadowtune.serving.edge.local import LocalStream
-from shadowtune.serving.requests import Answerer, Request, Usage
+from shadowtune.serving.requests import Backend, GenerationRequest, Usage
 
 SCHEMA = 1
 
@@ -106,8 +106,8 @@ def _differences(found: Any, wanted: Mapping[str, Any]) -> Iterator[str]:
 
 
 async def measure(
-    backend: Answerer,
-    request: Request,
+    backend: Backend,
+    request: GenerationRequest,
     score: Callable[[str], float],
     tokenize: Callable[[str], list[int]],
     clock: Callable[[], float] = time.perf_counter,
@@ -125,7 +125,7 @@ async def measure(
         RequestError: if it cannot be answered.
     """
     begun = clock()
-    stream = await backend.answer(request)
+    stream = await backend.generate(request)
     first, text, usage = None, "", Usage(0, 0)
     async for chunk in stream:
         first = clock() if first is None else first

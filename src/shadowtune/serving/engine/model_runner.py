@@ -1,0 +1,148 @@
+"""One pass of the base over sequences of different adapters, each beside its own shadow."""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shadowtune.attach.architectures import architecture_of
+from shadowtune.core.injection_mixture import InjectionMixture
+from shadowtune.core.mixture import Mixture, mixing_key
+from shadowtune.core.state import ShadowState
+from shadowtune.serving.engine.adapter import Adapter, pad_right
+from shadowtune.serving.engine.kv_cache import KVCache
+from shadowtune.serving.engine.sequence import Sequence
+
+KEPT_STACKS = 8
+"""Sets of adapters whose stacked boundaries are kept."""
+InitialStates = list[tuple[list[Sequence], Tensor]]
+"""Sequences of one adapter, and their s0 (sequences, T, d)."""
+
+
+class ModelRunner:
+    """The base, and its joint passes with the shadows.
+
+    Args:
+        base: a frozen causal language model.
+
+    Raises:
+        UnsupportedArchitectureError: if the architecture is unknown, or cannot be served in batches.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        architecture = architecture_of(base.config)
+        self.base = base.eval()
+        self.cache = KVCache(base.config, base.dtype, base.device)
+        self._decoder: Any = architecture.decoder_of(base)
+        self._finish = architecture.finish(base.config.get_text_config(decoder=True))
+        self._depth = len(architecture.blocks_of(base))
+        self._stacks: OrderedDict[tuple[Adapter, ...], Mixture | InjectionMixture] = OrderedDict()
+
+    def add(self, sequence: Sequence) -> None:
+        """Give a sequence its cache slots."""
+        self.cache.add(sequence)
+        if sequence.adapter is not None:
+            sequence.adapter.cache.add(sequence)
+
+    def remove(self, sequence: Sequence, wipe: bool = False) -> None:
+        """Free a sequence's cache slots; ``wipe`` if they may hold NaN."""
+        self.cache.remove(sequence, wipe)
+        if sequence.adapter is not None:
+            sequence.adapter.cache.remove(sequence, wipe)
+
+    def groups(self, sequences: Iterable[Sequence]) -> list[list[Sequence]]:
+        """Split sequences into groups that can share a pass; those of the bare base go with the first.
+
+        An adapter with weights that are not finite gets its own pass: stacked with others, its columns are multiplied
+        by 0 for the others' sequences, and 0 times NaN is NaN.
+        """
+        groups: dict[Hashable, list[Sequence]] = {}
+        keyed = [(None if each.adapter is None else _group_key(each.adapter), each) for each in sequences]
+        first = next((key for key, each in keyed if each.adapter and each.adapter.finite), None)
+        for key, sequence in keyed:
+            groups.setdefault(first if key is None else key, []).append(sequence)
+        return list(groups.values())
+
+    def run(self, sequences: list[Sequence], tokens: list[list[int]], known: InitialStates | None = None) -> Tensor:
+        """Run base and shadows over the next tokens of sequences of one group.
+
+        Args:
+            sequences: B.
+            tokens: of each; T is the longest.
+            known: s0 of some sequences at their tokens; the backbones run for the others.
+
+        Returns:
+            Last hidden states (B, T, d), undefined behind a sequence's own tokens.
+        """
+        ids = pad_right(tokens, self.base.device)
+        width = ids.shape[1]
+        state = self._state(sequences, tokens, known or [], width)
+        starts, counts = [each.cached for each in sequences], [len(line) for line in tokens]
+        shadow = {} if state is None else {"shadow": state}
+        output = self._decoder(input_ids=ids, **self.cache.inputs(sequences, starts, counts, width), **shadow)
+        hidden_states: Tensor = output.last_hidden_state
+        return hidden_states if state is None else state.arrive(self._depth, hidden_states)
+
+    def head(self, states: Tensor) -> Tensor:
+        """Apply the base's head: (..., d) -> (..., V)."""
+        logits = self.base.get_output_embeddings()(states.to(self.base.dtype))
+        return logits if self._finish is None else self._finish(logits)
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drop the stacked boundaries that include an adapter."""
+        for members in [members for members in self._stacks if adapter in members]:
+            del self._stacks[members]
+
+    def _state(
+        self, sequences: list[Sequence], tokens: list[list[int]], known: InitialStates, width: int
+    ) -> ShadowState | None:
+        """Collect s0 of all shadows in the order of the sequences, with the boundaries that refine it.
+
+        Backbones that neither the attached model nor a drafter needs do not run; their sequences get zeros.
+        """
+        adapters = {each.adapter for each in sequences if each.adapter is not None}
+        members = tuple(sorted(adapters, key=lambda adapter: adapter.name))
+        if not members:
+            return None
+        parts, done = list(known), {each for some, _ in known for each in some}
+        for member in members:
+            rest = [index for index, each in enumerate(sequences) if each.adapter is member and each not in done]
+            if rest and member.runs_backbone:
+                some = [sequences[index] for index in rest]
+                parts.append((some, member.initial_states(some, [tokens[index] for index in rest])))
+        single = len(members) == 1 and all(each.adapter is not None for each in sequences)
+        if single and len(parts) == 1 and parts[0][1].shape[1] == width:
+            return ShadowState(members[0].boundaries, parts[0][1])
+        states = _collect(sequences, parts, width) if parts else None
+        if single:
+            return ShadowState(members[0].boundaries, states)
+        owners = [None if each.adapter is None else members.index(each.adapter) for each in sequences]
+        return ShadowState(self._stack(members).of_rows(owners, width), states)
+
+    def _stack(self, members: tuple[Adapter, ...]) -> Mixture | InjectionMixture:
+        if members not in self._stacks:
+            stateless = members[0].boundaries.config.variant == "stateless"
+            kind = InjectionMixture if stateless else Mixture
+            self._stacks[members] = kind([member.boundaries for member in members])
+        self._stacks.move_to_end(members)
+        while len(self._stacks) > KEPT_STACKS:
+            self._stacks.popitem(last=False)
+        return self._stacks[members]
+
+
+def _collect(sequences: list[Sequence], parts: InitialStates, width: int) -> Tensor:
+    """Put the s0 of some sequences each into one tensor (B, T, d) in the order of all, zeros for the others."""
+    like, indices = parts[0][1], {sequence: index for index, sequence in enumerate(sequences)}
+    states = like.new_zeros(len(sequences), width, like.shape[2])
+    for some, part in parts:
+        rows = torch.tensor([indices[sequence] for sequence in some], device=states.device)
+        states[rows, : part.shape[1]] = part.to(states.dtype)
+    return states
+
+
+def _group_key(adapter: Adapter) -> Hashable:
+    """Key that adapters sharing a pass have in common."""
+    return mixing_key(adapter.boundaries) if adapter.finite else adapter.name
