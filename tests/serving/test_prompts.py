@@ -5,11 +5,11 @@ from starlette.testclient import TestClient
 
 from shadowtune.config.serving import ServerConfig
 from shadowtune.data.encoding import encode_prompts
+from shadowtune.data.examples import FieldNames
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.data.prompts import FieldNames
 from shadowtune.export.opening import of_model
 from shadowtune.serving.edge.local import LocalModel
-from shadowtune.serving.edge.wire import body_of
+from shadowtune.serving.edge.openai_api import request_body
 from shadowtune.serving.engine.engine import Engine
 from shadowtune.serving.engine.scheduler import Limits
 from shadowtune.serving.http.app import create_app
@@ -122,6 +122,6 @@ def test_completions_read_as_many_tokens_as_training_had(serve, add_bos):
 
 def test_the_edge_hands_over_all_that_makes_the_prompt():
     asked = {"fields": {"input": "blue"}, "tools": [{"type": "function"}], "chat_template_kwargs": {"a": 1}}
-    body = body_of(GenerationRequest("m", messages=[USER], **asked), "m")
+    body = request_body(GenerationRequest("m", messages=[USER], **asked), "m")
     assert {name: body[name] for name in asked} == asked
-    assert not set(asked) & set(body_of(GenerationRequest("m", messages=[USER]), "m"))
+    assert not set(asked) & set(request_body(GenerationRequest("m", messages=[USER]), "m"))

@@ -1,6 +1,6 @@
 import torch
-from shadowtune.data.ends import configured_ends
 
+from shadowtune.data.generation import configured_ends
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.serving.engine.adapter import Adapter, max_positions, pad_right
 from tests.serving.engine.support import adapter, prompt

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shadowtune.core.mixture import Mixture
+from shadowtune.core.multi_adapter import AdapterStack
 from shadowtune.serving.engine import model_runner
 from shadowtune.serving.engine.model_runner import KEPT_STACKS, ModelRunner
 from tests.serving.engine.support import adapter, ask_all, engine, request, with_engine
@@ -17,9 +17,9 @@ def made(monkeypatch):
 
     def make(members):
         counts.append(len(members))
-        return Mixture(members)
+        return AdapterStack(members)
 
-    monkeypatch.setattr(model_runner, "Mixture", make)
+    monkeypatch.setattr(model_runner, "AdapterStack", make)
     return counts
 
 

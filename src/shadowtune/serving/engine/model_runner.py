@@ -9,9 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
-from shadowtune.core.injection_mixture import InjectionMixture
-from shadowtune.core.mixture import Mixture, mixing_key
-from shadowtune.core.state import ShadowState
+from shadowtune.core.boundary import ShadowState
+from shadowtune.core.multi_adapter import AdapterStack, batching_key
 from shadowtune.serving.engine.adapter import Adapter, pad_right
 from shadowtune.serving.engine.kv_cache import KVCache
 from shadowtune.serving.engine.sequence import Sequence
@@ -37,9 +36,8 @@ class ModelRunner:
         self.base = base.eval()
         self.cache = KVCache(base.config, base.dtype, base.device)
         self._decoder: Any = architecture.decoder_of(base)
-        self._finish = architecture.finish(base.config.get_text_config(decoder=True))
-        self._depth = len(architecture.blocks_of(base))
-        self._stacks: OrderedDict[tuple[Adapter, ...], Mixture | InjectionMixture] = OrderedDict()
+        self._logits_transform = architecture.logits_transform(base.config.get_text_config(decoder=True))
+        self._stacks: OrderedDict[tuple[Adapter, ...], AdapterStack] = OrderedDict()
 
     def add(self, sequence: Sequence) -> None:
         """Give a sequence its cache slots."""
@@ -84,12 +82,12 @@ class ModelRunner:
         shadow = {} if state is None else {"shadow": state}
         output = self._decoder(input_ids=ids, **self.cache.inputs(sequences, starts, counts, width), **shadow)
         hidden_states: Tensor = output.last_hidden_state
-        return hidden_states if state is None else state.arrive(self._depth, hidden_states)
+        return hidden_states
 
     def head(self, states: Tensor) -> Tensor:
         """Apply the base's head: (..., d) -> (..., V)."""
         logits = self.base.get_output_embeddings()(states.to(self.base.dtype))
-        return logits if self._finish is None else self._finish(logits)
+        return logits if self._logits_transform is None else self._logits_transform(logits)
 
     def forget(self, adapter: Adapter) -> None:
         """Drop the stacked boundaries that include an adapter."""
@@ -120,13 +118,11 @@ class ModelRunner:
         if single:
             return ShadowState(members[0].boundaries, states)
         owners = [None if each.adapter is None else members.index(each.adapter) for each in sequences]
-        return ShadowState(self._stack(members).of_rows(owners, width), states)
+        return ShadowState(self._stack(members).for_sequences(owners, width), states)
 
-    def _stack(self, members: tuple[Adapter, ...]) -> Mixture | InjectionMixture:
+    def _stack(self, members: tuple[Adapter, ...]) -> AdapterStack:
         if members not in self._stacks:
-            stateless = members[0].boundaries.config.variant == "stateless"
-            kind = InjectionMixture if stateless else Mixture
-            self._stacks[members] = kind([member.boundaries for member in members])
+            self._stacks[members] = AdapterStack([member.boundaries for member in members])
         self._stacks.move_to_end(members)
         while len(self._stacks) > KEPT_STACKS:
             self._stacks.popitem(last=False)
@@ -145,4 +141,4 @@ def _collect(sequences: list[Sequence], parts: InitialStates, width: int) -> Ten
 
 def _group_key(adapter: Adapter) -> Hashable:
     """Key that adapters sharing a pass have in common."""
-    return mixing_key(adapter.boundaries) if adapter.finite else adapter.name
+    return batching_key(adapter.boundaries) if adapter.finite else adapter.name

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowtune.data.encoding import prompt_ids
-from shadowtune.data.ends import ends_of_config
+from shadowtune.data.generation import ends_of_config
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import DataError
 from shadowtune.serving.constrained import SchemaCompiler
