@@ -11,9 +11,9 @@ updated from the hidden state h, then h is corrected by a low-rank map of h - s 
 Shapes: h, s are (..., d); W_down (d, r), W_up (r, d); T and G have the hidden width k. The first boundary only injects,
 because no update has run before it. An update after the last block would not be used, so it does not exist.
 
-Not in the paper: the variant "stateless" (``stateless.py``), and logit interpolation: with ``config.head_mixing`` =
-gamma the head reads h_L + gamma s0 outside of training. Both networks share a linear head, so the logits are the
-attached model's plus gamma times the shadow's.
+Not in the paper: the variant "stateless" (``stateless.py``), and logit interpolation: outside of training the head
+reads h_L + gamma s0, with gamma = ``config.head_mixing``. Both networks share a linear head, so the logits are
+the attached model's plus gamma times the shadow's.
 
 ``reference.py`` computes the same by plain loops in float64; ``kernels/`` has the fast operations.
 """

@@ -34,7 +34,8 @@ class DraftHead(nn.Module):
         """Return z (..., d), the input of the head, from s0 (..., d) and h or z (..., d) of the token before."""
         s = initial_states.to(self.down.weight.dtype)
         both = torch.cat([s, previous_states.to(s.dtype)], -1)
-        return s + self.up(F.silu(self.down(both)))
+        correction: Tensor = self.up(F.silu(self.down(both)))
+        return s + correction
 
 
 def draft_loss(

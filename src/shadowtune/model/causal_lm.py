@@ -292,7 +292,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         self.config.draft_vocabulary_size = len(tokens)
 
     def set_logit_interpolation(self, gamma: float | None) -> None:
-        """Set gamma (``ShadowConfig.head_mixing``), the weight of the shadow's logits when attached; it is saved."""
+        """Set and save ``ShadowConfig.head_mixing``: gamma, the weight of the shadow's logits when attached."""
         shadow = self.shadow
         shadow.config = shadow.boundaries.config = replace(shadow.config, head_mixing=gamma)
         self.config.shadow["head_mixing"] = gamma
