@@ -10,7 +10,7 @@ from shadowtune.cli.main import main
 from shadowtune.data.baking import bake, read_prompts, save_prompts
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.evaluation.run import FinishedRun
-from shadowtune.export.opening import open_model
+from shadowtune.export.loading import load_model
 from shadowtune.export.runtimes import GgufModel
 from tests.export.support import plain_model
 from tests.support.chats import QWEN3, chat_tokenizer, learned_run
@@ -63,7 +63,7 @@ def test_llama_cpp_answers_a_chat_message_by_the_file_alone(detached, tmp_path):
         answer = runtime._ask("/v1/chat/completions", messages=messages, max_tokens=12, temperature=0)
         assert answer["choices"][0]["message"]["content"].strip() == expected
     prompt = answer["usage"]["prompt_tokens"]
-    opened = open_model(out)
+    opened = load_model(out)
     assert prompt == len(opened.prompt_format.encode([{"role": "user", "content": "tea"}], opened.tokenizer))
     assert opened.tokenizer.chat_template == CHATML, "our own code keeps to the original"
 
@@ -93,7 +93,7 @@ def test_the_card_says_how_to_prompt(detached, monkeypatch):
 def test_evaluate_generate_and_the_edge_read_the_same_prompt(run, detached):
     finished = FinishedRun.open(run)
     asked = finished.dataset.encode_prompts([dict(row) for row in ROWS], finished.tokenizer)
-    opened = open_model(detached)
+    opened = load_model(detached)
     stock = AutoTokenizer.from_pretrained(detached)
     for row, prompt in zip(ROWS, asked, strict=True):
         messages = [{"role": "user", "content": row["text"]}]
@@ -143,14 +143,13 @@ def test_llama_cpp_renders_it_alike(name, tmp_path):
 
     template, form = FORMS[name]
     tokenizer = chat_tokenizer(template)
-    write_gguf(plain_model()[0], tokenizer, tmp_path / "m.gguf", "f32", form)
+    baked, saved = bake(tokenizer, form)
+    write_gguf(plain_model()[0], baked, tmp_path / "m.gguf", "f32", saved)
     runtime = GgufModel(tmp_path / "m.gguf", 256, 1)
     for text in ("sea", "it's a 'b'"):
         messages = [{"role": "user", "content": text}]
         rendered = runtime._ask("/apply-template", messages=messages)["prompt"]
-        assert rendered == bake(tokenizer, form)[0].apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        assert rendered == baked.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def test_a_conversation_keeps_its_earlier_turns_and_the_last_message_is_filled(tmp_path):
