@@ -1,13 +1,12 @@
-"""Prepacked linear layers: matrix products of small batches on processors, up to three times as fast as ``x W^T``.
+"""Prepacked linear layers: matrix products of small batches on CPUs, up to three times as fast as ``x W^T``.
 
-A decoding step of some sequences, or a pass that verifies a draft, multiplies few rows by each weight of the base. MKL
-brings W into another order for each product of 4 rows or more, which costs more than the product. Within the context
-``prepacked_linear`` W is kept in that order: a second copy, made once the layer has met small batches some times. Where
-there is no copy, (W x^T)^T still reads W better than x W^T does. The sums are the same but for the order in which they
-are added.
+A decoding step of a few sequences, or a pass that verifies a draft, multiplies few rows by each weight of the base. MKL
+reorders W in each product of 4 rows or more, which costs more than the product. Within the context ``prepacked_linear``
+a reordered copy of W is kept, made after the layer has computed some small batches. Without a copy, (W x^T)^T still
+reads W more efficiently than x W^T. Results differ by the order of summation alone.
 
-A copy does not follow its weight. The caller who opens the context promises that the weights stay as they are until it
-closes; this is why no library call opens one by itself (``ShadowForCausalLM.generate`` never does).
+A copy does not follow changes of its weight. The caller guarantees that the weights do not change within the context;
+therefore no library call opens one by itself (``ShadowForCausalLM.generate`` never does).
 """
 
 from collections.abc import Iterator
@@ -22,25 +21,25 @@ from torch import Tensor, nn
 MAX_ROWS = 64
 """Rows up to which a product of a packed weight is faster (docs/log.md)."""
 TRANSPOSED_ROWS = range(4, 49)
-"""Rows for which (W x^T)^T is; these are also what makes a copy worth its memory, not single rows."""
+"""Rows for which (W x^T)^T is faster; these, not single rows, also make a copy worth its memory."""
 PRODUCTS_BEFORE_PACKING = 8
-"""Products of such rows that a layer computes before its weight is copied: a few tokens are not worth a copy."""
+"""Products of such rows that a layer computes before its weight is copied; a few tokens are not worth a copy."""
 MAX_PACKED_BYTES = 2 * 2**30
 """Largest weights of all layers together that are copied."""
 
 
 @contextmanager
 def prepacked_linear(*modules: nn.Module) -> Iterator[None]:
-    """Within this context the linear layers of the modules multiply small batches the fast way, where there is one.
+    """Context in which the linear layers of modules use prepacked weights for small batches.
 
-    That is float32 on a processor with MKL and without gradients; all else is computed as before. The context owns the
-    copies of the weights and drops them at its end. Until then each of its layers has an attribute ``forward`` of its
-    own, as hooks of accelerate set it; classes, parameters and keys are not touched. A layer that has such an attribute
-    already, by accelerate or by another such context, is left alone.
+    This applies to float32 on a CPU with MKL and without gradients; everything else is computed as before. The context
+    owns the copies of the weights and frees them at its end. Until then each of its layers has an instance attribute
+    ``forward``, as hooks of accelerate set it; classes, parameters and keys do not change. A layer that has such an
+    attribute already, from accelerate or from another such context, is left alone.
 
     Args:
-        modules: their weights must not change within the context, neither in place nor through ``.data``: what is
-            computed with an old copy would be wrong without notice.
+        modules: their weights must not change within the context, neither in place nor through ``.data``: results with
+            an old copy would be silently wrong.
     """
     layers = [layer for module in modules for layer in module.modules() if _gains(layer)]
     size = sum(weight.nbytes for weight in {layer.weight for layer in layers})
@@ -60,7 +59,7 @@ def prepacked_linear(*modules: nn.Module) -> Iterator[None]:
 
 
 class PackedWeights:
-    """The packed copies that one context owns: one for each weight, however many layers share it."""
+    """The packed copies of one context, one per weight, however many layers share it."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -79,7 +78,7 @@ class PackedWeights:
         return packed
 
     def close(self) -> None:
-        """Drop all copies and make no more."""
+        """Free all copies and make no more."""
         self.enabled = False
         self._copies.clear()
 
@@ -109,7 +108,7 @@ class PrepackedForward:
         return transposed.t().contiguous().view(*input.shape[:-1], -1)
 
     def packed(self, rows: int) -> Tensor | None:
-        """Return the weight in MKL's order, if it is worth it by now."""
+        """Return the weight in MKL's order, once its layer has computed enough small batches."""
         packed = self._packed_weights.get(self._weight)
         if packed is None and self._packed_weights.enabled and rows in TRANSPOSED_ROWS:
             self._products += 1
@@ -118,20 +117,20 @@ class PrepackedForward:
         return packed
 
     def __reduce__(self) -> Any:
-        """Let a copy or a pickle of the layer have the ordinary ``forward``: the packed weights are the context's."""
+        """Give a copy or a pickle of the layer the ordinary ``forward``: the packed weights belong to the context."""
         return partial, (nn.Linear.forward, self.layer)
 
 
 def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is an ordinary linear layer with an ordinary weight, not a quantized one."""
+    """Return whether it is an ordinary linear layer with an ordinary weight, not a quantized one."""
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
 
 
 @cache
 def packing_works() -> bool:
-    """Whether MKL multiplies packed weights here, by other numbers of rows than they were packed for too.
+    """Return whether MKL multiplies packed weights here, also by other numbers of rows than they were packed for.
 
-    It does in all versions seen, but no documentation promises the latter: so it is tried once.
+    All known versions do, but no documentation guarantees the latter, so it is tried once.
     """
     if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
         return False
