@@ -18,26 +18,50 @@ YOUR_TEXT = "your text"
 Form = Literal["attached", "adapter", "full", "detached", "onnx", "gguf"]
 """Form of a saved model: a shadow with its base, an adapter of PEFT, a whole model, or the detached shadow in a format
 of ``shadowtune export``."""
-LIBRARIES: dict[Form, str] = {
-    "attached": "shadowtune",
-    "adapter": "peft",
-    "full": "transformers",
-    "detached": "transformers",
-    "onnx": "onnxruntime",
-    "gguf": "llama.cpp",
+PAPER = "(ShadowPEFT, https://arxiv.org/abs/2604.19254)"
+DETACHED = f"A small model{{size}} that was trained beside {{base}} {PAPER} and runs without it."
+FORMS: dict[Form, tuple[str, str | None, str, str]] = {
+    "attached": (
+        "shadowtune",
+        "adapter",
+        "Shadow adapter",
+        f"A shadow{{size}}, trained beside the frozen {{base}} {PAPER}. Both together answer; the base is loaded by "
+        "its name.",
+    ),
+    "adapter": ("peft", "adapter", "Adapter", "An adapter{size} for the frozen {base}."),
+    "full": ("transformers", "finetune", "Fine-tuned model", "A model{size}, fine-tuned from {base}."),
+    "detached": ("transformers", None, "Detached shadow", f"{DETACHED} It is an ordinary transformers model:"),
+    "onnx": ("onnxruntime", None, "Detached shadow, ONNX", DETACHED),
+    "gguf": ("llama.cpp", None, "Detached shadow, GGUF", DETACHED),
 }
-RELATIONS: dict[Form, str] = {"attached": "adapter", "adapter": "adapter", "full": "finetune"}
-"""Relation of the base and a saved model, in the Hub's terms; a detached shadow has none."""
-TITLES: dict[Form, str] = {
-    "attached": "Shadow adapter",
-    "adapter": "Adapter",
-    "full": "Fine-tuned model",
-    "detached": "Detached shadow",
-    "onnx": "Detached shadow, ONNX",
-    "gguf": "Detached shadow, GGUF",
+"""Of each form: library and relation to the base, in the Hub's terms; title; description."""
+TASKS = {
+    "causal_lm": ("text-generation", "AutoModelForCausalLM"),
+    "classification": ("text-classification", "AutoModelForSequenceClassification"),
 }
-AUTOS = {"causal_lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
-PIPELINES = {"causal_lm": "text-generation", "classification": "text-classification"}
+"""Of each task: the Hub's pipeline tag, and the class that loads a model."""
+
+_MESSAGES = f'messages = [{{"role": "user", "content": "{YOUR_TEXT}"}}]'
+_EXPORTED = f"""from pathlib import Path
+
+from shadowtune.export.loading import load_model
+
+model = load_model(Path(<name>))
+{_MESSAGES}
+prompt = model.prompt_format.encode(messages, model.tokenizer)
+answer = model.runtime.generate(prompt, 64, model.ends)
+print(model.tokenizer.decode(answer, skip_special_tokens=True))"""
+_PROMPT = f'inputs = tokenizer("{YOUR_TEXT}", return_tensors="pt", return_token_type_ids=False)'
+_CHAT = f"""{_MESSAGES}
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
+_GENERATE = """output = model.generate(**inputs, max_new_tokens=64)
+answer = output[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+_CLASSIFY = f"""inputs = tokenizer("{YOUR_TEXT}", return_tensors="pt")
+label = model(input_ids=inputs["input_ids"]).logits.argmax(-1).item()
+print(model.config.id2label[label])"""
 
 
 @dataclass(frozen=True)
@@ -66,112 +90,49 @@ class Card:
             form: of the saved model.
             chat: whether the saved tokenizer has a chat template, for the example code.
         """
-        lines = [*self._metadata(form), "", f"# {TITLES[form]}", "", *self._description(parameters, form), ""]
-        lines += ["```python", *self._example(name, form, chat), "```"]
+        library, relation, title, description = FORMS[form]
+        base, size = self.base or "a larger model", "" if parameters is None else f" of {parameters:,} parameters"
+        lines = ["---", f"library_name: {library}", f"pipeline_tag: {TASKS[self.task][0]}"]
+        if self.base:
+            lines.append(f"base_model: {json.dumps(self.base, ensure_ascii=False)}")
+            lines += [f"base_model_relation: {relation}"] if relation else []
+        lines += ["tags:", "- shadowtune", "- ShadowPEFT", f"- {form}", "---", "", f"# {title}", ""]
+        lines += [description.format(size=size, base=base), "", "```python", self._example(name, form, chat), "```"]
         if form == "onnx":
             lines += ["", "onnxruntime-genai (`Model(directory)`) and optimum (`ORTModelForCausalLM`) open it as well."]
         if self.prompt:
             lines += ["", "## Prompt", "", self.prompt]
-        for title, facts in (("Training", self.training), ("Measured", self.measured)):
+        for section, facts in (("Training", self.training), ("Measured", self.measured)):
             if facts:
-                lines += ["", f"## {title}", "", "| | |", "|---|---|"]
+                lines += ["", f"## {section}", "", "| | |", "|---|---|"]
                 lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items()]
         if self.measured and self.conditions:
             lines += ["", f"Measured on {self.conditions}."]
         return "\n".join(lines) + "\n"
 
-    def _metadata(self, form: Form) -> list[str]:
-        lines = ["---", f"library_name: {LIBRARIES[form]}", f"pipeline_tag: {PIPELINES[self.task]}"]
-        if self.base:
-            lines += [f"base_model: {json.dumps(self.base, ensure_ascii=False)}"]
-            lines += [f"base_model_relation: {RELATIONS[form]}"] if form in RELATIONS else []
-        return [*lines, "tags:", "- shadowtune", "- ShadowPEFT", f"- {form}", "---"]
-
-    def _description(self, parameters: int | None, form: Form) -> list[str]:
-        size = "" if parameters is None else f" of {parameters:,} parameters"
-        beside = self.base or "a larger model"
-        paper = "(ShadowPEFT, https://arxiv.org/abs/2604.19254)"
-        return [
-            {
-                "attached": f"A shadow{size}, trained beside the frozen {beside} {paper}. Both together answer; the "
-                "base is loaded by its name.",
-                "adapter": f"An adapter{size} for the frozen {beside}.",
-                "full": f"A model{size}, fine-tuned from {beside}.",
-            }.get(
-                form,
-                f"A small model{size} that was trained beside {beside} {paper} and runs without it."
-                + (" It is an ordinary transformers model:" if form == "detached" else ""),
-            )
-        ]
-
-    def _example(self, name: str, form: Form, chat: bool) -> list[str]:
+    def _example(self, name: str, form: Form, chat: bool) -> str:
         """Return code that answers one request, to run in the directory above the saved model."""
         if form in ("onnx", "gguf"):
-            return [
-                "from pathlib import Path",
-                "",
-                "from shadowtune.export.loading import load_model",
-                "",
-                f"model = load_model(Path({name!r}))",
-                f'messages = [{{"role": "user", "content": "{YOUR_TEXT}"}}]',
-                "prompt = model.prompt_format.encode(messages, model.tokenizer)",
-                "answer = model.runtime.generate(prompt, 64, model.ends)",
-                "print(model.tokenizer.decode(answer, skip_special_tokens=True))",
-            ]
-        auto = AUTOS[self.task]
-        if self.task == "classification":
-            request = [
-                f'inputs = tokenizer("{YOUR_TEXT}", return_tensors="pt")',
-                'label = model(input_ids=inputs["input_ids"]).logits.argmax(-1).item()',
-                "print(model.config.id2label[label])",
-            ]
-        else:
-            request = [*_inputs(chat), "output = model.generate(**inputs, max_new_tokens=64)"]
-            request += ['answer = output[0, inputs["input_ids"].shape[1] :]']
-            request += ["print(tokenizer.decode(answer, skip_special_tokens=True))"]
-        return [
-            *self._imports(form, auto),
-            "",
-            *self._loading(name, form, auto),
-            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
-            *request,
-        ]
-
-    def _imports(self, form: Form, auto: str) -> list[str]:
-        names = [auto, "AutoTokenizer"]
-        if form == "adapter" and self.task == "classification":
-            names = ["AutoConfig", *names]
-        lines = [f"from transformers import {', '.join(names)}"]
+            return _EXPORTED.replace("<name>", repr(name))
+        auto, classifies = TASKS[self.task][1], self.task == "classification"
+        imports, loading = (
+            f"from transformers import {auto}, AutoTokenizer",
+            f"model = {auto}.from_pretrained({name!r})",
+        )
         if form == "attached":
-            return ["import shadowtune  # registers the model with transformers", *lines]
+            imports = f"import shadowtune  # registers the model with transformers\n{imports}"
         if form == "adapter":
-            ours = ["import shadowtune"] if self.base in NAMED else []
-            return [*ours, "from peft import PeftModel", *lines]
-        return lines
-
-    def _loading(self, name: str, form: Form, auto: str) -> list[str]:
-        if form != "adapter":
-            return [f"model = {auto}.from_pretrained({name!r})"]
-        base = json.dumps(self.base, ensure_ascii=False)
-        base = f"shadowtune.models.resolve({base})" if self.base in NAMED else base
-        settings = ""
-        if self.task == "classification":
+            base = json.dumps(self.base, ensure_ascii=False)
             settings = f", config=AutoConfig.from_pretrained({name!r}), ignore_mismatched_sizes=True"
-        return [
-            f"base = {auto}.from_pretrained({base}{settings})",
-            f"model = PeftModel.from_pretrained(base, {name!r})",
-        ]
-
-
-def _inputs(chat: bool) -> list[str]:
-    if not chat:
-        return [f'inputs = tokenizer("{YOUR_TEXT}", return_tensors="pt", return_token_type_ids=False)']
-    return [
-        f'messages = [{{"role": "user", "content": "{YOUR_TEXT}"}}]',
-        "inputs = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-        ")",
-    ]
+            imports = f"from peft import PeftModel\n{imports}"
+            if classifies:
+                imports = imports.replace(f"import {auto}", f"import AutoConfig, {auto}")
+            if self.base in NAMED:
+                imports, base = f"import shadowtune\n{imports}", f"shadowtune.models.resolve({base})"
+            loading = f"base = {auto}.from_pretrained({base}{settings if classifies else ''})\n"
+            loading += f"model = PeftModel.from_pretrained(base, {name!r})"
+        request = _CLASSIFY if classifies else f"{_CHAT if chat else _PROMPT}\n{_GENERATE}"
+        return f"{imports}\n\n{loading}\ntokenizer = AutoTokenizer.from_pretrained({name!r})\n{request}"
 
 
 def _cell(text: str) -> str:
