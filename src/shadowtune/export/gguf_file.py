@@ -226,7 +226,7 @@ def _tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """Return all tensors under llama.cpp's names, in float32."""
     import gguf
 
-    config, found = model.config, {}
+    config, found = model.config, dict[str, np.ndarray]()
     kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type])
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -236,7 +236,10 @@ def _tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
         data, module = tensor.float().cpu().numpy(), name.split(".")[-2]
         if kind == gguf.MODEL_ARCH.LLAMA and module in heads:
             data = _interleave(data, heads[module])
-        found[names.get_name(name, try_suffixes=(".weight", ".bias"))] = data
+        their_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if their_name is None:
+            raise ShadowtuneError(f"llama.cpp has no tensor {name} in its {ARCHITECTURES[config.model_type]}")
+        found[their_name] = data
     factors = _frequency_factors(model)
     if factors is not None:
         found["rope_freqs.weight"] = factors

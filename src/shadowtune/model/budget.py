@@ -49,16 +49,10 @@ def shapeless_base(config: PreTrainedConfig, task: Task = "causal_lm") -> PreTra
 def count_parameters(
     name: str, config: PreTrainedConfig, adapt: Callable[[PreTrainedModel], nn.Module], task: Task = "causal_lm"
 ) -> int:
-    """Count what ``adapt`` would train on a base of this config, without allocating weights.
-
-    Args:
-        name: of the method, for messages.
-        config: of the base.
-        adapt: makes the model to train of the frozen base.
-        task: of the base.
+    """Count the parameters that ``adapt(base)`` trains on a base of this config, without allocating weights.
 
     Raises:
-        ShadowtuneError: if a package refuses the architecture.
+        ShadowtuneError: naming the method, if a package refuses the architecture.
     """
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of packages that build a model do not concern its size
@@ -73,13 +67,7 @@ def count_parameters(
 
 
 def growth_of(count: Callable[[int], int], step: int = 1, largest: int | None = None) -> Growth:
-    """Measure how trainable parameters grow with a size; growth is linear, so two counts determine it.
-
-    Args:
-        count: from a size, a multiple of ``step``, to the parameters trained.
-        step: of the sizes.
-        largest: the largest possible size.
-    """
+    """Return the growth of ``count(size)`` in multiples of ``step``; it is linear, so two counts determine it."""
     first, second = count(step), count(2 * step)
     return Growth(fixed=2 * first - second, per_step=second - first, step=step, largest=largest)
 
@@ -104,10 +92,8 @@ def equal_sizes(
 
     Args:
         wanted: trainable parameters to aim at.
-        name: of our method.
-        ours: growth of our method.
-        others: growth of each other method.
-        hint: what the user can do where there are no such sizes.
+        name: of our method, whose growth is ``ours``.
+        hint: for the message, if there are no such sizes.
         tolerance: largest difference, relative to ours.
 
     Returns:
@@ -137,16 +123,7 @@ def equal_sizes(
 
 
 def check_equal(ours: str, counts: Mapping[str, int], hint: str = HINT) -> None:
-    """Refuse to compare methods whose trainable counts differ by more than 3 %.
-
-    Args:
-        ours: name of our method.
-        counts: trainable parameters by name; 0 for what trains nothing and is not checked.
-        hint: what the user can do.
-
-    Raises:
-        ConfigError: naming the counts.
-    """
+    """Raise ConfigError if trainable counts differ by more than 3 % from that of ``ours``; counts of 0 are exempt."""
     if any(count and not is_equal(counts[ours], count) for count in counts.values()):
         raise _unequal(ours, counts, hint, TOLERANCE)
 

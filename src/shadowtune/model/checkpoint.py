@@ -112,15 +112,12 @@ def _shards_of(index: str, checked: bool) -> dict[str, str | None]:
 
 
 def read_file(file: str, checked: bool = True, expected: str | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Read a safetensors file or raise CheckpointError.
 
     Args:
         file: path.
         checked: whether its contents must match the checksum in it.
         expected: the checksum in the index of the save, if there is one.
-
-    Raises:
-        CheckpointError: if it is damaged.
     """
     try:
         with safe_open(file, framework="pt") as handle:

@@ -96,7 +96,6 @@ def start_shadow(base: PreTrainedModel, config: ShadowConfig, dtype: torch.dtype
 
 @torch.no_grad()
 def _measure_scales(base: PreTrainedModel, boundaries: Boundaries) -> None:
-    """Fill the boundaries' buffers that hold sizes of the base's hidden states."""
     config, first = boundaries.config, 0 if boundaries.config.inject_first else 1
     scales = measure_channel_scales(base)[first:] if config.channel_scaling else None
     if boundaries.input_sizes is not None:
@@ -166,7 +165,6 @@ def _is_projected(path: str) -> bool:
 
 
 def _projected_backbone(path: str, text: PreTrainedConfig) -> PretrainedBackbone:
-    """Read a projected causal language model, whose projection must have the base's width."""
     found = read_projected(path)
     sizes = {"vocab_size": (found.embedding.weight.shape[0], text.vocab_size)}
     sizes["base_hidden_size"] = (found.projection.shape[0], text.hidden_size)
@@ -218,7 +216,6 @@ def _from_earlier(base: PreTrainedModel, config: ShadowConfig, dtype: torch.dtyp
 
 
 def _from_adapter(base: PreTrainedModel, config: ShadowConfig, directory: str, dtype: torch.dtype) -> Shadow:
-    """Copy the backbone and projections of a saved shadow."""
     source, text = read_config(directory), base.config.get_text_config(decoder=True)
     assert source.base_config is not None and source.backbone_config is not None
     own, backbone = source.shadow_config.backbone, copy.deepcopy(source.backbone_config)
@@ -368,13 +365,10 @@ def fit_projection(
     """Fit the projection with which the base's head gives the logits of the small model's head.
 
     Args:
-        head: W_head, (V, d), any floating dtype.
-        small_head: W_small, (V, d_s), on any device.
+        head: W_head (V, d), of any floating dtype; the result is on its device.
+        small_head: W_small (V, d_s), on any device.
         dtype: of the result.
         rows: chunk size.
-
-    Returns:
-        The projection, on the head's device.
     """
     width, small_width = head.shape[1], small_head.shape[1]
     device = _exact_device(head)
@@ -392,11 +386,7 @@ def fit_projection(
 def projection_error(head: Tensor, small_head: Tensor, weight: Tensor | None, rows: int = CHUNK) -> float:
     """Return ||W_head W_proj - W_small||_F / ||W_small||_F, summed over the rows themselves in float64.
 
-    Args:
-        head: W_head, (V, d).
-        small_head: W_small, (V, d_s).
-        weight: W_proj, (d, d_s); None for no projection, where d = d_s.
-        rows: chunk size.
+    ``weight`` is W_proj (d, d_s), or None for no projection, where d = d_s.
     """
     wrong, whole = 0.0, 0.0
     for a, b in _chunks(head, small_head, rows):

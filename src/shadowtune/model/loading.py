@@ -37,11 +37,7 @@ def absolute_name(name: str) -> str:
 
 
 def save_model(model: Any, directory: Path, state_dict: Mapping[str, Tensor] | None, max_shard_size: str | int) -> None:
-    """Implement ``save_pretrained``; the trained tensors come from ``state_dict`` if it is given.
-
-    Raises:
-        CheckpointError: if the directory cannot be written.
-    """
+    """Implement ``save_pretrained``; the trained tensors come from ``state_dict`` if it is given."""
     if state_dict is None:
         tensors = trained_tensors(model.trained_modules())
     else:
@@ -204,7 +200,7 @@ def load_model(
         loaded = load_base(cls.auto_base, config, base, **shared, **kwargs)
     check_base(config, loaded, check_weights)
     config.name_or_path = path_or_id
-    model = _build_model(cls, config, loaded, tensors)
+    model = _build_model(cls, config, loaded, tensors, path_or_id)
     if adapter is not None:  # heads that another library did not train are the base's
         heads = {name: module for name, module in model.trained_modules().items() if name != "shadow"}
         tensors = trained_tensors(heads) | tensors
@@ -215,10 +211,9 @@ def load_model(
     return model.eval()
 
 
-def _build_model(cls: Any, config: ShadowModelConfig, base: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _build_model(cls: Any, config: ShadowModelConfig, base: Any, tensors: Mapping[str, Tensor], path: str) -> Any:
     """Build the model of a config with parameters of the dtypes that were saved; their values are loaded later."""
     assert config.base_config is not None and config.backbone_config is not None
-    path = config.name_or_path
     broken = f"config.json of {path} makes no shadow"
     with reading(broken), torch.device("meta"):  # sizes are untrusted, so no memory is allocated for them yet
         sizes = (config.shadow_config, config.base_config, config.backbone_config)
@@ -237,10 +232,6 @@ def _build_model(cls: Any, config: ShadowModelConfig, base: Any, tensors: Mappin
 
 def open_third_party(path_or_id: str, **hub: Any) -> ThirdPartyAdapter | None:
     """Read the adapter of another library; None for anything else, such as a shadow of our own.
-
-    Args:
-        path_or_id: a local directory or a Hub id.
-        hub: keywords of ``transformers.utils.cached_file``, such as ``revision``.
 
     Raises:
         CheckpointError: if it is damaged, or a projected model, which is no adapter.

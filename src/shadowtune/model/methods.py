@@ -57,21 +57,13 @@ INT4_GROUP = 32
 
 
 def load_base_config(name: str) -> PreTrainedConfig:
-    """Return the config of a base, named as for ``load_base``, without loading its weights.
-
-    Raises:
-        CheckpointError: if there is no such model.
-    """
+    """Return the config of a base, named as for ``load_base``; raises CheckpointError if there is no such model."""
     with reading(f"cannot load the model {name}"):
         return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
 
 
 def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedModel:
-    """Load a pretrained base by directory, Hub id or short name (``shadowtune.models``), for one of the two tasks.
-
-    Raises:
-        CheckpointError: if there is no such model or it cannot be read.
-    """
+    """Load a pretrained base by directory, Hub id or short name (``shadowtune.models``), or raise CheckpointError."""
     with reading(f"cannot load the model {name}"):
         base: PreTrainedModel = AUTO_CLASSES[task].from_pretrained(resolve(name), trust_remote_code=False, **kwargs)
     base.config.name_or_path = name
@@ -125,12 +117,9 @@ def make_trainable(
     dtype: torch.dtype = torch.float32,
     peft: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Return the model to train: ``base`` with a new adapter of the given method, or itself for "full".
+    """Return the model to train: ``base``, changed in place, with a new adapter; or itself for "full".
 
     Args:
-        base: a pretrained model for the task, which is changed in place.
-        method: one of the methods.
-        task: one of the tasks.
         shadow: settings of "shadow".
         lora: settings of "lora" and "dora".
         dtype: of the trained parameters.
@@ -240,7 +229,6 @@ def load_trained(
 
 
 def _load_ensemble(directory: Path, base_name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """Load LoRA, the small model beside it, and the weight of the small model's logits."""
     lora = load_trained(directory, "lora", "causal_lm", base_name, **kwargs)
     small = load_base(str(directory / SMALL), "causal_lm", dtype=kwargs.get("dtype", torch.float32))
     return LogitEnsemble(lora, small, read_weight(directory)).eval()

@@ -82,11 +82,7 @@ def read_projected(path_or_id: str, **hub: Any) -> Projected:
 
 @torch.no_grad()
 def plain_of(projected: Projected, source: str) -> PreTrainedModel:
-    """Build the plain model with the same logits: head(Proj(z)) = (W_head W_proj) z.
-
-    Raises:
-        CheckpointError: naming ``source``, if tensors do not fit its config, or it has no head.
-    """
+    """Build the plain model with the same logits, head(Proj(z)) = (W_head W_proj) z, or raise CheckpointError."""
     if projected.head is None:
         raise CheckpointError(
             f"{source} has no lm_head.weight: it was saved without a head, so it is no model by itself; start a shadow "

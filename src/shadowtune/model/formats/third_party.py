@@ -93,7 +93,7 @@ class TensorEntry(NamedTuple):
     """Key in the other library's model."""
     ours: str
     """Key in our ``Shadow``."""
-    index: int | None = None
+    slot: int | None = None
     """Index in our stack; None for the whole tensor."""
     transposed: bool = False
 
@@ -156,7 +156,7 @@ def to_third_party(entries: Iterable[TensorEntry], ours: Mapping[str, Tensor]) -
     """Return our tensors (weights, or gradients) under the other library's keys and in its layout."""
     tensors = {}
     for entry in entries:
-        tensor = ours[entry.ours] if entry.index is None else ours[entry.ours][entry.index]
+        tensor = ours[entry.ours] if entry.slot is None else ours[entry.ours][entry.slot]
         tensors[entry.theirs] = tensor.mT if entry.transposed else tensor
     return tensors
 
@@ -192,15 +192,15 @@ def from_third_party(
     ours: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
     for entry in entries:
-        wanted = shapes[entry.ours] if entry.index is None else shapes[entry.ours][1:]
+        wanted = shapes[entry.ours] if entry.slot is None else shapes[entry.ours][1:]
         tensor = theirs[entry.theirs].mT if entry.transposed else theirs[entry.theirs]
         if tensor.shape != wanted:
             want = tuple(reversed(wanted)) if entry.transposed else tuple(wanted)
             raise CheckpointError(f"{source}: {entry.theirs} has shape {tuple(theirs[entry.theirs].shape)}, not {want}")
-        if entry.index is None:
+        if entry.slot is None:
             ours[entry.ours] = tensor
         else:
-            stacks.setdefault(entry.ours, {})[entry.index] = tensor
+            stacks.setdefault(entry.ours, {})[entry.slot] = tensor
     return ours | {name: torch.stack([stack[index] for index in sorted(stack)]) for name, stack in stacks.items()}
 
 
