@@ -135,8 +135,8 @@ class Format:
     """Python packages that writing needs."""
     single_file: bool
     write: Callable[..., None]
-    """Write (model, tokenizer, file or directory, quantization, prompt format, base, card), the last two optional:
-    name of the base and text of the model card. ``bake`` gives tokenizer and prompt format."""
+    """Write (model, tokenizer with the chat template to save, file or directory, quantization, prompt format, name of
+    the base, text of the model card); the last two may be left out."""
     open: Callable[[Path, int], Runtime]
     """Open what was written, for sequences of a maximum length."""
 

@@ -60,10 +60,10 @@ def write_gguf(
 
     Args:
         model: in float32.
-        tokenizer: byte-level BPE, as ``bake`` returns it.
+        tokenizer: byte-level BPE, with the chat template to save.
         file: to create.
         quantization: one of ``QUANTIZATIONS``.
-        prompt_format: for the metadata, as ``bake`` returns it; None leaves it out.
+        prompt_format: that belongs to the chat template, for the metadata; None leaves it out.
         base: name of the base beside which the model was trained, for the metadata; may be empty.
         card: model card in Markdown, for the metadata; may be empty.
 
