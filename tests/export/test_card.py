@@ -150,7 +150,7 @@ def test_a_gguf_file_has_its_card_in_the_metadata(tmp_path):
 
     model = perturbed_model(shadow_loss_weight=1.0).detached()
     out = tmp_path / "small.gguf"
-    export(model, tiny_tokenizer(), "gguf", "f32", out, [[5, 6, 7]], 4, card=Card("org/base", training={"seed": "1"}))
+    export((model, tiny_tokenizer()), "gguf", "f32", out, [[5, 6, 7]], 4, card=Card("org/base", training={"seed": "1"}))
     fields = gguf.GGUFReader(out).fields
     card = fields[CARD].contents()
     assert fields["general.base_model.0.name"].contents() == "org/base"

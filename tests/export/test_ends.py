@@ -12,7 +12,7 @@ from shadowtune.errors import ShadowtuneError
 from shadowtune.evaluation.run import FinishedRun
 from shadowtune.export import gguf_file
 from shadowtune.export.exporting import export
-from shadowtune.export.opening import open_model
+from shadowtune.export.loading import load_model
 from shadowtune.export.runtimes import GgufModel
 from shadowtune.serving.edge.local import LocalModel
 from tests.export.support import plain_model
@@ -82,7 +82,7 @@ def test_the_edge_stops_in_every_format(run, detached, tmp_path):
     for kind in kinds:
         out = tmp_path / f"model.{kind}"
         assert main(["export", str(detached), "--to", kind, "--quant", "f32", "--out", str(out)]) == 0
-        opened = open_model(out)
+        opened = load_model(out)
         assert opened.ends == {STOP_ID, 0, 2}
         asked = ask(prompt=None, messages=MESSAGES, max_tokens=20, sampling=GREEDY)
         pieces, _ = answered(LocalModel(opened, "tiny"), asked)
@@ -115,7 +115,7 @@ def test_of_several_ends_the_gguf_file_names_the_one_that_was_taught(tmp_path):
     fields = gguf.GGUFReader(out).fields
     named = {name: fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot", "eom")}
     assert named == {"eos": STOP_ID, "eot": STOP_ID, "eom": 0}
-    assert open_model(out).ends == {0, 2, STOP_ID}
+    assert load_model(out).ends == {0, 2, STOP_ID}
 
 
 @needs_llama_cpp
@@ -125,7 +125,7 @@ def test_a_gguf_file_that_does_not_stop_at_its_end_is_not_kept(tmp_path, monkeyp
     monkeypatch.setattr(gguf_file, "_add_ends", lambda writer, ends: writer.add_eos_token_id(5))
     prompts = [tokens(1, 5)[0].tolist()]
     with pytest.raises(ShadowtuneError, match=r"llama\.cpp does not stop at token 7, which ends an answer"):
-        export(model, tokenizer, "gguf", "f32", tmp_path / "out.gguf", prompts, 4)
+        export((model, tokenizer), "gguf", "f32", tmp_path / "out.gguf", prompts, 4)
     assert not list(tmp_path.iterdir())
 
 
@@ -135,7 +135,7 @@ def test_other_special_tokens_are_compared_like_any_token(tmp_path):
     model, tokenizer = plain_model()
     model.lm_head.weight.data[3] *= 20  # the unknown token, over and over for some prompts
     prompts = [tokens(1, 5, seed=seed)[0].tolist() for seed in range(4)]
-    agreement = export(model, tokenizer, "onnx", "f32", tmp_path / "out", prompts, 6).agreement
+    agreement = export((model, tokenizer), "onnx", "f32", tmp_path / "out", prompts, 6).agreement
     assert any(3 in answer for answer in agreement.expected)
     assert agreement.tokens == agreement.equal
 
@@ -177,7 +177,7 @@ def test_onnxruntime_genai_is_told_the_ends_and_the_penalty(detached, tmp_path):
     assert written["model"]["eos_token_id"] == [STOP_ID, 0, 2]
     assert written["search"]["repetition_penalty"] == 1.0
     onnxruntime_genai = pytest.importorskip("onnxruntime_genai")
-    opened = open_model(out)
+    opened = load_model(out)
     ids = opened.prompt_format.encode(MESSAGES, opened.tokenizer)
     model = onnxruntime_genai.Model(str(out))
     settings = onnxruntime_genai.GeneratorParams(model)

@@ -7,11 +7,9 @@ import torch
 
 from shadowtune.errors import ShadowtuneError
 from shadowtune.export import exporting, gguf_file
-from shadowtune.export.exporting import FORMATS, check_export, export, read_plain
-from shadowtune.export.onnx_file import FILE, write_onnx
-from shadowtune.export.onnx_graph import quantize
+from shadowtune.export.exporting import FORMATS, check_export, compare, export, read_plain
+from shadowtune.export.onnx_file import FILE, quantize, write_onnx
 from shadowtune.export.runtimes import GgufModel, OnnxModel, TorchModel
-from shadowtune.export.verification import compare
 from tests.export.support import NARROW, plain_model
 from tests.support.shadows import tokens
 from tests.support.tokenizers import tiny_tokenizer
@@ -42,7 +40,7 @@ def difference(runtime, model, prompt):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_onnx_computes_what_torch_does(tmp_path, kind, sizes):
     model, tokenizer = plain_model(kind, **sizes)
-    done = export(model, tokenizer, "onnx", "f32", tmp_path / "out", PROMPTS, 12)
+    done = export((model, tokenizer), "onnx", "f32", tmp_path / "out", PROMPTS, 12)
     assert done.runtime == "OnnxModel"
     assert done.agreement.equal == done.agreement.tokens > 12
     assert difference(OnnxModel(tmp_path / "out", 1), model, PROMPTS[2]) < 1e-5
@@ -81,7 +79,7 @@ def test_onnx_takes_padded_batches_and_a_cache(tmp_path):
 @pytest.mark.parametrize(("quantization", "limit"), [("f16", 0.01), ("int8", 0.4), ("int4", 3.0)])
 def test_smaller_onnx_files_stay_close(tmp_path, quantization, limit):
     model, tokenizer = plain_model()
-    export(model, tokenizer, "onnx", quantization, tmp_path / "out", PROMPTS, 8)
+    export((model, tokenizer), "onnx", quantization, tmp_path / "out", PROMPTS, 8)
     assert 0 < difference(OnnxModel(tmp_path / "out", 1), model, PROMPTS[2]) < limit
 
 
@@ -122,7 +120,7 @@ def test_llama_cpp_computes_what_torch_does(tmp_path, kind, rope):
         model.config.rope_parameters |= ROPES[rope]
         model = type(model)(model.config).eval().requires_grad_(False)
         model.load_state_dict(plain_model(kind)[0].state_dict())
-    done = export(model, tokenizer, "gguf", "f32", tmp_path / "out.gguf", PROMPTS, 12)
+    done = export((model, tokenizer), "gguf", "f32", tmp_path / "out.gguf", PROMPTS, 12)
     assert done.runtime == "GgufModel"
     assert done.agreement.equal == done.agreement.tokens > 12
     assert difference(GgufModel(tmp_path / "out.gguf", 256, 1), model, PROMPTS[2]) < 5e-3
@@ -145,7 +143,7 @@ def test_without_llama_cpp_the_file_is_read_back_by_transformers(tmp_path, monke
     missing = lambda name, *rest: None if name == "xllamacpp" else found(name, *rest)  # noqa: E731
     monkeypatch.setattr(exporting.importlib.util, "find_spec", missing)
     model, tokenizer = plain_model()
-    done = export(model, tokenizer, "gguf", "f32", tmp_path / "out.gguf", PROMPTS, 12)
+    done = export((model, tokenizer), "gguf", "f32", tmp_path / "out.gguf", PROMPTS, 12)
     assert done.runtime == "TorchModel"
     assert done.agreement.equal == done.agreement.tokens
 
@@ -154,7 +152,7 @@ def test_a_gguf_file_that_says_something_else_is_not_kept(tmp_path, monkeypatch)
     monkeypatch.setattr(gguf_file, "_interleave", lambda data, heads: data)
     model, tokenizer = plain_model()
     with pytest.raises(ShadowtuneError, match="gguf f32 chooses other tokens"):
-        export(model, tokenizer, "gguf", "f32", tmp_path / "new" / "out.gguf", PROMPTS, 12)
+        export((model, tokenizer), "gguf", "f32", tmp_path / "new" / "out.gguf", PROMPTS, 12)
     assert not list(tmp_path.iterdir())
 
 
@@ -164,7 +162,7 @@ def test_smaller_safetensors_load_with_plain_transformers(tmp_path, quantization
     model.save_pretrained(tmp_path / "in")
     tokenizer.save_pretrained(tmp_path / "in")
     model, tokenizer = read_plain(tmp_path / "in")
-    done = export(model, tokenizer, "safetensors", quantization, tmp_path / "out", PROMPTS, 8)
+    done = export((model, tokenizer), "safetensors", quantization, tmp_path / "out", PROMPTS, 8)
     assert done.bytes == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     weights = [folder / "model.safetensors" for folder in (tmp_path / "in", tmp_path / "out")]
     assert weights[1].stat().st_size < 0.7 * weights[0].stat().st_size
@@ -208,8 +206,8 @@ def test_an_end_is_a_token_like_others():
 )
 def test_what_a_format_cannot_express_is_refused(tmp_path, kind, to):
     model, tokenizer = plain_model(kind)
-    with pytest.raises(ShadowtuneError, match=r"export knows llama, mistral, qwen2, qwen3 with"):
-        export(model, tokenizer, to, "f32", tmp_path / "out", PROMPTS, 4)
+    with pytest.raises(ShadowtuneError, match=r"export supports llama, mistral, qwen2, qwen3 with"):
+        export((model, tokenizer), to, "f32", tmp_path / "out", PROMPTS, 4)
     assert not list(tmp_path.iterdir())
 
 

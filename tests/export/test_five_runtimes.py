@@ -18,7 +18,7 @@ from transformers import pipeline
 from shadowtune import ShadowConfig
 from shadowtune.cli.main import main
 from shadowtune.evaluation.run import FinishedRun
-from shadowtune.export.opening import open_model
+from shadowtune.export.loading import load_model
 from shadowtune.export.runtimes import GgufModel
 from shadowtune.training.run import train
 from tests.support.runs import run_config
@@ -116,7 +116,7 @@ def test_llama_cpp(quantization, trained, exported):
 
 def by_onnxruntime(directory, conversations):
     """Answers by onnxruntime itself, which needs a loop around it."""
-    opened = open_model(directory)
+    opened = load_model(directory)
     prompts = [opened.prompt_format.encode(chat, opened.tokenizer) for chat in conversations]
     answers = [opened.runtime.generate(prompt, LIMIT, opened.ends) for prompt in prompts]
     return [opened.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]

@@ -18,7 +18,7 @@ PROMPT = [5, 6, 7, 8, 9]
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def directory(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / request.param
-    export(*plain_model(request.param, **NARROW), "onnx", "f32", path, [PROMPT], 4)
+    export(plain_model(request.param, **NARROW), "onnx", "f32", path, [PROMPT], 4)
     return path
 
 
@@ -50,13 +50,13 @@ def test_genai_config_names_what_the_graph_has(directory):
 def test_genai_config_has_every_token_that_ends_an_answer(tmp_path):
     model, tokenizer = plain_model()
     model.generation_config.eos_token_id = [9, 4]
-    export(model, tokenizer, "onnx", "f32", tmp_path / "out", [PROMPT], 4)
+    export((model, tokenizer), "onnx", "f32", tmp_path / "out", [PROMPT], 4)
     assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["eos_token_id"] == [2, 4, 9]
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_the_file_opens_without_a_warning(quantization, tmp_path, capfd):
-    export(*plain_model(), "onnx", quantization, tmp_path / "out", [PROMPT], 4)
+    export(plain_model(), "onnx", quantization, tmp_path / "out", [PROMPT], 4)
     capfd.readouterr()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 2

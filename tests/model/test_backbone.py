@@ -129,7 +129,7 @@ def test_a_pretrained_backbone_keeps_its_weights_and_freezes_its_embedding(tmp_p
     backbone, embedding = loaded.network, loaded.embedding
     assert isinstance(embedding, FrozenEmbedding)
     assert torch.equal(loaded.head, source.lm_head.weight)
-    assert loaded.finish is None
+    assert loaded.logits_transform is None
     assert loaded.projection is None
     assert list(embedding.parameters()) == []
     with torch.no_grad():

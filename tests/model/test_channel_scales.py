@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from shadowtune import ShadowConfig, ShadowForCausalLM
-from shadowtune.model.channel_scales import LARGEST, measure_channel_scales
 from shadowtune.model.formats.conversion import convert
+from shadowtune.model.initialization import MAX_SCALE, measure_channel_scales
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturb, tokens
 
@@ -47,7 +47,7 @@ def test_a_channel_that_is_never_used_is_not_blown_up():
         base.get_input_embeddings().weight[:, 2] = 0.0
         scales = measure_channel_scales(base)[0]
     assert scales[2] == scales.max()
-    assert scales[2] / scales.median() < 2 * LARGEST
+    assert scales[2] / scales.median() < 2 * MAX_SCALE
 
 
 def test_measuring_leaves_the_base_as_it_was():

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from shadowtune.errors import CheckpointError
 from shadowtune.model import checkpoint
-from shadowtune.model.checkpoint import INDEX, WEIGHTS, read_tensors, tensor_checksum, write_tensors, writing_into
+from shadowtune.model.checkpoint import read_tensors, tensor_checksum, write_tensors
+from shadowtune.model.files import INDEX, WEIGHTS, writing_into
 
 
 def some_tensors(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -13,7 +13,8 @@ from transformers import (
 
 from shadowtune import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification, ShadowModelConfig
 from shadowtune.errors import CheckpointError
-from shadowtune.model.checkpoint import WEIGHTS, read_tensors, write_tensors
+from shadowtune.model.checkpoint import read_tensors, write_tensors
+from shadowtune.model.files import WEIGHTS
 from shadowtune.model.loading import load_tensors
 from tests.support.bases import CONFIGS, tiny_base, tiny_classifier
 from tests.support.shadows import perturb, perturbed_model, tokens

@@ -10,9 +10,9 @@ import torch
 from shadowtune import ShadowForCausalLM
 from shadowtune.errors import CheckpointError
 from shadowtune.export.exporting import read_plain
-from shadowtune.export.opening import open_model
+from shadowtune.export.loading import load_model
 from shadowtune.model.checkpoint import read_tensors, write_tensors
-from shadowtune.model.malformed import LONGEST, check_numbers, reading
+from shadowtune.model.files import MAX_MESSAGE, check_numbers, reading
 from shadowtune.model.methods import load_base
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturbed_model
@@ -113,7 +113,7 @@ def test_a_base_or_a_detached_model_that_is_malformed_is_one_line(tmp_path):
     damaged = [json.dumps({**content, "num_attention_heads": 0}), json.dumps({**content, "vocab_size": "x"}), DEEP]
     for text in damaged:
         (tmp_path / "config.json").write_text(text)
-        for read in (lambda path: load_base(str(path)), read_plain, open_model):
+        for read in (lambda path: load_base(str(path)), read_plain, load_model):
             with pytest.raises(CheckpointError, match=str(tmp_path)) as caught:
                 read(tmp_path)
             assert "\n" not in str(caught.value)
@@ -125,6 +125,6 @@ def test_numbers_of_real_models_pass_and_messages_are_cut():
         check_numbers({"a": {"num_hidden_layers": 10_001}}, "x")
     with pytest.raises(CheckpointError) as caught, reading("here"):
         raise Exception("word " * 1000)
-    assert len(str(caught.value)) == len("here: ") + LONGEST
+    assert len(str(caught.value)) == len("here: ") + MAX_MESSAGE
     with pytest.raises(KeyboardInterrupt), reading("here"):
         raise KeyboardInterrupt

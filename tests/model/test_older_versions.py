@@ -3,7 +3,7 @@ import json
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from shadowtune.model.older_versions import write_older_keys
+from shadowtune.model.checkpoint import write_older_keys
 from tests.support.bases import tiny_config
 from tests.support.shadows import perturbed_model
 from tests.support.tokenizers import tiny_tokenizer

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shadowtune.model.projection_fit import RIDGE, fit_projection, projection_error
+from shadowtune.model.initialization import RIDGE, fit_projection, projection_error
 
 V, D, D_SMALL = 97, 12, 5
 

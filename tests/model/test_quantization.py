@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.errors import ShadowtuneError
-from shadowtune.model.quantization import quantization_arguments
+from shadowtune.model.methods import quantization_arguments
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturb, tokens
 

@@ -1,1 +1,1 @@
-"""The detached shadow as files: plain transformers directories, GGUF, ONNX; each checked before it is kept."""
+"""Files of the detached shadow: plain transformers directories, GGUF and ONNX, each checked before it is kept."""

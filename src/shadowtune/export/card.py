@@ -1,4 +1,4 @@
-"""The model card, README.md, of what is saved: what it is, its prompt, code that runs it, what was measured."""
+"""Model cards (README.md) of saved models: a description, the prompt, example code, training settings, measurements."""
 
 import json
 from collections.abc import Mapping
@@ -14,164 +14,125 @@ from shadowtune.models import NAMED
 
 FILE = "README.md"
 YOUR_TEXT = "your text"
-"""Stands for a request in what a card shows."""
+"""Placeholder of a request."""
 Form = Literal["attached", "adapter", "full", "detached", "onnx", "gguf"]
-"""What was saved: a shadow beside its base, an adapter of PEFT, a whole model, or the shadow alone in a format of
-``shadowtune export``."""
-LIBRARIES: dict[Form, str] = {
-    "attached": "shadowtune",
-    "adapter": "peft",
-    "full": "transformers",
-    "detached": "transformers",
-    "onnx": "onnxruntime",
-    "gguf": "llama.cpp",
+"""Form of a saved model: a shadow with its base, an adapter of PEFT, a whole model, or the detached shadow in a format
+of ``shadowtune export``."""
+PAPER = "(ShadowPEFT, https://arxiv.org/abs/2604.19254)"
+DETACHED = f"A small model{{size}} that was trained beside {{base}} {PAPER} and runs without it."
+FORMS: dict[Form, tuple[str, str | None, str, str]] = {
+    "attached": (
+        "shadowtune",
+        "adapter",
+        "Shadow adapter",
+        f"A shadow{{size}}, trained beside the frozen {{base}} {PAPER}. Both together answer; the base is loaded by "
+        "its name.",
+    ),
+    "adapter": ("peft", "adapter", "Adapter", "An adapter{size} for the frozen {base}."),
+    "full": ("transformers", "finetune", "Fine-tuned model", "A model{size}, fine-tuned from {base}."),
+    "detached": ("transformers", None, "Detached shadow", f"{DETACHED} It is an ordinary transformers model:"),
+    "onnx": ("onnxruntime", None, "Detached shadow, ONNX", DETACHED),
+    "gguf": ("llama.cpp", None, "Detached shadow, GGUF", DETACHED),
 }
-RELATIONS: dict[Form, str] = {"attached": "adapter", "adapter": "adapter", "full": "finetune"}
-"""Between the base and what was saved, in the words of the Hub; a detached shadow is a model of its own."""
-TITLES: dict[Form, str] = {
-    "attached": "Shadow adapter",
-    "adapter": "Adapter",
-    "full": "Fine-tuned model",
-    "detached": "Detached shadow",
-    "onnx": "Detached shadow, ONNX",
-    "gguf": "Detached shadow, GGUF",
+"""Of each form: library and relation to the base, in the Hub's terms; title; description."""
+TASKS = {
+    "causal_lm": ("text-generation", "AutoModelForCausalLM"),
+    "classification": ("text-classification", "AutoModelForSequenceClassification"),
 }
-AUTOS = {"causal_lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
-PIPELINES = {"causal_lm": "text-generation", "classification": "text-classification"}
+"""Of each task: the Hub's pipeline tag, and the class that loads a model."""
+
+_MESSAGES = f'messages = [{{"role": "user", "content": "{YOUR_TEXT}"}}]'
+_EXPORTED = f"""from pathlib import Path
+
+from shadowtune.export.loading import load_model
+
+model = load_model(Path(<name>))
+{_MESSAGES}
+prompt = model.prompt_format.encode(messages, model.tokenizer)
+answer = model.runtime.generate(prompt, 64, model.ends)
+print(model.tokenizer.decode(answer, skip_special_tokens=True))"""
+_PROMPT = f'inputs = tokenizer("{YOUR_TEXT}", return_tensors="pt", return_token_type_ids=False)'
+_CHAT = f"""{_MESSAGES}
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
+_GENERATE = """output = model.generate(**inputs, max_new_tokens=64)
+answer = output[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+_CLASSIFY = f"""inputs = tokenizer("{YOUR_TEXT}", return_tensors="pt")
+label = model(input_ids=inputs["input_ids"]).logits.argmax(-1).item()
+print(model.config.id2label[label])"""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is known about a trained model, whatever form it is saved in."""
+    """Facts about a trained model, whatever form it is saved in."""
 
     base: str
     """Name of the base that it was trained beside."""
     task: str = "causal_lm"
     """causal_lm or classification."""
     training: dict[str, str] = field(default_factory=dict)
-    """How it was trained, as the rows of a table."""
+    """Training settings, as rows of a table."""
     measured: dict[str, str] = field(default_factory=dict)
-    """What was measured, as the rows of a table."""
+    """Measurements, as rows of a table."""
     conditions: str = ""
-    """Under which ``measured`` was measured: hardware, versions, date."""
+    """Conditions of the measurements: hardware, versions, date."""
     prompt: str = ""
-    """How a request becomes the model's prompt, in Markdown."""
+    """Description of how a request becomes the model's prompt, in Markdown."""
 
     def text(self, parameters: int | None, name: str, form: Form = "detached", chat: bool = False) -> str:
         """Return the card in Markdown, with the metadata block that the Hub reads.
 
         Args:
-            parameters: of the model as it is saved, tied ones once; None leaves them out.
-            name: of the directory, as the example opens it.
-            form: what was saved.
-            chat: whether the saved tokenizer has a chat template, which the example then uses.
+            parameters: number of saved parameters, tied ones once; None leaves it out.
+            name: of the directory, for the example code.
+            form: of the saved model.
+            chat: whether the saved tokenizer has a chat template, for the example code.
         """
-        lines = [*self._metadata(form), "", f"# {TITLES[form]}", "", *self._description(parameters, form), ""]
-        lines += ["```python", *self._example(name, form, chat), "```"]
+        library, relation, title, description = FORMS[form]
+        base, size = self.base or "a larger model", "" if parameters is None else f" of {parameters:,} parameters"
+        lines = ["---", f"library_name: {library}", f"pipeline_tag: {TASKS[self.task][0]}"]
+        if self.base:
+            lines.append(f"base_model: {json.dumps(self.base, ensure_ascii=False)}")
+            lines += [f"base_model_relation: {relation}"] if relation else []
+        lines += ["tags:", "- shadowtune", "- ShadowPEFT", f"- {form}", "---", "", f"# {title}", ""]
+        lines += [description.format(size=size, base=base), "", "```python", self._example(name, form, chat), "```"]
         if form == "onnx":
             lines += ["", "onnxruntime-genai (`Model(directory)`) and optimum (`ORTModelForCausalLM`) open it as well."]
         if self.prompt:
             lines += ["", "## Prompt", "", self.prompt]
-        for title, rows in (("Training", self.training), ("Measured", self.measured)):
-            if rows:
-                lines += ["", f"## {title}", "", "| | |", "|---|---|"]
-                lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()]
+        for section, facts in (("Training", self.training), ("Measured", self.measured)):
+            if facts:
+                lines += ["", f"## {section}", "", "| | |", "|---|---|"]
+                lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items()]
         if self.measured and self.conditions:
             lines += ["", f"Measured on {self.conditions}."]
         return "\n".join(lines) + "\n"
 
-    def _metadata(self, form: Form) -> list[str]:
-        lines = ["---", f"library_name: {LIBRARIES[form]}", f"pipeline_tag: {PIPELINES[self.task]}"]
-        if self.base:
-            lines += [f"base_model: {json.dumps(self.base, ensure_ascii=False)}"]
-            lines += [f"base_model_relation: {RELATIONS[form]}"] if form in RELATIONS else []
-        return [*lines, "tags:", "- shadowtune", "- ShadowPEFT", f"- {form}", "---"]
-
-    def _description(self, parameters: int | None, form: Form) -> list[str]:
-        size = "" if parameters is None else f" of {parameters:,} parameters"
-        beside = self.base or "a larger model"
-        paper = "(ShadowPEFT, https://arxiv.org/abs/2604.19254)"
-        return [
-            {
-                "attached": f"A shadow{size}, trained beside the frozen {beside} {paper}. Both together answer; the "
-                "base is loaded from where its name says.",
-                "adapter": f"An adapter{size} for the frozen {beside}.",
-                "full": f"A model{size}, fine-tuned from {beside}.",
-            }.get(
-                form,
-                f"A small model{size} that was trained beside {beside} {paper} and runs without it."
-                + (" It is an ordinary transformers model:" if form == "detached" else ""),
-            )
-        ]
-
-    def _example(self, name: str, form: Form, chat: bool) -> list[str]:
-        """Code that answers one request, run in the directory that holds what was saved."""
+    def _example(self, name: str, form: Form, chat: bool) -> str:
+        """Return code that answers one request, to run in the directory above the saved model."""
         if form in ("onnx", "gguf"):
-            return [
-                "from pathlib import Path",
-                "",
-                "from shadowtune.export.opening import open_model",
-                "",
-                f"opened = open_model(Path({name!r}))",
-                f'messages = [{{"role": "user", "content": "{YOUR_TEXT}"}}]',
-                "prompt = opened.prompt_format.encode(messages, opened.tokenizer)",
-                "answer = opened.runtime.generate(prompt, 64, opened.ends)",
-                "print(opened.tokenizer.decode(answer, skip_special_tokens=True))",
-            ]
-        auto = AUTOS[self.task]
-        if self.task == "classification":
-            asked = [
-                f'inputs = tokenizer("{YOUR_TEXT}", return_tensors="pt")',
-                'label = model(input_ids=inputs["input_ids"]).logits.argmax(-1).item()',
-                "print(model.config.id2label[label])",
-            ]
-        else:
-            asked = [*_inputs(chat), "output = model.generate(**inputs, max_new_tokens=64)"]
-            asked += ['answer = output[0, inputs["input_ids"].shape[1] :]']
-            asked += ["print(tokenizer.decode(answer, skip_special_tokens=True))"]
-        return [
-            *self._imports(form, auto),
-            "",
-            *self._loading(name, form, auto),
-            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
-            *asked,
-        ]
-
-    def _imports(self, form: Form, auto: str) -> list[str]:
-        names = [auto, "AutoTokenizer"]
-        if form == "adapter" and self.task == "classification":
-            names = ["AutoConfig", *names]
-        lines = [f"from transformers import {', '.join(names)}"]
+            return _EXPORTED.replace("<name>", repr(name))
+        auto, classifies = TASKS[self.task][1], self.task == "classification"
+        imports, loading = (
+            f"from transformers import {auto}, AutoTokenizer",
+            f"model = {auto}.from_pretrained({name!r})",
+        )
         if form == "attached":
-            return ["import shadowtune  # so that transformers knows the model", *lines]
+            imports = f"import shadowtune  # registers the model with transformers\n{imports}"
         if form == "adapter":
-            ours = ["import shadowtune"] if self.base in NAMED else []
-            return [*ours, "from peft import PeftModel", *lines]
-        return lines
-
-    def _loading(self, name: str, form: Form, auto: str) -> list[str]:
-        if form != "adapter":
-            return [f"model = {auto}.from_pretrained({name!r})"]
-        base = json.dumps(self.base, ensure_ascii=False)
-        base = f"shadowtune.models.resolve({base})" if self.base in NAMED else base
-        settings = ""
-        if self.task == "classification":
+            base = json.dumps(self.base, ensure_ascii=False)
             settings = f", config=AutoConfig.from_pretrained({name!r}), ignore_mismatched_sizes=True"
-        return [
-            f"base = {auto}.from_pretrained({base}{settings})",
-            f"model = PeftModel.from_pretrained(base, {name!r})",
-        ]
-
-
-def _inputs(chat: bool) -> list[str]:
-    if not chat:
-        return [f'inputs = tokenizer("{YOUR_TEXT}", return_tensors="pt", return_token_type_ids=False)']
-    return [
-        f'messages = [{{"role": "user", "content": "{YOUR_TEXT}"}}]',
-        "inputs = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-        ")",
-    ]
+            imports = f"from peft import PeftModel\n{imports}"
+            if classifies:
+                imports = imports.replace(f"import {auto}", f"import AutoConfig, {auto}")
+            if self.base in NAMED:
+                imports, base = f"import shadowtune\n{imports}", f"shadowtune.models.resolve({base})"
+            loading = f"base = {auto}.from_pretrained({base}{settings if classifies else ''})\n"
+            loading += f"model = PeftModel.from_pretrained(base, {name!r})"
+        request = _CLASSIFY if classifies else f"{_CHAT if chat else _PROMPT}\n{_GENERATE}"
+        return f"{imports}\n\n{loading}\ntokenizer = AutoTokenizer.from_pretrained({name!r})\n{request}"
 
 
 def _cell(text: str) -> str:
@@ -179,10 +140,10 @@ def _cell(text: str) -> str:
 
 
 def describe_prompt(form: PromptFormat, tokenizer: Tokenizer) -> str:
-    """Say in Markdown what a reader must know to prompt the model as it was trained.
+    """Describe in Markdown how to prompt the model as it was trained.
 
     Args:
-        form: of the prompts, as it is saved beside the model.
+        form: format of the prompts, as it is saved beside the model.
         tokenizer: with the chat template that it had before training.
     """
     whole = form.template is not None and form.text_field is None
@@ -215,7 +176,7 @@ def _block(text: str) -> list[str]:
 
 
 def training_facts(config: TrainConfig) -> dict[str, str]:
-    """Return the rows of ``Card.training`` that a run's settings give."""
+    """Return ``Card.training`` of a run's settings."""
     facts = {
         "method": config.method,
         "data": config.data.source,
@@ -231,8 +192,8 @@ def training_facts(config: TrainConfig) -> dict[str, str]:
 
 
 def training_costs(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Return the rows of ``Card.measured`` that a run's ``summary.json`` gives; none of what it lacks."""
-    words = {
+    """Return the entries of ``Card.measured`` that a run's ``summary.json`` has."""
+    formats = {
         "training loss": ("final_loss", "{:.4g}, at the end"),
         "training time": ("train_seconds", "{:,.1f} s"),
         "training speed": ("tokens_per_second", "{:,.0f} tokens/s"),
@@ -240,13 +201,13 @@ def training_costs(summary: Mapping[str, Any]) -> dict[str, str]:
     }
     return {
         name: form.format(summary[key])
-        for name, (key, form) in words.items()
+        for name, (key, form) in formats.items()
         if isinstance(summary.get(key), int | float)
     }
 
 
 def measuring_conditions(provenance: Mapping[str, Any]) -> str:
-    """Return ``Card.conditions`` of what ``shadowtune.provenance`` recorded."""
+    """Return ``Card.conditions`` of a record of ``shadowtune.provenance``."""
     versions = provenance.get("versions") or {}
     known = {name: versions[name] for name in ("shadowtune", "torch", "transformers", "peft") if name in versions}
     devices = provenance.get("devices") or []
@@ -257,7 +218,7 @@ def measuring_conditions(provenance: Mapping[str, Any]) -> str:
 
 
 def measured_accuracy(mode: str, report: str) -> dict[str, str]:
-    """Return the rows of ``Card.measured`` that a JSON report of one mode gives; none if it is damaged.
+    """Return the entry of ``Card.measured`` that a JSON report of one mode gives; none if it is damaged.
 
     Args:
         mode: attached, detached or base.
@@ -276,24 +237,24 @@ def measured_accuracy(mode: str, report: str) -> dict[str, str]:
 
 
 def write_card(directory: Path, card: Card, form: Form, name: str, chat: bool, parameters: int | None) -> None:
-    """Write README.md into a directory that is being saved, in place of one that another library put there.
+    """Write README.md into a directory that is being saved, over one that another library wrote there.
 
     Args:
-        directory: where the files are now.
-        card: what is known.
-        form: what is saved.
-        name: that the directory will have.
-        chat: whether the tokenizer that is saved beside the model has a chat template.
+        directory: with the saved files.
+        card: facts about the model.
+        form: of the saved model.
+        name: final name of the directory.
+        chat: whether the saved tokenizer has a chat template.
         parameters: as for ``Card.text``.
     """
     (directory / FILE).write_text(card.text(parameters, name, form, chat), encoding="utf-8")
 
 
 def read_card(directory: Path, task: str = "causal_lm") -> Card:
-    """Read what the card of a saved model says, to go on with it in another form; what it lacks stays empty.
+    """Read the card of a saved model, to write it again for another form; what it lacks stays empty.
 
     Args:
-        directory: with a README.md that ``write_card`` wrote, or another one, or none.
+        directory: with a README.md of ``write_card``, another one, or none.
         task: of the model.
     """
     try:

@@ -1,4 +1,4 @@
-"""From a trained shadow to a plain transformers directory that is known to compute the same."""
+"""Writing a trained shadow as a plain transformers directory, checked to compute the same."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from shadowtune.data.chat_template import save_tokenizer
@@ -15,9 +15,10 @@ from shadowtune.data.encoding import prompt_ids
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ShadowtuneError
 from shadowtune.export.card import Card, describe_prompt, write_card
-from shadowtune.export.places import check_free, staged
+from shadowtune.export.exporting import check_free, staged
+from shadowtune.model.checkpoint import write_older_keys
 from shadowtune.model.detached import write_plain
-from shadowtune.model.older_versions import write_older_keys
+from shadowtune.model.methods import AUTO_CLASSES
 
 BUILT_IN_PROMPTS = (
     "The capital of France is",
@@ -25,12 +26,10 @@ BUILT_IN_PROMPTS = (
     "In 1969, people first",
     "Why is the sky blue? Because",
 )
-"""Texts to compare models on where there are no held-out rows."""
+"""Texts to compare models on where there are no held-out examples."""
 
 EXACT, LOOSE = 1e-5, 0.05
 """Largest difference of logits: in float32, of the largest logit; in less precision, of their standard deviation."""
-
-_AUTOS = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 
 
 def built_in_prompts(tokenizer: Tokenizer) -> list[list[int]]:
@@ -47,19 +46,19 @@ def write_detached(
     dtype: torch.dtype | None = None,
     prompt_format: PromptFormat | None = None,
 ) -> PreTrainedModel:
-    """Write the detached shadow of ``model`` into a new directory, and return it as it was read back.
+    """Write the detached shadow of ``model`` into a new directory, and return the model that was read back.
 
     Args:
-        model: a ShadowForCausalLM or ShadowForSequenceClassification; its mode is left as it was.
+        model: a ShadowForCausalLM or ShadowForSequenceClassification; its mode is kept.
         tokenizer: written beside the weights.
-        directory: must be empty or not exist; it appears only if the check succeeds.
+        directory: must be empty or not exist; it is created only if the check succeeds.
         card: for README.md.
-        prompts: token ids on which detached mode, the plain model and the written files must agree.
+        prompts: token ids on which detached mode, the plain model and the written files must have equal logits.
         dtype: of the written weights; by default the shadow's own.
-        prompt_format: what stands around a user's words; by default the tokenizer's chat template alone.
+        prompt_format: of the model's prompts; by default the tokenizer's chat template alone.
 
     Raises:
-        ShadowtuneError: if the directory is taken, or logits differ.
+        ShadowtuneError: if the directory exists, or logits differ.
     """
     check_free(directory)
     plain = model.detached()
@@ -76,7 +75,7 @@ def write_detached(
     with staged(directory) as staging:
         write_plain(plain, staging)
         form = prompt_format or PromptFormat()
-        if card.task == "classification":  # it reads texts as they are
+        if card.task == "classification":  # its input is the text alone
             tokenizer.save_pretrained(str(staging))
             form.save(staging)
         else:
@@ -86,7 +85,7 @@ def write_detached(
         parameters = sum(parameter.numel() for parameter in plain.parameters())
         write_card(staging, card, "detached", directory.name, form.has_saved_template(tokenizer), parameters)
         loaded: PreTrainedModel = (
-            _AUTOS[card.task].from_pretrained(staging, trust_remote_code=False).to(plain.device).eval()
+            AUTO_CLASSES[card.task].from_pretrained(staging, trust_remote_code=False).to(plain.device).eval()
         )
         _compare(plain, loaded, prompts, True, f"the files for {directory} and the model")
     return loaded

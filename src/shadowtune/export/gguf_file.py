@@ -1,4 +1,8 @@
-"""A plain model as one GGUF file, the format of llama.cpp: Llama, Mistral, Qwen2 and Qwen3."""
+"""GGUF files, the single-file format of llama.cpp, for Llama, Mistral, Qwen2 and Qwen3.
+
+``write_gguf`` writes a plain model with its tokenizer, prompt format and model card; ``read_metadata`` and
+``tokenizer_of`` read them back.
+"""
 
 import json
 from collections.abc import Sequence
@@ -8,44 +12,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer as FastTokenizer
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from shadowtune.data.chat_template import add_chat_template
-from shadowtune.data.generation import end_tokens
+from shadowtune.data.ends import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.data.segments import begin_tokens
-from shadowtune.errors import ShadowtuneError, UnsupportedArchitectureError
+from shadowtune.data.tokens import begin_tokens
+from shadowtune.errors import CheckpointError, ShadowtuneError, UnsupportedArchitectureError
+from shadowtune.model.files import reading
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""llama.cpp's name of each architecture, by transformers' ``model_type``."""
+"""Names of the architectures in llama.cpp, by transformers' ``model_type``."""
 
 QUANTIZATIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-"""The file type that a GGUF file names, by the word on the command line."""
+"""File types of the format, by their names on the command line."""
 
 PROMPT_FORMAT, SPECIAL_TOKENS = "shadowtune.prompt_format", "shadowtune.special_tokens"
-"""Our metadata, JSON both: what stands around a user's words; the tokenizer's special tokens by their roles."""
+"""Our metadata, as JSON: the prompt format; the tokenizer's special tokens by their roles."""
 CARD = "shadowtune.card"
-"""The model card, Markdown: a single file has no README.md beside it."""
+"""Our metadata: the model card in Markdown."""
 TOKENIZER = "tokenizer.huggingface.json"
-"""The whole tokenizer, under the name that the format has for it."""
+"""The format's name for the content of tokenizer.json."""
 
-_MODEL_PARTS = {
-    "embed_tokens.weight": "token_embd.weight",
-    "norm.weight": "output_norm.weight",
-}
-_BLOCK_PARTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _LLAMA3_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
 _QWEN2_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
 _BLOCK_SIZE = 32
@@ -66,12 +60,12 @@ def write_gguf(
 
     Args:
         model: in float32.
-        tokenizer: byte-level BPE.
+        tokenizer: byte-level BPE, with the chat template to save.
         file: to create.
         quantization: one of ``QUANTIZATIONS``.
-        prompt_format: kept in the metadata, if it is known.
-        base: name of the base beside which the model was trained, for the metadata; empty if it is not known.
-        card: its model card, Markdown, for the metadata.
+        prompt_format: that belongs to the chat template, for the metadata; None leaves it out.
+        base: name of the base beside which the model was trained, for the metadata; may be empty.
+        card: model card in Markdown, for the metadata; may be empty.
 
     Raises:
         ShadowtuneError: if llama.cpp has no such architecture, attention or tokenizer.
@@ -79,11 +73,9 @@ def write_gguf(
     import gguf
 
     config = model.config
-    if config.model_type not in ARCHITECTURES or (
-        vars(config).get("sliding_window") and config.model_type == "mistral"
-    ):
+    if config.model_type not in ARCHITECTURES or (config.model_type == "mistral" and config.sliding_window):
         raise UnsupportedArchitectureError(
-            f"GGUF export knows {', '.join(ARCHITECTURES)} with full attention, not {config.model_type!r}; "
+            f"GGUF export supports {', '.join(ARCHITECTURES)} with full attention, not {config.model_type!r}; "
             "use --to safetensors"
         )
     writer = gguf.GGUFWriter(file, ARCHITECTURES[config.model_type])
@@ -96,7 +88,6 @@ def write_gguf(
         writer.add_string(CARD, card)
     form = prompt_format or PromptFormat()
     ends = end_tokens(model, tokenizer, form.ends)
-    tokenizer, form = add_chat_template(tokenizer, form)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
     _add_ends(writer, ends)
     _add_penalty(writer, model)
@@ -113,10 +104,10 @@ def write_gguf(
 
 
 def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return llama.cpp's name of the rule by which a byte-level BPE tokenizer splits text before it merges.
+    """Return llama.cpp's name of the pre-tokenizer of a byte-level BPE tokenizer.
 
     Raises:
-        ShadowtuneError: if it is another kind of tokenizer, or splits in a way that is not known here.
+        ShadowtuneError: if it is another kind of tokenizer, or its pre-tokenizer is not known here.
     """
     content = _backend(tokenizer)
     stage = content["pre_tokenizer"] or {}
@@ -133,13 +124,13 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
                 if split in pattern:
                     return name
     raise ShadowtuneError(
-        "GGUF export knows byte-level BPE tokenizers that split as GPT-2, SmolLM2, Llama 3 or Qwen2 do; this one is "
+        "GGUF export supports byte-level BPE tokenizers that split as GPT-2, SmolLM2, Llama 3 or Qwen2 do; this one is "
         f"{content['model']['type']} with {kinds}"
     )
 
 
 def _keeps_text(normalizer: Any) -> bool:
-    """Whether a normalizer does nothing, or only composes accents (Qwen2's; llama.cpp takes text as it comes)."""
+    """Return whether a normalizer does nothing, or only composes accents (Qwen2's; llama.cpp does not normalize)."""
     return not normalizer or normalizer["type"] == "NFC"
 
 
@@ -169,16 +160,16 @@ def _add_settings(writer: Any, model: PreTrainedModel, name: str, file_type: int
 
 def head_width_of(config: Any) -> int:
     """Return the width of an attention head."""
-    return vars(config).get("head_dim") or config.hidden_size // config.num_attention_heads
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def written_ends(ends: Sequence[int]) -> Sequence[int]:
-    """Return which of a model's end tokens the format can name; llama.cpp knows usual further ones by their texts."""
+    """Return the end tokens that the format can name, at most two; llama.cpp knows common others by their texts."""
     return ends[:2]
 
 
 def _add_ends(writer: Any, ends: Sequence[int]) -> None:
-    """Name the tokens that end an answer: the first as end of text and of a turn, the second as end of a message."""
+    """Write the tokens that end an answer: the first as end of text and of a turn, the second as end of a message."""
     named = written_ends(ends)
     if named:
         writer.add_eos_token_id(named[0])
@@ -188,7 +179,7 @@ def _add_ends(writer: Any, ends: Sequence[int]) -> None:
 
 
 def _add_penalty(writer: Any, model: PreTrainedModel) -> None:
-    """Write the model's repetition penalty as what llama.cpp takes where a request does not say otherwise."""
+    """Write the model's repetition penalty as llama.cpp's default for requests."""
     import gguf
 
     penalty = None if model.generation_config is None else model.generation_config.repetition_penalty
@@ -223,7 +214,7 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: 
         if index is not None:
             adders[name](index)
     writer.add_add_bos_token(bool(begin_tokens(tokenizer)))
-    writer.add_add_eos_token(False)  # a prompt is not over, whatever the tokenizer appends to texts
+    writer.add_add_eos_token(False)  # a prompt continues, even if the tokenizer appends an end to texts
     writer.add_string(TOKENIZER, tokenizer.backend_tokenizer.to_str())
     special = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if role.endswith("_token")}
     writer.add_string(SPECIAL_TOKENS, json.dumps(special))
@@ -232,24 +223,23 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: 
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """All tensors under llama.cpp's names, in float32."""
-    config, found = model.config, {}
+    """Return all tensors under llama.cpp's names, in float32."""
+    import gguf
+
+    config, found = model.config, dict[str, np.ndarray]()
+    kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type])
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
-        data = tensor.float().cpu().numpy()
-        if name == "lm_head.weight":
-            if not config.tie_word_embeddings:
-                found["output.weight"] = data
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        name = name.removeprefix("model.")
-        if name in _MODEL_PARTS:
-            found[_MODEL_PARTS[name]] = data
-            continue
-        _, block, part = name.split(".", 2)
-        module, kind = part.rsplit(".", 1)
-        if ARCHITECTURES[config.model_type] == "llama" and module in ("self_attn.q_proj", "self_attn.k_proj"):
-            heads = config.num_attention_heads if module == "self_attn.q_proj" else config.num_key_value_heads
-            data = _interleave(data, heads)
-        found[f"blk.{block}.{_BLOCK_PARTS[module]}.{kind}"] = data
+        data, module = tensor.float().cpu().numpy(), name.split(".")[-2]
+        if kind == gguf.MODEL_ARCH.LLAMA and module in heads:
+            data = _interleave(data, heads[module])
+        their_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if their_name is None:
+            raise ShadowtuneError(f"llama.cpp has no tensor {name} in its {ARCHITECTURES[config.model_type]}")
+        found[their_name] = data
     factors = _frequency_factors(model)
     if factors is not None:
         found["rope_freqs.weight"] = factors
@@ -257,29 +247,60 @@ def _tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
 
 
 def _interleave(data: np.ndarray, heads: int) -> np.ndarray:
-    """Put the two numbers that a rotation turns side by side, as llama.cpp's llama has them."""
+    """Interleave the two halves of each head, as llama.cpp's rotary embedding of llama expects."""
     halves = data.reshape(heads, 2, data.shape[0] // heads // 2, *data.shape[1:])
     return halves.swapaxes(1, 2).reshape(data.shape)
 
 
 def _frequency_factors(model: PreTrainedModel) -> np.ndarray | None:
-    """By what each rotation's frequency is divided, None if by 1 everywhere."""
+    """Return the divisors of the rotary frequencies; None if they are all 1."""
     config = model.config
     frequencies = model.get_submodule("model.rotary_emb").get_buffer("inv_freq").float()
     width = head_width_of(config)
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2).float() / width)
     if len(frequencies) != len(plain):
-        raise ShadowtuneError("GGUF export does not know heads of which only a part is rotated; use --to safetensors")
+        raise ShadowtuneError("GGUF export does not support partially rotated heads; use --to safetensors")
     if torch.allclose(frequencies, plain, rtol=1e-5):
         return None
     kind = config.rope_parameters.get("rope_type")
     if ARCHITECTURES[config.model_type] != "llama" or kind not in ("llama3", "linear"):
-        raise ShadowtuneError(f"GGUF export does not know rope type {kind!r} of {config.model_type}")
+        raise ShadowtuneError(f"GGUF export does not support rope type {kind!r} of {config.model_type}")
     return (plain / frequencies).numpy()
 
 
 def _kind(tensor: np.ndarray, quantization: str) -> str:
-    """The storage type of one tensor."""
+    """Return the storage type of a tensor."""
     if tensor.ndim == 1 or quantization == "f32":
         return "F32"
     return "F16" if quantization == "f16" or tensor.shape[-1] % _BLOCK_SIZE else quantization.upper()
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """Return the metadata of a GGUF file by key; raises CheckpointError if it is damaged or gguf is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError(f"{file}: GGUF files need pip install 'shadowtune[export]'") from None
+    try:
+        return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+    except (ValueError, IndexError, KeyError) as error:
+        raise CheckpointError(f"{file} is no GGUF file, or damaged: {str(error).splitlines()[0]}") from None
+
+
+def tokenizer_of(file: Path, metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in the metadata of a file of ours; of other files, what transformers' reader makes of it."""
+    with reading(f"{file} has a damaged tokenizer"):
+        if TOKENIZER not in metadata:
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        special = json.loads(metadata.get(SPECIAL_TOKENS, "{}"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=FastTokenizer.from_str(metadata[TOKENIZER]), **special)
+    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    return tokenizer
+
+
+def generation_config_of(metadata: dict[str, Any]) -> GenerationConfig:
+    """Return the end tokens and the repetition penalty in the metadata of a file."""
+    named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(int(token) for token in named if token is not None))
+    penalty = metadata.get("general.sampling.penalty_repeat")
+    return GenerationConfig(eos_token_id=ends or None, repetition_penalty=None if penalty is None else float(penalty))

@@ -1,41 +1,47 @@
-"""A plain Llama, Mistral, Qwen2 or Qwen3 as one ONNX graph with a key-value cache.
+"""ONNX files with a key-value cache, for Llama, Mistral, Qwen2 and Qwen3, and their ``genai_config.json``.
 
-The graph is written operator by operator rather than traced: so the embedding and a tied head are one stored matrix,
-also in 8 and 4 bits. Its inputs and outputs have the names that optimum gives them.
+The graph is written operator by operator and not traced by an exporter. Reasons, measured in docs/log.md: the embedding
+and a tied head are one stored matrix, also in 8 and 4 bits; inputs, outputs and axes have the names that optimum and
+onnxruntime-genai expect; and logits can be limited to the last positions of a prompt.
 """
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowtune.errors import UnsupportedArchitectureError
 from shadowtune.export.gguf_file import head_width_of
-from shadowtune.export.onnx_graph import Graph
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 QUANTIZATIONS = ("f32", "f16", "int8", "int4")
-FILE = "model.onnx"
+FILE, GENAI_CONFIG = "model.onnx", "genai_config.json"
 FIRST_LOGITS = 2
-"""Value in ``attention_mask``, where others are 0 or 1, of the first new position that gets logits; without it, all
-new positions do. A further input would be unknown to other programs, and onnxruntime warns of optional ones."""
+"""Value in ``attention_mask``, besides 0 and 1, that marks the first new position to get logits; without it, all new
+positions do. Another input would be unknown to other programs, and onnxruntime warns of optional ones."""
+BLOCK = 32
+"""Numbers of a row that share one scale, in 8 and 4 bits."""
 
 _OPSET, _MICROSOFT_OPSET, _IR = 18, 1, 8
 _FLOAT, _INT64, _BOOL = 1, 7, 9
 _LOWEST = float(np.finfo(np.float32).min)
-_EVERYTHING = 2**31 - 1
+_MAX_INT = 2**31 - 1
 
 
 def write_onnx(model: PreTrainedModel, file: Path, quantization: str) -> None:
     """Write a causal language model.
 
-    Inputs are ``input_ids`` (B, S), ``attention_mask`` (B, past + S) and ``position_ids`` (B, S), int64, and
-    ``past_key_values.N.key`` and ``.value`` (B, key-value heads, past, head width); outputs ``logits`` (B, S, V), of
-    fewer positions with ``FIRST_LOGITS`` in the mask, and ``present.N.key`` and ``.value``. The caches and logits are
-    float32, however the matrices are stored. Names of inputs, outputs and axes are those of optimum, which computes
-    the shapes of outputs from the names of their axes.
+    Inputs: ``input_ids`` (B, S), ``attention_mask`` (B, past + S) and ``position_ids`` (B, S), int64;
+    ``past_key_values.N.key`` and ``.value`` (B, key-value heads, past, head width). Outputs: ``logits`` (B, S, V), or
+    fewer positions with ``FIRST_LOGITS`` in the mask; ``present.N.key`` and ``.value``. Caches and logits are float32,
+    however the matrices are stored. Names of inputs, outputs and axes are those of optimum, which computes the shapes
+    of outputs from the names of their axes.
 
     Args:
         model: in float32.
@@ -44,11 +50,11 @@ def write_onnx(model: PreTrainedModel, file: Path, quantization: str) -> None:
             int8 and int4.
 
     Raises:
-        UnsupportedArchitectureError: if the architecture is another one.
+        UnsupportedArchitectureError: for any other architecture, and for files above 2 GB.
     """
     import onnx
 
-    _check(model.config)
+    _check_architecture(model.config)
     graph = _Writer(model, Graph(quantization)).write()
     document = onnx.helper.make_model(
         graph,
@@ -59,31 +65,29 @@ def write_onnx(model: PreTrainedModel, file: Path, quantization: str) -> None:
         ],
         producer_name="shadowtune",
     )
-    if document.ByteSize() >= _EVERYTHING:
+    if document.ByteSize() >= _MAX_INT:
         raise UnsupportedArchitectureError("an ONNX file holds at most 2 GB; use --quant int8, or --to safetensors")
     onnx.save(document, str(file))
 
 
-def _check(config: Any) -> None:
-    kind, values = config.model_type, vars(config)
-    windows = values.get("sliding_window") and (kind == "mistral" or "sliding_attention" in values["layer_types"])
-    rope = config.rope_parameters.get("rope_type", "default") if kind in ARCHITECTURES else "default"
-    if (
-        kind not in ARCHITECTURES
-        or windows
-        or config.hidden_act != "silu"
-        or rope not in ("default", "linear", "llama3")
-    ):
+def _check_architecture(config: Any) -> None:
+    kind, supported = config.model_type, config.model_type in ARCHITECTURES
+    if supported:
+        window = kind != "llama" and config.sliding_window
+        windows = window and (kind == "mistral" or "sliding_attention" in config.layer_types)
+        rope = config.rope_parameters.get("rope_type", "default")
+        supported = not windows and config.hidden_act == "silu" and rope in ("default", "linear", "llama3")
+    if not supported:
         raise UnsupportedArchitectureError(
-            f"ONNX export knows {', '.join(ARCHITECTURES)} with SiLU, full attention and fixed rotations, not this "
+            f"ONNX export supports {', '.join(ARCHITECTURES)} with SiLU, full attention and fixed rotations, not this "
             f"{kind!r}; use --to safetensors"
         )
 
 
 class _Writer:
-    """Walks through a model's modules and writes what each computes."""
+    """Writes the operators of a model's modules into a graph."""
 
-    def __init__(self, model: PreTrainedModel, graph: Graph) -> None:
+    def __init__(self, model: PreTrainedModel, graph: "Graph") -> None:
         self.model, self.config, self.graph = model, model.config, graph
         self.width = head_width_of(model.config)
         self.shared = self.config.num_key_value_heads
@@ -97,7 +101,7 @@ class _Writer:
         self._positions()
         for index in range(self.config.num_hidden_layers):
             state = self._block(state, index, model.get_submodule(f"model.layers.{index}"))
-        kept = graph.node("Slice", state, self.first_kept, graph.constant([_EVERYTHING]), graph.constant([1]))
+        kept = graph.node("Slice", state, self.first_kept, graph.constant([_MAX_INT]), graph.constant([1]))
         kept = self._norm(kept, "model.norm")
         if self.config.tie_word_embeddings:
             logits = graph.linear(kept, "model.embed_tokens", table)
@@ -107,7 +111,7 @@ class _Writer:
         return self._proto()
 
     def _positions(self) -> None:
-        """Write the rotations (B, 1, S, width) of the positions, and what may attend to what: (B, 1, 1, S, T)."""
+        """Write the rotations (B, 1, S, width) of the positions, and the attention mask (B, 1, 1, S, T)."""
         graph, rotary = self.graph, self.model.get_submodule("model.rotary_emb")
         frequencies = graph.weight("rotary.frequencies", rotary.get_buffer("inv_freq").float().numpy())
         numbers = graph.node("Cast", graph.node("Unsqueeze", "position_ids", graph.constant([1, 3])), to=_FLOAT)
@@ -149,7 +153,7 @@ class _Writer:
             joined = graph.node("Concat", f"past_key_values.{index}.{part}", heads, axis=2)
             graph.rename(joined, f"present.{index}.{part}")
             present[part] = graph.node("Unsqueeze", joined, graph.constant([2]))  # (B, shared, 1, T, width)
-        # Heads that share keys and values stand in an axis of their own, along which these are broadcast.
+        # Query heads that share keys and values have an axis of their own, along which these are broadcast.
         query = self._resized(query, [0, self.shared, self.groups, -1, self.width])
         query = graph.node("Mul", query, graph.constant(self.width**-0.5, np.float32))
         scores = graph.node("MatMul", query, graph.node("Transpose", present["key"], perm=[0, 1, 2, 4, 3]))
@@ -208,3 +212,167 @@ class _Writer:
                 outputs.append(describe(f"present.{index}.{part}", _FLOAT, after))
         stored = [numpy_helper.from_array(array, name) for name, array in self.graph.constants.items()]
         return helper.make_graph(self.graph.nodes, "model", inputs, outputs, stored)
+
+
+@dataclass
+class Graph:
+    """Nodes and constants of an ONNX graph under construction; values are referred to by name."""
+
+    quantization: str
+    """Storage of matrices: f32, f16, int8 or int4. Everything is computed in float32."""
+    nodes: list[Any] = field(default_factory=list)
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def node(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        """Add an operator and return the name of its output, or a list of names if there are several."""
+        from onnx import helper
+
+        names = [f"{kind}_{len(self.nodes)}_{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(kind, inputs, names, domain=domain, **attributes))
+        return names[0] if outputs == 1 else names
+
+    def constant(self, value: Any, dtype: Any = np.int64) -> str:
+        """Return the name of a constant; equal ones are stored once."""
+        array = np.asarray(value, dtype=dtype)
+        name = f"constant_{array.dtype}_{array.shape}_{sha256(array.tobytes()).hexdigest()[:32]}".replace(" ", "")
+        self.constants.setdefault(name, array)
+        return name
+
+    def weight(self, name: str, array: np.ndarray) -> str:
+        """Store a vector in float32 under its own name."""
+        self.constants.setdefault(name, array.astype(np.float32))
+        return name
+
+    def rename(self, value: str, name: str) -> None:
+        """Name an output of the graph."""
+        from onnx import helper
+
+        self.nodes.append(helper.make_node("Identity", [value], [name]))
+
+    def linear(self, value: str, name: str, matrix: np.ndarray, bias: np.ndarray | None = None) -> str:
+        """Multiply (..., in) by a matrix (out, in) and add a bias."""
+        rows, columns = matrix.shape
+        if self._packs(matrix):
+            packed, scales = self._packed(name, matrix)
+            sizes = {"K": columns, "N": rows, "bits": self._bits, "block_size": BLOCK, "accuracy_level": 4}
+            product = self.node("MatMulNBits", value, packed, scales, domain="com.microsoft", **sizes)
+        else:
+            transposed = self.node("Transpose", self._plain(name, matrix), perm=[1, 0])
+            product = self.node("MatMul", value, transposed)
+        return product if bias is None else self.node("Add", product, self.weight(f"{name}.bias", bias))
+
+    def rows_of(self, indices: str, name: str, matrix: np.ndarray) -> str:
+        """Look up rows of a matrix; one of the same name in ``linear`` is stored once."""
+        if not self._packs(matrix):
+            return self.node("Gather", self._plain(name, matrix), indices)
+        packed, scales = self._packed(name, matrix)
+        codes = self.node("Gather", packed, indices)  # (B, S, blocks, bytes)
+        if self._bits == 4:  # two codes a byte, the lower half first
+            low = self.node("BitwiseAnd", codes, self.constant(15, np.uint8))
+            high = self.node("BitShift", codes, self.constant(4, np.uint8), direction="RIGHT")
+            axis = self.constant([-1])
+            pair = [self.node("Unsqueeze", low, axis), self.node("Unsqueeze", high, axis)]
+            halves = self.node("Concat", *pair, axis=-1)
+            codes = self.node("Reshape", halves, self.constant([0, 0, 0, BLOCK]))
+        middle = self.constant(2 ** (self._bits - 1), np.float32)
+        numbers = self.node("Sub", self.node("Cast", codes, to=1), middle)
+        scale = self.node("Gather", scales, indices)  # (B, S, blocks)
+        scaled = self.node("Mul", numbers, self.node("Unsqueeze", scale, self.constant([-1])))
+        return self.node("Reshape", scaled, self.constant([0, 0, matrix.shape[1]]))
+
+    @property
+    def _bits(self) -> int:
+        return {"int8": 8, "int4": 4}[self.quantization]
+
+    def _packs(self, matrix: np.ndarray) -> bool:
+        return self.quantization in ("int8", "int4") and matrix.shape[1] % BLOCK == 0
+
+    def _plain(self, name: str, matrix: np.ndarray) -> str:
+        if self.quantization == "f32":
+            return self.weight(name, matrix)
+        self.constants.setdefault(name, matrix.astype(np.float16))
+        return self.node("Cast", name, to=1)  # computed once, when the file is opened
+
+    def _packed(self, name: str, matrix: np.ndarray) -> tuple[str, str]:
+        """Store codes (out, blocks, bytes) as uint8 around 2^(bits-1), and scales (out, blocks) in float32."""
+        if f"{name}.codes" not in self.constants:
+            codes, scales = quantize(matrix, self._bits)
+            self.constants |= {f"{name}.codes": codes, f"{name}.scales": scales}
+        return f"{name}.codes", f"{name}.scales"
+
+
+def quantize(matrix: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Round a matrix (out, in) to ``bits`` bits, symmetrically, with one scale for each 32 numbers of a row.
+
+    Returns:
+        Codes (out, in / 32, 4 * bits), uint8, two a byte for 4 bits; scales (out, in / 32), float32.
+    """
+    blocks = matrix.astype(np.float32).reshape(matrix.shape[0], -1, BLOCK)
+    middle = 2 ** (bits - 1)
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)  # of the sign with one code more
+    scales = extreme / -middle if bits == 4 else np.abs(extreme) / (middle - 1)
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    codes = np.clip(np.rint(blocks * inverse) + middle, 0, 2 * middle - 1).astype(np.uint8)
+    if bits == 4:
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    return np.ascontiguousarray(codes), scales[..., 0].astype(np.float32)
+
+
+def write_genai_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], directory: Path
+) -> None:
+    """Write ``genai_config.json``, with which onnxruntime-genai opens a directory with an ONNX file.
+
+    Its keys are those of https://onnxruntime.ai/docs/genai/reference/config.html.
+
+    Args:
+        model: that was exported.
+        tokenizer: of the model.
+        ends: tokens that end an answer.
+        directory: with the ONNX file.
+    """
+    config: Any = model.config
+    names = {"key": "past_key_values.%d.key", "value": "past_key_values.%d.value"}
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": FILE,
+        "head_size": head_width_of(config),
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "position_ids": "position_ids",
+            "past_key_names": names["key"],
+            "past_value_names": names["value"],
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": names["key"].replace("past_key_values", "present"),
+            "present_value_names": names["value"].replace("past_key_values", "present"),
+        },
+    }
+    pad = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
+    generation = model.generation_config
+    penalty = None if generation is None else generation.repetition_penalty
+    written: dict[str, Any] = {
+        "model": {
+            "type": config.model_type,
+            "vocab_size": config.vocab_size,
+            "context_length": config.max_position_embeddings,
+            "eos_token_id": list(ends),
+            "pad_token_id": pad if pad is not None else next(iter(ends), 0),
+            "decoder": decoder,
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": config.max_position_embeddings,
+            "repetition_penalty": 1.0 if penalty is None else penalty,
+            "past_present_share_buffer": False,  # the graph concatenates its caches
+        },
+    }
+    if tokenizer.bos_token_id is not None:
+        written["model"]["bos_token_id"] = tokenizer.bos_token_id
+    (directory / GENAI_CONFIG).write_text(json.dumps(written, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""One small interface to a model in torch, onnxruntime and llama.cpp: greedy tokens and next-token logits."""
+"""Runtimes of detached models: torch, onnxruntime and llama.cpp behind one interface of greedy tokens and logits."""
 
 import json
 import time
@@ -19,16 +19,16 @@ from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export.onnx_file import FILE, FIRST_LOGITS
 
 FORCED = 1e6
-"""What is added to the logit of a token that is to be chosen whatever the others are."""
-SECONDS_TO_A_TOKEN = 300.0
-"""For which llama.cpp may say nothing before it counts as stuck."""
+"""Bias that makes a token the likeliest whatever the logits are."""
+TOKEN_TIMEOUT = 300.0
+"""Seconds without a token after which llama.cpp counts as stuck."""
 
 
 class Runtime(ABC):
     """A model that continues one sequence of tokens."""
 
     prompt_seconds: float = 0.0
-    """How long the last ``generate`` took to read its tokens, up to where the first new one is known."""
+    """Time of the last ``generate`` until its first token."""
 
     @abstractmethod
     def logits(self, input_ids: list[int]) -> np.ndarray:
@@ -40,7 +40,7 @@ class Runtime(ABC):
 
 
 class Stepwise(Runtime):
-    """A runtime that is given a few tokens at a time and keeps its cache in between."""
+    """A runtime that reads a few tokens at a time and keeps a key-value cache."""
 
     @abstractmethod
     def _step(self, input_ids: list[int], cache: Any) -> tuple[np.ndarray, Any]:
@@ -51,7 +51,7 @@ class Stepwise(Runtime):
         return self._step(input_ids, None)[0]
 
     def steps(self, input_ids: list[int]) -> Generator[np.ndarray, int, None]:
-        """Give the logits (V,) of the token after ``input_ids``; for each token sent, those of the one after it."""
+        """Yield the logits (V,) of the token after ``input_ids``; for each token sent, those of the next one."""
         start = time.perf_counter()
         logits, cache = self._step(input_ids, None)
         self.prompt_seconds = time.perf_counter() - start
@@ -126,17 +126,17 @@ class OnnxModel(Stepwise):
 
 @dataclass(frozen=True)
 class StreamedToken:
-    """A token as llama.cpp tells of it."""
+    """A token in llama.cpp's stream."""
 
     id: int
     text: str
-    """What became readable with it."""
+    """Text that is complete with it."""
     logprob: float
-    """Natural logarithm of its probability before any sampling."""
+    """Natural logarithm of its probability before sampling."""
     likely: list[tuple[int, float]]
-    """The likeliest ids and their logarithms, best first."""
+    """The likeliest ids and their log-probabilities, best first."""
     made: int
-    """Tokens made so far. Those that are a part of a character are not told of by themselves."""
+    """Tokens generated so far. Tokens that are part of a character are not streamed by themselves."""
 
 
 class GgufModel(Runtime):
@@ -156,14 +156,14 @@ class GgufModel(Runtime):
             self.server = xllamacpp.Server(settings)  # listens on this machine alone
         except RuntimeError as error:
             raise CheckpointError(f"llama.cpp cannot read {file}: {error}") from None
-        self._complete([0], 1)  # its thread is at work from here on; a server that ends before that never ends
+        self._complete([0], 1)  # starts its thread; a server that is destroyed before that hangs
 
     def tokenize(self, text: str) -> list[int]:
         """Return llama.cpp's own token ids of a text, special tokens in it included."""
         return list(self._ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"])
 
     def logits(self, input_ids: list[int]) -> np.ndarray:
-        """Return log-probabilities (V,) of the next token, -inf for those too unlikely to be told."""
+        """Return log-probabilities (V,) of the next token, -inf for those too unlikely to be reported."""
         answer = self._complete(input_ids, 1, n_probs=1_000_000)
         likely = answer["completion_probabilities"][0]["top_logprobs"]
         found = np.full(max(entry["id"] for entry in likely) + 1, -np.inf, np.float32)
@@ -172,9 +172,9 @@ class GgufModel(Runtime):
         return found
 
     def generate(self, input_ids: list[int], max_new_tokens: int, ends: Collection[int] = ()) -> list[int]:
-        """Return llama.cpp's likeliest tokens; it stops by itself at the ends that it knows.
+        """Return llama.cpp's likeliest tokens; it stops by itself at the ends in the file.
 
-        Without ``ends`` it never chooses these, and goes on.
+        Without ``ends`` it never chooses these, and continues.
         """
         answer = self._complete(input_ids, max_new_tokens, ignore_eos=not ends)
         self.prompt_seconds = answer["timings"]["prompt_ms"] / 1000
@@ -182,27 +182,30 @@ class GgufModel(Runtime):
         return fresh[: next((index for index, token in enumerate(fresh) if token in ends), len(fresh))]
 
     def stops_at(self, token: int, input_ids: list[int]) -> bool:
-        """Say whether llama.cpp ends an answer by itself when this token is chosen after ``input_ids``."""
+        """Return whether llama.cpp ends an answer by itself when this token is chosen after ``input_ids``."""
         answer = self._complete(input_ids, 2, logit_bias=[[token, FORCED]])
         return bool(answer["stop_type"] == "eos" and answer["tokens_predicted"] == 1)
 
     def stream(
         self, input_ids: list[int], max_new_tokens: int, likely: int, **settings: Any
     ) -> Iterator[StreamedToken]:
-        """Give tokens as llama.cpp chooses them, the one that ends the answer included; closing this stops it.
+        """Yield tokens as llama.cpp chooses them, the one that ends the answer included; closing this stops it.
 
         Args:
-            likely: how many of the likeliest tokens are told with each, at least 1.
-            settings: of llama.cpp's ``/completion``, over the greedy ones.
+            input_ids: the prompt.
+            max_new_tokens: maximum number of tokens.
+            likely: number of likeliest tokens to report with each, at least 1.
+            settings: of llama.cpp's ``/completion``; greedy by default.
         """
         body = self._body(input_ids, max_new_tokens, n_probs=likely, stream=True, **settings)
         with self._open("/completion", body) as response:
             for line in response:
-                told = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: {") else {}
-                for entry in told.get("completion_probabilities", ()):
+                event = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: {") else {}
+                for entry in event.get("completion_probabilities", ()):
                     best = [(other["id"], other["logprob"]) for other in entry["top_logprobs"]]
-                    heard = (entry["id"], told["content"], entry["logprob"], best, told["tokens_predicted"])
-                    yield StreamedToken(*heard)
+                    yield StreamedToken(
+                        entry["id"], event["content"], entry["logprob"], best, event["tokens_predicted"]
+                    )
 
     def _complete(self, input_ids: list[int], count: int, **settings: Any) -> dict[str, Any]:
         return self._ask("/completion", **self._body(input_ids, count, **settings))
@@ -221,7 +224,7 @@ class GgufModel(Runtime):
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.server.listening_address + path, json.dumps(body).encode(), headers)
         try:
-            return urllib.request.urlopen(request, timeout=SECONDS_TO_A_TOKEN)
+            return urllib.request.urlopen(request, timeout=TOKEN_TIMEOUT)
         except urllib.error.HTTPError as error:
-            told = json.load(error).get("error", {})
-            raise ShadowtuneError(f"llama.cpp refuses {path}: {told.get('message', error.reason)}") from None
+            content = json.load(error).get("error", {})
+            raise ShadowtuneError(f"llama.cpp refuses {path}: {content.get('message', error.reason)}") from None

@@ -1,7 +1,7 @@
-"""The small network of a shadow: a mirror of the base's architecture, or a pretrained causal language model.
+"""The backbone of a shadow: a small network of the base's architecture (a mirror), or a pretrained language model.
 
-A mirror has no embeddings of its own; it is fed the base's, which are frozen. A pretrained backbone keeps its own,
-frozen too and therefore a buffer: every parameter of a shadow is trained.
+A mirror has no embeddings of its own; its input is the base's, which are frozen. A pretrained backbone keeps its own
+embedding, frozen too and therefore a buffer: every parameter of a shadow is trained.
 """
 
 import copy
@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from shadowtune.attach.architectures import ARCHITECTURES, architecture_of
+from shadowtune.attach.architectures import ARCHITECTURES, Finish, architecture_of
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.core.kernels.linear_cross_entropy import LogitsTransform
 from shadowtune.errors import ConfigError
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Sizes of a mirror that ``ShadowConfig`` sets."""
 PER_BLOCK = ("layer_types", "no_rope_layers")
-"""Config values that are lists with an entry for each block."""
+"""Config values that are lists with an entry per block."""
 
 
 class FrozenEmbedding(nn.Module):
@@ -30,7 +29,7 @@ class FrozenEmbedding(nn.Module):
 
     Args:
         config: the backbone's.
-        weight: (V, d_s); None leaves room for one that is loaded later.
+        weight: (V, d_s); None allocates one that is loaded later.
     """
 
     weight: Tensor
@@ -42,7 +41,7 @@ class FrozenEmbedding(nn.Module):
         self.scale = config.hidden_size**0.5 if architecture_of(config).scales_embeddings else 1.0
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the rows (B, T, d_s) of the given ids, as the backbone expects them."""
+        """Return the embeddings (B, T, d_s) of token ids (B, T)."""
         return F.embedding(input_ids, self.weight) * torch.tensor(self.scale, dtype=self.weight.dtype)
 
 
@@ -56,8 +55,7 @@ def mirror_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedCon
     mirror = copy.deepcopy(text)
     layers = None if config.init_layers is None else blocks_to_copy(config.init_layers, text)
     mirror.num_hidden_layers = config.num_shadow_layers
-    vars(mirror).pop("quantization_config", None)
-    mirror.name_or_path = ""
+    without_quantization(mirror)
     architecture = ARCHITECTURES[text.model_type]
     overrides: dict[str, Any] = dict(architecture.mirror) if layers is None else {}
     for name in SIZES:
@@ -81,6 +79,13 @@ def mirror_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedCon
     return mirror
 
 
+def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Remove name and quantization of a base from a copy of its config, which a backbone does not share."""
+    vars(config).pop("quantization_config", None)
+    config.name_or_path = ""
+    return config
+
+
 def blocks_to_copy(layers: Sequence[int], text: PreTrainedConfig) -> tuple[int, ...]:
     """Return ``init_layers`` counted from 0; raises ConfigError for a block that the base does not have."""
     depth = text.num_hidden_layers
@@ -93,30 +98,31 @@ def blocks_to_copy(layers: Sequence[int], text: PreTrainedConfig) -> tuple[int, 
 
 
 def _settings_of_blocks(text: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
-    """What the config says block by block, for the chosen ones: windows and rotary angles stay those of the copy."""
-    settings = {name: [vars(text)[name][i] for i in layers] for name in PER_BLOCK if vars(text).get(name) is not None}
+    """Return the config values per block of the chosen blocks: a copy keeps its window and its rotations."""
+    lists = {name: value for name, value in text.to_dict().items() if name in PER_BLOCK and value is not None}
+    settings = {name: [value[i] for i in layers] for name, value in lists.items()}
     for layer, kind in zip(layers, settings.get("layer_types", ()), strict=False):
         if "attention" not in kind or "linear" in kind:
-            usable = [i for i, other in enumerate(vars(text)["layer_types"]) if other == "full_attention"]
+            usable = [i for i, other in enumerate(lists["layer_types"]) if other == "full_attention"]
             raise ConfigError(
-                f"init_layers names block {layer}, a {kind} block of {text.model_type}, which a shadow cannot hold "
-                f"because its cache knows no tokens; its full_attention blocks are {', '.join(map(str, usable))}"
+                f"init_layers names block {layer}, a {kind} block of {text.model_type}, whose cache does not count "
+                f"tokens, so a shadow cannot have it; its full_attention blocks are {', '.join(map(str, usable))}"
             )
     return settings
 
 
 def sizes_of(config: PreTrainedConfig) -> dict[str, int | None]:
-    """Sizes of a backbone by their names in ``ShadowConfig``; None where the architecture knows no such size."""
+    """Return the sizes of a backbone by their names in ``ShadowConfig``; None where its architecture has none."""
     values, names = config.to_dict(), ARCHITECTURES[config.model_type].names
     sizes = {"num_shadow_layers": config.num_hidden_layers}
     for name in SIZES:
-        name_of_its_own = names.get(name, name)
-        sizes[name] = values.get(config.attribute_map.get(name_of_its_own, name_of_its_own))
+        own = names.get(name, name)
+        sizes[name] = values.get(config.attribute_map.get(own, own))
     return sizes
 
 
 def _config_name(config: PreTrainedConfig, name: str) -> str:
-    """Return the architecture's own word for a size, or say that it has none."""
+    """Return the architecture's own name of a size; raises ConfigError if it has none."""
     own = config.attribute_map.get(name, name)
     if own not in config.to_dict():
         raise ConfigError(f"{name} cannot be set for a mirror of {config.model_type}: its config has no such field")
@@ -126,7 +132,7 @@ def _config_name(config: PreTrainedConfig, name: str) -> str:
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the network of a backbone's config, randomly initialized, without token embeddings."""
     small = copy.deepcopy(config)
-    small.vocab_size, small.pad_token_id = 1, None  # embedding and head are thrown away: do not draw them
+    small.vocab_size, small.pad_token_id = 1, None  # embedding and head are discarded: do not initialize them
     backbone = architecture_of(config).decoder_of(AutoModelForCausalLM.from_config(small, trust_remote_code=False))
     backbone.set_input_embeddings(cast(nn.Module, None))  # never called: inputs_embeds are passed
     backbone.config.vocab_size, backbone.config.pad_token_id = config.vocab_size, config.pad_token_id
@@ -135,7 +141,7 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 @torch.no_grad()
 def copy_position_embeddings(backbone: PreTrainedModel, base: PreTrainedModel) -> None:
-    """Start a mirror's learned absolute positions, where the architecture has them, from the base's."""
+    """Copy the base's learned absolute positions, where the architecture has them, into a mirror."""
     architecture = architecture_of(base.config)
     if architecture.position_embeddings is None or backbone.config.hidden_size != base.config.hidden_size:
         return
@@ -146,18 +152,18 @@ def copy_position_embeddings(backbone: PreTrainedModel, base: PreTrainedModel) -
 
 @dataclass(frozen=True)
 class PretrainedBackbone:
-    """The parts of a pretrained causal language model that a shadow takes over, and its head."""
+    """The parts of a pretrained causal language model that a shadow uses."""
 
     network: PreTrainedModel
     """The model without embedding and head."""
     embedding: FrozenEmbedding
-    """Its own, of V rows."""
+    """Its own token embedding, (V, d_s)."""
     head: Tensor | None = None
-    """(V, d_s), what its logits come from; may be left out beside a projection."""
-    finish: LogitsTransform | None = None
-    """What it does to each logit after the product with its head."""
+    """Its head (V, d_s), to fit a projection to; not needed beside ``projection``."""
+    logits_transform: Finish | None = None
+    """What it applies to logits after the head."""
     projection: Tensor | None = None
-    """(d, d_s), where the source comes with a projection of its own; None has it fitted."""
+    """(d, d_s), of a source that has one; None has it fitted."""
 
 
 def load_pretrained_backbone(path_or_id: str, vocab_size: int, **kwargs: Any) -> PretrainedBackbone:
@@ -181,5 +187,5 @@ def load_pretrained_backbone(path_or_id: str, vocab_size: int, **kwargs: Any) ->
     network = architecture.decoder_of(model)
     frozen = FrozenEmbedding(network.config, embedding.weight)
     network.set_input_embeddings(cast(nn.Module, None))
-    finish = architecture.logits_transform(model.config.get_text_config(decoder=True))
-    return PretrainedBackbone(network, frozen, model.get_output_embeddings().weight.detach(), finish)
+    transform = architecture.finish(model.config.get_text_config(decoder=True))
+    return PretrainedBackbone(network, frozen, model.get_output_embeddings().weight.detach(), transform)

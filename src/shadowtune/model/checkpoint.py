@@ -1,17 +1,12 @@
-"""Files of a shadow: whole or absent, and checked when read.
+"""Tensor files with checksums, and the config keys that transformers 4 reads.
 
-A directory holds ``config.json`` and ``model.safetensors`` (in shards when large) with the trained tensors alone. Each
-file is written beside its place, flushed and renamed over it. Each tensor file carries a SHA-256 of its contents, and
-the index of a sharded save those of its shards, so that shards of two saves are never mixed.
+A directory holds ``config.json`` and ``model.safetensors``, in shards when large. Each tensor file carries a SHA-256 of
+its contents, and the index of a sharded save those of its shards, so shards of two saves are never mixed.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import re
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +15,15 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from shadowtune.errors import CheckpointError
-from shadowtune.model.replacement import flush
+from shadowtune.model.files import CONFIG, INDEX, WEIGHTS
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "shadow_adapter.pt", "model.pt")
 CHECKSUM = "sha256"
-TORCH_WRITE_ERRORS = ("inline_container", "iostream error", "PytorchStreamWriter")
-"""What ``torch.save`` says, in a RuntimeError, when a file ends early; it does not say why."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_size: str | int = "5GB") -> None:
@@ -50,81 +43,22 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_size
 
 
 def save_readable(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file that everybody may read who may read new files; by itself it is the owner's alone."""
+    """Write a safetensors file with the permissions of other new files; safetensors itself lets only the owner read."""
     file.touch()
     mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
     file.chmod(mode)
 
 
-@contextlib.contextmanager
-def writing_into(directory: Path) -> Iterator[Path]:
-    """Collect files in the staging folder that this context gives, then move each into ``directory``.
-
-    If anything fails before the moves, ``directory`` is as it was and the staging folder is gone. New tensors replace
-    those of an earlier save, sharded or not, and ``config.json`` is moved last.
-
-    Raises:
-        CheckpointError: if something cannot be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as staging:
-            yield Path(staging)
-            _move(Path(staging), directory)
-    except Exception as error:
-        if isinstance(error, CheckpointError) or not is_write_error(error):
-            raise
-        raise CheckpointError(f"cannot write to {directory}: {write_reason(error)}") from error
-
-
-def is_write_error(error: Exception) -> bool:
-    """Whether an exception means that a file could not be written.
-
-    Libraries in Rust tell of the operating system's errors in exceptions of other kinds: safetensors in its own,
-    tokenizers in bare ones.
-    """
-    bare = type(error) is Exception and "os error" in str(error)
-    return bare or isinstance(error, OSError | SafetensorError)
-
-
-def write_reason(error: Exception) -> str:
-    """Return why a file could not be written, in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if any(part in str(error) for part in TORCH_WRITE_ERRORS):
-        return "a file could not be written to its end; is the disk full?"
-    if number := re.search(r"os error (\d+)", str(error)):
-        return os.strerror(int(number[1]))
-    return " ".join(str(error).split())
-
-
-def _move(staging: Path, directory: Path) -> None:
-    files = sorted(staging.iterdir(), key=lambda path: (path.name == "config.json", path.name == INDEX))
-    for path in files:
-        flush(path)
-    names = {path.name for path in files}
-    stale: list[Path] = []
-    if not names.isdisjoint({WEIGHTS, INDEX}):  # the index comes first: with it gone, its shards are read by nobody
-        old = [directory / INDEX, *directory.glob("model*.safetensors")]
-        stale = [path for path in old if path.name not in names]
-    for path in files:
-        if path.name == "config.json":
-            for gone in stale:
-                gone.unlink(missing_ok=True)
-        os.replace(path, directory / path.name)
-    flush(directory)
-
-
 def trained_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Collect the tensors of modules under ``<module name>.<tensor name>``."""
+    """Return the tensors of modules by ``<module name>.<tensor name>``."""
     return {
         f"{prefix}.{name}": tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()
     }
 
 
 def tensor_checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of CPU tensors, in the order of their names."""
+    """Return the SHA-256 of names, dtypes, shapes and bytes of CPU tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)}:".encode())
@@ -132,18 +66,19 @@ def tensor_checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(path_or_id: str, **hub: Any) -> dict[str, Tensor]:
+def read_tensors(path_or_id: str, checked: bool = True, **hub: Any) -> dict[str, Tensor]:
     """Read all tensors of a directory or Hub repository.
 
     Args:
         path_or_id: a local directory or a Hub id.
+        checked: whether the files must have our checksums.
         hub: keywords of ``transformers.utils.cached_file``, such as ``revision``.
 
     Raises:
         CheckpointError: naming the file, if it is missing, damaged, a pickle or not safetensors.
     """
     index = find_file(path_or_id, INDEX, **hub)
-    checksums: dict[str, str | None] = {WEIGHTS: None} if index is None else _shards_of(index)
+    checksums: dict[str, str | None] = {WEIGHTS: None} if index is None else _shards_of(index, checked)
     tensors: dict[str, Tensor] = {}
     for name, checksum in checksums.items():
         file = find_file(path_or_id, name, **hub)
@@ -151,7 +86,7 @@ def read_tensors(path_or_id: str, **hub: Any) -> dict[str, Tensor]:
             pickles = [pickle for pickle in PICKLES if find_file(path_or_id, pickle, **hub) is not None]
             hint = f"; {pickles[0]} is a pickle, which is not read because it can run code" if pickles else ""
             raise CheckpointError(f"{path_or_id} has no {name}{hint}; is it a shadow saved by save_pretrained?")
-        tensors.update(_read_file(file, checksum))
+        tensors.update(read_file(file, checked, checksum))
     return tensors
 
 
@@ -166,23 +101,32 @@ def find_file(path_or_id: str, name: str, **hub: Any) -> str | None:
     )
 
 
-def _shards_of(index: str) -> dict[str, str | None]:
-    """Names of the shards, each with its checksum."""
+def _shards_of(index: str, checked: bool) -> dict[str, str | None]:
+    """Return the checksums of the shards by their file names; None for each if they are not ``checked``."""
     try:
         content = json.loads(Path(index).read_text())
-        return {name: content["metadata"][CHECKSUM][name] for name in sorted(set(content["weight_map"].values()))}
+        names = sorted(set(content["weight_map"].values()))
+        return {name: content["metadata"][CHECKSUM][name] if checked else None for name in names}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged or not one of a shadow: {error!r}") from None
 
 
-def _read_file(file: str, expected: str | None) -> dict[str, Tensor]:
-    """Read one tensor file and check it against its own checksum and, if given, the one ``expected`` by the index."""
+def read_file(file: str, checked: bool = True, expected: str | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file or raise CheckpointError.
+
+    Args:
+        file: path.
+        checked: whether its contents must match the checksum in it.
+        expected: the checksum in the index of the save, if there is one.
+    """
     try:
         with safe_open(file, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
             own = (handle.metadata() or {}).get(CHECKSUM)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from None
+    if not checked:
+        return tensors
     if own is None:
         raise CheckpointError(f"{file} carries no checksum, so it was not saved as a shadow by this library")
     if tensor_checksum(tensors) != own:
@@ -192,3 +136,45 @@ def _read_file(file: str, expected: str | None) -> dict[str, Tensor]:
             f"{file} belongs to another save than {INDEX} beside it; save or copy the directory again"
         )
     return tensors
+
+
+def keep_rope_theta(config: PreTrainedConfig) -> None:
+    """Make ``save_pretrained`` write ``rope_theta`` beside ``rope_parameters``, for transformers 4.
+
+    Without it, transformers 4 uses the default of the architecture and does not warn.
+    """
+    rope = getattr(config, "rope_parameters", None)  # architectures with learned positions have none
+    if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
+        config.rope_theta = rope["rope_theta"]
+
+
+def write_older_keys(directory: Path) -> None:
+    """Add to a saved model's ``config.json`` and ``tokenizer_config.json`` the keys that transformers 4 reads.
+
+    These are ``rope_theta`` and ``rope_scaling`` beside ``rope_parameters``, and names of tokenizer settings that both
+    versions read. Rotations that differ between layers are left alone: transformers 4 has no common keys for them.
+    """
+    for name, change in ((CONFIG, _add_older_rope), (TOKENIZER_CONFIG, _rename_tokenizer_keys)):
+        file = directory / name
+        if file.is_file():
+            values = json.loads(file.read_text(encoding="utf-8"))
+            change(values)
+            file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _add_older_rope(values: dict[str, Any]) -> None:
+    rope = values.get("rope_parameters") or {}
+    if "rope_theta" not in rope:
+        return
+    values["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":  # transformers 5 takes these for rope_parameters: both are equal
+        values["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+
+
+def _rename_tokenizer_keys(values: dict[str, Any]) -> None:
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Version 4 adds token_type_ids by default, which causal language models refuse.
+        values.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if isinstance(values.get("extra_special_tokens"), list):  # transformers 4 has a mapping under this name
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")

@@ -1,4 +1,4 @@
-"""``config.json`` of a shadow directory: the method's settings, the base it belongs to, and its backbone."""
+"""``config.json`` of a shadow: the method's settings, the configs of base and backbone, and how the shadow started."""
 
 import copy
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ ProjectionStart = Literal["none", "random", "selection", "least_squares", "copie
 
 @dataclass(frozen=True)
 class Initialization:
-    """How a shadow's backbone and projections started; for people to read, loading does not need it."""
+    """How a shadow's backbone and projections were initialized; for people, loading does not need it."""
 
     kind: Literal["random", "base_layers", "pretrained", "detached"]
-    """Where they came from."""
+    """Source of the weights."""
     source: str | None = None
     """The model or directory, of "pretrained" and "detached"."""
     layers: tuple[int, ...] | None = None
     """Blocks of the base that were copied, counted from 0, of "base_layers"."""
     projection: ProjectionStart = "none"
-    """What Proj of Eq. 1 started as; "selection" puts kept channels back in their places."""
+    """Initial value of Proj of Eq. 1; "selection" maps kept channels back to their indices."""
     projection_error: float | None = None
-    """||W_head W_proj - W_small||_F / ||W_small||_F: how far the base's head behind the projection is from the
+    """||W_head W_proj - W_small||_F / ||W_small||_F: distance of the base's head behind the projection from the
     pretrained model's own head. 0 is exact, 1 no better than a projection of zeros."""
 
     def __str__(self) -> str:
-        """Say it in words that follow "the shadow starts"."""
+        """Return a phrase that follows "the shadow starts"."""
         words = {
             "random": "at random",
             "base_layers": f"as copies of base blocks {', '.join(map(str, self.layers or ()))}",
@@ -49,8 +49,8 @@ class Initialization:
 class ShadowModelConfig(PreTrainedConfig):
     """Config of an attached model, ``model_type: shadow``.
 
-    ``get_text_config()`` describes the stack of both networks, so every cache that transformers makes for this config
-    has a layer for each block of the shadow backbone, then one for each block of the base.
+    ``get_text_config()`` describes the blocks of both networks, so every cache that transformers makes for this config
+    has a layer per block of the shadow backbone, then one per block of the base.
     """
 
     model_type = "shadow"
@@ -64,7 +64,7 @@ class ShadowModelConfig(PreTrainedConfig):
         "draft_loss",
         "last_hidden_state",
     ]
-    """Fields of the models' outputs that are no predictions, for ``Trainer.predict`` and ``compute_metrics``."""
+    """Fields of the models' outputs that are not predictions, for ``Trainer.predict`` and ``compute_metrics``."""
     has_no_defaults_at_init = True
 
     def __init__(
@@ -111,18 +111,18 @@ class ShadowModelConfig(PreTrainedConfig):
 
     @property
     def shadow_config(self) -> ShadowConfig:
-        """The method's settings, checked."""
+        """The method's settings."""
         return ShadowConfig.from_dict(self.shadow)
 
     @property
     def start(self) -> Initialization | None:
-        """How the shadow started; None if it was saved before that was recorded."""
+        """How the shadow was initialized; None for one that was saved before this was recorded."""
         if self.initialization is None:
             return None
         return from_mapping(Initialization, self.initialization, where="initialization")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """Return a copy of the base's text config, deepened by the shadow backbone's layers, which come first."""
+        """Return a copy of the base's text config with the shadow backbone's layers before the base's."""
         if self.base_config is None or self.backbone_config is None:
             return self
         base = self.base_config.get_text_config(decoder=True)
@@ -137,17 +137,15 @@ class ShadowModelConfig(PreTrainedConfig):
 
 
 def _positions(config: PreTrainedConfig | None) -> int | None:
-    """How many tokens a network has positions for; None if its config does not say."""
+    """Return how many positions a network has; None if its config names no limit."""
     if config is None:
         return None
-    text = config.get_text_config(decoder=True)
-    name = "max_position_embeddings"
-    number = text.to_dict().get(text.attribute_map.get(name, name))
+    number = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return number if isinstance(number, int) else None
 
 
 def _cache_types(backbone: PreTrainedConfig) -> list[str]:
-    """What the backbone's blocks store; a sliding window needs no less than all, and the base may have none."""
+    """Return the kinds of the backbone's cache layers; sliding windows store all tokens, as the base may."""
     types = get_layer_types_and_kwargs(backbone)[0]
     return ["full_attention" if "sliding" in kind or "chunked" in kind else kind for kind in types]
 

@@ -1,9 +1,9 @@
-"""Which weights a base has, so that a shadow is never run beside another model of the same shape.
+"""Identification of a base's weights, so that a shadow is never run beside another model of the same shape.
 
-Two descriptions are saved with a shadow. ``base_fingerprint``, 16 letters, is for people and for equal precisions.
-``base_signature`` decides: in the precision in which it was made, every bit of every weight counts; in another one, two
-numbers agree that differ by what rounding explains, since no hash survives being rounded twice (float32 to float16 to
-bfloat16 is not float32 to bfloat16).
+Two descriptions are saved with a shadow. ``base_fingerprint`` is a hash of 16 letters for people, comparable within one
+precision. ``base_signature`` decides: in the precision in which it was made, every bit of every weight counts; in
+another one, sums of the weights are compared within the rounding error, since no hash survives being rounded twice
+(float32 to float16 to bfloat16 is not float32 to bfloat16).
 """
 
 import base64
@@ -21,21 +21,23 @@ from shadowtune.attach.architectures import architecture_of
 
 SAMPLES = 16
 COLUMNS = 4096
-"""Weights are looked at in rows of so many numbers, ``ROWS_AT_ONCE`` at a time."""
+"""Weights are summed in rows of this length, ``ROWS_AT_ONCE`` at a time."""
 ROWS_AT_ONCE = 1024
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 ROUNDING = 2.0**-9
-"""Largest relative error of a number rounded to bfloat16, through which weights in another precision may have come."""
+"""Largest relative error of rounding to bfloat16, which weights in another precision may have gone through."""
 SMALLEST_STEP = 2.0**-25
 """Largest absolute error of a number too small for float16."""
+HEAD = "(head)"
+"""Name of a language model's head that is not tied to its embedding."""
 
 
 @torch.no_grad()
 def base_fingerprint(base: PreTrainedModel) -> str | None:
-    """Hash the name, shape and 16 evenly spaced entries of each weight of the base, its task head left out.
+    """Hash the name, shape and 16 evenly spaced entries of each weight of the base, without its task head.
 
-    Entries are rounded to bfloat16 first, so a float32 and a bfloat16 copy agree. A quantized base has no fingerprint
-    (None): its stored numbers are not its weights.
+    Entries are rounded to bfloat16 first, so a float32 and a bfloat16 copy agree. None for a quantized or offloaded
+    base, whose stored numbers are not its weights.
     """
     digest = hashlib.sha256()
     for name, parameter in _weights(base):
@@ -51,18 +53,13 @@ def base_fingerprint(base: PreTrainedModel) -> str | None:
     return digest.hexdigest()[:16]
 
 
-HEAD = "(head)"
-"""Stands for the name of a head of its own of a language model."""
-
-
 @torch.no_grad()
 def base_signature(base: PreTrainedModel) -> dict[str, Any] | None:
-    """Describe all weights of a base: its headless model's, and a language model's own head.
+    """Describe all weights of a base: its headless model's, and a language model's untied head.
 
     Returns:
-        dtype; "checksum" of every bit, and "head_checksum"; "sums", a float32 for each weight in base64, the head's
-        last: the sum of its numbers with signs that look random. None if the base has no weights of its own, as a
-        quantized one.
+        dtype; "checksum" of every bit, and "head_checksum"; "sums", a float32 per weight in base64, the head's last:
+        the sum of its numbers with pseudo-random signs. None for a quantized or offloaded base.
     """
     checksum, head_checksum, sums = hashlib.sha256(), None, []
     for name, parameter in _weights(base):
@@ -84,9 +81,9 @@ def base_signature(base: PreTrainedModel) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def has_signature(base: PreTrainedModel, signature: Mapping[str, Any]) -> bool:
-    """Whether a base has the weights that a signature describes, whatever precision it was loaded in.
+    """Return whether a base has the weights that a signature describes, whatever precision it was loaded in.
 
-    A head is compared if both have one of their own. A base without weights of its own is not refused.
+    A head is compared if both have an untied one. A quantized or offloaded base is not refused.
     """
     found = base_signature(base)
     if found is None:
@@ -109,7 +106,7 @@ def has_signature(base: PreTrainedModel, signature: Mapping[str, Any]) -> bool:
 
 
 def _weights(base: PreTrainedModel) -> Iterator[tuple[str, Tensor | None]]:
-    """Yield names and weights, the head last; None for one that is not there to be looked at."""
+    """Yield names and weights, the head last; None for a weight that is quantized or not in memory."""
     if base.config.to_dict().get("quantization_config") is not None:
         yield "", None
         return
@@ -122,7 +119,7 @@ def _weights(base: PreTrainedModel) -> Iterator[tuple[str, Tensor | None]]:
 
 
 def _chunks(parameter: Tensor) -> Iterator[Tensor]:
-    """Yield a weight's numbers in rows of ``COLUMNS``, the last ones in a shorter row of their own."""
+    """Yield a weight's numbers in rows of ``COLUMNS``, and the remaining ones in a shorter row."""
     flat = parameter.detach().reshape(-1)
     whole = flat.numel() // COLUMNS * COLUMNS
     yield from flat[:whole].view(-1, COLUMNS).split(ROWS_AT_ONCE)
@@ -131,7 +128,7 @@ def _chunks(parameter: Tensor) -> Iterator[Tensor]:
 
 
 def _bit_sums(parameter: Tensor) -> bytes:
-    """Sums of a weight's bit patterns by rows and by columns: any changed or moved number shows."""
+    """Return hashes of the sums of a weight's bit patterns by row and by column: any changed or moved number shows."""
     kind = BITS[parameter.dtype]
     parts = []
     for chunk in _chunks(parameter):
@@ -141,7 +138,7 @@ def _bit_sums(parameter: Tensor) -> bytes:
 
 
 def _signed_sum(parameter: Tensor) -> tuple[float, float]:
-    """Sum of a weight's numbers, each with a sign by its position, and the sum of their squares."""
+    """Return the sum of a weight's numbers, each with a sign by its index, and the sum of their squares."""
     total = square = 0.0
     for number, chunk in enumerate(_chunks(parameter)):
         wide = chunk.float()
@@ -151,6 +148,6 @@ def _signed_sum(parameter: Tensor) -> tuple[float, float]:
 
 
 def _signs(count: int, start: int, device: torch.device) -> Tensor:
-    """Signs +-1 (count,) that look random and are always the same."""
+    """Return deterministic pseudo-random signs +-1, (count,)."""
     index = torch.arange(1, count + 1, device=device) + start * ROWS_AT_ONCE
     return ((index * 2_654_435_761 >> 15) & 1).float() * 2 - 1

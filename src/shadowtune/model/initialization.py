@@ -1,21 +1,36 @@
-"""How a new shadow starts: at random, as copies of base blocks, from a pretrained model, or from an earlier shadow.
+r"""How a new shadow starts: at random, as copies of base blocks, from a pretrained model, or from an earlier shadow.
 
 In every case W_up = 0 (``core/boundary.py``), so the attached model equals the base. The sources are read once: a saved
-shadow holds all of its own tensors.
+shadow holds all of its own tensors. Two things are computed from the base here.
+
+**Projection of a pretrained backbone**, by least squares between two heads. A shadow's state s0 = W_proj z feeds the
+base's head, so the detached logits are W_head W_proj z; the pretrained model's own are W_small z. They agree for every
+z exactly when W_head W_proj = W_small. Hence
+
+    W_proj = argmin ||W_head W_proj - W_small||_F,   solved by   (W_head' W_head) W_proj = W_head' W_small.
+
+It is not the fit between the two input embeddings: the output of a backbone is trained for a head, and only where both
+models tie the two is that the same. With V tokens, base width d and backbone width d_s, the products (d, d) and
+(d, d_s) are summed over chunks of rows in float64; nothing of size V x d is ever copied.
+
+**Sizes of the base's hidden states**, per channel. A few channels of trained models are huge in every token, whatever
+the text (Sun et al., 2024, https://arxiv.org/abs/2402.17762), so random tokens show which. First tokens are left out:
+in them some channels are larger still.
 """
 
 import copy
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shadowtune.attach.architectures import architecture_of
+from shadowtune.attach.architectures import Finish, architecture_of
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import Boundaries
-from shadowtune.core.kernels.linear_cross_entropy import LogitsTransform
 from shadowtune.errors import ConfigError
 from shadowtune.model.backbone import (
     PretrainedBackbone,
@@ -26,29 +41,39 @@ from shadowtune.model.backbone import (
     mirror_config,
     sizes_of,
 )
-from shadowtune.model.channel_scales import measure_channel_scales, measure_input_sizes
 from shadowtune.model.checkpoint import read_tensors
 from shadowtune.model.configuration import Initialization, ProjectionStart, ShadowModelConfig
 from shadowtune.model.formats.projected import is_projected, read_projected
-from shadowtune.model.loading import has_weights, lasting_name, load_tensors, read_config
-from shadowtune.model.projection_fit import fit_projection, projection_error
+from shadowtune.model.loading import absolute_name, has_weights, load_tensors, read_config
 from shadowtune.model.pruning import prune_blocks
 from shadowtune.model.shadow import Shadow
 from shadowtune.models import resolve
 
 logger = logging.getLogger(__name__)
 
+SAMPLE_SHAPE = (8, 32)
+"""Random tokens (sequences, length) on which hidden states are measured."""
+MAX_SCALE = 20.0
+"""Largest factor by which a channel that is hardly used is scaled up."""
+CHUNK = 4096
+"""Rows of the two heads that are held in float64 at once."""
+RIDGE = 1e-10
+"""Added to the diagonal of a singular W_head' W_head, relative to its mean: about the least-squares solution of least
+norm."""
+SINGULAR = 1e-13
+"""A pivot this small, relative to the largest diagonal entry, counts as zero."""
+
 
 def start_shadow(base: PreTrainedModel, config: ShadowConfig, dtype: torch.dtype) -> tuple[Shadow, Initialization]:
-    """Build the shadow of a base and start it as ``config`` says.
+    """Build and initialize the shadow of a base.
 
     Args:
-        base: the base, whose tensors are only read.
-        config: ``backbone``, ``init_layers`` and ``init_from`` say how.
+        base: its tensors are only read.
+        config: ``backbone``, ``init_layers`` and ``init_from`` choose the source of the weights.
         dtype: of the shadow's parameters.
 
     Returns:
-        The shadow, on the CPU, and what was done.
+        The shadow, on the CPU, and a record of its source.
 
     Raises:
         ConfigError: if a source does not fit the base or the sizes of the shadow, or cannot be read.
@@ -64,14 +89,13 @@ def start_shadow(base: PreTrainedModel, config: ShadowConfig, dtype: torch.dtype
         copy_position_embeddings(shadow.backbone, base)
         shadow, start = shadow.cast(dtype), Initialization("random")
     if base.device.type != "meta":  # where only shapes are asked for
-        _measure(base, shadow.boundaries)
+        _measure_scales(base, shadow.boundaries)
     logger.info("the shadow starts %s", start)
     return shadow, start
 
 
 @torch.no_grad()
-def _measure(base: PreTrainedModel, boundaries: Boundaries) -> None:
-    """Fill in what the boundaries know of the base's hidden states."""
+def _measure_scales(base: PreTrainedModel, boundaries: Boundaries) -> None:
     config, first = boundaries.config, 0 if boundaries.config.inject_first else 1
     scales = measure_channel_scales(base)[first:] if config.channel_scaling else None
     if boundaries.input_sizes is not None:
@@ -119,8 +143,8 @@ def _from_base_layers(base: PreTrainedModel, config: ShadowConfig, dtype: torch.
 @torch.no_grad()
 def _from_pretrained(base: PreTrainedModel, config: ShadowConfig, dtype: torch.dtype) -> tuple[Shadow, Initialization]:
     text = base.config.get_text_config(decoder=True)
-    place = resolve(config.backbone)
-    source = _projected(place, text) if _is_projected(place) else load_pretrained_backbone(place, text.vocab_size)
+    path = resolve(config.backbone)
+    source = _projected_backbone(path, text) if _is_projected(path) else load_pretrained_backbone(path, text.vocab_size)
     shadow = Shadow(config, base.config, source.network.config, source.network, source.embedding).cast(dtype)
     head = _head_of(base)
     if head is not None and not _is_dense(head):
@@ -128,39 +152,36 @@ def _from_pretrained(base: PreTrainedModel, config: ShadowConfig, dtype: torch.d
             f"the projection of the backbone {config.backbone} cannot be fitted to the base's head, which is quantized "
             "or offloaded; load the base whole (base_quantization: none)"
         )
-    projection, error = _start_projection(
-        shadow.projection, head, architecture_of(base.config).logits_transform(text), source
-    )
-    name = lasting_name(config.backbone)
+    projection, error = _start_projection(shadow.projection, head, architecture_of(base.config).finish(text), source)
+    name = absolute_name(config.backbone)
     return shadow, Initialization("pretrained", name, projection=projection, projection_error=error)
 
 
-def _is_projected(place: str) -> bool:
+def _is_projected(path: str) -> bool:
     try:
-        return is_projected(place)
+        return is_projected(path)
     except OSError:
-        return False  # there is no such place, and the loader of plain models says so
+        return False  # nothing is there, which the loader of plain models reports
 
 
-def _projected(place: str, text: PreTrainedConfig) -> PretrainedBackbone:
-    """The network of a projected causal language model, whose projection must lead to the base's width."""
-    found = read_projected(place)
+def _projected_backbone(path: str, text: PreTrainedConfig) -> PretrainedBackbone:
+    found = read_projected(path)
     sizes = {"vocab_size": (found.embedding.weight.shape[0], text.vocab_size)}
     sizes["base_hidden_size"] = (found.projection.shape[0], text.hidden_size)
     for name, (theirs, ours) in sizes.items():
         if theirs != ours:
             raise ConfigError(
-                f"the backbone {place} has {name} {theirs}, the base {ours}; use the base that it was made for"
+                f"the backbone {path} has {name} {theirs}, the base {ours}; use the base that it was made for"
             )
     network = build_backbone(found.backbone_config)
-    load_tensors({"backbone": network}, {f"backbone.{name}": t for name, t in found.backbone_state.items()}, place)
+    load_tensors({"backbone": network}, {f"backbone.{name}": t for name, t in found.backbone_state.items()}, path)
     return PretrainedBackbone(network, found.embedding, projection=found.projection)
 
 
 def _start_projection(
-    projection: nn.Module, head: Tensor | None, finish: LogitsTransform | None, source: PretrainedBackbone
+    projection: nn.Module, head: Tensor | None, transform: Finish | None, source: PretrainedBackbone
 ) -> tuple[ProjectionStart, float | None]:
-    """Start the projection of a pretrained backbone; return what it started as, and its error where that is known."""
+    """Initialize the projection of a pretrained backbone; return how, and its error where that is known."""
     weight = None
     how: ProjectionStart = "none"
     if isinstance(projection, nn.Linear):
@@ -170,7 +191,7 @@ def _start_projection(
             how = "copied"
         elif head is not None and source.head is not None:
             fit = fit_projection(head, source.head, weight.dtype)
-            weight.copy_(fit.weight * (_slope(source.finish) / _slope(finish)))
+            weight.copy_(fit.weight * (_slope(source.logits_transform) / _slope(transform)))
             return "least_squares", fit.relative_error
     if head is None or source.head is None or how == "random":
         return how, None
@@ -191,11 +212,10 @@ def _from_earlier(base: PreTrainedModel, config: ShadowConfig, dtype: torch.dtyp
     else:
         shadow = _from_detached(base, config, directory).cast(dtype)
     projected = isinstance(shadow.projection, nn.Linear)
-    return shadow, Initialization("detached", lasting_name(directory), projection="copied" if projected else "none")
+    return shadow, Initialization("detached", absolute_name(directory), projection="copied" if projected else "none")
 
 
 def _from_adapter(base: PreTrainedModel, config: ShadowConfig, directory: str, dtype: torch.dtype) -> Shadow:
-    """Take over the backbone and projections of a shadow that was saved beside its base's name."""
     source, text = read_config(directory), base.config.get_text_config(decoder=True)
     assert source.base_config is not None and source.backbone_config is not None
     own, backbone = source.shadow_config.backbone, copy.deepcopy(source.backbone_config)
@@ -230,17 +250,17 @@ def _from_adapter(base: PreTrainedModel, config: ShadowConfig, directory: str, d
 
 
 def _from_detached(base: PreTrainedModel, config: ShadowConfig, directory: str) -> Shadow:
-    """Take over the network of a plain model that is a detached shadow of this base, without a projection."""
-    way_out = f"write backbone: {directory} instead of init_from, which keeps its own embedding and fits a projection"
+    """Copy the network of a plain model that is a detached shadow of this base, without a projection."""
+    hint = f"write backbone: {directory} instead of init_from, which keeps its own embedding and fits a projection"
     if config.backbone != "mirror":
-        raise ConfigError(f"init_from {directory} is a plain model, but backbone is {config.backbone!r}; {way_out}")
+        raise ConfigError(f"init_from {directory} is a plain model, but backbone is {config.backbone!r}; {hint}")
     text = base.config.get_text_config(decoder=True)
     source = load_pretrained_backbone(directory, text.vocab_size)
     width = source.network.config.hidden_size
     if width != text.hidden_size:
         raise ConfigError(
             f"init_from {directory} is a plain model of hidden_size {width}, the base's is {text.hidden_size}, so its "
-            f"projection is folded into its head and embedding; give the shadow's own directory, or {way_out}"
+            f"projection is folded into its head and embedding; give the shadow's own directory, or {hint}"
         )
     _check_sizes(source.network.config, base, config)
     if not torch.allclose(
@@ -249,7 +269,7 @@ def _from_detached(base: PreTrainedModel, config: ShadowConfig, directory: str) 
         rtol=2**-7,  # of bfloat16
         atol=1e-6,
     ):
-        raise ConfigError(f"init_from {directory} has another token embedding than the base; {way_out}")
+        raise ConfigError(f"init_from {directory} has another token embedding than the base; {hint}")
     return Shadow(config, base.config, source.network.config, source.network)
 
 
@@ -271,7 +291,7 @@ def _check_sizes(found: PreTrainedConfig, base: PreTrainedModel, config: ShadowC
 
 
 def _head_of(base: PreTrainedModel) -> Tensor | None:
-    """The matrix (V, d) that turns states into logits; a classifier has it only where its embedding is tied to it."""
+    """Return W_head (V, d); a classifier has one only where its config ties the head to the embedding."""
     head = base.get_output_embeddings()
     if head is None and base.config.get_text_config(decoder=True).tie_word_embeddings:
         head = base.get_input_embeddings()
@@ -279,11 +299,120 @@ def _head_of(base: PreTrainedModel) -> Tensor | None:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor holds its numbers as they are, not quantized and not elsewhere."""
+    """Whether a tensor holds its numbers, unlike a quantized or offloaded one."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta
 
 
-def _slope(finish: LogitsTransform | None) -> float:
-    """What a model multiplies small logits by after its head: 1 unless it scales them (granite)."""
+def _slope(transform: Finish | None) -> float:
+    """Return the factor of a logits transform at small logits: 1 unless it scales them (granite)."""
     small = torch.tensor(1e-6, dtype=torch.float64)
-    return 1.0 if finish is None else (finish(small) / small).item()
+    return 1.0 if transform is None else (transform(small) / small).item()
+
+
+def measure_channel_scales(base: PreTrainedModel) -> Tensor:
+    """Return factors c (L, d), float32, that equalize the channels of each block's input and keep its overall size.
+
+    With x the input of a block, c_i is proportional to 1 / rms(x_i), and the mean of (c_i x_i)^2 is that of x_i^2.
+    """
+    squares = measure_squares(base)
+    mean = squares.mean(-1, keepdim=True)
+    scales = (mean / squares).sqrt().clamp(max=MAX_SCALE)
+    return scales * (mean / (squares * scales**2).mean(-1, keepdim=True)).sqrt()
+
+
+def measure_input_sizes(base: PreTrainedModel) -> Tensor:
+    """Return the root mean square of each block's input (L,), float32."""
+    return measure_squares(base).mean(-1).sqrt()
+
+
+@torch.no_grad()
+def measure_squares(base: PreTrainedModel) -> Tensor:
+    """Return the mean squares of each channel of each block's input (L, d), float32."""
+    architecture = architecture_of(base.config)
+    vocabulary = base.config.get_text_config(decoder=True).vocab_size
+    tokens = torch.randint(vocabulary, SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+    handles = [
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 1:].float().pow(2).mean((0, 1))))
+        for block in architecture.blocks_of(base)
+    ]
+    training = base.training
+    try:
+        architecture.decoder_of(base.eval())(input_ids=tokens.to(base.device), use_cache=False)
+    finally:
+        base.train(training)
+        for handle in handles:
+            handle.remove()
+    return torch.stack([square.to("cpu") for square in seen]).clamp(min=1e-12)
+
+
+@dataclass(frozen=True)
+class ProjectionFit:
+    """A fitted projection and its error."""
+
+    weight: Tensor
+    """W_proj, (d, d_s)."""
+    relative_error: float
+    """||W_head W_proj - W_small||_F / ||W_small||_F, with ``weight`` rounded to its dtype. 0 is exact."""
+    ridge: float
+    """Added to the diagonal: 0 unless the head's columns are linearly dependent."""
+
+
+@torch.no_grad()
+def fit_projection(
+    head: Tensor, small_head: Tensor, dtype: torch.dtype = torch.float32, rows: int = CHUNK
+) -> ProjectionFit:
+    """Fit the projection with which the base's head gives the logits of the small model's head.
+
+    Args:
+        head: W_head (V, d), of any floating dtype; the result is on its device.
+        small_head: W_small (V, d_s), on any device.
+        dtype: of the result.
+        rows: chunk size.
+    """
+    width, small_width = head.shape[1], small_head.shape[1]
+    device = _exact_device(head)
+    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+    cross = torch.zeros(width, small_width, dtype=torch.float64, device=device)
+    for a, b in _chunks(head, small_head, rows):
+        gram.addmm_(a.T, a)
+        cross.addmm_(a.T, b)
+    solution, ridge = _solve(gram, cross)
+    weight = solution.to(dtype)
+    return ProjectionFit(weight.to(head.device), projection_error(head, small_head, weight, rows), ridge)
+
+
+@torch.no_grad()
+def projection_error(head: Tensor, small_head: Tensor, weight: Tensor | None, rows: int = CHUNK) -> float:
+    """Return ||W_head W_proj - W_small||_F / ||W_small||_F, summed over the rows themselves in float64.
+
+    ``weight`` is W_proj (d, d_s), or None for no projection, where d = d_s.
+    """
+    wrong, whole = 0.0, 0.0
+    for a, b in _chunks(head, small_head, rows):
+        made = a if weight is None else a @ weight.to(a)
+        wrong += (made - b).square().sum().item()
+        whole += b.square().sum().item()
+    return (wrong / whole) ** 0.5 if whole else float("nan")
+
+
+def _exact_device(head: Tensor) -> torch.device:
+    return torch.device("cpu") if head.device.type == "mps" else head.device  # Apple's GPUs have no float64
+
+
+def _chunks(head: Tensor, small_head: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    device = _exact_device(head)
+    for start in range(0, head.shape[0], rows):
+        a, b = (matrix[start : start + rows].to(device, torch.float64) for matrix in (head, small_head))
+        yield a, b
+
+
+def _solve(gram: Tensor, cross: Tensor) -> tuple[Tensor, float]:
+    """Solve gram X = cross by a Cholesky factorization; return X and the ridge that was needed."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    diagonal = gram.diagonal()
+    ridge = 0.0
+    if failed or factor.diagonal().square().min() <= SINGULAR * diagonal.max():
+        ridge = RIDGE * (diagonal.mean().item() or 1.0)
+        factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    return torch.cholesky_solve(cross, factor), ridge

@@ -1,4 +1,4 @@
-"""From a model to a directory and back: the base it names, the check that it is that base, the shadow's tensors."""
+"""Saving a shadow model and loading it: its config, the base that it names, the check of that base, its tensors."""
 
 import inspect
 import os
@@ -13,38 +13,31 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from shadowtune.config.checking import nearest
 from shadowtune.errors import CheckpointError, ConfigError
-from shadowtune.model.checkpoint import find_file, read_tensors, trained_tensors, write_tensors, writing_into
+from shadowtune.model.checkpoint import find_file, read_tensors, trained_tensors, write_tensors
 from shadowtune.model.configuration import ShadowModelConfig
+from shadowtune.model.files import check_numbers, one_line, reading, recover_directory, writing_into
 from shadowtune.model.fingerprint import base_fingerprint, base_signature, has_signature
-from shadowtune.model.formats.adapter import PeerAdapter
-from shadowtune.model.formats.opening import open_peer
-from shadowtune.model.malformed import check_numbers, one_line, reading
-from shadowtune.model.replacement import recover_directory
+from shadowtune.model.formats import peft_shadow, projected, shadow_peft
+from shadowtune.model.formats.third_party import ThirdPartyAdapter
 from shadowtune.model.shadow import Shadow
 from shadowtune.models import NAMED, resolve
 
 PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Of tensors that are computed with; what is not, such as a list of tokens, is of integers."""
+"""Dtypes of weights; other tensors, such as a list of tokens, have integer dtypes."""
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 AUTO_KEYWORDS = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "code_revision", "use_safetensors")
-
-
 IGNORED_SAVE_KEYWORDS = ("safe_serialization", "save_function", "save_original_format", "save_peft_format")
 """Keywords of ``save_pretrained`` that concern how transformers writes other files."""
 REFUSED_SAVE_VALUES = {"safe_serialization": False}
 
 
-def lasting_name(name: str) -> str:
-    """Return the name of a base as it is saved: a directory by its absolute path, which holds from everywhere."""
+def absolute_name(name: str) -> str:
+    """Return the name of a base as it is saved: a directory by its absolute path, any other name as it is."""
     return os.path.abspath(name) if name and name not in NAMED and os.path.isdir(name) else name
 
 
-def save_pair(model: Any, directory: Path, state_dict: Mapping[str, Tensor] | None, max_shard_size: str | int) -> None:
-    """Do the work of ``save_pretrained``; the trained tensors come from ``state_dict`` if it is given.
-
-    Raises:
-        CheckpointError: if the directory cannot be written.
-    """
+def save_model(model: Any, directory: Path, state_dict: Mapping[str, Tensor] | None, max_shard_size: str | int) -> None:
+    """Implement ``save_pretrained``; the trained tensors come from ``state_dict`` if it is given."""
     if state_dict is None:
         tensors = trained_tensors(model.trained_modules())
     else:
@@ -62,7 +55,7 @@ def check_save_keywords(model: PreTrainedModel, given: Mapping[str, Any]) -> dic
     """Return the keywords of a ``save_pretrained`` call that are for ``push_to_hub``.
 
     Raises:
-        TypeError: for one that is unknown, or asks for a file that this library does not write.
+        TypeError: for an unknown keyword, or one that asks for a file that this library does not write.
     """
     hub = inspect.signature(model.push_to_hub).parameters
     known = {*hub, *IGNORED_SAVE_KEYWORDS}
@@ -95,7 +88,7 @@ def read_config(path_or_id: str, **hub: Any) -> ShadowModelConfig:
 
 
 def load_base(auto: Any, config: ShadowModelConfig, base: PreTrainedModel | str | None, **kwargs: Any) -> Any:
-    """Load the base that a shadow's config names, or the one given in its place.
+    """Load the base that a shadow's config names, or ``base`` if it is given.
 
     Raises:
         CheckpointError: if the config names none, or it cannot be loaded.
@@ -142,23 +135,24 @@ def check_base(config: ShadowModelConfig, base: PreTrainedModel, check_weights: 
 
 
 def has_weights(base: PreTrainedModel, config: ShadowModelConfig) -> bool:
-    """Whether a base has the weights of a shadow's own, as far as its config describes them."""
+    """Return whether a base has the weights of the shadow's base, as far as its config describes them."""
     if config.base_signature is not None:
         return has_signature(base, config.base_signature)
-    if config.base_fingerprint is None or base.dtype is torch.float16:  # rounded twice, it has another fingerprint
+    if config.base_fingerprint is None or base.dtype is torch.float16:  # rounded twice, which changes the fingerprint
         return True
     return base_fingerprint(base) in (None, config.base_fingerprint)
 
 
 def load_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy saved tensors into modules, keys being ``<module name>.<tensor name>``. Every key must match.
+    """Copy saved tensors into modules by ``<module name>.<tensor name>``. Every key must match.
 
     Raises:
         CheckpointError: naming ``source`` and the missing, unexpected or wrongly shaped keys.
     """
     check_tensors(modules, tensors, source)
     for prefix, module in modules.items():
-        own = {name[len(prefix) + 1 :]: tensor for name, tensor in _under(prefix, tensors).items()}
+        start = f"{prefix}."
+        own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
         module.load_state_dict(own, strict=True)
 
 
@@ -169,55 +163,45 @@ def check_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor
         CheckpointError: naming ``source`` and the keys that are missing, unexpected, or of another shape or kind.
     """
     expected = {f"{prefix}.{name}": t for prefix, module in modules.items() for name, t in module.state_dict().items()}
-    faults = [f"missing {_few(sorted(expected.keys() - tensors.keys()))}"] if expected.keys() - tensors.keys() else []
+    errors = [f"missing {_few(sorted(expected.keys() - tensors.keys()))}"] if expected.keys() - tensors.keys() else []
     if tensors.keys() - expected.keys():
-        faults.append(f"unexpected {_few(sorted(tensors.keys() - expected.keys()))}")
+        errors.append(f"unexpected {_few(sorted(tensors.keys() - expected.keys()))}")
     for name in sorted(expected.keys() & tensors.keys()):
         if expected[name].shape != tensors[name].shape:
-            faults.append(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
+            errors.append(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
         elif (tensors[name].dtype in PRECISIONS) != (expected[name].dtype in PRECISIONS):
-            faults.append(f"{name} has dtype {tensors[name].dtype}, where {expected[name].dtype} is meant")
-    if faults:
-        raise CheckpointError(f"{source} does not fit its config.json: {'; '.join(faults[:8])}")
+            errors.append(f"{name} has dtype {tensors[name].dtype}, where {expected[name].dtype} is meant")
+    if errors:
+        raise CheckpointError(f"{source} does not fit its config.json: {'; '.join(errors[:8])}")
 
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def load_pair(cls: Any, path_or_id: str, base: PreTrainedModel | str | None, check_weights: bool, **kwargs: Any) -> Any:
-    """Do the work of ``from_pretrained``: config, base, check, tensors, generation config; return it in eval mode."""
+def load_model(
+    cls: Any, path_or_id: str, base: PreTrainedModel | str | None, check_weights: bool, **kwargs: Any
+) -> Any:
+    """Implement ``from_pretrained``: config, base, check, tensors, generation config; return the model in eval mode."""
     hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if kwargs.get(name) is not None}
-    asked = kwargs.pop("config", None)  # into which the Auto classes put attn_implementation
-    if asked is not None and asked._attn_implementation is not None:
-        kwargs.setdefault("attn_implementation", asked._attn_implementation)
+    given = kwargs.pop("config", None)  # into which the Auto classes put attn_implementation
+    if given is not None and given._attn_implementation is not None:
+        kwargs.setdefault("attn_implementation", given._attn_implementation)
     for name in (*HUB_KEYWORDS, *AUTO_KEYWORDS):
         kwargs.pop(name, None)
     shared = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
     backbone = kwargs.pop("backbone", None)
-    peer = open_peer(path_or_id, **hub)
-    if peer is not None:
-        config, tensors, loaded = _place_peer(cls.auto_base, peer, base, backbone, **shared, **kwargs)
+    adapter = open_third_party(path_or_id, **hub)
+    if adapter is not None:
+        config, tensors, loaded = _convert_adapter(cls.auto_base, adapter, base, backbone, **shared, **kwargs)
     else:
         config = read_config(path_or_id, **hub)
         tensors = read_tensors(path_or_id, **hub)
         loaded = load_base(cls.auto_base, config, base, **shared, **kwargs)
     check_base(config, loaded, check_weights)
     config.name_or_path = path_or_id
-    assert config.base_config is not None and config.backbone_config is not None
-    broken = f"config.json of {path_or_id} makes no shadow"
-    with reading(broken), torch.device("meta"):  # its sizes may be anything, so nothing is reserved for them yet
-        sizes = (config.shadow_config, config.base_config, config.backbone_config)
-        expected = Shadow(*sizes, draft_vocabulary_size=config.draft_vocabulary_size)
-    check_tensors({"shadow": expected}, _under("shadow", tensors), path_or_id)
-    config.backbone_config._attn_implementation = loaded.config._attn_implementation
-    with reading(broken):
-        model = cls(config, loaded)
-    for prefix, module in model.trained_modules().items():
-        for name, tensor in module.state_dict(keep_vars=True).items():  # each keeps the dtype it was saved with
-            tensor.data = tensor.data.to(tensors.get(f"{prefix}.{name}", tensor).dtype)
-        module.to(loaded.device)
-    if peer is not None:  # heads that another library did not train are the base's
+    model = _build_model(cls, config, loaded, tensors, path_or_id)
+    if adapter is not None:  # heads that another library did not train are the base's
         heads = {name: module for name, module in model.trained_modules().items() if name != "shadow"}
         tensors = trained_tensors(heads) | tensors
     load_tensors(model.trained_modules(), tensors, path_or_id)
@@ -227,32 +211,71 @@ def load_pair(cls: Any, path_or_id: str, base: PreTrainedModel | str | None, che
     return model.eval()
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+def _build_model(cls: Any, config: ShadowModelConfig, base: Any, tensors: Mapping[str, Tensor], path: str) -> Any:
+    """Build the model of a config with parameters of the dtypes that were saved; their values are loaded later."""
+    assert config.base_config is not None and config.backbone_config is not None
+    broken = f"config.json of {path} makes no shadow"
+    with reading(broken), torch.device("meta"):  # sizes are untrusted, so no memory is allocated for them yet
+        sizes = (config.shadow_config, config.base_config, config.backbone_config)
+        expected = Shadow(*sizes, draft_vocabulary_size=config.draft_vocabulary_size)
+    saved = {name: tensor for name, tensor in tensors.items() if name.startswith("shadow.")}
+    check_tensors({"shadow": expected}, saved, path)
+    config.backbone_config._attn_implementation = base.config._attn_implementation
+    with reading(broken):
+        model = cls(config, base)
+    for prefix, module in model.trained_modules().items():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(tensors.get(f"{prefix}.{name}", tensor).dtype)
+        module.to(base.device)
+    return model
 
 
-def _place_peer(
-    auto: Any, peer: PeerAdapter, base: PreTrainedModel | str | None, backbone: Any, **kwargs: Any
+def open_third_party(path_or_id: str, **hub: Any) -> ThirdPartyAdapter | None:
+    """Read the adapter of another library; None for anything else, such as a shadow of our own.
+
+    Raises:
+        CheckpointError: if it is damaged, or a projected model, which is no adapter.
+    """
+    try:
+        if find_file(path_or_id, shadow_peft.CONFIG, **hub) is not None:
+            return shadow_peft.open_shadow_peft(path_or_id, **hub)
+        if find_file(path_or_id, peft_shadow.CONFIG, **hub) is not None:
+            return peft_shadow.open_peft(path_or_id, **hub)
+        is_projected = projected.is_projected(path_or_id, **hub)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        return None  # reading the path as a shadow of ours gives the message
+    if is_projected:
+        raise CheckpointError(
+            f"{path_or_id} is a detached model with a projection, not a shadow beside a base; start a shadow from it "
+            f"with ShadowConfig(backbone={path_or_id!r}), or make it a plain model: shadowtune convert --format plain"
+        )
+    return None
+
+
+def _convert_adapter(
+    auto: Any, adapter: ThirdPartyAdapter, base: PreTrainedModel | str | None, backbone: Any, **kwargs: Any
 ) -> tuple[ShadowModelConfig, dict[str, Tensor], Any]:
-    """Load the base of another library's adapter, and turn the adapter into a config and tensors of ours."""
+    """Load the base of another library's adapter; return our config, our tensors and the base."""
     classifies = auto.__name__ == "AutoModelForSequenceClassification"
-    if peer.classifies and not classifies:
-        raise ConfigError(f"{peer.source} is a classifier; load it with ShadowForSequenceClassification")
-    name = base or peer.base
+    if adapter.classifies and not classifies:
+        raise ConfigError(f"{adapter.source} is a classifier; load it with ShadowForSequenceClassification")
+    name = base or adapter.base
     if not name:
-        raise CheckpointError(f"{peer.source} does not name its base; pass base=..., a model, directory or Hub id")
+        raise CheckpointError(f"{adapter.source} does not name its base; pass base=..., a model, directory or Hub id")
     if isinstance(name, str):
-        if base is None and peer.revision is not None:
-            kwargs.setdefault("revision", peer.revision)
-        if classifies and peer.num_labels is not None:
-            kwargs.setdefault("num_labels", peer.num_labels)
+        if base is None and adapter.revision is not None:
+            kwargs.setdefault("revision", adapter.revision)
+        if classifies and adapter.num_labels is not None:
+            kwargs.setdefault("num_labels", adapter.num_labels)
         loaded = _load_auto(auto, name, **kwargs)
     else:
         loaded = name
-    with reading(f"{peer.source} makes no shadow"):
-        config, tensors = peer.build(loaded.config, backbone)
-    config.base_name_or_path = lasting_name(loaded.config.name_or_path or "")
-    config.base_revision = vars(loaded.config).get("_commit_hash")
+    with reading(f"{adapter.source} makes no shadow"):
+        config, tensors = adapter.build(loaded.config, backbone)
+    config.base_name_or_path = absolute_name(loaded.config.name_or_path or "")
+    config.base_revision = getattr(loaded.config, "_commit_hash", None)  # transformers 5.24 keeps none any more
     config.base_fingerprint = base_fingerprint(loaded)
     config.base_signature = base_signature(loaded)
     return config, tensors, loaded

@@ -1,8 +1,10 @@
-"""The methods a model can be trained with, behind one interface: shadow, lora, dora, full and any other of PEFT.
+"""Training methods behind one interface: shadow, lora, dora, full, and any other method of Hugging Face PEFT.
 
-A base goes in, a model with the right parameters trainable comes out; what is trained is saved, and loaded again.
+A base is loaded, quantized if asked for (as QLoRA does, https://arxiv.org/abs/2305.14314: gradients pass through the
+frozen weights); ``make_trainable`` adds what a method trains; ``load_trained`` reads what training saved.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,14 +20,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shadowtune.config.checking import nearest
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
-from shadowtune.errors import CheckpointError, ConfigError
-from shadowtune.model.adapters import add_adapters, lora_settings, open_adapters
+from shadowtune.errors import CheckpointError, ConfigError, ShadowtuneError
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.classifier import ShadowForSequenceClassification
 from shadowtune.model.ensemble import SMALL, LogitEnsemble, read_weight
-from shadowtune.model.malformed import reading
+from shadowtune.model.files import reading, recover_directory
 from shadowtune.model.objective import (
     Objective,
     causal_objective,
@@ -35,43 +37,75 @@ from shadowtune.model.objective import (
     own_causal_objective,
     own_class_objective,
 )
-from shadowtune.model.replacement import recover_directory
 from shadowtune.models import resolve
 
 Method = Literal["shadow", "lora", "dora", "full", "peft", "ensemble"]
 Task = Literal["causal_lm", "classification"]
+Quantization = Literal["none", "int8", "int4", "nf4"]
+"""Weights of a base. int8: one scale per row. int4: one scale per 32 weights. nf4: the 4-bit floats of QLoRA."""
 
-AUTO: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
-PAIRS: dict[str, Any] = {"causal_lm": ShadowForCausalLM, "classification": ShadowForSequenceClassification}
-OBJECTIVES: dict[str, tuple[Objective, Objective]] = {
-    "shadow": (joint_causal_objective, joint_class_objective),
+AUTO_CLASSES: dict[str, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
 }
-"""What training minimizes for causal language models and classifiers, where it is not the plain cross-entropy."""
-OWN_TERMS = ("SHADOW", "ADALORA")
+SHADOW_CLASSES: dict[str, Any] = {"causal_lm": ShadowForCausalLM, "classification": ShadowForSequenceClassification}
+PEFT_TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
+OWN_LOSS_TYPES = ("SHADOW", "ADALORA")
 """Types of PEFT that add terms to the loss in their own forward pass. All others minimize the plain cross-entropy,
 whose head runs at labelled positions alone: in time and memory they are measured as "lora" is."""
+INT4_GROUP = 32
 
 
 def load_base_config(name: str) -> PreTrainedConfig:
-    """Return the config of a base, named as for ``load_base``, without loading its weights.
-
-    Raises:
-        CheckpointError: if there is no such model.
-    """
+    """Return the config of a base, named as for ``load_base``; raises CheckpointError if there is no such model."""
     with reading(f"cannot load the model {name}"):
         return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
 
 
 def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedModel:
-    """Load a pretrained base by directory, Hub id or the name of a model we know, for one of the two tasks.
-
-    Raises:
-        CheckpointError: if there is no such model or it cannot be read.
-    """
+    """Load a pretrained base by directory, Hub id or short name (``shadowtune.models``), or raise CheckpointError."""
     with reading(f"cannot load the model {name}"):
-        base: PreTrainedModel = AUTO[task].from_pretrained(resolve(name), trust_remote_code=False, **kwargs)
+        base: PreTrainedModel = AUTO_CLASSES[task].from_pretrained(resolve(name), trust_remote_code=False, **kwargs)
     base.config.name_or_path = name
     return base
+
+
+def quantization_arguments(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the keywords of ``from_pretrained`` that load a base with quantized linear layers.
+
+    Args:
+        quantization: "int8" and "int4" are torchao's weight-only kinds (on a CPU torchao keeps each 4-bit number in a
+            byte of its own), "nf4" is bitsandbytes'.
+        dtype: of the matrix products.
+
+    Raises:
+        ShadowtuneError: if the library is not installed.
+    """
+    if quantization == "none":
+        return {}
+    try:
+        return {"quantization_config": _nf4(dtype) if quantization == "nf4" else _integers(quantization)}
+    except ImportError as error:
+        raise ShadowtuneError(
+            f"base_quantization {quantization} needs {error.name}: pip install 'shadowtune[quant]'"
+        ) from None
+
+
+def _integers(quantization: Quantization) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from transformers import TorchAoConfig
+
+    if quantization == "int8":
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    int4 = torch.int4  # type: ignore[attr-defined]  # torch has it, its type stubs do not
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(INT4_GROUP)))
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    import bitsandbytes  # noqa: F401 - transformers asks for it much later, with another error
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def make_trainable(
@@ -83,38 +117,86 @@ def make_trainable(
     dtype: torch.dtype = torch.float32,
     peft: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Return the model to train: ``base`` with a new adapter of the given method, or itself for "full".
+    """Return the model to train: ``base``, changed in place, with a new adapter; or itself for "full".
 
     Args:
-        base: a pretrained model for the task, which is changed in place.
-        method: one of the methods.
-        task: one of the tasks.
         shadow: settings of "shadow".
         lora: settings of "lora" and "dora".
         dtype: of the trained parameters.
         peft: settings of "peft": ``peft_type``, and the fields of PEFT's config of that type.
 
     Raises:
-        ConfigError: if PEFT has no such type or setting.
+        ConfigError: if PEFT has no such type or setting, or the type is not supported here.
         ShadowtuneError: if the method needs Hugging Face PEFT and it is not installed.
     """
     if method == "shadow":
-        return PAIRS[task].from_base(base, shadow, dtype=dtype)
+        return SHADOW_CLASSES[task].from_base(base, shadow, dtype=dtype)
     if method == "ensemble":
         raise ConfigError(
             "an ensemble is two trained models (shadowtune.training.interpolation), not an adapter of one base"
         )
     if method == "full":
         return cast(nn.Module, base).to(dtype).requires_grad_(True)
-    settings = (peft or {}) if method == "peft" else lora_settings(lora or LoraConfig(), dora=method == "dora")
-    return add_adapters(base, settings, task, dtype)
+    settings = (peft or {}) if method == "peft" else _lora_settings(lora or LoraConfig(), dora=method == "dora")
+    return _add_adapters(base, settings, task, dtype)
+
+
+def _lora_settings(lora: LoraConfig, dora: bool) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": lora.target_modules,
+        "use_dora": dora,
+    }
+
+
+def _add_adapters(base: PreTrainedModel, settings: Mapping[str, Any], task: str, dtype: torch.dtype) -> nn.Module:
+    model = import_peft().get_peft_model(base, _peft_config(settings, task))
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # PEFT chooses float32 or the base's dtype
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def import_peft() -> Any:
+    """Return the package ``peft``; raises ShadowtuneError if it is not installed."""
+    try:
+        import peft
+    except ImportError:
+        raise ShadowtuneError(
+            "methods lora, dora and peft need Hugging Face PEFT: pip install 'shadowtune[peft]'"
+        ) from None
+    return peft
+
+
+def _peft_config(settings: Mapping[str, Any], task: str) -> Any:
+    kinds = {kind.value: config for kind, config in import_peft().PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    name, values = settings.get("peft_type"), {key: value for key, value in settings.items() if key != "peft_type"}
+    if name not in kinds:
+        raise ConfigError(f"peft.peft_type {name!r} is unknown to PEFT{nearest(name, kinds)}")
+    known = [field.name for field in dataclasses.fields(kinds[name])]
+    errors = [f"peft.{key}{nearest(key, known)}" for key in values if key not in known]
+    if errors:
+        raise ConfigError(f"PEFT's {name} has no setting {', '.join(errors)}")
+    try:
+        config = kinds[name](**{"task_type": PEFT_TASK_TYPES[task], **values})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"peft: {name} refuses its settings: {' '.join(str(error).split())}") from None
+    if config.is_prompt_learning:
+        raise ConfigError(f"peft.peft_type {name} puts tokens before the prompt; training here has no labels for them")
+    return config
 
 
 def objective_of(method: Method, task: Task, peft_type: str | None = None) -> Objective:
-    """Return what training with a method minimizes; ``peft_type`` says which method of PEFT "peft" is."""
-    if method == "peft" and peft_type in OWN_TERMS:
-        return (own_causal_objective, own_class_objective)[task == "classification"]
-    return OBJECTIVES.get(method, (causal_objective, class_objective))[task == "classification"]
+    """Return the loss that training with a method minimizes; ``peft_type`` is that of the method "peft"."""
+    objectives = (causal_objective, class_objective)
+    if method == "shadow":
+        objectives = (joint_causal_objective, joint_class_objective)
+    elif method == "peft" and peft_type in OWN_LOSS_TYPES:
+        objectives = (own_causal_objective, own_class_objective)
+    return objectives[task == "classification"]
 
 
 def load_trained(
@@ -130,7 +212,7 @@ def load_trained(
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory} does not exist: the run has not finished training")
     if method == "shadow" or (method == "peft" and _is_peft_shadow(directory)):
-        return PAIRS[task].from_pretrained(
+        return SHADOW_CLASSES[task].from_pretrained(
             directory, base=resolve(base_name), check_base_weights=check_base_weights, **kwargs
         )
     if method == "full":
@@ -138,45 +220,39 @@ def load_trained(
     if method == "ensemble":
         return _load_ensemble(Path(directory), base_name, kwargs)
     if task == "classification":  # the base may have no head, or one for other classes
-        kwargs |= {"config": _saved_config(directory), "ignore_mismatched_sizes": True}
+        with reading(f"cannot read config.json of {directory}"):
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        kwargs |= {"config": config, "ignore_mismatched_sizes": True}
     base = load_base(base_name, task, **kwargs)
     with reading(f"cannot load the adapters in {directory}"):
-        return open_adapters(base, directory).eval()
+        return cast(nn.Module, import_peft().PeftModel.from_pretrained(base, directory)).eval()
 
 
 def _load_ensemble(directory: Path, base_name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """Load LoRA and the small model beside it, with the weight of the latter's logits."""
     lora = load_trained(directory, "lora", "causal_lm", base_name, **kwargs)
     small = load_base(str(directory / SMALL), "causal_lm", dtype=kwargs.get("dtype", torch.float32))
     return LogitEnsemble(lora, small, read_weight(directory)).eval()
 
 
 def _is_peft_shadow(directory: str) -> bool:
-    """Whether PEFT's Shadow tuner left the adapter: it is a shadow, so it is opened as one, to be detached."""
+    """Return whether PEFT's Shadow tuner wrote the adapter; it is loaded as a shadow, which can be detached."""
     with reading(f"cannot read adapter_config.json of {directory}"):
         return bool(json.loads((Path(directory) / "adapter_config.json").read_text())["peft_type"] == "SHADOW")
 
 
-def _saved_config(directory: str) -> PreTrainedConfig:
-    with reading(f"cannot read config.json of {directory}"):
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-
-
 def context_length(model: nn.Module) -> int | None:
-    """Return how many positions a model has; None if its config knows no limit."""
+    """Return how many positions a model has; None if its config names no limit."""
     config: Any = model.config
-    text = config.get_text_config(decoder=True)
-    name = "max_position_embeddings"
-    return vars(text).get(text.attribute_map.get(name, name))
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """Count the parameters that training changes."""
+    """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
-    """Rows (part, parameters, of these trainable); the rows add up to the model's ``parameters()``."""
+    """Return (part, parameters, of these trainable) for each part; together they are the model's ``parameters()``."""
     parts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         part = _part_of(name, parameter.requires_grad)

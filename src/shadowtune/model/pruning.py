@@ -1,13 +1,14 @@
-"""Narrower copies of decoder blocks: which channels, heads and MLP units a copy keeps.
+"""Structured pruning of copied decoder blocks: selection of the channels, heads and MLP units that a copy keeps.
 
-A channel is as important as the largest magnitude among the weights that read or write it; a head is worth the sum of
-its channels, a group of heads that of its keys and queries. The most important are kept, the earlier of two equal ones,
-in their old order. Channels of the residual stream are chosen once, by their sum over all copied blocks; groups of
-heads and MLP units for each block. Heads keep their width, or rotary positions would lose meaning.
+The importance of a channel is the largest magnitude among the weights that read or write it; that of a head is the sum
+over its channels, that of a group of heads the sum over its keys and queries. The most important are kept in their
+order; ties go to the lower index. Channels of the residual stream are chosen once, by their sum over all copied blocks;
+groups of heads and MLP units per block. Heads keep their width, since rotary positions depend on it.
 
-The largest weight and not the sum of squares: a base lives on few large activations. With 1400 of 1536 units in every
-block of SmolLM2-135M, its loss of 2.5 on a paragraph of text becomes 3.0 with the largest weights and with random ones,
-and 8.2 with the largest sums of squares; with 1024 units it is 4.2 with the largest weights and 9.0 with random ones.
+Why the largest weight and not the sum of squares: a base depends on few large activations. With 1400 of 1536 units in
+every block of SmolLM2-135M, its loss of 2.5 on a paragraph of text becomes 3.0 for the largest weights and for random
+units, and 8.2 for the largest sums of squares; with 1024 units it is 4.2 for the largest weights and 9.0 for random
+ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "fc1": ("unit", "residual"),
     "fc2": ("residual", "unit"),
 }
-"""What the rows and columns of a block's matrices stand for, by the matrix's name."""
+"""Meaning of the rows and columns of a block's matrices, by the matrix's name."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Widths:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Widths":
-        """Read them from the config of a base or a mirror."""
+        """Return the sizes in the config of a base or a mirror."""
         sizes = sizes_of(config)
         residual, heads = sizes["hidden_size"], sizes["num_attention_heads"]
         assert residual is not None and heads is not None
@@ -62,11 +63,11 @@ class Widths:
             heads,
             sizes["num_key_value_heads"] or heads,
             sizes["head_dim"] or residual // heads,
-            4 * residual if unit is None else unit,  # gpt2's habit
+            4 * residual if unit is None else unit,  # gpt2's default
         )
 
     def along(self, axis: str) -> int:
-        """Channels along an axis of a matrix."""
+        """Return the number of channels along an axis of a matrix."""
         sizes = {"residual": self.residual, "unit": self.unit, "head": self.head_dim}
         return {**sizes, "query": self.heads * self.head_dim, "key": self.key_heads * self.head_dim}[axis]
 
@@ -130,7 +131,7 @@ def _check_sizes(old: Widths, new: Widths) -> None:
 
 
 def _axes_of(block: Block, widths: Widths, model_type: str) -> dict[str, tuple[str, ...]]:
-    """What each axis of each tensor of a block stands for."""
+    """Return the meaning of each axis of each tensor of a block; raises ConfigError for a tensor that is unknown."""
     axes = {}
     for name, tensor in block.items():
         module = name.split(".")[-2] if "." in name else ""
@@ -149,7 +150,7 @@ def _axes_of(block: Block, widths: Widths, model_type: str) -> dict[str, tuple[s
 
 
 def _importance(block: Block, axes: Mapping[str, tuple[str, ...]], axis: str, widths: Widths) -> Tensor:
-    """The largest magnitude in a block's matrices, (n,) float64, at each place along an axis."""
+    """Return the largest magnitude in a block's matrices, (n,) float64, at each index along an axis."""
     largest = torch.zeros(widths.along(axis), dtype=torch.float64)
     for name, tensor in block.items():
         if tensor.ndim == 2 and axis in axes[name]:
@@ -158,7 +159,7 @@ def _importance(block: Block, axes: Mapping[str, tuple[str, ...]], axis: str, wi
 
 
 def _kept_heads(block: Block, axes: Mapping[str, tuple[str, ...]], old: Widths, new: Widths) -> tuple[Tensor, Tensor]:
-    """Kept channels of the queries and of the keys."""
+    """Return the kept channels of the queries and of the keys."""
     queries = _importance(block, axes, "query", old).view(old.key_heads, -1, old.head_dim).sum(-1)
     keys = _importance(block, axes, "key", old).view(old.key_heads, old.head_dim).sum(-1)
     groups = _strongest(keys + queries.sum(-1), new.key_heads)
@@ -171,7 +172,7 @@ def _kept_heads(block: Block, axes: Mapping[str, tuple[str, ...]], old: Widths, 
 
 
 def _strongest(importance: Tensor, count: int) -> Tensor:
-    """Indices (count,) of the largest entries, ascending; of equal ones the first."""
+    """Return the indices (count,) of the largest entries, ascending; of equal ones the first."""
     return importance.sort(descending=True, stable=True).indices[:count].sort().values
 
 

@@ -8,7 +8,7 @@ from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.formats.conversion import convert
 from shadowtune.model.formats.projected import read_projected
-from tests.model.formats.peers import CLOSE, batch
+from tests.model.formats.third_party import CLOSE, batch
 from tests.support.bases import fill, tiny_base
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel
 from shadowtune import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.formats.conversion import convert
-from tests.model.formats.peers import assert_same, base_for, load_shadow_peft, ours, shadow_peft_adapter, small
+from tests.model.formats.third_party import assert_same, base_for, load_shadow_peft, ours, shadow_peft_adapter, small
 from tests.support.bases import tiny_base, tiny_classifier
 from tests.support.shadows import perturb, perturbed_model
 

@@ -15,7 +15,7 @@ from shadowtune.compatibility import CACHE, cache_of
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation import decoding
-from shadowtune.model.speculation.acceptance import Proposal
+from shadowtune.model.speculation.verification import Proposal
 from tests.support.shadows import perturbed_model, tokens
 
 DRAFTERS = ("shadow", "ngram", "combined")

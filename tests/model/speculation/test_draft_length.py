@@ -2,26 +2,26 @@ import itertools
 
 import torch
 
-from shadowtune.model.speculation.counts import Counts
 from shadowtune.model.speculation.draft_length import Costs, DraftLength
+from shadowtune.model.speculation.verification import SpeculationStatistics
 
 CHEAP = Costs(draft=0.05, table=((1, 1.0), (2, 1.02)))
 
 
 def drafted(length, confidence, rows=1, longest=8):
     """How many tokens a length policy drafts if every draft comes with this confidence."""
-    standing, count = torch.ones(rows), 0
+    survival, count = torch.ones(rows), 0
     for _ in range(length.begin(longest)):
         chances = length.chance(torch.full((rows,), confidence))
-        if not length.worth(count, chances, standing):
+        if not length.worth(count, chances, survival):
             break
-        standing = standing * chances
+        survival = survival * chances
         count += 1
     return count
 
 
 def learn(length, confidence, accepted, count):
-    """A round of ``count`` drafts of which so many stood."""
+    """A round of ``count`` drafts of which so many were accepted."""
     length.learn([torch.tensor([confidence])] * count, [accepted], accepted + 1, count)
 
 
@@ -54,10 +54,10 @@ def test_a_boaster_is_believed_less_and_less():
     assert float(length.chance(torch.tensor([0.55]))) == torch.tensor(0.55)  # other levels are counted apart
 
 
-def test_drafts_behind_a_wrong_one_are_not_judged():
+def test_drafts_after_a_rejected_one_are_not_verified():
     length = DraftLength(CHEAP, 8)
     learn(length, 0.5, accepted=1, count=4)
-    assert (sum(length.judged), sum(length.stood)) == (2, 1)
+    assert (sum(length.verified), sum(length.accepted)) == (2, 1)
 
 
 def test_a_drafter_of_no_use_is_asked_ever_more_seldom_and_comes_back():
@@ -68,8 +68,8 @@ def test_a_drafter_of_no_use_is_asked_ever_more_seldom_and_comes_back():
         length.learn([torch.tensor([0.9])] if room else [], [0], 1, int(room > 0))
         assert turn < 4 or not (asked[-1] and asked[-2])
     assert asked[:4] == [True] * 4
-    places = [turn for turn, looked in enumerate(asked) if looked][3:]
-    assert [later - earlier for earlier, later in itertools.pairwise(places)] == [9, 17, 33]
+    attempts = [turn for turn, drafts in enumerate(asked) if drafts][3:]
+    assert [later - earlier for earlier, later in itertools.pairwise(attempts)] == [9, 17, 33]
     while not length.begin(4):
         length.learn([], [0], 1, 0)
     length.learn([torch.tensor([0.9])], [1], 2, 1)
@@ -83,28 +83,28 @@ def test_a_fixed_length_asks_nothing():
         learn(length, 0.0, accepted=0, count=3)
 
 
-def test_rows_of_a_batch_share_a_length():
-    length = DraftLength(Costs(draft=0.0, table=((1, 1.0), (2, 1.5)), rows=1), 1)
+def test_sequences_of_a_batch_share_a_length():
+    length = DraftLength(Costs(draft=0.0, table=((1, 1.0), (2, 1.5)), batch=1), 1)
     assert length.worth(0, torch.tensor([0.9, 0.9]), torch.ones(2))
     assert not length.worth(0, torch.tensor([0.9, 0.0]), torch.ones(2))
 
 
 def test_costs_between_and_beyond_what_was_measured():
-    costs = Costs.of("cpu", 0.05, rows=1)
-    assert costs.passing(1) == 1.0
-    assert all(costs.passing(n) < costs.passing(n + 1) for n in range(1, 200))
-    batch = Costs.of("cpu", 0.05, rows=8)
-    assert batch.passing(1) == 1.0
-    assert batch.passing(4) > costs.passing(4)  # a processor that is busy with eight rows has no time to spare
-    assert Costs.of("cuda", 0.05, rows=8).passing(4) < 1.1
+    costs = Costs.of("cpu", 0.05, batch=1)
+    assert costs.pass_time(1) == 1.0
+    assert all(costs.pass_time(n) < costs.pass_time(n + 1) for n in range(1, 200))
+    batch = Costs.of("cpu", 0.05, batch=8)
+    assert batch.pass_time(1) == 1.0
+    assert batch.pass_time(4) > costs.pass_time(4)  # a processor that is busy with eight sequences has no time to spare
+    assert Costs.of("cuda", 0.05, batch=8).pass_time(4) < 1.1
 
 
-def test_counts_are_by_place():
-    counts = Counts()
-    counts.add(3, accepted=[3, 1], said=[4, 2])
-    counts.add(1, accepted=[0], said=[1])
-    assert (counts.passes, counts.said) == (3, 7)
-    assert (counts.judged, counts.stood) == ([3, 2, 1], [2, 1, 1])
-    assert counts.acceptance == [2 / 3, 1 / 2, 1.0]
+def test_statistics_are_by_index_in_the_draft():
+    counts = SpeculationStatistics()
+    counts.add(3, accepted=[3, 1], emitted=[4, 2])
+    counts.add(1, accepted=[0], emitted=[1])
+    assert (counts.passes, counts.emitted) == (3, 7)
+    assert (counts.verified, counts.accepted) == ([3, 2, 1], [2, 1, 1])
+    assert counts.acceptance_rates == [2 / 3, 1 / 2, 1.0]
     assert counts.tokens_per_pass == 7 / 3
-    assert Counts().tokens_per_pass == 0.0
+    assert SpeculationStatistics().tokens_per_pass == 0.0

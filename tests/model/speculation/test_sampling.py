@@ -6,9 +6,9 @@ from transformers import LogitsProcessorList
 from transformers.generation.logits_process import TopKLogitsWarper
 
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.core.kernels.linear_cross_entropy import Head
-from shadowtune.model.speculation.acceptance import Proposal, verdict
+from shadowtune.core.head import Head
 from shadowtune.model.speculation.drafters import CombinedDrafter, ShadowDrafter
+from shadowtune.model.speculation.verification import Proposal, verify_sequence
 from tests.support.shadows import perturbed_model, tokens
 
 DRAWS = 20_000
@@ -27,7 +27,7 @@ def chi_square(counts, probabilities):
 
 @pytest.mark.parametrize("case", ["drawn", "drawn from some", "not drawn", "not drawn and impossible"])
 def test_the_first_token_falls_as_the_model_says(case):
-    """20,000 verdicts on drafts from another distribution."""
+    """20,000 verifications of drafts from another distribution."""
     torch.manual_seed(3)
     logits = torch.randn(2, 12)
     logits[0, 5] = -torch.inf
@@ -45,12 +45,12 @@ def test_the_first_token_falls_as_the_model_says(case):
             proposal = Proposal(torch.tensor([5]), torch.ones(1))
         else:
             proposal = Proposal(token[None], torch.ones(1), q, vocabulary)
-        said = verdict(text, 1, logits, 0, [proposal], lambda prefix, scores: scores, sample=True)
-        counts[said.tokens[0]] += 1
-        accepted += said.accepted
+        result = verify_sequence(text, 1, logits, 0, [proposal], lambda prefix, scores: scores, sample=True)
+        counts[result.tokens[0]] += 1
+        accepted += result.accepted
     statistic, limit = chi_square(counts, p)
     assert statistic < limit
-    if case == "drawn":  # the share that stands is the overlap of p and q
+    if case == "drawn":  # the accepted share is the overlap of p and q
         assert abs(accepted / len(columns) - float(torch.minimum(p, q[0].double()).sum())) < 0.02
     assert (accepted == 0) == (case == "not drawn and impossible")
 

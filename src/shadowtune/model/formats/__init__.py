@@ -1,1 +1,1 @@
-"""Directories of other libraries: shadow-peft, the Shadow tuner of PEFT, and projected causal language models."""
+"""Third-party formats: shadow-peft, the Shadow tuner of PEFT, and projected causal language models."""

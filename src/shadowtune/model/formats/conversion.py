@@ -1,4 +1,4 @@
-"""From the directory of one library to that of another."""
+"""Conversion of shadows between our format, third-party formats, and plain models."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +9,12 @@ from transformers.utils import CONFIG_NAME
 
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM
-from shadowtune.model.checkpoint import writing_into
 from shadowtune.model.classifier import ShadowForSequenceClassification
-from shadowtune.model.formats.opening import open_peer
+from shadowtune.model.files import writing_into
 from shadowtune.model.formats.peft_shadow import write_peft
-from shadowtune.model.formats.projected import is_projected, plain_of, read_projected, write_plain
+from shadowtune.model.formats.projected import is_projected, plain_of, read_projected
 from shadowtune.model.formats.shadow_peft import write_shadow_peft
-from shadowtune.model.loading import read_config
+from shadowtune.model.loading import open_third_party, read_config
 
 Format = Literal["shadowtune", "shadow-peft", "peft", "plain"]
 WRITERS = {"shadow-peft": write_shadow_peft, "peft": write_peft}
@@ -23,12 +22,12 @@ WRITERS = {"shadow-peft": write_shadow_peft, "peft": write_peft}
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written."""
+    """Result of a conversion."""
 
     files: tuple[str, ...]
-    """Names of the files, sorted."""
+    """Names of the files that were written, sorted."""
     notes: tuple[str, ...]
-    """What the target does not keep though its outputs are the same, and what loading it needs."""
+    """Settings that the target does not keep (its outputs are the same), and what loading it needs."""
 
 
 def convert(
@@ -39,7 +38,7 @@ def convert(
     backbone: str | PreTrainedConfig | None = None,
     task: Literal["causal_lm", "classification"] | None = None,
 ) -> Conversion:
-    """Read a directory of ours, of shadow-peft or of PEFT, or a projected model, and write it in a format.
+    """Read a shadow of ours, of shadow-peft or of PEFT, or a projected model, and write it in another format.
 
     Args:
         source: directory or Hub id.
@@ -47,7 +46,7 @@ def convert(
         format: "shadowtune", "shadow-peft", "peft", or "plain", the detached shadow as an ordinary model.
         base: the base, where the source does not name it.
         backbone: config of an explicit backbone, where the source does not store it.
-        task: by default what the source says.
+        task: by default the source's.
 
     Raises:
         ConfigError: if the format cannot hold the source; the message names each field and its value.
@@ -63,26 +62,26 @@ def convert(
                 f"{source} is a detached model with a projection and has no boundaries to write as {format}; "
                 "use --format plain"
             )
-        return _write(target, lambda staging: write_plain(plain_of(read_projected(source), source), staging))
+        return _write(target, plain_of(read_projected(source), source).save_pretrained)
     model = _load(source, base, backbone, task)
     if format == "plain":
-        return _write(target, lambda staging: write_plain(model.detached(), staging))
+        return _write(target, model.detached().save_pretrained)
     if format == "shadowtune":
         return _write(target, model.save_pretrained)
     return _write(target, lambda staging: WRITERS[format](model, staging))
 
 
 def is_run(directory: Path) -> bool:
-    """Tell whether a directory is one of ``shadowtune train``, which keeps the shadow in ``model``."""
+    """Return whether a directory is a run of ``shadowtune train``, which has the shadow in ``model``."""
     return (directory / "config.yaml").is_file() and (directory / "model" / CONFIG_NAME).is_file()
 
 
 def _load(source: str, base: Any, backbone: Any, task: str | None) -> Any:
-    peer = open_peer(source)
+    adapter = open_third_party(source)
     if task is None:
         classifies = (
-            peer.classifies
-            if peer is not None
+            adapter.classifies
+            if adapter is not None
             else "ShadowForSequenceClassification" in (read_config(source).architectures or ())
         )
         task = "classification" if classifies else "causal_lm"

@@ -1,11 +1,10 @@
-r"""Projected causal language models: head(Proj(z)), a small network behind the head of a larger base.
+"""Reader of projected causal language models: head(Proj(z)), a small network with the head of a larger base.
 
-shadow-peft exports a detached shadow so (``model_type: causal_lm_with_hidden_projection``), and both peers start a
-shadow from one.
+shadow-peft exports a detached shadow in this form (``model_type: causal_lm_with_hidden_projection``); shadow-peft and
+PEFT both start a shadow from one.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from shadowtune.attach.architectures import architecture_of
 from shadowtune.errors import CheckpointError
 from shadowtune.model.backbone import FrozenEmbedding
-from shadowtune.model.checkpoint import INDEX, WEIGHTS, find_file
-from shadowtune.model.formats.adapter import PROJECTED, load_backbone_config, place_of, read_file, read_json
+from shadowtune.model.checkpoint import find_file, read_tensors
+from shadowtune.model.formats.third_party import PROJECTED, backbone_keys, load_backbone_config, read_json
 
 NEUTRAL = {"final_logit_softcapping": None, "logits_scaling": 1.0}
-"""Values with which an architecture leaves its logits alone, as a projected model does."""
+"""Values with which an architecture does not transform its logits, like a projected model."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,13 @@ class Projected:
     projection: Tensor
     """(d, d_s)."""
     head: Tensor | None
-    """(V, d); None where the file leaves it to the base, as those that PEFT writes do."""
+    """(V, d); None where the base's is meant, as in files of PEFT."""
     generation: GenerationConfig | None
-    """How it generates by default, if it says."""
+    """Its generation config, if it has one."""
 
 
 def is_projected(path_or_id: str, **hub: Any) -> bool:
-    """Tell whether a directory or Hub repository holds a projected causal language model."""
+    """Return whether a directory or Hub repository holds a projected causal language model."""
     file = find_file(path_or_id, CONFIG_NAME, **hub)
     return file is not None and read_json(file).get("model_type") in PROJECTED
 
@@ -55,12 +54,12 @@ def read_projected(path_or_id: str, **hub: Any) -> Projected:
         ConfigError: if the config of its network cannot be read.
     """
     config = load_backbone_config(path_or_id)
-    tensors = _read_all(path_or_id, **hub)
-    place = place_of(config, nested=True)
-    prefix = f"shadow_model.{place.nested}"
+    tensors = read_tensors(path_or_id, checked=False, **hub)
+    keys = backbone_keys(config, nested=True)
+    prefix = f"shadow_model.{keys.prefix}"
     named = {
         "projection": "shadow_hidden_projection.weight",
-        "embedding": f"shadow_model.{place.embedding_key}",
+        "embedding": f"shadow_model.{keys.embedding_key}",
     }
     missing = [key for key in named.values() if key not in tensors]
     if missing:
@@ -81,27 +80,9 @@ def read_projected(path_or_id: str, **hub: Any) -> Projected:
     )
 
 
-def _read_all(path_or_id: str, **hub: Any) -> dict[str, Tensor]:
-    """Read the tensors of a model of transformers, in shards or not."""
-    index, names = find_file(path_or_id, INDEX, **hub), [WEIGHTS]
-    if index is not None:
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        file = find_file(path_or_id, name, **hub)
-        if file is None:
-            raise CheckpointError(f"{path_or_id} has no {name}")
-        tensors |= read_file(file)
-    return tensors
-
-
 @torch.no_grad()
 def plain_of(projected: Projected, source: str) -> PreTrainedModel:
-    """Build the plain model with the same logits: head(Proj(z)) = (W_head W_proj) z.
-
-    Raises:
-        CheckpointError: naming ``source``, if tensors do not fit its config, or it has no head.
-    """
+    """Build the plain model with the same logits, head(Proj(z)) = (W_head W_proj) z, or raise CheckpointError."""
     if projected.head is None:
         raise CheckpointError(
             f"{source} has no lm_head.weight: it was saved without a head, so it is no model by itself; start a shadow "
@@ -121,17 +102,12 @@ def plain_of(projected: Projected, source: str) -> PreTrainedModel:
         found = decoder.load_state_dict(projected.backbone_state, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{source} does not fit its config.json: {str(error).splitlines()[-1].strip()}") from None
-    embedding = place_of(config, nested=False).embedding_key
-    faults = [f"missing {name}" for name in found.missing_keys if name != embedding]
-    faults += [f"unexpected {name}" for name in found.unexpected_keys]
-    if faults:
-        raise CheckpointError(f"{source} does not fit its config.json: {'; '.join(faults[:3])}")
+    embedding = backbone_keys(config, nested=False).embedding_key
+    errors = [f"missing {name}" for name in found.missing_keys if name != embedding]
+    errors += [f"unexpected {name}" for name in found.unexpected_keys]
+    if errors:
+        raise CheckpointError(f"{source} does not fit its config.json: {'; '.join(errors[:3])}")
     plain.get_output_embeddings().weight.copy_(projected.head.float() @ projected.projection.float())
     if projected.generation is not None:
         plain.generation_config = projected.generation
     return plain
-
-
-def write_plain(model: PreTrainedModel, staging: Path) -> None:
-    """Write a plain model into an empty directory."""
-    model.save_pretrained(staging)

@@ -1,10 +1,11 @@
-"""Adapter directories of shadow-peft 0.1: ``shadow_config.json``, ``shadow_adapter.safetensors`` and, where heads were
-trained, ``shadow_modules.safetensors``.
+"""Reader and writer of adapter directories of shadow-peft 0.1.
 
-The directory names neither its base nor, unless the backbone is a mirror of the base, the backbone's architecture. We
-write the latter beside it (``backbone_config.json``); shadow-peft reads past that file.
+Files: ``shadow_config.json``, ``shadow_adapter.safetensors`` and, where heads were trained,
+``shadow_modules.safetensors``. They name neither the base nor, unless the backbone is a mirror of the base, the
+backbone's architecture. We write the latter to ``backbone_config.json``, which shadow-peft ignores.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,38 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.errors import CheckpointError, ConfigError
-from shadowtune.model.checkpoint import find_file
+from shadowtune.model.checkpoint import find_file, read_file
 from shadowtune.model.configuration import ShadowModelConfig
-from shadowtune.model.formats.adapter import (
-    BACKBONE_CONFIG,
+from shadowtune.model.formats.third_party import (
     MIRROR_SIZES,
+    BackboneKeys,
     Built,
-    PeerAdapter,
+    TensorEntry,
+    ThirdPartyAdapter,
+    backbone_entries,
+    backbone_keys,
     check_base_shape,
+    folded_state,
+    from_third_party,
     load_backbone_config,
     lost_settings,
     mirror_differences,
-    peer_mirror,
-    place_of,
-    projection_faults,
-    read_file,
+    projection_conflicts,
     read_json,
-    setting_faults,
+    setting_conflicts,
     shapes_of,
     sizes_for,
+    third_party_mirror,
+    to_third_party,
     write_file,
     write_json,
 )
-from shadowtune.model.formats.mapping import as_ours, as_peer, folded_state, shadow_peft_dead, shadow_peft_entries
 
 CONFIG, ADAPTER, MODULES = "shadow_config.json", "shadow_adapter.safetensors", "shadow_modules.safetensors"
+BACKBONE_CONFIG = "backbone_config.json"
+"""Config of an explicit backbone, written by us."""
 HEADS = {"score": "classifier_head", "shadow_score": "shadow_classifier_head"}
-"""Our heads, and what shadow-peft calls them."""
+"""Names of the classification heads: ours, and those of shadow-peft."""
 SETTINGS: dict[str, Any] = {
     "update": True,
     "depth_sharing": "backbone",
@@ -51,9 +57,9 @@ SETTINGS: dict[str, Any] = {
     "head_mixing": None,
     "variant": "paper",
 }
-"""How shadow-peft computes."""
+"""The settings that shadow-peft implements."""
 TRAINING: dict[str, Any] = {"transform_dropout": True, "dropout_position": "rank"}
-"""How it drops out in training."""
+"""The dropout settings that it implements; they matter in training alone."""
 NAMES = {"injection_hidden_size": "rank", "gate_hidden_size": "update_width", "alpha": "alpha", "dropout": "dropout"}
 DEFAULTS: dict[str, Any] = {
     "injection_hidden_size": 16,
@@ -70,9 +76,46 @@ SIZES = {
     "head_dim": "shadow_head_dim",
 }
 """Sizes of a mirror in a config of transformers, and in ``shadow_config.json``."""
+UPDATE = {
+    "transform_downs": "update_transforms.{}.0.weight",
+    "transform_ups": "update_transforms.{}.3.weight",
+    "gate_downs": "update_gates.{}.0.weight",
+    "gate_ups": "update_gates.{}.2.weight",
+}
+"""Our stacks of the update, and the keys of shadow-peft per index."""
+NORM = {
+    "norm_weight": "shadow_update_model.hidden_norm.weight",
+    "norm_bias": "shadow_update_model.hidden_norm.bias",
+}
+"""Our norm before the update, and the keys of shadow-peft."""
 
 
-def open_shadow_peft(path_or_id: str, **hub: Any) -> PeerAdapter:
+def shadow_peft_entries(
+    boundaries: int,
+    ours: Iterable[str],
+    keys: BackboneKeys = BackboneKeys(),  # noqa: B008
+) -> list[TensorEntry]:
+    """Return the entries for a ``ShadowPeftModel`` of shadow-peft 0.1.1; ``ours`` are the keys of our shadow."""
+    injection, update = "shadow_injection_model", "shadow_update_model"
+    entries = [
+        TensorEntry(f"{injection}.injection_downs", "boundaries.injection_downs"),
+        TensorEntry(f"{injection}.injection_ups", "boundaries.injection_ups"),
+    ]
+    if boundaries > 1:
+        entries += [TensorEntry(theirs, f"boundaries.{name}") for name, theirs in NORM.items()]
+    for index in range(boundaries - 1):
+        for name, theirs in UPDATE.items():
+            entries.append(TensorEntry(f"{update}.{theirs.format(index)}", f"boundaries.{name}", index, True))
+    return entries + backbone_entries(ours, "shadow_model.", "shadow_hidden_projection.", keys)
+
+
+def shadow_peft_unused(boundaries: int) -> set[str]:
+    """Return the keys of the update after the last block, which gets no gradient; with one boundary, the norm's too."""
+    unused = {f"shadow_update_model.{theirs.format(boundaries - 1)}" for theirs in UPDATE.values()}
+    return unused if boundaries > 1 else unused | set(NORM.values())
+
+
+def open_shadow_peft(path_or_id: str, **hub: Any) -> ThirdPartyAdapter:
     """Read the files of a shadow-peft adapter.
 
     Raises:
@@ -82,9 +125,9 @@ def open_shadow_peft(path_or_id: str, **hub: Any) -> PeerAdapter:
     file = find_file(path_or_id, ADAPTER, **hub)
     if file is None:
         raise CheckpointError(f"{path_or_id} has no {ADAPTER}; a shadow_adapter.pt is not read, for it can run code")
-    tensors = read_file(file)
+    tensors = read_file(file, checked=False)
     modules_file = find_file(path_or_id, MODULES, **hub)
-    modules = {} if modules_file is None else read_file(modules_file)
+    modules = {} if modules_file is None else read_file(modules_file, checked=False)
     listed = config.get("modules_to_save") or []
     if listed:
         modules = {name: tensor for name, tensor in modules.items() if name.split(".")[0] in listed}
@@ -103,7 +146,7 @@ def open_shadow_peft(path_or_id: str, **hub: Any) -> PeerAdapter:
         return _build(path_or_id, config, tensors, modules, base, backbone)
 
     classifies = bool(modules) or any(name in HEADS.values() for name in listed)
-    return PeerAdapter(
+    return ThirdPartyAdapter(
         path_or_id,
         classifies,
         build,
@@ -135,13 +178,13 @@ def _build(
     check_base_shape(source, (width, count + 1), text)
     values = {**DEFAULTS, **config}
     sizes = {name: values.get(theirs) for name, theirs in SIZES.items()}
-    backbone = peer_mirror(text, sizes) if given is None else load_backbone_config(given)
-    place = place_of(backbone, nested=True)
-    embedding = f"shadow_model.{place.embedding_key}"
+    backbone = third_party_mirror(text, sizes) if given is None else load_backbone_config(given)
+    keys = backbone_keys(backbone, nested=True)
+    embedding = f"shadow_model.{keys.embedding_key}"
     own = given is not None and embedding in tensors
     if given is None and (
         "shadow_hidden_projection.weight" in tensors
-        or (embedding in tensors and place.embedding_key == "embed_tokens.weight")
+        or (embedding in tensors and keys.embedding_key == "embed_tokens.weight")
     ):
         raise ConfigError(
             f"{source} has an explicit backbone, whose architecture shadow-peft does not store; pass backbone=, the "
@@ -158,9 +201,9 @@ def _build(
             f"{width}"
         )
     shapes = shapes_of(settings, base, backbone)
-    entries = shadow_peft_entries(count, shapes, place)
-    ignored = shadow_peft_dead(count) | ({embedding} if not own else set())
-    ours = as_ours(entries, tensors, shapes, ignored, source)
+    entries = shadow_peft_entries(count, shapes, keys)
+    ignored = shadow_peft_unused(count) | ({embedding} if not own else set())
+    ours = from_third_party(entries, tensors, shapes, ignored, source)
     result = {f"shadow.{name}": tensor for name, tensor in ours.items()}
     for name, theirs in HEADS.items():
         for key, tensor in modules.items():
@@ -170,14 +213,14 @@ def _build(
 
 
 def write_shadow_peft(model: Any, staging: Path) -> list[str]:
-    """Write a shadow as an adapter of shadow-peft; the update after its last block, which we do not have, is zero.
+    """Write a shadow as an adapter of shadow-peft.
 
     Args:
         model: a ``ShadowForCausalLM`` or ``ShadowForSequenceClassification``.
         staging: an empty directory.
 
     Returns:
-        Notes: settings that the files do not keep though the outputs are the same, and what loading needs.
+        Notes: settings that the files do not keep (the outputs are the same), and what loading needs.
 
     Raises:
         ConfigError: naming every setting that shadow-peft computes otherwise.
@@ -185,27 +228,17 @@ def write_shadow_peft(model: Any, staging: Path) -> list[str]:
     shadow, config = model.shadow, model.config.shadow_config
     base, backbone = model.config.base_config, shadow.backbone.config
     text = base.get_text_config(decoder=True)
-    faults = setting_faults(config, SETTINGS)
+    conflicts = setting_conflicts(config, SETTINGS)
     if config.update_width < 2:
-        faults.append("update_width=1 (it needs 2 at least)")
-    faults += projection_faults(shadow)
-    if faults:
-        raise ConfigError(f"shadow-peft cannot hold this shadow: {'; '.join(faults)}")
+        conflicts.append("update_width=1 (it needs 2 at least)")
+    conflicts += projection_conflicts(shadow)
+    if conflicts:
+        raise ConfigError(f"shadow-peft cannot hold this shadow: {'; '.join(conflicts)}")
     sizes = sizes_for(backbone, text, SIZES)
-    mirror = peer_mirror(text, {name: sizes[theirs] for name, theirs in SIZES.items()})
+    mirror = third_party_mirror(text, {name: sizes[theirs] for name, theirs in SIZES.items()})
     explicit = shadow.embedding is not None or bool(mirror_differences(backbone, mirror))
-    place, count = place_of(backbone, nested=True), shadow.boundaries.count
-    state = folded_state(shadow)
-    tensors = as_peer(shadow_peft_entries(count, state, place), state)
-    d, k, dtype = text.hidden_size, config.update_width, shadow.boundaries.injection_downs.dtype
-    for name in shadow_peft_dead(count):
-        shape = (d,) if ".hidden_norm." in name else (k, d) if name.endswith(".0.weight") else (d, k)
-        tensors[name] = torch.zeros(shape, dtype=dtype)
     copied = shadow.embedding is None and explicit  # an explicit backbone cannot share the base's embedding there
-    if copied:
-        tensors[f"shadow_model.{place.embedding_key}"] = model.base.get_input_embeddings().weight.to(dtype)
-    elif shadow.embedding is None and place.embedding_key != "embed_tokens.weight":  # one that is there and not read
-        tensors[f"shadow_model.{place.embedding_key}"] = torch.zeros(backbone.vocab_size, backbone.hidden_size)
+    write_file(staging / ADAPTER, _tensors(model, copied))
     heads = {ours: module for ours, module in model.trained_modules().items() if ours in HEADS}
     write_json(
         staging / CONFIG,
@@ -216,7 +249,6 @@ def write_shadow_peft(model: Any, staging: Path) -> list[str]:
             "modules_to_save": [HEADS[name] for name in heads],
         },
     )
-    write_file(staging / ADAPTER, tensors)
     if heads:
         modules = {f"{HEADS[n]}.{key}": t for n, module in heads.items() for key, t in module.state_dict().items()}
         write_file(staging / MODULES, modules)
@@ -229,3 +261,21 @@ def write_shadow_peft(model: Any, staging: Path) -> list[str]:
             + ("; the base's embedding is copied into it" if copied else "")
         )
     return notes
+
+
+def _tensors(model: Any, copied: bool) -> dict[str, Tensor]:
+    """Return the tensors of ``shadow_adapter.safetensors``; ``copied`` adds the base's embedding."""
+    shadow, config, backbone = model.shadow, model.config.shadow_config, model.shadow.backbone.config
+    keys, count, state = backbone_keys(backbone, nested=True), shadow.boundaries.count, folded_state(shadow)
+    tensors = to_third_party(shadow_peft_entries(count, state, keys), state)
+    downs = state["boundaries.injection_downs"]
+    d, k, dtype = downs.shape[1], config.update_width, downs.dtype
+    for name in shadow_peft_unused(count):
+        shape = (d,) if ".hidden_norm." in name else (k, d) if name.endswith(".0.weight") else (d, k)
+        tensors[name] = torch.zeros(shape, dtype=dtype)
+    embedding = f"shadow_model.{keys.embedding_key}"
+    if copied:
+        tensors[embedding] = model.base.get_input_embeddings().weight.to(dtype)
+    elif shadow.embedding is None and keys.embedding_key != "embed_tokens.weight":  # present there, but not read
+        tensors[embedding] = torch.zeros(backbone.vocab_size, backbone.hidden_size)
+    return tensors

@@ -1,1 +1,1 @@
-"""Faster than token by token: the shadow drafts, the attached model verifies."""
+"""Speculative decoding: the shadow drafts tokens, one pass of the attached model verifies them."""

@@ -1,9 +1,9 @@
-"""The decoding loop: the shadow runs ahead, one pass of the base beside its states verifies.
+"""The speculative decoding loop of ``generate``: the shadow drafts, and one pass of the base with its states verifies.
 
-``generate`` of transformers prepares prompts, masks, cache, processors and criteria, and calls ``Speculator`` where it
-would call its own loop. The shadow's backbone sees each token once: its states s0 are handed to the verifying pass, and
-what was not accepted is cropped from the one cache of both networks. Rows that accept different lengths keep their
-places in the cache: slots that a row did not accept are masked for it, and its positions go on.
+``generate`` of transformers prepares prompts, masks, cache, processors and criteria, and calls ``Speculator`` in place
+of its own loop. The shadow's backbone reads each token once: its states s0 are passed to the verifying pass, and
+rejected tokens are cropped from the one cache of both networks. Sequences that accept different numbers of tokens share
+the cache: slots of tokens that a sequence did not accept are masked for it, and its positions continue without a gap.
 """
 
 import warnings
@@ -13,32 +13,82 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.generation import logits_process
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
 
 from shadowtune.compatibility import CACHE, set_cache
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.errors import ConfigError
-from shadowtune.model.speculation.acceptance import Process, Proposal, Verdict, greedy_verdicts, verdict
-from shadowtune.model.speculation.counts import Counts
-from shadowtune.model.speculation.draft import Draft, make_draft
 from shadowtune.model.speculation.draft_length import Costs, DraftLength
-from shadowtune.model.speculation.drafters import Drafter, make_drafter
-from shadowtune.model.speculation.obstacles import BY_ROW, obstacle
-from shadowtune.model.speculation.rows import Rows
+from shadowtune.model.speculation.drafters import WARPERS, AdaptiveDrafter, DraftBatch, make_drafter
+from shadowtune.model.speculation.verification import (
+    Process,
+    Proposal,
+    SpeculationStatistics,
+    VerificationResult,
+    verify_greedy,
+    verify_sequence,
+)
+
+STATELESS = (
+    *WARPERS,
+    logits_process.PrefixConstrainedLogitsProcessor,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.ForcedBOSTokenLogitsProcessor,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.LogitNormalization,
+)
+"""Processors whose scores depend on one sequence's tokens and logits alone; only these can be called with drafts."""
+BY_SEQUENCE = (logits_process.RepetitionPenaltyLogitsProcessor, logits_process.PrefixConstrainedLogitsProcessor)
+"""Of those, processors that depend on a sequence's index in the batch."""
+RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+def unsupported_feature(
+    mode: Any, config: Any, processors: LogitsProcessorList, model_kwargs: dict[str, Any], synced: bool
+) -> str | None:
+    """Return why a call of ``generate`` cannot speculate; None if it can."""
+    if mode not in ("greedy_search", "sample"):
+        return f"{mode.value.replace('_', ' ')} is not token by token"
+    cache = model_kwargs.get(CACHE)
+    if not model_kwargs["use_cache"] or cache is None:
+        return "there is no cache (use_cache=False)"
+    layers = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
+    if lasting := layers - {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer}:
+        return f"a cache of {', '.join(sorted(kind.__name__ for kind in lasting))} cannot take tokens back"
+    unknown = [type(each).__name__ for each in processors if type(each) not in STATELESS]
+    if unknown:
+        return f"{', '.join(unknown)} may keep a state, which drafts would corrupt"
+    wanted = [name for name in RECORDS if config.to_dict().get(name)]
+    if wanted and config.return_dict_in_generate:
+        return f"{', '.join(wanted)} are recorded token by token"
+    if synced:
+        return "devices generate in step (synced_gpus)"
+    return None
 
 
 class Speculator:
-    """Stands in for the decoding loop of ``generate`` (its ``custom_generate``).
+    """Replaces the decoding loop of ``generate`` (its ``custom_generate``).
 
     Args:
         config: the settings.
-        streamer: gets each token as soon as it stands.
+        streamer: receives each token once it is verified.
     """
 
     def __init__(self, config: SpeculationConfig, streamer: Any = None, synced_gpus: bool | None = None) -> None:
-        self._config, self._streamer, self._synced = config, streamer, bool(synced_gpus)
-        self.counts = Counts()
+        self.config, self.streamer, self._synced = config, streamer, bool(synced_gpus)
+        self.statistics = SpeculationStatistics()
         """Of all calls so far."""
 
     def __call__(
@@ -50,22 +100,22 @@ class Speculator:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """Generate as transformers' own loops do, called as they are; where drafting is not possible, by them."""
+        """Generate with the arguments and results of transformers' own loops; where drafting is impossible, by them."""
         mode = generation_config.get_generation_mode(None)
         if "/" in GENERATION_MODES_MAPPING[mode]:
             raise ConfigError(f"speculate does not go with {mode.value.replace('_', ' ')}; leave one of them out")
-        reason = obstacle(mode, generation_config, logits_processor, model_kwargs, self._synced)
+        reason = unsupported_feature(mode, generation_config, logits_processor, model_kwargs, self._synced)
         if reason is not None:
             warnings.warn(f"decoding without speculation: {reason}", stacklevel=2)
             plain = getattr(type(model), GENERATION_MODES_MAPPING[mode])
-            extra = {} if self._streamer is None else {"streamer": self._streamer}
+            if self.streamer is not None:
+                model_kwargs["streamer"] = self.streamer
             return plain(
                 model,
                 input_ids,
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,
                 generation_config=generation_config,
-                **extra,
                 **model_kwargs,
             )
         cache: Cache = model_kwargs[CACHE]
@@ -73,32 +123,31 @@ class Speculator:
         model_kwargs["run_shadow"] = True  # a drafter needs the prompt's keys, whether or not the attached model does
         first = model._prefill(input_ids, generation_config, model_kwargs)
         drop_last(cache, 0)
-        pad, room = generation_config._pad_token_tensor, stopping_criteria.max_length
-        assert room is not None, "generate always sets one"
-        rows = Rows(
+        pad = generation_config._pad_token_tensor
+        assert stopping_criteria.max_length is not None, "generate always sets one"
+        sequences = SequenceBatch(
             input_ids,
             model_kwargs["position_ids"][:, -1] + 1,
             int(cache.get_seq_length()),
             model_kwargs.get("attention_mask"),
             stopping_criteria,
-            room,
+            stopping_criteria.max_length,
             0 if pad is None else int(pad.flatten()[0]),
         )
-        compiled = model._valid_auto_compile_criteria(model_kwargs, generation_config)
-        forward = model.get_compiled_call(generation_config.compile_config) if compiled else model.__call__
-        settings = (self._config, generation_config, logits_processor, self._streamer)
-        loop = _Loop(model, forward, rows, cache, self.counts, *settings)
+        loop = _Loop(self, model, sequences, cache, generation_config, logits_processor)
+        if model._valid_auto_compile_criteria(model_kwargs, generation_config):
+            loop.forward = model.get_compiled_call(generation_config.compile_config)
         loop.choose_first(first.logits[:, -1:].float(), first.last_hidden_state)
         del first
-        while rows.running:
+        while sequences.running:
             loop.round()
-        if self._streamer is not None:
-            self._streamer.end()
+        if self.streamer is not None:
+            self.streamer.end()
         if generation_config.return_dict_in_generate:
-            output = GenerateDecoderOnlyOutput(sequences=cast(Any, rows.output()))
+            output = GenerateDecoderOnlyOutput(sequences=cast(Any, sequences.output()))
             set_cache(output, cache)
             return output
-        return rows.output()
+        return sequences.output()
 
 
 class _Loop:
@@ -106,125 +155,215 @@ class _Loop:
 
     def __init__(
         self,
+        speculator: Speculator,
         model: Any,
-        forward: Any,
-        rows: Rows,
+        sequences: "SequenceBatch",
         cache: Cache,
-        counts: Counts,
-        config: SpeculationConfig,
         generation_config: Any,
         processors: LogitsProcessorList,
-        streamer: Any,
     ) -> None:
-        self._model, self._forward, self._rows, self._cache = model, forward, rows, cache
-        self._counts, self._processors, self._streamer = counts, processors, streamer
+        self._model, self._sequences, self._cache, self._processors = model, sequences, cache, processors
+        self._statistics, self._streamer = speculator.statistics, speculator.streamer
         self._sample: bool = generation_config.do_sample
-        self._drafter: Drafter = make_drafter(config, model, processors, self._sample)
-        costs = Costs.of(model.device.type, draft_share(model, config), len(rows.lengths))
-        self._length = DraftLength(costs, config.longest, config.length is not None)
-        # Slots that some rows did not accept can stay only where nothing counts slots: no windows, no fixed size.
+        self.forward = model.__call__
+        config = speculator.config
+        costs = Costs.of(model.device.type, draft_share(model, config), len(sequences.lengths))
+        length = DraftLength(costs, config.longest, config.length is not None)
+        self._drafter = AdaptiveDrafter(make_drafter(config, model, processors, self._sample), length)
+        # Masked slots can stay in the cache only where nothing counts slots: no windows, no fixed size.
         plain = all(type(layer) is DynamicLayer for layer in cache.layers)
         self._aligned = generation_config.return_dict_in_generate or not plain
 
     def choose_first(self, logits: Tensor, hidden_states: Tensor | None) -> None:
-        """Say the token behind the prompt, from its logits (B, 1, V) and the hidden states (B, T, d) of the prompt."""
-        self._drafter.learn(None if hidden_states is None else hidden_states[:, -1])
-        for row, said in enumerate(self._judge(logits, [])):
-            self._say(row, said.tokens)
+        """Choose the first tokens, from logits (B, 1, V) and hidden states (B, T, d) of the prompts."""
+        self._drafter.drafter.learn(None if hidden_states is None else hidden_states[:, -1])
+        for index, result in enumerate(self._verify(logits, [])):
+            self._append(index, result.tokens)
 
     def round(self) -> None:
-        """Draft, verify, say what stands, and drop the rest from the cache."""
-        rows = self._rows
-        running = rows.running
+        """Draft, verify, append the accepted tokens, and crop the rejected ones from the cache."""
+        sequences = self._sequences
+        running = sequences.running
         draft = self._draft()
-        proposals = draft.proposals
-        tokens = torch.stack([rows.last()[:, 0], *(proposal.tokens for proposal in proposals)], 1)
+        tokens = torch.stack([sequences.last()[:, 0], *(proposal.tokens for proposal in draft.proposals)], 1)
         new = tokens.shape[1]
-        output = self._forward(
+        output = self.forward(
             input_ids=tokens,
-            attention_mask=rows.mask(new),
-            position_ids=rows.next_positions(0, new),
+            attention_mask=sequences.mask(new),
+            position_ids=sequences.next_positions(0, new),
             past_key_values=self._cache,
             use_cache=True,
             shadow_states=draft.states,
             return_dict=True,
         )
-        verdicts = self._judge(output.logits.float(), proposals)
-        most = min(len(verdicts[row].tokens) for row in running) if self._aligned else new
-        kept = [new] * len(verdicts)
-        for row in running:
-            kept[row] = self._say(row, verdicts[row].tokens[:most])
-        confidences = [proposal.confidence[running] for proposal in proposals]
-        accepted, said = [verdicts[row].accepted for row in running], [kept[row] for row in running]
-        self._counts.add(len(proposals), accepted, said)
-        self._length.learn(confidences, accepted, sum(said) / len(said), draft.looked)
-        still = rows.running or running
+        results = self._verify(output.logits.float(), draft.proposals)
+        most = min(len(results[index].tokens) for index in running) if self._aligned else new
+        kept = [new] * len(results)
+        for index in running:
+            kept[index] = self._append(index, results[index].tokens[:most])
+        accepted, emitted = [results[index].accepted for index in running], [kept[index] for index in running]
+        self._statistics.add(len(draft.proposals), accepted, emitted)
+        self._drafter.learn(draft, accepted, emitted)
         if output.last_hidden_state is not None:
-            places = torch.tensor(kept, device=tokens.device) - 1
-            self._drafter.learn(output.last_hidden_state[torch.arange(len(kept), device=tokens.device), places])
-        slots = max(kept[row] for row in still)
+            ends = torch.tensor(kept, device=tokens.device) - 1
+            indices = torch.arange(len(kept), device=tokens.device)
+            self._drafter.drafter.learn(output.last_hidden_state[indices, ends])
+        slots = max(kept[index] for index in sequences.running or running)
         drop_last(self._cache, new - slots)
-        rows.settle([min(kept[row], slots) if row in running else slots for row in range(len(kept))], slots)
+        sequences.commit([min(count, slots) if index in running else slots for index, count in enumerate(kept)], slots)
 
-    def _draft(self) -> Draft:
-        rows = self._rows
+    def _draft(self) -> DraftBatch:
+        sequences = self._sequences
 
-        def run(tokens: Tensor, seen: int) -> Tensor:
+        def run(tokens: Tensor, read: int) -> Tensor:
             new = tokens.shape[1]
-            mask, positions = rows.mask(seen + new), rows.next_positions(seen, new)
+            mask, positions = sequences.mask(read + new), sequences.next_positions(read, new)
             return self._model.run_backbone(tokens, mask, positions, self._cache)
 
-        return make_draft(
-            self._drafter,
-            self._length,
-            rows.left - 1,
-            rows.last(),
-            rows.texts,
+        return self._drafter.draft(
+            sequences.last(),
+            sequences.texts,
             run,
-            counted=rows.running,
-            settle=lambda tokens: rows.pad_ended(tokens.to(rows.tokens.device)),
+            sequences.room_left - 1,
+            counted=sequences.running,
+            settle=lambda tokens: sequences.pad_ended(tokens.to(sequences.tokens.device)),
         )
 
-    def _judge(self, logits: Tensor, proposals: Sequence[Proposal]) -> list[Verdict]:
-        """Judge the drafts of all rows by logits (B, g + 1, V)."""
-        rows = self._rows
+    def _verify(self, logits: Tensor, proposals: Sequence[Proposal]) -> list[VerificationResult]:
+        """Verify the drafts of all sequences by logits (B, g + 1, V)."""
+        sequences = self._sequences
         if not self._sample and len(self._processors) == 0:
             drafts = [proposal.tokens for proposal in proposals]
             empty = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
-            return greedy_verdicts(logits, torch.stack(drafts, 1) if drafts else empty)
-        return [
-            Verdict([], 0)
-            if rows.done[row]
-            else verdict(
-                rows.tokens[row].clone(),
-                rows.lengths[row],
-                logits[row],
-                row,
-                proposals,
-                self._process(row),
-                self._sample,
-            )
-            for row in range(len(logits))
-        ]
+            return verify_greedy(logits, torch.stack(drafts, 1) if drafts else empty)
+        results = []
+        for index, length in enumerate(sequences.lengths):
+            if sequences.done[index]:
+                results.append(VerificationResult([], 0))
+                continue
+            tokens, process = sequences.tokens[index].clone(), self._process(index)
+            results.append(verify_sequence(tokens, length, logits[index], index, proposals, process, self._sample))
+        return results
 
-    def _process(self, row: int) -> Process:
-        """The logits processors as they treat a row of the batch."""
+    def _process(self, index: int) -> Process:
+        """Return the logits processors as they apply to one sequence of the batch."""
         processors: Any = self._processors
-        count = len(self._rows.lengths)
-        if count == 1 or not any(isinstance(each, BY_ROW) for each in processors):
+        count = len(self._sequences.lengths)
+        if count == 1 or not any(isinstance(each, BY_SEQUENCE) for each in processors):
             return cast(Process, processors)
 
         def process(tokens: Tensor, logits: Tensor) -> Tensor:
-            return processors(tokens.expand(count, -1), logits.repeat(count, 1))[row : row + 1]
+            return processors(tokens.expand(count, -1), logits.repeat(count, 1))[index : index + 1]
 
         return process
 
-    def _say(self, row: int, tokens: Sequence[int]) -> int:
-        count = self._rows.say(row, tokens)
+    def _append(self, index: int, tokens: Sequence[int]) -> int:
+        count = self._sequences.append(index, tokens)
         if self._streamer is not None:
             for token in tokens[:count]:
                 self._streamer.put(torch.tensor([token]))
         return count
+
+
+class SequenceBatch:
+    """The tokens of the sequences of a call, which grow by different lengths, and their positions in the cache.
+
+    Args:
+        prompts: (B, n) tokens of the prompts, padded on the left.
+        positions: (B,) position of each sequence's next token.
+        slots: slots of the cache that the prompts take.
+        attention_mask: (B, slots), or None if each sequence attends to all of them.
+        criteria: when a sequence ends.
+        room: maximum number of tokens of a sequence.
+        pad: token after the end of a sequence.
+    """
+
+    def __init__(
+        self,
+        prompts: Tensor,
+        positions: Tensor,
+        slots: int,
+        attention_mask: Tensor | None,
+        criteria: StoppingCriteriaList,
+        room: int,
+        pad: int,
+    ) -> None:
+        count, length = prompts.shape
+        self.tokens = prompts.new_full((count, max(room, length) + 1), pad)
+        self.tokens[:, :length] = prompts
+        self.lengths = [length] * count
+        self.done = [False] * count
+        self.positions, self.slots, self.attention_mask = positions, slots, attention_mask
+        self.room, self._pad = room, pad
+        ends = [each.eos_token_id for each in criteria if isinstance(each, EosTokenCriteria)]
+        self._ends = {int(token) for tokens in ends for token in tokens}
+        self._others = [each for each in criteria if not isinstance(each, EosTokenCriteria | MaxLengthCriteria)]
+
+    @property
+    def running(self) -> list[int]:
+        """Indices of the sequences that have not ended."""
+        return [index for index, done in enumerate(self.done) if not done]
+
+    @property
+    def room_left(self) -> int:
+        """Tokens that the shortest running sequence may still get."""
+        return max(self.room - self.lengths[index] for index in self.running)
+
+    def last(self) -> Tensor:
+        """Return the last token of each sequence, (B, 1), which no network has read; padding where it has ended."""
+        ends = torch.tensor([[length - 1] for length in self.lengths], device=self.tokens.device)
+        return self.pad_ended(self.tokens.gather(1, ends)[:, 0])[:, None]
+
+    def texts(self) -> list[list[int]]:
+        """Return the tokens of each sequence, with its padding in front."""
+        return [self.tokens[index, :length].tolist() for index, length in enumerate(self.lengths)]
+
+    def pad_ended(self, tokens: Tensor) -> Tensor:
+        """Replace tokens (B,) of sequences that have ended by padding."""
+        if not any(self.done):
+            return tokens
+        return tokens.masked_fill(torch.tensor(self.done, device=tokens.device), self._pad)
+
+    def mask(self, new: int) -> Tensor | None:
+        """Return the attention mask over the cache's slots and ``new`` further ones."""
+        if self.attention_mask is None:
+            return None
+        ones = self.attention_mask.new_ones(len(self.lengths), new)
+        return torch.cat([self.attention_mask, ones], 1)
+
+    def next_positions(self, first: int, new: int) -> Tensor:
+        """Return the positions (B, new) of new tokens, the first of them ``first`` after each sequence's last token."""
+        return self.positions[:, None] + torch.arange(first, first + new, device=self.positions.device)
+
+    def append(self, index: int, tokens: Sequence[int]) -> int:
+        """Append tokens to a sequence until one ends it; return how many were appended."""
+        for count, token in enumerate(tokens, 1):
+            self.tokens[index, self.lengths[index]] = token
+            self.lengths[index] += 1
+            if token in self._ends or self.lengths[index] >= self.room or self._stopped(index):
+                self.done[index] = True
+                self.tokens[index, self.lengths[index] :] = self._pad
+                return count
+        return len(tokens)
+
+    def commit(self, kept: Sequence[int], slots: int) -> None:
+        """Mark ``slots`` more slots of the cache as used; each sequence attends to the first ``kept`` of them."""
+        counts = torch.tensor(kept, device=self.positions.device)
+        if self.attention_mask is None and any(count < slots for count in kept):
+            self.attention_mask = counts.new_ones(len(kept), self.slots)
+        if self.attention_mask is not None:
+            held = torch.arange(slots, device=counts.device) < counts[:, None]
+            self.attention_mask = torch.cat([self.attention_mask, held.to(self.attention_mask.dtype)], 1)
+        self.positions = self.positions + counts
+        self.slots += slots
+
+    def output(self) -> Tensor:
+        """Return all tokens, (B, longest), padded on the right."""
+        return self.tokens[:, : max(self.lengths)]
+
+    def _stopped(self, index: int) -> bool:
+        tokens = self.tokens[index : index + 1, : self.lengths[index]]
+        return any(bool(criterion(tokens, None)) for criterion in self._others)
 
 
 def drop_last(cache: Cache, tokens: int) -> None:
@@ -237,7 +376,7 @@ def drop_last(cache: Cache, tokens: int) -> None:
 
 
 def draft_share(model: Any, config: SpeculationConfig) -> float:
-    """Weights that a drafting step reads, relative to those that a pass of both networks reads."""
+    """Return the weights that a drafting step reads, relative to those that a pass of both networks reads."""
     width, vocabulary = model.base.config.get_text_config(decoder=True).hidden_size, model.draft_vocabulary
     columns = model.config.vocab_size if vocabulary is None or not config.draft_vocabulary else len(vocabulary)
     backbone = sum(parameter.numel() for parameter in model.shadow.backbone.parameters())

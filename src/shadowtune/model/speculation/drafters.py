@@ -1,7 +1,10 @@
-"""Who proposes the next token before the attached model has seen it."""
+"""Drafters: they propose the next tokens before the attached model has computed them.
+
+A draft is made token after token for as long as ``DraftLength`` expects the next one to save time.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +15,8 @@ from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.draft_head import DraftHead
 from shadowtune.core.kernels.linear_cross_entropy import Head
 from shadowtune.errors import ConfigError
-from shadowtune.model.speculation.acceptance import Proposal
+from shadowtune.model.speculation.draft_length import DraftLength
+from shadowtune.model.speculation.verification import Proposal
 
 WARPERS = (
     logits_process.TemperatureLogitsWarper,
@@ -23,37 +27,37 @@ WARPERS = (
     logits_process.EpsilonLogitsWarper,
     logits_process.EtaLogitsWarper,
 )
-"""Processors that look at scores alone and not at which tokens they belong to; drafts are drawn through them too."""
+"""Processors that depend on scores alone, not on token ids; drafts are drawn through them too."""
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2
-"""Tokens that must agree with an earlier place of the text for "ngram" to go on from there."""
+"""Tokens that must equal an earlier part of the text for "ngram" to continue from there."""
 
 
 class Drafter(Protocol):
-    """Proposes tokens one after the other."""
+    """Proposes tokens one after the other, for B sequences."""
 
     reads_states: bool
-    """Whether ``propose`` needs s0 of the token before."""
+    """Whether ``propose`` needs s0 of the last token."""
 
     def propose(self, texts: Callable[[], Sequence[list[int]]], states: Tensor | None) -> Proposal | None:
-        """Propose the next token of each row, or nothing.
+        """Propose the next token of each sequence, or None.
 
         Args:
-            texts: gives the tokens of each row so far, drafts included.
+            texts: returns the tokens of each sequence so far, drafts included.
             states: s0 (B, d) at the last of them, where it is known.
         """
 
     def learn(self, hidden_states: Tensor | None) -> None:
-        """Take note of the attached model's last hidden states (B, d) that chose the rows' last tokens."""
+        """Receive the attached model's last hidden states (B, d), from which the last tokens were chosen."""
 
 
 class ShadowDrafter:
-    """The detached shadow: the base's head on s0, or on its frequent tokens' rows alone.
+    """The detached shadow: the base's head on s0, or its rows of frequent tokens alone.
 
     Args:
         head: the base's.
         vocabulary: (K,) tokens to choose from; None chooses from all, as does a head whose weight is not known.
-        warpers: what sampling does to the scores; None drafts the likeliest token.
-        fusion: joins s0 with what the attached model knew one token earlier; None drafts from s0 alone.
+        warpers: processors of the scores when sampling; None drafts the likeliest token.
+        fusion: draft head that joins s0 with the attached model's last hidden state; None drafts from s0 alone.
     """
 
     reads_states = True
@@ -83,13 +87,13 @@ class ShadowDrafter:
         if self._warpers is None:
             top = scores.max(-1)
             confidence = (top.values - scores.logsumexp(-1)).exp()
-            return Proposal(self._named(top.indices), confidence)
+            return Proposal(self._token_ids(top.indices), confidence)
         empty = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
         q = self._warpers(empty, scores).softmax(-1)
-        return Proposal(self._named(torch.multinomial(q, 1)[:, 0]), q.amax(-1), q, self._vocabulary)
+        return Proposal(self._token_ids(torch.multinomial(q, 1)[:, 0]), q.amax(-1), q, self._vocabulary)
 
     def learn(self, hidden_states: Tensor | None) -> None:
-        """Begin the next draft behind these states."""
+        """Start the next draft from these states."""
         self._previous = hidden_states
 
     def _scores(self, states: Tensor) -> Tensor:
@@ -98,17 +102,17 @@ class ShadowDrafter:
         logits = torch.nn.functional.linear(states.to(self._rows.dtype), self._rows, self._bias)
         return logits if self._head.logits_transform is None else self._head.logits_transform(logits)
 
-    def _named(self, columns: Tensor) -> Tensor:
+    def _token_ids(self, columns: Tensor) -> Tensor:
         return columns if self._vocabulary is None else self._vocabulary[columns]
 
 
 class NgramDrafter:
-    """What followed the last tokens where they stood before in the same text, prompt included."""
+    """The token that followed the last tokens where they occur earlier in the same text, prompt included."""
 
     reads_states = False
 
     def propose(self, texts: Callable[[], Sequence[list[int]]], states: Tensor | None) -> Proposal | None:
-        """Propose a token of the text itself; rows that have none get 0 and no confidence."""
+        """Propose a token of the text itself; sequences without a match get token 0 and confidence 0."""
         found = [_continuation(text) for text in texts()]
         if not any(length for _, length in found):
             return None
@@ -116,11 +120,11 @@ class NgramDrafter:
         return Proposal(tokens, torch.tensor([length / (length + 1) for _, length in found]))
 
     def learn(self, hidden_states: Tensor | None) -> None:
-        """Nothing: the text says all."""
+        """Do nothing: the proposals depend on the text alone."""
 
 
 class CombinedDrafter:
-    """The text itself where it knows what follows, and else the shadow."""
+    """``NgramDrafter`` where it is more confident than the shadow, else the shadow."""
 
     reads_states = True
 
@@ -128,23 +132,23 @@ class CombinedDrafter:
         self._shadow, self._ngram = shadow, NgramDrafter()
 
     def propose(self, texts: Callable[[], Sequence[list[int]]], states: Tensor | None) -> Proposal:
-        """Propose a token, each row's from who is surer of it."""
-        ours, theirs = self._shadow.propose(texts, states), self._ngram.propose(texts, states)
-        if theirs is None:
-            return ours
-        device = ours.tokens.device
-        known = theirs.confidence.to(device)
-        better = known > ours.confidence
+        """Propose the token of the more confident drafter, for each sequence."""
+        shadow, ngram = self._shadow.propose(texts, states), self._ngram.propose(texts, states)
+        if ngram is None:
+            return shadow
+        device = shadow.tokens.device
+        confidence = ngram.confidence.to(device)
+        better = confidence > shadow.confidence
         return Proposal(
-            torch.where(better, theirs.tokens.to(device), ours.tokens),
-            torch.where(better, known, ours.confidence),
-            ours.probabilities,
-            ours.vocabulary,
+            torch.where(better, ngram.tokens.to(device), shadow.tokens),
+            torch.where(better, confidence, shadow.confidence),
+            shadow.probabilities,
+            shadow.vocabulary,
             ~better,
         )
 
     def learn(self, hidden_states: Tensor | None) -> None:
-        """Tell the shadow."""
+        """Pass the states to the shadow."""
         self._shadow.learn(hidden_states)
 
 
@@ -172,9 +176,9 @@ def make_drafter(config: SpeculationConfig, model: Any, processors: LogitsProces
 
 
 def _continuation(text: list[int]) -> tuple[int, int]:
-    """Return what followed the latest place with the longest match, and the match's length; 0 if there is none.
+    """Return the token after the latest of the longest matches, and the match's length; (0, 0) without a match.
 
-    The tokens are searched as the characters of a string: ten times as fast as a list of them.
+    The tokens are searched as the characters of a string, which is ten times as fast as searching a list.
     """
     characters = "".join(map(chr, text))
     for length in range(LONGEST_MATCH, SHORTEST_MATCH - 1, -1):
@@ -182,3 +186,97 @@ def _continuation(text: list[int]) -> tuple[int, int]:
         if start >= 0:
             return text[start + length], length
     return 0, 0
+
+
+class DraftBatch(NamedTuple):
+    """The drafts of B sequences."""
+
+    proposals: list[Proposal]
+    """g of them."""
+    states: Tensor
+    """s0 (B, 1 + g, d) at the last token of each sequence and at its drafts."""
+    confidences: list[Tensor]
+    """Of each proposal, (n,), for the sequences that decide on the draft length."""
+    attempts: int
+    """How often the drafter was called."""
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """The drafted tokens of each sequence."""
+        return _by_sequence(self.proposals, len(self.states))
+
+
+class AdaptiveDrafter:
+    """A drafter, and the rule for how many tokens it drafts.
+
+    Args:
+        drafter: proposes the tokens.
+        length: decides after each token whether another one is worth it.
+    """
+
+    def __init__(self, drafter: Drafter, length: DraftLength) -> None:
+        self.drafter, self.length = drafter, length
+
+    def draft(
+        self,
+        last: Tensor,
+        texts: Callable[[], Sequence[list[int]]],
+        run: Callable[[Tensor, int], Tensor],
+        room: int,
+        *,
+        counted: Sequence[int],
+        others: int = 0,
+        settle: Callable[[Tensor], Tensor] = Tensor.cpu,
+    ) -> DraftBatch:
+        """Draft for the sequences of a batch.
+
+        Args:
+            last: (B, 1) tokens that were emitted and that no network has read yet.
+            texts: returns the tokens of each sequence, ``last`` included.
+            run: the shadow's backbone: ((B, n) tokens, how many it has read of this draft) -> s0 (B, n, d).
+            room: maximum number of tokens to draft.
+            counted: indices of the sequences that decide on the length.
+            others: further sequences of the verifying pass, which share its cost and get no drafts.
+            settle: makes the final tokens of the proposed ones (B,), on the device of ``last``.
+        """
+        proposals, states, unread = list[Proposal](), list[Tensor](), [last]
+        confidences, nothing, attempts = list[Tensor](), torch.zeros(others), 0
+        survival = torch.cat([torch.ones(len(counted)), nothing])
+
+        def read() -> None:
+            states.append(run(torch.cat(unread, 1), sum(part.shape[1] for part in states)))
+            unread.clear()
+
+        for _ in range(self.length.begin(room)):
+            if self.drafter.reads_states and unread:
+                read()
+            proposal = self.drafter.propose(
+                lambda: [text + ids for text, ids in zip(texts(), _by_sequence(proposals, len(last)), strict=True)],
+                states[-1][:, -1] if states else None,
+            )
+            attempts += 1
+            if proposal is None:
+                break
+            confidence = proposal.confidence[counted]
+            chances = torch.cat([self.length.chance(confidence), nothing])
+            if not self.length.worth(len(proposals), chances, survival):
+                break
+            survival = survival * chances
+            settled = settle(proposal.tokens)
+            proposals.append(proposal._replace(tokens=settled))
+            confidences.append(confidence)
+            unread.append(settled[:, None])
+        if unread:
+            read()
+        return DraftBatch(proposals, torch.cat(states, 1), confidences, attempts)
+
+    def learn(self, draft: DraftBatch, accepted: Sequence[int], emitted: Sequence[int]) -> None:
+        """Update the length rule by the accepted drafts and the emitted tokens of each counted sequence."""
+        self.length.learn(draft.confidences, accepted, sum(emitted) / len(emitted), draft.attempts)
+
+
+def _by_sequence(proposals: Sequence[Proposal], count: int) -> list[list[int]]:
+    if not proposals:
+        return [[] for _ in range(count)]
+    drafted: list[list[int]] = torch.stack([proposal.tokens for proposal in proposals], 1).tolist()
+    return drafted

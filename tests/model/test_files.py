@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from shadowtune.errors import CheckpointError
-from shadowtune.model import replacement
+from shadowtune.model import files
+from shadowtune.model.files import OLD, exchange, recover_directory, replace_directory, staging_of
 from shadowtune.model.loading import read_config
-from shadowtune.model.replacement import OLD, exchange, recover_directory, replace_directory, staging_of
 from tests.support.shadows import perturbed_model
 
 KILLED = """
@@ -37,7 +37,7 @@ replacement.replace_directory(Path(sys.argv[1]))
 def way(request, tmp_path, monkeypatch):
     """How names are exchanged: in one step, or in two where the file system has no such step."""
     if request.param == "renames":
-        monkeypatch.setattr(replacement, "exchange", lambda first, second: False)
+        monkeypatch.setattr(files, "exchange", lambda first, second: False)
     else:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
@@ -65,7 +65,7 @@ def test_the_new_directory_takes_the_name_and_nothing_else_is_left(old, way, tmp
 
 
 def kill(target, way, count):
-    command = [sys.executable, "-c", KILLED, str(target), way, str(count), replacement.__file__]
+    command = [sys.executable, "-c", KILLED, str(target), way, str(count), files.__file__]
     return subprocess.run(command, check=False).returncode
 
 

@@ -1,0 +1,99 @@
+"""Loading of detached models for generation, in any format: runtime, tokenizer, prompt format, end tokens."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from shadowtune.data.baking import as_trained
+from shadowtune.data.ends import end_tokens, ends_of_config
+from shadowtune.data.prompt_format import PromptFormat
+from shadowtune.errors import CheckpointError
+from shadowtune.export import gguf_file, onnx_file
+from shadowtune.export.exporting import FORMATS, read_tokenizer
+from shadowtune.export.runtimes import Runtime, TorchModel
+from shadowtune.model.files import reading
+
+POSITIONS = 2048
+"""Number of positions of a model whose config names none."""
+
+
+@dataclass
+class LoadedModel:
+    """A detached model with everything that generation needs."""
+
+    runtime: Runtime
+    tokenizer: Tokenizer
+    prompt_format: PromptFormat
+    ends: frozenset[int]
+    """Tokens that end an answer."""
+    max_length: int
+    """Maximum number of tokens of prompt and answer together."""
+    vocabulary: int
+    """Size of the vocabulary."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """Its penalties are the defaults of requests."""
+
+
+def load_model(path: Path, max_length: int | None = None) -> LoadedModel:
+    """Load a GGUF file, or a directory with ONNX or safetensors.
+
+    Args:
+        path: written by ``shadowtune detach`` or ``export``; plain models of other sources work too.
+        max_length: tokens of prompt and answer together; by default the number of the model's positions.
+
+    Raises:
+        CheckpointError: if it is none of these, or damaged.
+        DataError: if its prompt format is damaged.
+    """
+    if path.is_file():
+        return _load_gguf(path, max_length)
+    if not (path / "config.json").is_file():
+        hint = "; it is a run: shadowtune detach it first" if (path / "config.yaml").is_file() else ""
+        raise CheckpointError(f"{path} holds no detached model (a directory with config.json, or a GGUF file){hint}")
+    with reading(f"cannot read {path}"):
+        if json.loads((path / "config.json").read_text()).get("model_type") == "shadow":
+            raise CheckpointError(f"{path} is a saved shadow, not yet detached: shadowtune detach {path} --out DIR")
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(decoder=True)
+        kind = "onnx" if (path / onnx_file.FILE).is_file() else "safetensors"
+        runtime = FORMATS[kind].open(path, max_length or POSITIONS)
+        tokenizer = read_tokenizer(str(path))
+        file = path / "generation_config.json"
+        generation = GenerationConfig.from_pretrained(path) if file.is_file() else GenerationConfig()
+    form, positions = PromptFormat.load(path), _positions(config)
+    ends = frozenset(ends_of_config(generation, tokenizer, form.ends))
+    length = min(positions, max_length or positions)
+    return LoadedModel(runtime, tokenizer, form, ends, length, config.vocab_size, generation)
+
+
+def wrap_model(model: Any, tokenizer: Tokenizer, prompt_format: PromptFormat) -> LoadedModel:
+    """Return a model that is in memory already, plain or attached in its current mode, as a ``LoadedModel``."""
+    positions = _positions(model.config.get_text_config(decoder=True))
+    ends = frozenset(end_tokens(model, tokenizer, prompt_format.ends))
+    size, generation = model.config.vocab_size, model.generation_config
+    return LoadedModel(TorchModel(model), tokenizer, prompt_format, ends, positions, size, generation)
+
+
+def _positions(config: PreTrainedConfig) -> int:
+    return getattr(config, "max_position_embeddings", None) or POSITIONS
+
+
+def _load_gguf(file: Path, max_length: int | None) -> LoadedModel:
+    metadata = gguf_file.read_metadata(file)
+    try:
+        positions = int(metadata[f"{metadata['general.architecture']}.context_length"])
+        vocabulary = len(metadata["tokenizer.ggml.tokens"])
+    except KeyError as error:
+        raise CheckpointError(f"{file} is no GGUF file of a language model: it lacks {error.args[0]}") from None
+    length = min(positions, max_length or positions)
+    tokenizer = gguf_file.tokenizer_of(file, metadata)
+    saved = metadata.get(gguf_file.PROMPT_FORMAT)
+    prompt_format = PromptFormat() if saved is None else PromptFormat.parse(saved, str(file))
+    as_trained(tokenizer, prompt_format)
+    generation = gguf_file.generation_config_of(metadata)
+    ends = frozenset(ends_of_config(generation, tokenizer, prompt_format.ends))
+    runtime = FORMATS["gguf"].open(file, length)
+    return LoadedModel(runtime, tokenizer, prompt_format, ends, length, vocabulary, generation)
