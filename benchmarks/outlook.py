@@ -45,7 +45,7 @@ def measured(file: Path) -> tuple[Time, Time, float]:
 def timed(seconds: dict[int, float], unit: float) -> Time:
     """Return straight lines between what was measured, in units of so many seconds."""
     costs = Costs(table=tuple(sorted(seconds.items())))
-    return lambda tokens: costs.passing(tokens) * seconds[1] / unit
+    return lambda tokens: costs.pass_time(tokens) * seconds[1] / unit
 
 
 def reshaped(config: PreTrainedConfig, **sizes: int) -> Qwen3Config:

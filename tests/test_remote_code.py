@@ -9,7 +9,7 @@ import pytest
 
 from shadowtune.errors import ShadowtuneError
 from shadowtune.export.exporting import read_tokenizer
-from shadowtune.export.opening import open_model
+from shadowtune.export.loading import load_model
 from shadowtune.model.loading import _load_auto
 from shadowtune.model.methods import load_base, load_base_config
 
@@ -46,7 +46,7 @@ def test_every_way_to_open_a_directory_refuses_its_code(evil):
 
     folder, mark = evil
     ways = [
-        lambda: open_model(folder),
+        lambda: load_model(folder),
         lambda: load_base(str(folder)),
         lambda: load_base_config(str(folder)),
         lambda: read_tokenizer(str(folder)),

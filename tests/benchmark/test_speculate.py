@@ -25,7 +25,7 @@ def test_every_subject_answers_every_prompt(name):
     assert one.measure() > 0
     assert one.new_tokens == 3 * 6
     assert one.facts["tokens_per_pass"] >= 1
-    assert bool(one.facts["stood"]) == (name in DRAFTING and one.speculator.counts.judged != [])
+    assert bool(one.facts["stood"]) == (name in DRAFTING and one.speculator.statistics.verified != [])
 
 
 def test_every_round_has_other_prompts_and_every_subject_the_same():

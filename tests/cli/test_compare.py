@@ -77,12 +77,12 @@ def test_a_baseline_that_is_not_installed_ends_in_a_line_after_the_others_were_c
     in_this_process, tmp_path, capsys, monkeypatch
 ):
     from shadowtune.errors import ShadowtuneError
-    from shadowtune.model import adapters
+    from shadowtune.model import methods
 
     def missing():
         raise ShadowtuneError("needs Hugging Face PEFT")
 
-    monkeypatch.setattr(adapters, "import_peft", missing)
+    monkeypatch.setattr(methods, "import_peft", missing)
     file = write_settings(tmp_path)
     assert main(["compare", str(file), "common.max_steps=1"]) == 2
     shown = capsys.readouterr()

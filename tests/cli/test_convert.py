@@ -4,7 +4,7 @@ import pytest
 
 from shadowtune import ShadowForCausalLM
 from shadowtune.cli.main import main
-from tests.model.formats.peers import assert_same, load_shadow_peft, ours
+from tests.model.formats.third_party import assert_same, load_shadow_peft, ours
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturbed_model
 

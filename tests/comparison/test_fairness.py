@@ -260,12 +260,12 @@ class TestWhatCannotBeCompared:
     """One line and a row of the report, never silence."""
 
     def test_a_baseline_that_is_not_installed_keeps_no_other_from_being_compared(self, tmp_path, invented, monkeypatch):
-        from shadowtune.model import adapters
+        from shadowtune.model import methods
 
         def missing():
             raise ShadowtuneError("methods lora, dora and peft need Hugging Face PEFT: pip install 'shadowtune[peft]'")
 
-        monkeypatch.setattr(adapters, "import_peft", missing)
+        monkeypatch.setattr(methods, "import_peft", missing)
         said = []
         config = compare_config(tmp_path)
         results = compare(Plan.of(config), said.append)

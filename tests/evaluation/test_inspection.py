@@ -4,7 +4,7 @@ from safetensors.torch import load_file
 from shadowtune.errors import CheckpointError
 from shadowtune.evaluation.inspection import describe
 from shadowtune.training.run import train
-from tests.model.formats.peers import peft_adapter, shadow_peft_adapter
+from tests.model.formats.third_party import peft_adapter, shadow_peft_adapter
 from tests.support.runs import run_config
 from tests.support.shadows import perturbed_model
 

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from shadowtune.cli.main import main
-from shadowtune.data.baking import bake, read_prompts, save_prompts
+from shadowtune.data.chat_template import add_chat_template, load_tokenizer_and_format, save_tokenizer
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.evaluation.run import FinishedRun
 from shadowtune.export.loading import load_model
@@ -122,18 +122,18 @@ FORMS = {
 def test_a_baked_template_makes_the_ids_of_the_format(name, add_bos, add_eos, tmp_path):
     template, form = FORMS[name]
     tokenizer = chat_tokenizer(template, add_bos, add_eos)
-    saved = save_prompts(tokenizer, form, tmp_path)
+    saved = save_tokenizer(tokenizer, form, tmp_path)
     assert saved.baked
     assert (tokenizer.chat_template, form.baked) == (template, False), "what is given is left as it is"
     stock = AutoTokenizer.from_pretrained(tmp_path)
-    ours, read = read_prompts(str(tmp_path))
+    ours, read = load_tokenizer_and_format(str(tmp_path))
     assert read == form
     assert (ours.chat_template, read.tokenizer_chat_template) == (template, template)
     for text in ("sea", "  a\nb ", "'\"\\{{ x }}", "tea {text}"):
         messages = [{"role": "user", "content": text}]
         found = stock.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert found == read.encode(messages, ours) == form.encode(messages, tokenizer)
-    assert bake(stock, read)[0].chat_template == stock.chat_template, "baking again changes nothing"
+    assert add_chat_template(stock, read)[0].chat_template == stock.chat_template, "baking again changes nothing"
 
 
 @needs_llama_cpp
@@ -143,7 +143,7 @@ def test_llama_cpp_renders_it_alike(name, tmp_path):
 
     template, form = FORMS[name]
     tokenizer = chat_tokenizer(template)
-    baked, saved = bake(tokenizer, form)
+    baked, saved = add_chat_template(tokenizer, form)
     write_gguf(plain_model()[0], baked, tmp_path / "m.gguf", "f32", saved)
     runtime = GgufModel(tmp_path / "m.gguf", 256, 1)
     for text in ("sea", "it's a 'b'"):
@@ -155,7 +155,7 @@ def test_llama_cpp_renders_it_alike(name, tmp_path):
 def test_a_conversation_keeps_its_earlier_turns_and_the_last_message_is_filled(tmp_path):
     tokenizer = chat_tokenizer(QWEN3)
     form = PromptFormat("Q {text}", answer_prefix=THOUGHTS)
-    save_prompts(tokenizer, form, tmp_path)
+    save_tokenizer(tokenizer, form, tmp_path)
     stock = AutoTokenizer.from_pretrained(tmp_path)
     messages = [
         {"role": "system", "content": "be kind"},
@@ -171,13 +171,13 @@ def test_a_conversation_keeps_its_earlier_turns_and_the_last_message_is_filled(t
 
 
 def test_what_the_tokenizers_own_template_makes_is_not_baked(tmp_path):
-    saved = save_prompts(chat_tokenizer(CHATML), PromptFormat(), tmp_path)
+    saved = save_tokenizer(chat_tokenizer(CHATML), PromptFormat(), tmp_path)
     assert not saved.baked
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == CHATML
 
 
 def test_where_no_field_is_the_main_one_a_message_is_the_whole_prompt(tmp_path):
-    saved = save_prompts(chat_tokenizer(CHATML), PromptFormat("{a} {b}", False), tmp_path)
+    saved = save_tokenizer(chat_tokenizer(CHATML), PromptFormat("{a} {b}", False), tmp_path)
     stock = AutoTokenizer.from_pretrained(tmp_path)
     assert stock.apply_chat_template(USER, tokenize=False, add_generation_prompt=True) == "sea"
     assert saved.baked

@@ -7,8 +7,8 @@ import torch
 
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.errors import ConfigError
-from shadowtune.model.channel_scales import measure_channel_scales, measure_input_sizes
 from shadowtune.model.formats.conversion import convert
+from shadowtune.model.initialization import measure_channel_scales, measure_input_sizes
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturb, perturbed_classifier, perturbed_model, tokens
 

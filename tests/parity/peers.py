@@ -10,14 +10,9 @@ import shadow_peft
 import torch
 
 from shadowtune import ShadowConfig, ShadowForCausalLM
-from shadowtune.model.formats.mapping import (
-    Entry,
-    as_peer,
-    peft_dead,
-    peft_entries,
-    shadow_peft_dead,
-    shadow_peft_entries,
-)
+from shadowtune.model.formats.peft_shadow import peft_entries, peft_unused
+from shadowtune.model.formats.shadow_peft import shadow_peft_entries, shadow_peft_unused
+from shadowtune.model.formats.third_party import TensorEntry, to_third_party
 from tests.support.bases import BLOCKS, fill, tiny_base
 from tests.support.shadows import perturb
 
@@ -30,7 +25,7 @@ class Twins:
     peer: Any
     named: torch.nn.Module
     """The part of the peer that the entries' keys belong to."""
-    entries: list[Entry]
+    entries: list[TensorEntry]
     dead: set[str]
     detached_logits: Callable[..., torch.Tensor]
     """Logits of the peer's shadow alone."""
@@ -59,7 +54,7 @@ def shadow_peft_twins(pretrained: str | None) -> Twins:
     def detached_logits(**inputs: torch.Tensor) -> torch.Tensor:
         return peer(**inputs).shadow_logits
 
-    return _copied(Twins(ours, peer, inner, entries, shadow_peft_dead(boundaries), detached_logits))
+    return _copied(Twins(ours, peer, inner, entries, shadow_peft_unused(boundaries), detached_logits))
 
 
 def peft_twins(pretrained: str | None) -> Twins:
@@ -88,7 +83,7 @@ def peft_twins(pretrained: str | None) -> Twins:
     def detached_logits(**inputs: torch.Tensor) -> torch.Tensor:
         return peer.base_model.unload_shadow()(**inputs).logits
 
-    return _copied(Twins(ours, peer, peer, entries, peft_dead(blocks), detached_logits))
+    return _copied(Twins(ours, peer, peer, entries, peft_unused(blocks), detached_logits))
 
 
 def _ours(pretrained: str | None, **settings: Any) -> ShadowForCausalLM:
@@ -109,7 +104,7 @@ def _ours(pretrained: str | None, **settings: Any) -> ShadowForCausalLM:
 def _copied(twins: Twins) -> Twins:
     targets = dict(twins.named.named_parameters())
     with torch.no_grad():
-        for name, weight in as_peer(twins.entries, twins.ours.shadow.state_dict()).items():
+        for name, weight in to_third_party(twins.entries, twins.ours.shadow.state_dict()).items():
             assert targets[name].shape == weight.shape, name
             targets[name].copy_(weight)
     twins.peer.eval()

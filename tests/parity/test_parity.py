@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shadowtune.compatibility import CACHE
-from shadowtune.model.formats.mapping import as_peer
+from shadowtune.model.formats.third_party import to_third_party
 from tests.parity.peers import Twins, peft_twins, shadow_peft_twins, smaller_model
 from tests.support.shadows import tokens
 
@@ -43,7 +43,7 @@ def assert_same_loss_and_gradients(twins: Twins, inputs: dict[str, torch.Tensor]
     torch.testing.assert_close(ours.loss, theirs.loss, **TOLERANCE)
     expected = gradients(twins.named)
     trained = [entry for entry in twins.entries if entry.ours != "embedding.weight"]
-    actual = as_peer(trained, gradients(twins.ours.shadow))
+    actual = to_third_party(trained, gradients(twins.ours.shadow))
     for name in expected.keys() - twins.dead:
         assert expected[name].abs().max() > 1e-5, f"{name} is not tested: the peer's gradient is zero"
         torch.testing.assert_close(actual[name], expected[name], **TOLERANCE, msg=lambda text, n=name: f"{n}: {text}")
@@ -54,8 +54,8 @@ def test_every_trainable_tensor_of_both_is_compared(twins):
     theirs = {name for name, tensor in twins.named.named_parameters() if tensor.requires_grad}
     compared = [entry for entry in twins.entries if entry.ours != "embedding.weight"]
     assert {f"shadow.{entry.ours}" for entry in compared} == ours.keys()
-    assert len({entry.peer for entry in compared}) == len(compared)
-    assert {entry.peer for entry in compared} | twins.dead == theirs
+    assert len({entry.theirs for entry in compared}) == len(compared)
+    assert {entry.theirs for entry in compared} | twins.dead == theirs
     for name, tensor in ours.items():
         slots = [entry.slot for entry in compared if f"shadow.{entry.ours}" == name]
         assert slots == [None] or sorted(slots) == list(range(len(tensor))), name

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("llguidance")
 
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.export.opening import OpenModel
+from shadowtune.export.loading import LoadedModel
 from shadowtune.export.runtimes import TorchModel
 from shadowtune.serving.constrained import SchemaCompiler, close_objects
 from shadowtune.serving.edge.local import LocalModel
@@ -139,7 +139,7 @@ def test_a_vocabulary_that_cannot_write_it_is_an_error():
 def test_the_edge_fits_it_too():
     base = tiny_base()
     tokenizer = tiny_tokenizer(more=MARKS)
-    opened = OpenModel(TorchModel(base), tokenizer, PromptFormat(), frozenset({2}), 128, VOCABULARY)
+    opened = LoadedModel(TorchModel(base), tokenizer, PromptFormat(), frozenset({2}), 128, VOCABULARY)
     model = LocalModel(opened, "a")
 
     async def work():

@@ -10,7 +10,7 @@ from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.evaluation.answering import Sampling as Asked
 from shadowtune.evaluation.answering import answer
 from shadowtune.export.exporting import FORMATS
-from shadowtune.export.opening import open_model
+from shadowtune.export.loading import load_model
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.engine.engine import Engine
 from shadowtune.serving.engine.scheduler import Limits
@@ -60,7 +60,7 @@ def test_the_edge_penalizes_in_every_format(kind, tmp_path):
     if kind != "gguf":
         path.mkdir()
     FORMATS[kind].write(model, tokenizer, path, "f32", PromptFormat())
-    opened = open_model(path)
+    opened = load_model(path)
     assert repetition_penalty(SamplingParams(), opened.generation) == pytest.approx(1.8)
     model.generation_config.eos_token_id = None
     for prompt in PROMPTS:

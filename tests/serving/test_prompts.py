@@ -7,7 +7,7 @@ from shadowtune.config.serving import ServerConfig
 from shadowtune.data.encoding import encode_prompts
 from shadowtune.data.examples import FieldNames
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.export.opening import of_model
+from shadowtune.export.loading import wrap_model
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.edge.openai_api import request_body
 from shadowtune.serving.engine.engine import Engine
@@ -27,7 +27,7 @@ def engine(form, tokenizer):
 
 
 def edge(form, tokenizer):
-    return LocalModel(of_model(perturbed_model().detached(), tokenizer, form), "tiny")
+    return LocalModel(wrap_model(perturbed_model().detached(), tokenizer, form), "tiny")
 
 
 @pytest.fixture(params=[engine, edge], ids=["cloud", "edge"])

@@ -214,7 +214,7 @@ WRITES = {
     "tokenizer": ("transformers.PreTrainedTokenizerBase.save_pretrained", full_disk_of_tokenizers, CheckpointError),
     "optimizer": ("torch.save", full_disk, CheckpointError),
     "state": ("transformers.TrainerState.save_to_json", full_disk, CheckpointError),
-    "flushing": ("shadowtune.model.replacement.flush", full_disk, CheckpointError),
+    "flushing": ("shadowtune.model.files.flush", full_disk, CheckpointError),
     "log": ("shadowtune.training.callbacks.json.dumps", full_disk, TrainingError),
 }
 

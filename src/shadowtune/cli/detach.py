@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from shadowtune.export.detaching import write_detached
-    from shadowtune.export.places import check_free
+    from shadowtune.export.exporting import check_free
 
     out = Path(arguments.out)
     check_free(out)

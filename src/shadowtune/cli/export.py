@@ -34,8 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from shadowtune.data.prompt_format import PromptFormat
     from shadowtune.export.card import read_card
     from shadowtune.export.detaching import built_in_prompts, write_detached
-    from shadowtune.export.exporting import check_export, default_path, export, read_plain
-    from shadowtune.export.places import check_free
+    from shadowtune.export.exporting import check_export, check_free, default_path, export, read_plain
 
     source = Path(arguments.directory)
     quantization = check_export(arguments.to, arguments.quant)
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         form = trained.prompt_format if trained else PromptFormat.load(source)
         card = trained.card if trained else read_card(source)
         limits = (arguments.max_new_tokens, form, card)
-        exported = export(model, tokenizer, arguments.to, quantization, out, prompts, *limits)
+        exported = export((model, tokenizer), arguments.to, quantization, out, prompts, *limits)
     row = _row(exported, quantization, trained)
     print_table(f"Exported: {out}", [row])
     write_json(arguments.json, "export", [row])

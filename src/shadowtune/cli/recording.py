@@ -81,9 +81,9 @@ def labelled_of(edge: Side, cloud: Side, source: str | None, split: str, limit: 
         return read_labelled(data, read_tokenizer(str(run / "model")), source, split, limit)
     if source is None:
         raise ConfigError("neither side is a run with rows of its own; name a file of requests")
-    from shadowtune.export.opening import open_model
+    from shadowtune.export.loading import load_model
 
-    opened = open_model(Path(edge.source))
+    opened = load_model(Path(edge.source))
     return read_labelled(data_of_format(opened.prompt_format, source), opened.tokenizer, source, split, limit)
 
 
@@ -135,15 +135,15 @@ def _request(asked: Labelled, max_new_tokens: int, far: bool) -> "GenerationRequ
 
 
 def _open_edge(path: Path) -> "Backend":
-    from shadowtune.export.opening import open_model
+    from shadowtune.export.loading import load_model
     from shadowtune.serving.edge.local import LocalModel
 
-    return _open_run(path, detached=True) if is_run(path) else LocalModel(open_model(path), NAME)
+    return _open_run(path, detached=True) if is_run(path) else LocalModel(load_model(path), NAME)
 
 
 def _open_run(path: Path, detached: bool) -> "Backend":
     from shadowtune.evaluation.run import FinishedRun
-    from shadowtune.export.opening import of_model
+    from shadowtune.export.loading import wrap_model
     from shadowtune.serving.edge.local import LocalModel
 
     run = FinishedRun.open(path)
@@ -155,4 +155,4 @@ def _open_run(path: Path, detached: bool) -> "Backend":
         model = run.model
     else:
         model = run.model.get_base_model()  # its layers are the adapted ones
-    return LocalModel(of_model(model, run.tokenizer, run.prompt_format), NAME)
+    return LocalModel(wrap_model(model, run.tokenizer, run.prompt_format), NAME)

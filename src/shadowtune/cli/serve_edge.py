@@ -100,7 +100,7 @@ def policy_of(arguments: argparse.Namespace) -> PolicyConfig:
 
 def _build(arguments: argparse.Namespace, config: "ServerConfig", policy: PolicyConfig, cloud: CloudConfig) -> Any:
     """Open the model and return the app in front of it."""
-    from shadowtune.export.opening import open_model
+    from shadowtune.export.loading import load_model
     from shadowtune.serving.edge.local import LocalModel
     from shadowtune.serving.edge.remote import RemoteEndpoint
     from shadowtune.serving.edge.router import Router
@@ -108,7 +108,7 @@ def _build(arguments: argparse.Namespace, config: "ServerConfig", policy: Policy
 
     path = Path(arguments.edge)
     say(f"loading {path}")
-    opened = open_model(path, arguments.max_length)
+    opened = load_model(path, arguments.max_length)
     name = path.absolute().stem if path.is_file() else path.absolute().name
     edge = LocalModel(opened, arguments.name or name, arguments.max_queue)
     router = Router(edge, RemoteEndpoint(cloud), policy, config.timeout - cloud.deadline)

@@ -122,7 +122,7 @@ def _read_run(path: Path) -> Source:
     import torch
 
     from shadowtune.evaluation.run import read_run_config, run_dataset
-    from shadowtune.model.quantization import quantization_arguments
+    from shadowtune.model.methods import quantization_arguments
 
     config = read_run_config(path)
     if not config.leaves_shadow or config.task != "causal_lm":

@@ -158,7 +158,7 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
 def _write(output: Path, results: "list[SimulationResult]", curve: "list[SimulationResult]") -> None:
     """Write results.jsonl and simulation.png."""
     from shadowtune.evaluation.report import new_figure, png
-    from shadowtune.model.checkpoint import writing_into
+    from shadowtune.model.files import writing_into
     from shadowtune.serving.simulation.report import plot_simulation
 
     figure = new_figure(11, 4.5)

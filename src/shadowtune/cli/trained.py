@@ -69,12 +69,12 @@ def _open_shadow(path: Path) -> Trained:
     from shadowtune.data.prompt_format import PromptFormat
     from shadowtune.export.card import Card
     from shadowtune.model.loading import read_config
-    from shadowtune.model.methods import PAIRS
+    from shadowtune.model.methods import SHADOW_CLASSES
 
     config = read_config(str(path))
     classifies = any("SequenceClassification" in name for name in config.architectures or [])
     task = "classification" if classifies else "causal_lm"
-    model = PAIRS[task].from_pretrained(str(path))
+    model = SHADOW_CLASSES[task].from_pretrained(str(path))
     base = config.base_name_or_path or ""
     return Trained(model, shadow_tokenizer(path, base), Card(base, task), PromptFormat.load(path))
 

@@ -16,7 +16,7 @@ from shadowtune.benchmark.process import WorkerProcess
 from shadowtune.comparison.job import Job, damaged, write_json
 from shadowtune.comparison.progress import TimeLeft, describe
 from shadowtune.errors import ShadowtuneError
-from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.files import writing_into
 
 Report = Callable[[str], None]
 """Called with lines for the user."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from shadowtune.config.training import DataConfig, TrainConfig
 from shadowtune.errors import CheckpointError
-from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.files import writing_into
 
 UNREADABLE = "unreadable"
 """In place of a digest of rows that cannot be read: the run says why."""

@@ -22,7 +22,7 @@ from shadowtune.config.checking import check_range, from_mapping
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError, DataError
 from shadowtune.evaluation.run import FinishedRun
-from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.files import writing_into
 from shadowtune.provenance import provenance
 from shadowtune.training.run import train
 

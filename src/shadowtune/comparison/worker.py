@@ -21,8 +21,7 @@ from shadowtune.comparison.job import Job, Request, TextRequest, read_json, writ
 from shadowtune.config.checking import from_mapping
 from shadowtune.config.training import TrainConfig
 from shadowtune.evaluation.run import FinishedRun
-from shadowtune.model.methods import load_base
-from shadowtune.model.quantization import quantization_arguments
+from shadowtune.model.methods import load_base, quantization_arguments
 from shadowtune.provenance import provenance
 from shadowtune.training.run import train
 from shadowtune.training.training_data import load_tokenizer

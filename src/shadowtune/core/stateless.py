@@ -1,7 +1,7 @@
 r"""The stateless boundary: a correction of the hidden state h that reads h alone. Not in the paper.
 
 In front of block l, with channel scales c_l (d,) and the input size m_l (both measured once, by
-``model/channel_scales.py``):
+``model/initialization.py``):
 
     x  = RMSNorm(c_l * h)                          normalizes each token and balances its channels
     h' = h + f m_l Drop(x W_down) W_up             W_down (d, r), W_up (r, d), W_up = 0 at the start

@@ -133,5 +133,5 @@ def answer(
     text = str(tokenizer.decode(said, skip_special_tokens=True)).lstrip(" ")
     if stream is not None and not live:
         stream(text)
-    counted = None if speculator is None or not speculator.counts.passes else speculator.counts.tokens_per_pass
+    counted = None if speculator is None or not speculator.statistics.passes else speculator.statistics.tokens_per_pass
     return Answer(text, len(fresh), seconds, len(fresh) / seconds, counted)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowtune.errors import ShadowtuneError
-from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.files import writing_into
 from shadowtune.tables import format_value, line_style
 
 COLORS = {"base": "#9aa0a6", "lora": "#e8913a", "shadow": "#3b6fd4", "shadow-detached": "#7fb2f0"}

@@ -22,8 +22,7 @@ from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.data.sources import Row
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.evaluation.runner import Evaluation, Progress, answer_loss, evaluate_classes, evaluate_generation
-from shadowtune.model.methods import load_trained
-from shadowtune.model.quantization import Quantization, quantization_arguments
+from shadowtune.model.methods import Quantization, load_trained, quantization_arguments
 
 MODES = {
     "shadow": ("attached", "detached", "base"),

@@ -17,9 +17,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from shadowtune.data.baking import bake, read_prompts
+from shadowtune.data.chat_template import add_chat_template, load_tokenizer_and_format
 from shadowtune.data.encoding import prompt_ids
-from shadowtune.data.ends import end_tokens
+from shadowtune.data.generation import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ShadowtuneError
 from shadowtune.export import gguf_file, onnx_file
@@ -259,7 +259,7 @@ def default_path(directory: Path, to: str, quantization: str) -> Path:
 def read_tokenizer(directory: str, **kwargs: str) -> Tokenizer:
     """Read a tokenizer with the chat template that it had before training; raises CheckpointError if there is none."""
     with reading(f"{directory} has no tokenizer"):
-        tokenizer, _ = read_prompts(directory, **kwargs)
+        tokenizer, _ = load_tokenizer_and_format(directory, **kwargs)
     return tokenizer
 
 
@@ -274,7 +274,7 @@ def read_plain(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
         if any(kind.endswith("ForSequenceClassification") for kind in config.architectures or []):
             raise CheckpointError(f"{directory} is a classifier; only causal language models are exported")
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
-        return model, read_prompts(str(directory))[0]
+        return model, load_tokenizer_and_format(str(directory))[0]
 
 
 def export(
@@ -308,7 +308,7 @@ def export(
     exact = quantization in DTYPES
     reference = TorchModel(_rounded(model, DTYPES[quantization]) if exact else model)
     ends = end_tokens(model, tokenizer, form.ends)
-    baked, saved = bake(tokenizer, form)
+    baked, saved = add_chat_template(tokenizer, form)
     card = card or Card("")
     card = card if card.prompt else replace(card, prompt=describe_prompt(saved, tokenizer))
     chat = saved.has_saved_template(tokenizer)

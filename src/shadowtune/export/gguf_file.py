@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from shadowtune.data.ends import end_tokens
+from shadowtune.data.generation import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.data.tokens import begin_tokens
+from shadowtune.data.segments import begin_tokens
 from shadowtune.errors import CheckpointError, ShadowtuneError, UnsupportedArchitectureError
 from shadowtune.model.files import reading
 

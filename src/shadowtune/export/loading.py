@@ -8,8 +8,8 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from shadowtune.data.baking import as_trained
-from shadowtune.data.ends import end_tokens, ends_of_config
+from shadowtune.data.chat_template import restore_chat_template
+from shadowtune.data.generation import end_tokens, ends_of_config
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError
 from shadowtune.export import gguf_file, onnx_file
@@ -92,7 +92,7 @@ def _load_gguf(file: Path, max_length: int | None) -> LoadedModel:
     tokenizer = gguf_file.tokenizer_of(file, metadata)
     saved = metadata.get(gguf_file.PROMPT_FORMAT)
     prompt_format = PromptFormat() if saved is None else PromptFormat.parse(saved, str(file))
-    as_trained(tokenizer, prompt_format)
+    restore_chat_template(tokenizer, prompt_format)
     generation = gguf_file.generation_config_of(metadata)
     ends = frozenset(ends_of_config(generation, tokenizer, prompt_format.ends))
     runtime = FORMATS["gguf"].open(file, length)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from shadowtune.attach.architectures import ARCHITECTURES, Finish, architecture_of
+from shadowtune.attach.architectures import ARCHITECTURES, architecture_of
 from shadowtune.config.shadow import ShadowConfig
+from shadowtune.core.kernels.linear_cross_entropy import LogitsTransform
 from shadowtune.errors import ConfigError
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -160,7 +161,7 @@ class PretrainedBackbone:
     """Its own token embedding, (V, d_s)."""
     head: Tensor | None = None
     """Its head (V, d_s), to fit a projection to; not needed beside ``projection``."""
-    logits_transform: Finish | None = None
+    logits_transform: LogitsTransform | None = None
     """What it applies to logits after the head."""
     projection: Tensor | None = None
     """(d, d_s), of a source that has one; None has it fitted."""
@@ -187,5 +188,5 @@ def load_pretrained_backbone(path_or_id: str, vocab_size: int, **kwargs: Any) ->
     network = architecture.decoder_of(model)
     frozen = FrozenEmbedding(network.config, embedding.weight)
     network.set_input_embeddings(cast(nn.Module, None))
-    transform = architecture.finish(model.config.get_text_config(decoder=True))
+    transform = architecture.logits_transform(model.config.get_text_config(decoder=True))
     return PretrainedBackbone(network, frozen, model.get_output_embeddings().weight.detach(), transform)

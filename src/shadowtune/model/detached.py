@@ -21,8 +21,8 @@ from transformers import (
 
 from shadowtune.attach.architectures import architecture_of
 from shadowtune.errors import ShadowtuneError
-from shadowtune.model.checkpoint import WEIGHTS, write_tensors
-from shadowtune.model.older_versions import keep_rope_theta
+from shadowtune.model.checkpoint import keep_rope_theta, write_tensors
+from shadowtune.model.files import WEIGHTS
 from shadowtune.model.shadow import Shadow
 
 

@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shadowtune.errors import CheckpointError
-from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.files import writing_into
 
 SMALL = "small"
 """Directory of the small model inside that of the large model's adapters."""

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shadowtune.attach.architectures import Finish, architecture_of
+from shadowtune.attach.architectures import architecture_of
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import Boundaries
+from shadowtune.core.kernels.linear_cross_entropy import LogitsTransform
 from shadowtune.errors import ConfigError
 from shadowtune.model.backbone import (
     PretrainedBackbone,
@@ -152,7 +153,9 @@ def _from_pretrained(base: PreTrainedModel, config: ShadowConfig, dtype: torch.d
             f"the projection of the backbone {config.backbone} cannot be fitted to the base's head, which is quantized "
             "or offloaded; load the base whole (base_quantization: none)"
         )
-    projection, error = _start_projection(shadow.projection, head, architecture_of(base.config).finish(text), source)
+    projection, error = _start_projection(
+        shadow.projection, head, architecture_of(base.config).logits_transform(text), source
+    )
     name = absolute_name(config.backbone)
     return shadow, Initialization("pretrained", name, projection=projection, projection_error=error)
 
@@ -179,7 +182,7 @@ def _projected_backbone(path: str, text: PreTrainedConfig) -> PretrainedBackbone
 
 
 def _start_projection(
-    projection: nn.Module, head: Tensor | None, transform: Finish | None, source: PretrainedBackbone
+    projection: nn.Module, head: Tensor | None, transform: LogitsTransform | None, source: PretrainedBackbone
 ) -> tuple[ProjectionStart, float | None]:
     """Initialize the projection of a pretrained backbone; return how, and its error where that is known."""
     weight = None
@@ -303,7 +306,7 @@ def _is_dense(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta
 
 
-def _slope(transform: Finish | None) -> float:
+def _slope(transform: LogitsTransform | None) -> float:
     """Return the factor of a logits transform at small logits: 1 unless it scales them (granite)."""
     small = torch.tensor(1e-6, dtype=torch.float64)
     return 1.0 if transform is None else (transform(small) / small).item()

@@ -29,7 +29,7 @@ from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint, base_signature
 from shadowtune.model.initialization import start_shadow
-from shadowtune.model.loading import check_save_keywords, lasting_name, load_pair, save_pair
+from shadowtune.model.loading import absolute_name, check_save_keywords, load_model, save_model
 from shadowtune.model.shadow import Shadow
 from shadowtune.model.trainer_losses import HeadlessModel
 
@@ -93,7 +93,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
             shadow=config.to_dict(),
             base_config=base.config,
             backbone_config=shadow.backbone.config,
-            base_name_or_path=lasting_name(base.config.name_or_path or ""),
+            base_name_or_path=absolute_name(base.config.name_or_path or ""),
             base_revision=vars(base.config).get("_commit_hash"),  # which transformers 5.24 has not any more
             base_fingerprint=base_fingerprint(base),
             base_signature=base_signature(base),
@@ -130,7 +130,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
             ConfigError: if there is no such mode.
         """
         path = os.fspath(pretrained_model_name_or_path)
-        model = load_pair(cls, path, base, check_base_weights, **kwargs).set_mode(mode)
+        model = load_model(cls, path, base, check_base_weights, **kwargs).set_mode(mode)
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         return (model, {kind: set() for kind in kinds}) if output_loading_info else model
 
@@ -163,7 +163,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
         if not is_main_process:
             return
         directory = Path(save_directory)
-        save_pair(self, directory, state_dict, max_shard_size)
+        save_model(self, directory, state_dict, max_shard_size)
         if push_to_hub:
             self.push_to_hub(**{"repo_id": directory.name, "max_shard_size": max_shard_size, **hub})
 

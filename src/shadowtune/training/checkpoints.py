@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowtune.errors import CheckpointError, ShadowtuneError, TrainingError
-from shadowtune.model.checkpoint import is_write_error, write_reason
-from shadowtune.model.replacement import replace_directory, staging_of
+from shadowtune.model.files import is_write_error, replace_directory, staging_of, write_reason
 
 PROGRESS = "progress.json"
 DIGESTS = "files.json"

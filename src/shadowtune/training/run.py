@@ -35,17 +35,17 @@ from shadowtune.export.card import (
     write_card,
 )
 from shadowtune.model.causal_lm import ShadowForCausalLM
-from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.checkpoint import write_older_keys
+from shadowtune.model.files import writing_into
 from shadowtune.model.methods import (
     load_base,
     make_trainable,
     objective_of,
     parameter_table,
+    quantization_arguments,
     trainable_parameters,
 )
 from shadowtune.model.modeling import ShadowPreTrainedModel
-from shadowtune.model.older_versions import write_older_keys
-from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import peak_memory_mb, provenance
 from shadowtune.training.callbacks import GracefulInterrupt, MetricsFile, ProjectionWarmup
 from shadowtune.training.checkpoints import TrainingProgress, atomic_directory, convert_write_errors

@@ -28,8 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from shadowtune.config.loading import dump_config, load_config
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import CheckpointError, ConfigError, TrainingError
-from shadowtune.model.checkpoint import writing_into
-from shadowtune.model.replacement import recover_directory
+from shadowtune.model.files import recover_directory, writing_into
 from shadowtune.provenance import provenance
 from shadowtune.training.checkpoints import check_checkpoint
 from shadowtune.training.teacher_logits import examples_fingerprint

@@ -23,7 +23,8 @@ from shadowtune.core.losses import IGNORE_INDEX, TopTokens, shift_and_select, to
 from shadowtune.data.collate import TEACHER_LOGITS
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM
-from shadowtune.model.checkpoint import save_readable, tensor_checksum, writing_into
+from shadowtune.model.checkpoint import save_readable, tensor_checksum
+from shadowtune.model.files import writing_into
 from shadowtune.training.training_data import Collator, TrainingData
 
 EXAMPLES_PER_FILE = 256

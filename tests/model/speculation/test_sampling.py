@@ -6,7 +6,7 @@ from transformers import LogitsProcessorList
 from transformers.generation.logits_process import TopKLogitsWarper
 
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.core.head import Head
+from shadowtune.core.kernels.linear_cross_entropy import Head
 from shadowtune.model.speculation.drafters import CombinedDrafter, ShadowDrafter
 from shadowtune.model.speculation.verification import Proposal, verify_sequence
 from tests.support.shadows import perturbed_model, tokens

@@ -8,7 +8,7 @@ import pytest
 
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.export.exporting import FORMATS
-from shadowtune.export.opening import open_model
+from shadowtune.export.loading import load_model
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.requests import GenerationRequest, SamplingParams
 from tests.export.support import plain_model
@@ -37,7 +37,7 @@ def write(kind: str, folder: Path, end: int | None = None) -> Path:
 
 def local(kind: str, folder: Path, end: int | None = None, **settings) -> LocalModel:
     """Open a tiny model as a backend named "tiny"."""
-    return LocalModel(open_model(write(kind, folder, end)), "tiny", **settings)
+    return LocalModel(load_model(write(kind, folder, end)), "tiny", **settings)
 
 
 def ask(**fields) -> GenerationRequest:

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from shadowtune.export.opening import open_model
+from shadowtune.export.loading import load_model
 from shadowtune.export.runtimes import TorchModel
 from shadowtune.serving.edge import local as local_module
 from shadowtune.serving.edge.local import LocalModel, LocalStream
@@ -200,7 +200,7 @@ def test_closing_the_model_finishes_what_was_begun_and_takes_no_more(tmp_path):
 
 
 def test_a_failing_model_is_a_clear_error_and_the_next_request_works(tmp_path):
-    opened = open_model(write("safetensors", tmp_path))
+    opened = load_model(write("safetensors", tmp_path))
     model, step = LocalModel(opened, "tiny"), opened.runtime._step
 
     def failing(*_):

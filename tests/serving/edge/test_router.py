@@ -8,7 +8,7 @@ from shadowtune.config.cloud import CloudConfig
 from shadowtune.config.policy import CurvePoint, PolicyConfig, Prices
 from shadowtune.config.serving import ServerConfig
 from shadowtune.errors import ConfigError
-from shadowtune.export.opening import of_model
+from shadowtune.export.loading import wrap_model
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.edge.openai_api import RemoteError
 from shadowtune.serving.edge.remote import RemoteEndpoint
@@ -43,7 +43,7 @@ def routed(*script, request=CHAT, policy=None, edge_deadline=60.0, max_length=No
     async def run():
         async with cloud_that(*script) as fake:
             config = CloudConfig(fake.url, model="big", read_timeout=0.3, deadline=1.0, retries=0)
-            opened = of_model(MODEL, TOKENIZER, FORMAT)
+            opened = wrap_model(MODEL, TOKENIZER, FORMAT)
             opened.max_length = max_length or opened.max_length
             router = Router(LocalModel(opened, "tiny"), RemoteEndpoint(config), policy, edge_deadline)
             try:
@@ -171,7 +171,7 @@ def test_another_model_is_unknown_and_nobody_is_asked():
 
 def test_giving_up_while_the_edge_drafts_frees_it():
     async def run():
-        model = LocalModel(of_model(MODEL, TOKENIZER, FORMAT), "tiny")
+        model = LocalModel(wrap_model(MODEL, TOKENIZER, FORMAT), "tiny")
         router = Router(model, RemoteEndpoint(CloudConfig("http://127.0.0.1:1")), PolicyConfig())
         task = asyncio.ensure_future(router.generate(ask(max_tokens=100, ignore_eos=True)))
         while not model.counters()["running"]:
@@ -192,7 +192,7 @@ def test_the_threshold_changes_while_it_runs():
             cloud = RemoteEndpoint(CloudConfig(fake.url, model="big"))
             point = CurvePoint(0.0, 0.5, 0.0, 0.0)
             policy = PolicyConfig(threshold=0.0, curve=(point,))
-            router = Router(LocalModel(of_model(MODEL, TOKENIZER, FORMAT), "tiny"), cloud, policy)
+            router = Router(LocalModel(wrap_model(MODEL, TOKENIZER, FORMAT), "tiny"), cloud, policy)
             first = (await router.generate(CHAT)).decision.side
             router.set_threshold(1.0)
             second = await router.generate(CHAT)
@@ -228,7 +228,7 @@ def test_verify_gives_exactly_the_clouds_own_answer(seed):
         cloud = RemoteEndpoint(CloudConfig("http://cloud", model="big"), httpx2.ASGITransport(app))
         own = [piece async for piece in await cloud_engine.generate(replace(request, model="big"))]
         plain, tokenizer = model.detached(), TOKENIZER
-        edge = LocalModel(of_model(plain, tokenizer, FORMAT), "tiny")
+        edge = LocalModel(wrap_model(plain, tokenizer, FORMAT), "tiny")
         router = Router(edge, cloud, PolicyConfig(kind="verify"))
         found = await router.generate(request)
         pieces = [piece async for piece in found]

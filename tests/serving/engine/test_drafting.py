@@ -5,7 +5,7 @@ import torch
 
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.errors import ConfigError
-from shadowtune.model.speculation.acceptance import Proposal
+from shadowtune.model.speculation.verification import Proposal
 from shadowtune.serving.engine import drafting
 from tests.serving.engine.support import adapter, alone, answers, engine, one_model, prompt, request
 from tests.support.bases import tiny_base

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.export.opening import of_model
+from shadowtune.export.loading import wrap_model
 from shadowtune.serving.edge.confidence import NO_SIGNALS
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.requests import (
@@ -68,7 +68,7 @@ def test_an_answer_without_pieces_is_an_empty_one():
 
 def test_a_model_of_ours_tells_how_sure_it_was_and_a_failure_is_an_error():
     tokenizer = tiny_tokenizer()
-    model = LocalModel(of_model(tiny_base(), tokenizer, PromptFormat()), "m")
+    model = LocalModel(wrap_model(tiny_base(), tokenizer, PromptFormat()), "m")
 
     async def ask(name):
         request = GenerationRequest(name, prompt=[5, 6, 7], max_tokens=3, sampling=SamplingParams(temperature=0))

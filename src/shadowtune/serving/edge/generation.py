@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from shadowtune.export.opening import OpenModel
+from shadowtune.export.loading import LoadedModel
 from shadowtune.export.runtimes import GgufModel, Stepwise
 from shadowtune.serving.constrained import SchemaMatcher
 from shadowtune.serving.edge.confidence import TokenStatistics, statistics_from_logits, statistics_from_top
@@ -33,7 +33,7 @@ class DecodingStep:
 
 
 def decoding_steps(
-    opened: OpenModel, ids: list[int], request: GenerationRequest, limit: int, matcher: SchemaMatcher | None = None
+    opened: LoadedModel, ids: list[int], request: GenerationRequest, limit: int, matcher: SchemaMatcher | None = None
 ) -> Generator[DecodingStep, None, None]:
     """Yield up to ``limit`` tokens after the prompt ``ids``; closing the iterator frees the runtime.
 

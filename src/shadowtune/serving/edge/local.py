@@ -10,7 +10,7 @@ from functools import partial
 
 from shadowtune.data.encoding import prompt_ids
 from shadowtune.errors import DataError
-from shadowtune.export.opening import OpenModel
+from shadowtune.export.loading import LoadedModel
 from shadowtune.export.runtimes import GgufModel
 from shadowtune.serving.background import DaemonThread, SharedWork
 from shadowtune.serving.constrained import SchemaCompiler, SchemaMatcher
@@ -39,7 +39,7 @@ class LocalStream:
 
     def __init__(
         self,
-        opened: OpenModel,
+        opened: LoadedModel,
         request: GenerationRequest,
         ids: list[int],
         limit: int,
@@ -153,7 +153,7 @@ class LocalModel:
         close_seconds: seconds for which ``aclose`` lets running and waiting requests finish.
     """
 
-    def __init__(self, opened: OpenModel, name: str, max_queue: int = 32, close_seconds: float = 30.0) -> None:
+    def __init__(self, opened: LoadedModel, name: str, max_queue: int = 32, close_seconds: float = 30.0) -> None:
         self._opened, self._name, self._max_queue, self._close_seconds = opened, name, max_queue, close_seconds
         self._created = int(time.time())
         self._thread, self._tokenizing = DaemonThread("edge-model"), SharedWork("edge-prompts")

@@ -10,9 +10,8 @@ from transformers import LogitsProcessorList
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.speculation.decoding import draft_share
-from shadowtune.model.speculation.draft import Draft, make_draft
 from shadowtune.model.speculation.draft_length import Costs, DraftLength
-from shadowtune.model.speculation.drafters import make_drafter
+from shadowtune.model.speculation.drafters import AdaptiveDrafter, DraftBatch, make_drafter
 
 
 class SequenceState(Protocol):
@@ -46,17 +45,17 @@ class BatchDrafter:
     """
 
     def __init__(self, model: ShadowForCausalLM, config: SpeculationConfig) -> None:
-        self._drafter = make_drafter(config, model, LogitsProcessorList(), sample=False)
         self._device, self._share = model.device.type, draft_share(model, config)
         costs = Costs.of(self._device, self._share, 1)
-        self._length = DraftLength(costs, config.longest, config.length is not None)
+        length = DraftLength(costs, config.longest, config.length is not None)
+        self._drafter = AdaptiveDrafter(make_drafter(config, model, LogitsProcessorList(), sample=False), length)
 
     def draft(
         self,
         sequences: Sequence[SequenceState],
         batch: int,
         run_backbone: Callable[[list[list[int]], int], Tensor],
-    ) -> tuple[Draft, list[list[int]]]:
+    ) -> tuple[DraftBatch, list[list[int]]]:
         """Draft for sequences with at least one token left.
 
         Args:
@@ -67,23 +66,20 @@ class BatchDrafter:
         Returns:
             The draft, and the drafted tokens of each sequence that fit its length.
         """
-        self._length.costs = Costs.of(self._device, self._share, batch)
+        self._drafter.length.costs = Costs.of(self._device, self._share, batch)
         hidden = [sequence.last_hidden for sequence in sequences if sequence.last_hidden is not None]
-        self._drafter.learn(torch.stack(hidden) if len(hidden) == len(sequences) else None)
-        draft = make_draft(
-            self._drafter,
-            self._length,
-            max(sequence.remaining for sequence in sequences) - 1,
+        self._drafter.drafter.learn(torch.stack(hidden) if len(hidden) == len(sequences) else None)
+        draft = self._drafter.draft(
             torch.tensor([sequence.tokens[-1:] for sequence in sequences]),
             lambda: [sequence.tokens for sequence in sequences],
             lambda tokens, seen: run_backbone(tokens.tolist(), seen),
+            max(sequence.remaining for sequence in sequences) - 1,
             counted=list(range(len(sequences))),
             others=batch - len(sequences),
         )
         pairs = zip(draft.tokens, sequences, strict=True)
         return draft, [tokens[: max(0, sequence.remaining - 1)] for tokens, sequence in pairs]
 
-    def learn(self, draft: Draft, accepted: Sequence[int], gained: Sequence[int]) -> None:
+    def learn(self, draft: DraftBatch, accepted: Sequence[int], gained: Sequence[int]) -> None:
         """Update the acceptance estimate: accepted drafts and generated tokens of each sequence."""
-        confidences = [proposal.confidence for proposal in draft.proposals]
-        self._length.learn(confidences, accepted, sum(gained) / len(gained), draft.looked)
+        self._drafter.learn(draft, accepted, gained)

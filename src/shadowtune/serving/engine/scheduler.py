@@ -12,8 +12,8 @@ from torch import Tensor
 
 from shadowtune.config.checking import check_range
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.model.speculation.counts import Counts
-from shadowtune.model.speculation.draft import Draft
+from shadowtune.model.speculation.drafters import DraftBatch
+from shadowtune.model.speculation.verification import SpeculationStatistics
 from shadowtune.serving.engine.drafting import BatchDrafter
 from shadowtune.serving.engine.model_runner import InitialStates, ModelRunner
 from shadowtune.serving.engine.sequence import LazyLogits, Sequence
@@ -73,7 +73,7 @@ class EngineStatistics:
     completion_tokens: int = 0
     passes: int = 0
     """Passes of the base."""
-    drafts: Counts = field(default_factory=Counts)
+    drafts: SpeculationStatistics = field(default_factory=SpeculationStatistics)
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0
 
@@ -85,7 +85,7 @@ class EngineStatistics:
     def numbers(self) -> dict[str, float]:
         """Return all of them by name, with ``tokens_per_pass`` and the sums of verified and accepted drafts."""
         own = {name: float(value) for name, value in vars(self).items() if name != "drafts"}
-        drafts = {"judged_draft_tokens": sum(self.drafts.judged), "accepted_draft_tokens": sum(self.drafts.stood)}
+        drafts = {"judged_draft_tokens": sum(self.drafts.verified), "accepted_draft_tokens": sum(self.drafts.accepted)}
         return {**own, **drafts, "tokens_per_pass": self.tokens_per_pass}
 
 
@@ -199,7 +199,7 @@ class Scheduler:
 
     def _decode(self, sequences: list[Sequence]) -> None:
         """Draft where it pays, and verify all sequences in one pass."""
-        drafts: list[tuple[BatchDrafter, list[Sequence], Draft]] = []
+        drafts: list[tuple[BatchDrafter, list[Sequence], DraftBatch]] = []
         drafted: dict[Sequence, list[int]] = {}
         for adapter in dict.fromkeys(each.adapter for each in sequences):
             own = [each for each in sequences if each.adapter is adapter and each.request.speculate]
