@@ -50,10 +50,12 @@ from shadowtune.provenance import peak_memory_mb, provenance
 from shadowtune.training.callbacks import GracefulInterrupt, MetricsFile, ProjectionWarmup
 from shadowtune.training.checkpoints import TrainingProgress, atomic_directory, convert_write_errors
 from shadowtune.training.interpolation import join_ensemble
-from shadowtune.training.run_directory import DRAFT_HEAD_DIRECTORY, InputDigests, RunDirectory
+from shadowtune.training.run_directory import DISTILLATION_DIRECTORY, DRAFT_HEAD_DIRECTORY, InputDigests, RunDirectory
 from shadowtune.training.stages import (
+    DistillationStage,
     DraftHeadStage,
     StageContext,
+    distillation_settings,
     draft_head_settings,
     joint_settings,
     preceding_runs,
@@ -69,6 +71,12 @@ from shadowtune.training.training_data import (
     frequent_tokens,
     load_training_data,
 )
+
+_ANSWER_STAGES = {
+    DistillationStage.name: (DISTILLATION_DIRECTORY, distillation_settings),
+    DraftHeadStage.name: (DRAFT_HEAD_DIRECTORY, draft_head_settings),
+}
+"""Stages that train on the model's own answers: the directory of each in the run's, and its settings."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,8 @@ class TrainSummary:
     """exp of the detached shadow's loss on the validation data after pretraining; None if it was not measured."""
     shadow_seconds: float | None = None
     """The part of ``train_seconds`` that the shadow-only stage took; None without one."""
+    distillation_seconds: float | None = None
+    """The part of ``train_seconds`` that the distillation stage took, with its generated answers; None without one."""
     drafting_seconds: float | None = None
     """The part of ``train_seconds`` that the draft head stage took, with its generated answers; None without one."""
     fit_seconds: float | None = None
@@ -252,16 +262,17 @@ class ModelRun:
         )
 
     def _fit(self, stage: str, dataset: Any) -> TrainOutput:
-        """Train in a stage: the draft head in a directory of its own, everything else in that of the run."""
-        if stage == DraftHeadStage.name:
-            return self._draft_head_trainer(dataset).train()
+        """Train in a stage: those on the model's own answers in directories of their own, all else in the run's."""
+        if stage in _ANSWER_STAGES:
+            return self._answers_trainer(stage, dataset).train()
         self.trainer.train_dataset = dataset
         output: TrainOutput = self.trainer.train(resume_from_checkpoint=self.run.last_checkpoint())
         self.progress = self.trainer.progress()
         return output
 
-    def _draft_head_trainer(self, dataset: Any) -> ShadowTrainer:
-        run, settings = RunDirectory(self.run.path / DRAFT_HEAD_DIRECTORY), draft_head_settings(self.config)
+    def _answers_trainer(self, stage: str, dataset: Any) -> ShadowTrainer:
+        directory, settings_of = _ANSWER_STAGES[stage]
+        run, settings = RunDirectory(self.run.path / directory), settings_of(self.config)
         arguments = training_arguments(settings, run.checkpoints, self.options.quiet)
         arguments.save_strategy = SaveStrategy.NO
         if self.options.main:
@@ -304,7 +315,7 @@ class ModelRun:
         if config.stage == "pretrain" and measured:  # the last one comes after the last step
             perplexity = math.exp(min(measured[-1], 700.0))  # beyond it a float overflows
         shadow_seconds = None if self.shadow_only is None else self.shadow_only.train_seconds
-        later = entries.get("fit_seconds", 0.0) + entries.get("drafting_seconds", 0.0)
+        later = sum(entries.get(name, 0.0) for name in ("distillation_seconds", "fit_seconds", "drafting_seconds"))
         return TrainSummary(
             method=config.method,
             trainable_parameters=self.trained_parameters,

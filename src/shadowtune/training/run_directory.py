@@ -36,6 +36,7 @@ from shadowtune.training.training_data import TrainingData
 
 SHADOW_DIRECTORY = "shadow"
 LORA_DIRECTORY = "lora"
+DISTILLATION_DIRECTORY = "distillation"
 DRAFT_HEAD_DIRECTORY = "drafting"
 DIGESTS_FILE = "inputs.json"
 MAY_CHANGE = (

@@ -94,6 +94,7 @@ def stages(config: TrainConfig) -> list[Stage]:
     every: tuple[Stage, ...] = (
         ShadowOnlyStage(distillation=True),
         JointStage(),
+        DistillationStage(),
         LogitInterpolationStage(),
         DraftHeadStage(config.drafting_epochs, config.seed),
     )
@@ -137,6 +138,42 @@ class JointStage:
     def run(self, context: StageContext) -> dict[str, Any]:
         """Train all trainable parameters."""
         return _training_entries(context.fit(self.name, context.train_dataset))
+
+
+@dataclass(frozen=True)
+class DistillationStage:
+    """Trains the shadow alone on greedy answers of the attached model to the training prompts.
+
+    Sequence-level distillation (Kim and Rush, 2016, https://arxiv.org/abs/1606.07947) on the teacher's own outputs: a
+    small network fits one model's answers more easily than the many ways in which data answer. Boundaries that read h
+    alone (``variant: stateless``) leave the attached model as it is meanwhile; others would change with the state.
+    """
+
+    name = "distillation"
+
+    def applies(self, config: TrainConfig) -> bool:
+        """Where ``distillation_epochs`` is set."""
+        return config.distills_answers
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Generate the answers and train on them in mode "detached". An interrupted run starts this stage anew.
+
+        Raises:
+            ConfigError: without a tokenizer, or if the boundaries read the shadow's state.
+        """
+        start = time.perf_counter()
+        if context.tokenizer is None:
+            raise ConfigError("distillation learns the model's own answers, which need a tokenizer")
+        if context.model.shadow.config.variant != "stateless":
+            raise ConfigError(
+                "distillation trains the shadow after the joint stage, which changes an attached model whose "
+                "boundaries read the shadow's state; set shadow.variant=stateless"
+            )
+        context.report(f"distillation: the model answers {len(context.train_dataset)} training prompts")
+        answered = own_answers(context.model, context.tokenizer, context.train_dataset)
+        with shadow_only(context.model):
+            context.fit(self.name, answered)
+        return {"distillation_seconds": time.perf_counter() - start}
 
 
 @dataclass(frozen=True)
@@ -186,7 +223,8 @@ class DraftHeadStage:
         if context.tokenizer is None:
             raise ConfigError("the draft head learns the model's own answers, which need a tokenizer")
         chosen = self.choose(context.train_dataset)
-        answered = own_answers(context.model, context.tokenizer, chosen, context.report)
+        context.report(f"draft head: the model answers {len(chosen)} training prompts")
+        answered = own_answers(context.model, context.tokenizer, chosen)
         with draft_head_only(context.model):
             context.fit(self.name, answered)
         return {"drafting_seconds": time.perf_counter() - start}
@@ -224,7 +262,7 @@ def prepare_shadow_only(model: nn.Module, projection_steps: int = 0) -> ShadowPr
 
 @contextmanager
 def shadow_only(model: ShadowPreTrainedModel, distillation: bool = False) -> Iterator[None]:
-    """Context in which a model is its detached shadow, and nothing else of it is trainable.
+    """Context in which a model is its detached shadow, which is trainable, and nothing else is.
 
     Args:
         model: with a shadow.
@@ -235,6 +273,7 @@ def shadow_only(model: ShadowPreTrainedModel, distillation: bool = False) -> Ite
         try:
             if not distillation:
                 model.shadow.config = replace(config, distillation_weight=0.0, matching_weight=0.0)
+            model.shadow.requires_grad_(True)  # the joint stage may have had no use for its backbone
             prepare_shadow_only(model)
             yield
         finally:
@@ -267,7 +306,6 @@ def own_answers(
     model: ShadowForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[dict[str, Any]],
-    report: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Answer the prompts of encoded examples greedily; return examples with these answers as labels.
 
@@ -275,7 +313,6 @@ def own_answers(
         model: in mode "attached"; left in eval mode.
         tokenizer: of the model.
         examples: with ``input_ids`` and ``labels``; the tokens before the first label, at least one, are the prompt.
-        report: called with a message.
     """
     prompts = []
     for example in examples:
@@ -283,7 +320,6 @@ def own_answers(
         begin = next(position for position, label in labels if position and label != IGNORE_INDEX)
         prompts.append(list(example["input_ids"][:begin]))
     longest = max(len(each["input_ids"]) - len(prompt) for each, prompt in zip(examples, prompts, strict=True))
-    report(f"draft head: the model answers {len(examples)} training prompts")
     _, answers = generate_answers(model, tokenizer, prompts, longest)
     return [
         {**example, "input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}
@@ -316,6 +352,7 @@ def shadow_only_settings(config: TrainConfig) -> TrainConfig:
         stage="pretrain",
         shadow=shadow,
         shadow_epochs=0.0,
+        distillation_epochs=0.0,
         drafting_epochs=0.0,
         fit_head_mixing=False,
         epochs=config.shadow_epochs,
@@ -331,6 +368,12 @@ def joint_settings(config: TrainConfig) -> TrainConfig:
     return replace(config, shadow=replace(config.shadow, init_layers=None, init_from=start))
 
 
+def distillation_settings(config: TrainConfig) -> TrainConfig:
+    """Return the settings of the distillation stage: those of the shadow-only stage, with its own number of epochs."""
+    alone = shadow_only_settings(replace(config, shadow_epochs=config.distillation_epochs))
+    return replace(alone, data=replace(config.data, validation=None))
+
+
 def draft_head_settings(config: TrainConfig) -> TrainConfig:
     """Return the settings of the draft head stage: its own number of epochs, at least one, and no evaluation."""
     return replace(
@@ -338,6 +381,7 @@ def draft_head_settings(config: TrainConfig) -> TrainConfig:
         epochs=max(1.0, config.drafting_epochs),
         max_steps=None,
         data=replace(config.data, validation=None),
+        distillation_epochs=0.0,
         drafting_epochs=0.0,
         fit_head_mixing=False,
     )
