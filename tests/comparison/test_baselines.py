@@ -151,7 +151,7 @@ class TestEnsemble:
 
     def test_its_weight_is_the_best_of_those_tried_on_the_validation_rows(self, finished):
         from shadowtune.data.collate import CausalCollator
-        from shadowtune.evaluation.runner import answer_loss
+        from shadowtune.evaluation.evaluate import answer_loss
         from shadowtune.training.mixing import GAMMAS
 
         run = finished[0]

@@ -1,4 +1,4 @@
-"""What a directory holds, told without loading a model."""
+"""Description of a run directory or a saved shadow, without loading a model."""
 
 import json
 from collections.abc import Mapping
@@ -76,7 +76,7 @@ def _describe_shadow(path: Path) -> dict[str, Any]:
 
 
 def _describe_peer(peer: PeerAdapter) -> dict[str, Any]:
-    """Tell what another library saved, in its own words; base and blocks are not looked at."""
+    """Describe an adapter of another library by its own settings; the base is not read."""
     facts: dict[str, Any] = {
         "library": peer.library,
         "task": "classification" if peer.classifies else "causal_lm",
@@ -87,7 +87,7 @@ def _describe_peer(peer: PeerAdapter) -> dict[str, Any]:
 
 
 def _describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Count the numbers in each part, a part being the first two pieces of a name."""
+    """Count the parameters of each part; a part is the first two components of a name."""
     parts: dict[str, int] = {}
     for name, tensor in tensors.items():
         part = ".".join(name.split(".")[:2])
