@@ -1,4 +1,4 @@
-"""Constrained-decoding libraries side by side: time to compile a JSON schema, and to make the mask of each token.
+"""Compare constrained-decoding libraries: time to compile a JSON schema, and to compute the mask of each token.
 
     python benchmarks/constrained_decoding.py
 

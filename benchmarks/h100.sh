@@ -15,7 +15,7 @@ export PYTHONPATH=src
 
 failed=0
 bench() {
-    "$PYTHON" -m shadowtune bench "$@" --repeats "$REPEATS" --device "$DEVICE" --dtype "$DTYPE" --out "$OUT" --quiet ||
+    "$PYTHON" -m benchmarks "$@" --repeats "$REPEATS" --device "$DEVICE" --dtype "$DTYPE" --out "$OUT" --quiet ||
         failed=1 # one that does not fit must not cost the others
 }
 
@@ -26,9 +26,9 @@ bench train --model "$MODEL" --batch 1 --length "$LENGTH" --labelled 1.0 --peers
 bench memory --model "$MODEL" --batch 1 --lengths "$LENGTH" --phases train --peers lora
 bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --prompt "$TOKENS" --new 2 --peers base
 bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --peers base,lora
-bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --subject shadow-compiled --peers base-compiled
+bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --candidate shadow-compiled --peers base-compiled
 bench evaluate --model "$MODEL" --rows 8 --batch 8 --new 8 --peers one-by-one
-bench speculate --model "$MODEL" --subject speculate-4 --peers attached,base --rows 1 --new 32
+bench speculate --model "$MODEL" --candidate speculate-4 --peers attached,base --rows 1 --new 32
 bench passes --model "$MODEL" --tokens 1,4,8,16 --peers base,drafting
 bench serving --model "$MODEL" --streams 16 --adapters 2 --peers batched
 exit "$failed"

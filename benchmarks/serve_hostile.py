@@ -1,10 +1,10 @@
-"""How long ``/health`` takes, and how much memory a server gains, while large wrong requests are sent.
+"""Measure the latency of ``/health`` and the memory growth of a server during large invalid requests.
 
     python benchmarks/serve_hostile.py URL MODEL PID
 
 Each body of up to 3.9 MB is sent by one client while another asks ``/health`` again and again. The table has the worst
-of these answers in milliseconds, and the growth of the process's resident memory in MB. On a machine that does other
-work the times are upper bounds.
+of these latencies in milliseconds, and the growth of the process's resident memory in MB. On a busy machine the times
+are upper bounds.
 """
 
 import http.client
@@ -38,9 +38,9 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def ask(url: str, method: str, path: str, body: bytes | None = None) -> int:
-    """Ask and return the status."""
-    place = urlsplit(url)
-    connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=600)
+    """Send one request and return the status code."""
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=600)
     connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
     response = connection.getresponse()
     response.read()

@@ -1,11 +1,12 @@
-"""Load a cloud, and an edge in front of it, with requests good and bad; watch memory and file descriptors.
+"""Load test of a cloud server, and an edge server in front of it, with valid and invalid requests.
 
     python benchmarks/serve_load.py runs/robot/shadow --edge runs/robot/edge-int8 --minutes 30
 
-Clients ask for chats, streamed and whole, several answers at once, with predictions; some leave midway, some send
-nonsense. Every request must end: answered, refused with a reason, or left by the client. The table has each server's
-memory and open files over the time, the last line what became of the requests. Exit code 1 if a request was lost, a
-server answered 5xx or died, or memory or files grew by more than a tenth from the second quarter to the last.
+Clients request chat completions, streamed and whole, several choices at once, with predictions; some disconnect midway,
+some send invalid bodies. Every request must end: answered, refused with a reason, or left by the client. The table has
+each server's memory and open files over the time, the last line the outcomes of the requests. Exit code 1 if a request
+was lost, a server answered 5xx or died, or memory or files grew by more than a tenth from the second quarter to the
+last.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
+import httpx
 
 from shadowtune.cli.output import print_table
 
@@ -41,7 +42,7 @@ GROWTH = 1.1
 
 @contextmanager
 def server(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Start ``shadowtune serve ...`` on a free port; give its address and process, and end it as a user would."""
+    """Start ``shadowtune serve ...`` on a free port; yield its address and process, and end it by SIGTERM."""
     command = [sys.executable, "-m", "shadowtune", "serve", *arguments, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
@@ -54,13 +55,13 @@ def server(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 def held(process: subprocess.Popen[str]) -> tuple[float, int]:
     """Return the memory (MB) and the open files of a process."""
-    place = Path(f"/proc/{process.pid}")
-    fields = dict(line.split(":", 1) for line in (place / "status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) / 1024, len(os.listdir(place / "fd"))
+    proc = Path(f"/proc/{process.pid}")
+    fields = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 1024, len(os.listdir(proc / "fd"))
 
 
-async def one_request(client: httpx2.AsyncClient, address: str, model: str, chance: random.Random) -> str:
-    """Send one request and return what became of it."""
+async def one_request(client: httpx.AsyncClient, address: str, model: str, chance: random.Random) -> str:
+    """Send one request and return its outcome."""
     kind = chance.choice(("chat", "stream", "leave", "many", "prediction", "nonsense", "unknown"))
     body: dict[str, Any] = {"model": model, "max_tokens": chance.randint(1, 12), "temperature": chance.choice((0, 1))}
     body["messages"] = [{"role": "user", "content": chance.choice(WORDS)}]
@@ -86,22 +87,22 @@ async def one_request(client: httpx2.AsyncClient, address: str, model: str, chan
 
 
 async def load(address: str, model: str, clients: int, until: float, counts: Counter[str]) -> None:
-    """Ask with so many clients until the time is over."""
+    """Send requests by so many clients until the time is over."""
 
     async def ask(number: int) -> None:
         chance = random.Random(number)
-        async with httpx2.AsyncClient(timeout=60, trust_env=False) as client:
+        async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
             while time.monotonic() < until:
                 try:
                     counts[await one_request(client, address, model, chance)] += 1
-                except httpx2.HTTPError as error:
+                except httpx.HTTPError as error:
                     counts[f"lost: {type(error).__name__}"] += 1
 
     await asyncio.gather(*(ask(number) for number in range(clients)))
 
 
 async def watch(servers: dict[str, subprocess.Popen[str]], until: float, every: float) -> list[dict[str, Any]]:
-    """Note what the servers hold, again and again."""
+    """Record the servers' memory and open files, repeatedly."""
     begin, rows = time.monotonic(), []
     while time.monotonic() < until:
         await asyncio.sleep(every)
@@ -116,9 +117,9 @@ async def watch(servers: dict[str, subprocess.Popen[str]], until: float, every: 
 async def everything(
     targets: list[str], processes: dict[str, subprocess.Popen[str]], arguments: argparse.Namespace, counts: Counter[str]
 ) -> list[dict[str, Any]]:
-    """Ask all servers and watch them."""
+    """Send requests to all servers and record their memory."""
     until = time.monotonic() + 60 * arguments.minutes
-    names = [httpx2.get(f"{target}/v1/models", trust_env=False).json()["data"][0]["id"] for target in targets]
+    names = [httpx.get(f"{target}/v1/models", trust_env=False).json()["data"][0]["id"] for target in targets]
     share = max(1, arguments.clients // len(targets))
     asking = [load(target, name, share, until, counts) for target, name in zip(targets, names, strict=True)]
     rows, *_ = await asyncio.gather(watch(processes, until, 60 * arguments.minutes / 20), *asking)
@@ -137,7 +138,7 @@ def grown(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> int:
-    """Start the servers, load them, say what came of it."""
+    """Start the servers, load them, print the outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--edge", help="a detached model; half of the clients ask it")

@@ -1,11 +1,11 @@
-"""Train the authors' shadow-peft on the settings of a run of ours, and evaluate what it leaves, attached and detached.
+"""Train the authors' shadow-peft with the settings of a run of ours, and evaluate the result, attached and detached.
 
     python benchmarks/train_shadow_peft.py configs/clinc150.yaml data.validation=null output=runs/shadow-peft
 
-Model, rows, batches, steps, optimizer and seed are those of the settings; rank and update width too. alpha, dropout
-and the weight of the shadow's loss are shadow-peft's own defaults, unless ``--ours`` takes them from the settings. It
-learns by its own loss and is saved by its own ``save_pretrained``. Then our loader opens it, whose logits are tested to
-be its own.
+Model, examples, batches, steps, optimizer, seed, rank and update width are those of the settings. alpha, dropout and
+the weight of the shadow's loss are shadow-peft's own defaults, unless ``--ours`` takes them from the settings. It is
+trained with its own loss and saved by its own ``save_pretrained``. Our loader then opens it; tests show that the logits
+are equal.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> None:
     model = ShadowForCausalLM.from_pretrained(output / "model", base=resolve(config.model))
     finished = FinishedRun(output, config, model, rows.tokenizer)
     attached = finished.evaluate("attached", limit=arguments.limit)
-    detached = finished.evaluate("detached", limit=arguments.limit, said=attached.answers)
+    detached = finished.evaluate("detached", limit=arguments.limit, compare_with=attached.answers)
     table = [
         {
             "method": f"shadow-peft, {mode}",

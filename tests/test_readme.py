@@ -19,8 +19,8 @@ COMMANDS = [
     for line in body.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("#")
 ]
-LONG = ("shadowtune demo", "shadowtune bench", "accelerate launch")
-"""Commands that are run elsewhere, smaller: tests/cli/test_demo.py, tests/benchmark, tests/training."""
+LONG = ("shadowtune demo", "python -m benchmarks", "accelerate launch")
+"""Commands that are run elsewhere, smaller: tests/cli/test_demo.py, tests/benchmarks, tests/training."""
 
 
 def test_the_first_command_comes_within_twenty_lines():

@@ -6,7 +6,7 @@ from shadowtune.comparison import execution
 from shadowtune.comparison.analysis import Analysis
 from shadowtune.comparison.budgets import merged, scaled
 from shadowtune.comparison.plan import Plan
-from shadowtune.comparison.report import verdict
+from shadowtune.comparison.report import conclusions
 from shadowtune.comparison.run import compare, rows_done
 from shadowtune.comparison.tables import tables_of
 from shadowtune.config.training import DataConfig, TrainConfig
@@ -82,7 +82,7 @@ def test_a_time_in_which_no_step_fits_is_said_in_a_line_and_in_the_report(tmp_pa
     assert "fits into 100.0 s, the time of lora" in unmet.why
     assert [line for line in said if "not compared at equal time: words, shadow" in line]
     analysis = Analysis(config, results.rows)
-    assert any("Not compared: shadow at equal wall time on words (" in line for line in verdict(analysis, results))
+    assert any("Not compared: shadow at equal wall time on words (" in line for line in conclusions(analysis, results))
     (row,) = tables_of(analysis, results)["Not compared"]
     assert (row["method"], row["where"]) == ("shadow", "equal wall time")
 
@@ -145,7 +145,7 @@ def test_the_report_says_which_columns_are_won(tmp_path, monkeypatch):
     config, results = run(tmp_path, budget={"time": "lora", "memory": "lora"}, seeds=[1, 2])
     analysis = Analysis(config, results.rows)
     assert analysis.columns == ["parameters", "time", "memory"]
-    first, *rest = verdict(analysis, results)
+    first, *rest = conclusions(analysis, results)
     each = "the same passes, each method at its own size, equal wall time"
     assert first == f"shadow wins 2 of 3 columns: {each}."
     assert any(line.startswith("equal peak memory: lora wins (") for line in rest)
@@ -163,7 +163,7 @@ def test_a_cost_that_was_not_met_as_measured_is_named(tmp_path, monkeypatch):
     shadow = find(results, "time", "shadow")
     shadow["training"]["train_seconds"] = 150.0
     analysis = Analysis(config, results.rows)
-    assert any("more than 10% off" in line and "words shadow 1.50" in line for line in verdict(analysis, results))
+    assert any("more than 10% off" in line and "words shadow 1.50" in line for line in conclusions(analysis, results))
     (row,) = [row for row in tables_of(analysis)["Results, equal wall time"] if row["method"] == "shadow"]
     assert row["of the time aimed at"] == "1.50"
 
@@ -187,7 +187,7 @@ def test_more_seeds_keep_the_steps_of_the_first(tmp_path):
 def test_a_method_without_a_size_is_not_counted_as_equal(tmp_path):
     methods = {"lora": None, "shadow": {"shadow": SHADOW}, "full": None}
     config, results = run(tmp_path, methods=methods, budget={"like": "shadow", "tolerance": 0.1})
-    said = verdict(Analysis(config, results.rows), results)
+    said = conclusions(Analysis(config, results.rows), results)
     assert any(line.startswith("full trains ") and "not one at equal parameters" in line for line in said)
     analysis = Analysis(config, results.rows)
     assert [row["method"] for row in analysis.standings()] == ["lora", "shadow"]

@@ -1,11 +1,16 @@
+import pickle
+import subprocess
+import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from shadowtune.comparison import execution
-from shadowtune.comparison.execution import Executor, write_results
+from shadowtune.comparison.execution import Executor
 from shadowtune.comparison.plan import Plan
+from shadowtune.comparison.run import write_results
 from shadowtune.errors import ShadowtuneError
 from tests.comparison.test_job import job
 from tests.support.comparisons import LocalWorker, compare_config
@@ -17,16 +22,13 @@ class IdleWorker(LocalWorker):
     places: list[dict[str, str]] = []
     busy: threading.Barrier
 
-    def __init__(self, name, module, way_out, environment):
-        super().__init__(name, module, way_out, environment)
+    def __init__(self, name, hint, environment):
+        super().__init__(name, hint, environment)
         self.places.append(environment)
 
-    def call(self, method, job):
+    def call(self, function, job):
         self.busy.wait(timeout=30)
-        from shadowtune.comparison.job import Job
-        from shadowtune.config.checking import from_mapping
-
-        from_mapping(Job, job, where="").write(seconds=1.0, evaluations=[], training=None, provenance=None)
+        job.write(seconds=1.0, evaluations=[], training=None, provenance=None)
 
 
 def jobs(path, count):
@@ -65,7 +67,7 @@ def test_ctrl_c_ends_the_processes_and_starts_no_other(tmp_path, monkeypatch):
     started, killed, dead = [], [], threading.Event()
 
     class Endless(LocalWorker):
-        def call(self, method, job):
+        def call(self, function, job):
             started.append(self.name)
             assert dead.wait(timeout=60)
             raise ShadowtuneError("the process ended: killed")
@@ -97,23 +99,29 @@ def test_results_hold_a_row_of_each_job_that_has_one_in_the_order_of_the_jobs(tm
     assert (tmp_path / "results.jsonl").read_text().count("\n") == 2
 
 
-def test_the_process_of_a_run_dies_with_the_one_that_started_it(tmp_path):
-    import json
-    import subprocess
-    import sys
-    from dataclasses import asdict
+EXECUTE = """
+import pathlib, pickle, sys
+from shadowtune.comparison.execution import Executor
 
-    methods = {"lora": {"max_steps": 100000}}
-    (endless,) = Plan.of(compare_config(tmp_path, methods=methods)).finals()
-    command = [sys.executable, "-m", "shadowtune.comparison.worker"]
-    worker = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    worker.stdin.write(json.dumps(["run", {"job": asdict(endless)}]) + "\n")
-    worker.stdin.flush()
+if __name__ == "__main__":
+    Executor().run([pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())])
+"""
+
+
+def test_the_process_of_a_run_dies_with_the_one_that_started_it(tmp_path):
+    (endless,) = Plan.of(compare_config(tmp_path, methods={"lora": {"max_steps": 100000}})).finals()
+    (tmp_path / "execute.py").write_text(EXECUTE)
+    (tmp_path / "job").write_bytes(pickle.dumps(endless))
+    parent = psutil.Popen([sys.executable, tmp_path / "execute.py", tmp_path / "job"], stderr=subprocess.DEVNULL)
     while not (endless.path / "metrics.jsonl").exists():
-        assert worker.poll() is None
+        assert parent.poll() is None
         time.sleep(0.05)
-    worker.stdin.close()  # what the system does when a parent dies
-    assert worker.wait(timeout=120) == 1
+    workers = [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]
+    assert len(workers) == 1
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while workers[0].is_running() and workers[0].status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not workers[0].is_running() or workers[0].status() == psutil.STATUS_ZOMBIE
     assert not endless.is_done()

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from shadowtune.comparison import data_digests, execution, job
+from shadowtune.comparison import execution, job
 from shadowtune.comparison.analysis import Analysis
 from shadowtune.comparison.plan import Plan
-from shadowtune.comparison.report import verdict
+from shadowtune.comparison.report import conclusions
 from shadowtune.comparison.run import compare, failures, rows_done
 from shadowtune.comparison.tables import tables_of
 from shadowtune.data.dataset import Dataset
@@ -83,7 +83,7 @@ class TestSweepOnNamedTasks:
     def test_an_edge_that_the_limit_leaves_is_said(self, config, invented, monkeypatch):
         monkeypatch.setattr(Worker, "skill", staticmethod(lambda name, rate: min(1.0, 0.2 * rate**0.2)))
         results = compare(Plan.of(config))
-        said = verdict(Analysis(config, results.rows), results)
+        said = conclusions(Analysis(config, results.rows), results)
         assert any("at the edge of what was tried: lora" in line and "shadow" in line for line in said)
 
     def test_trials_on_tuning_tasks_are_done_for_a_piece_that_leaves_these_out(self, tmp_path, config, invented):
@@ -159,7 +159,7 @@ class TestRowsOfOthers:
         assert after["rows"] != before["rows"]
         assert after["evaluations"][0]["loss"] != before["evaluations"][0]["loss"]
         assert results.left_out == [{"run": before["run"], "why": "made with other rows"}]
-        said = verdict(Analysis(config, results.rows), results)
+        said = conclusions(Analysis(config, results.rows), results)
         assert any(line.startswith("1 earlier results are left out: made with other rows") for line in said)
 
     def test_changed_test_rows_are_answered_anew_without_training(self, tmp_path, in_this_process):
@@ -204,7 +204,7 @@ class TestRowsOfOthers:
     def test_rows_are_read_once(self, tmp_path, monkeypatch):
         calls, rows = [], Dataset.training_rows
         monkeypatch.setattr(Dataset, "training_rows", lambda dataset: calls.append(1) or rows(dataset))
-        digests = data_digests.RowDigests()
+        digests = job.RowDigests()
         data = compare_config(tmp_path).train_config("words", "lora").data
         assert digests.training(data) == digests.training(data)
         assert digests.training(data)[1] == 8
@@ -224,7 +224,7 @@ class TestValidationRows:
         column = "validation rows read in training"
         assert (rows["lora"][column], rows["shadow"][column]) == (0, 8)
         assert (rows["lora"]["rows in all"], rows["shadow"]["rows in all"]) == (8, 16)
-        assert any("(shadow 8; the others none): data are not equal" in line for line in verdict(analysis))
+        assert any("(shadow 8; the others none): data are not equal" in line for line in conclusions(analysis))
 
     def test_all_methods_can_learn_them(self, tmp_path, in_this_process):
         config = compare_config(tmp_path, methods={"lora": {"lora": {"rank": 2}}, **self.SHADOW}, validation_rows="all")
@@ -233,7 +233,7 @@ class TestValidationRows:
         analysis = Analysis(config, results.rows)
         rows = tables_of(analysis)["Rows that each method learns from"]
         assert {row["rows in all"] for row in rows} == {16}
-        assert not any("data are not equal" in line for line in verdict(analysis))
+        assert not any("data are not equal" in line for line in conclusions(analysis))
         lora = results.rows[0]["config"]["data"]
         assert (lora["learn_validation"], lora["validation"]) == (True, str(tmp_path / "words"))
 
@@ -252,7 +252,7 @@ class TestValidationRows:
     def test_without_a_reader_nothing_is_said(self, tmp_path, invented):
         config = compare_config(tmp_path)
         assert not any(
-            "data are not equal" in line for line in verdict(Analysis(config, compare(Plan.of(config)).rows))
+            "data are not equal" in line for line in conclusions(Analysis(config, compare(Plan.of(config)).rows))
         )
 
 
@@ -288,7 +288,7 @@ class TestWhatCannotBeCompared:
         task = {"data": {**words["data"], "limit": 30}, "test_limit": 500}
         config = compare_config(tmp_path, tasks={"words": task}, methods={"lora": {"lora": {"rank": 2}}})
         results = compare(Plan.of(config))
-        said = verdict(Analysis(config, results.rows), results)
+        said = conclusions(Analysis(config, results.rows), results)
         assert "words: 8 training rows, fewer than the 30 asked for." in said
         assert "words: 8 test rows, fewer than the 500 asked for." in said
 
@@ -297,7 +297,7 @@ class TestWhatCannotBeCompared:
         task = {"data": {**words["data"], "limit": 8}, "test_limit": 8}
         config = compare_config(tmp_path, tasks={"words": task}, methods={"lora": {"lora": {"rank": 2}}})
         results = compare(Plan.of(config))
-        assert not any("asked for" in line for line in verdict(Analysis(config, results.rows), results))
+        assert not any("asked for" in line for line in conclusions(Analysis(config, results.rows), results))
 
 
 class TestForgetting:

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from shadowtune.comparison.job import Job, Request, differences, digest, read_json
+from shadowtune.comparison.job import EvaluationRequest, Job, differences, digest, read_json
 from shadowtune.config.checking import from_mapping
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import DataConfig, TrainConfig
@@ -13,7 +13,7 @@ DATA = DataConfig(train="rows")
 
 
 def request(**changes):
-    return Request(
+    return EvaluationRequest(
         **{"task": "t", "mode": "attached", "split": "test", "limit": 5, "batch_size": 4, "data": DATA, **changes}
     )
 

@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from shadowtune.comparison.progress import TimeLeft, describe, duration
+from shadowtune.comparison.estimate import TimeLeft, duration
+from shadowtune.comparison.execution import describe
 from tests.comparison.test_job import job
 from tests.support.comparisons import result_row
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from shadowtune.comparison.analysis import Analysis
-from shadowtune.comparison.report import tables_of, verdict, write_report
+from shadowtune.comparison.report import conclusions, tables_of, write_report
 from tests.comparison.test_analysis import config, find, rows
 from tests.support.comparisons import result_row
 
@@ -24,7 +24,7 @@ def analysis(tmp_path):
 
 
 def test_the_verdict_says_who_is_better_by_how_much_and_who_is_not(analysis):
-    first, *rest = verdict(analysis)
+    first, *rest = conclusions(analysis)
     assert first.startswith("words: shadow is significantly better than base (+50.0 points, ")
     assert "lora (+15.0 points, +11." in first
     assert "; undecided against shadow-b (+0.0 points, -0.9 to +0.9)." in first
@@ -33,7 +33,7 @@ def test_the_verdict_says_who_is_better_by_how_much_and_who_is_not(analysis):
 
 
 def test_few_rows_and_a_single_seed_are_said():
-    said = verdict(Analysis(config(seeds=[1]), [result_row("lora", [1.0]), result_row("shadow", [0.0])]))
+    said = conclusions(Analysis(config(seeds=[1]), [result_row("lora", [1.0]), result_row("shadow", [0.0])]))
     assert any("Few test rows" in line and "words (1)" in line for line in said)
     assert any(line.startswith("One seed") for line in said)
 

@@ -145,10 +145,10 @@ def test_the_sweep_does_not_read_test_rows(tmp_path):
 def test_a_method_whose_every_trial_failed_is_named_and_stops_no_other(tmp_path, monkeypatch):
     call = LocalWorker.call
 
-    def call_or_fail(worker, method, **arguments):
+    def call_or_fail(worker, function, *arguments):
         if "lora" in worker.name:
             raise ShadowtuneError("no room for it")
-        call(worker, method, **arguments)
+        call(worker, function, *arguments)
 
     monkeypatch.setattr(LocalWorker, "call", call_or_fail)
     rows = compare(Plan.of(compare_config(tmp_path, sweep=SWEEP)))
@@ -167,10 +167,10 @@ def test_missing_training_rows_are_said_before_any_run(tmp_path):
 def test_a_run_that_fails_is_kept_stops_no_other_and_is_tried_again(tmp_path, monkeypatch):
     call = LocalWorker.call
 
-    def call_or_fail(worker, method, **arguments):
+    def call_or_fail(worker, function, *arguments):
         if "lora" in worker.name:
             raise ShadowtuneError("no room for it")
-        call(worker, method, **arguments)
+        call(worker, function, *arguments)
 
     monkeypatch.setattr(LocalWorker, "call", call_or_fail)
     said = []

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from shadowtune.comparison.statistics import Estimate, bootstrap, mean_of
+from shadowtune.comparison.statistics import MeanEstimate, bootstrap, mean_of
 
 
 def alternating(count, share):
@@ -51,8 +51,8 @@ def test_a_paired_difference_is_sure_where_the_parts_are_not():
     assert estimate.mean == pytest.approx(12 / 300)
     half = 1.96 * math.sqrt(12 / 300 * (1 - 12 / 300) / 300)
     assert estimate.low == pytest.approx(12 / 300 - half, abs=0.2 * half)
-    assert estimate.verdict == "better"
-    assert b.minus(a).estimate().verdict == "worse"
+    assert estimate.outcome == "better"
+    assert b.minus(a).estimate().outcome == "worse"
 
 
 def test_another_stream_draws_other_examples():
@@ -75,7 +75,7 @@ def test_the_mean_over_tasks_counts_each_task_the_same_and_is_surer():
     [(0.1, 0.3, "better"), (-0.3, -0.1, "worse"), (-0.1, 0.1, "undecided"), (0, 0, "undecided")],
 )
 def test_an_interval_that_holds_zero_decides_nothing(low, high, verdict):
-    assert Estimate(0.0, low, high).verdict == verdict
+    assert MeanEstimate(0.0, low, high).outcome == verdict
 
 
 @pytest.mark.parametrize("count", [1, 16, 300])
@@ -95,7 +95,7 @@ def test_equal_scores_between_0_and_1_have_an_interval_too():
 @pytest.mark.parametrize(("count", "verdict"), [(1, "undecided"), (5, "undecided"), (6, "better"), (16, "better")])
 def test_all_against_none_is_decided_as_by_a_sign_test(count, verdict):
     ours, theirs = bootstrap(torch.ones(1, count)), bootstrap(torch.zeros(1, count))
-    assert ours.minus(theirs).estimate().verdict == verdict
+    assert ours.minus(theirs).estimate().outcome == verdict
 
 
 def test_methods_that_answered_alike_differ_by_no_more_than_rows_can_tell():

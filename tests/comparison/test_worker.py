@@ -1,7 +1,5 @@
 import json
-import os
-import threading
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +13,7 @@ from tests.support.comparisons import SHADOW, compare_config
 def done(tmp_path_factory):
     path = tmp_path_factory.mktemp("compare")
     (job,) = Plan.of(compare_config(path, methods={"shadow": {"shadow": SHADOW}})).finals()
-    worker.run(asdict(job))
+    worker.run(job)
     return job
 
 
@@ -37,14 +35,14 @@ def test_an_evaluation_that_is_there_is_taken_and_the_others_are_made(done):
     first.write_text(json.dumps({**json.loads(first.read_text()), "loss": -1.0}))
     second.unlink()
     done.result_file.unlink()
-    worker.run(asdict(done))
+    worker.run(done)
     assert [each["loss"] == -1.0 for each in done.result()["evaluations"]] == [True, False]
     assert json.loads(second.read_text())["agreement"] == agreement
 
 
 def test_a_base_is_evaluated_as_it_is(tmp_path):
     (job,) = Plan.of(compare_config(tmp_path, methods={"base": None})).finals()
-    worker.run(asdict(job))
+    worker.run(job)
     row = job.result()
     assert row["training"] is None
     assert [each["mode"] for each in row["evaluations"]] == ["base"]
@@ -55,12 +53,4 @@ def test_a_missing_base_is_named(tmp_path):
     (job,) = Plan.of(compare_config(tmp_path, methods={"base": None})).finals()
     gone = replace(job, config=replace(job.config, model="./nowhere"))
     with pytest.raises(CheckpointError, match="nowhere"):
-        worker.run(asdict(gone))
-
-
-def test_lines_pass_until_the_parent_ends(monkeypatch):
-    ended = threading.Event()
-    monkeypatch.setattr(os, "_exit", lambda code: ended.set() if code == 1 else None)
-    lines = worker.lines_while_parent_lives(iter(["a", "b"]))
-    assert [next(lines), next(lines)] == ["a", "b"]
-    assert ended.wait(timeout=30)
+        worker.run(gone)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from shadowtune.errors import DataError
-from shadowtune.evaluation.agreement import top1_agreement
+from shadowtune.evaluation.evaluate import top1_agreement
 from tests.support.shadows import perturbed_model, tokens
 
 PAD = 0

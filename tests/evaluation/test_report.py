@@ -6,7 +6,17 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from shadowtune.evaluation import report
-from shadowtune.evaluation.report import draw, html_page, html_table, new_figure, page, png, read_losses, write_page
+from shadowtune.evaluation.report import (
+    draw,
+    html_page,
+    html_table,
+    markdown_table,
+    new_figure,
+    page,
+    png,
+    read_losses,
+    write_page,
+)
 
 ROWS = [
     {"method": "base", "accuracy": 0.1, "accuracy_low": 0.05, "accuracy_high": 0.2, "train_seconds": None},
@@ -113,3 +123,9 @@ def test_a_page_fits_a_phone_and_wide_tables_scroll():
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in made
     assert '<div class="table"><table>' in made
     assert "overflow-x: auto" in made
+
+
+def test_markdown_has_a_head_a_rule_and_a_line_for_each_row():
+    assert markdown_table([{"case": "a", "peer": "b", "ratio": 2.0}, {"case": "a", "peer": "c", "ratio": None}]) == (
+        "| case | peer | ratio |\n| --- | --- | --: |\n| a | b | 2.000 |\n| a | c | - |\n"
+    )

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,8 +7,13 @@ import torch
 from shadowtune.data.collate import CausalCollator, ClassificationCollator
 from shadowtune.data.generation import generate_answers
 from shadowtune.errors import DataError
-from shadowtune.evaluation.agreement import top1_agreement
-from shadowtune.evaluation.runner import answer_loss, evaluate_classes, evaluate_generation
+from shadowtune.evaluation.evaluate import (
+    EvaluationOptions,
+    answer_loss,
+    evaluate_classes,
+    evaluate_generation,
+    top1_agreement,
+)
 from shadowtune.evaluation.scoring import mean_interval, score_answers
 from tests.support.bases import tiny_classifier
 from tests.support.runs import causal_rows, class_rows
@@ -42,7 +48,9 @@ def test_accuracy_counts_the_answers_that_are_the_targets(model, prompts):
     tokenizer, rows = tiny_tokenizer(), causal_rows(5)
     answers, _ = generate_answers(model, tokenizer, prompts, 5)
     references = [[answers[0]], ["x", answers[1]], ["something else"], [answers[3]], ["no"]]
-    result = evaluate_generation(model, tokenizer, prompts, references, rows, CausalCollator(0), max_new_tokens=5)
+    result = evaluate_generation(
+        model, tokenizer, prompts, references, rows, options=EvaluationOptions(max_new_tokens=5)
+    )
     assert (result.rows, result.accuracy, result.other_scores) == (5, 0.6, {})
     assert result.scores == [1, 1, 0, 1, 0]
     assert result.accuracy_low < 0.6 < result.accuracy_high
@@ -55,11 +63,11 @@ def test_the_metric_scores_the_answers_and_its_other_scores_are_told(model, prom
     tokenizer, rows = tiny_tokenizer(), causal_rows(5)
     answers, _ = generate_answers(model, tokenizer, prompts, 5)
     references = [[f"{answer} longer"] for answer in answers]
-    arguments = (model, tokenizer, prompts, references, rows, CausalCollator(0), 5)
-    result = evaluate_generation(*arguments, metric="squad")
+    arguments, options = (model, tokenizer, prompts, references, rows), EvaluationOptions(max_new_tokens=5)
+    result = evaluate_generation(*arguments, metric="squad", options=options)
     expected = score_answers("squad", answers, references)
     assert result.accuracy == 0 < expected[1]["f1"] == result.other_scores["f1"]
-    fractions = evaluate_generation(*arguments, metric="f1")
+    fractions = evaluate_generation(*arguments, metric="f1", options=options)
     assert fractions.accuracy == pytest.approx(expected[1]["f1"])
     assert (fractions.accuracy_low, fractions.accuracy_high) == mean_interval(fractions.scores)
 
@@ -69,7 +77,7 @@ def test_classes_are_the_likeliest_and_their_loss_the_mean():
     model.config.pad_token_id = 0
     logits = torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits for row in rows])
     labels = torch.tensor([row["labels"] for row in rows])
-    result = evaluate_classes(model, rows, ClassificationCollator(0), batch_size=3)
+    result = evaluate_classes(model, rows, ClassificationCollator(0), EvaluationOptions(batch_size=3))
     assert result.accuracy == float((logits.argmax(-1) == labels).float().mean())
     assert result.scores == (logits.argmax(-1) == labels).float().tolist()
     assert result.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
@@ -85,12 +93,13 @@ def test_a_class_that_the_model_lacks_is_named_with_its_row():
 
 def test_agreement_is_told_where_another_modes_answers_are_given(model, prompts):
     tokenizer, rows = tiny_tokenizer(), causal_rows(5)
-    arguments = (model, tokenizer, prompts, [["x"]] * 5, rows, CausalCollator(0), 5)
-    attached = evaluate_generation(*arguments)
+    arguments, options = (model, tokenizer, prompts, [["x"]] * 5, rows), EvaluationOptions(max_new_tokens=5)
+    attached = evaluate_generation(*arguments, options=options)
+    compared = replace(options, compare_with=attached.answers)
     assert attached.agreement is None
-    assert evaluate_generation(*arguments, said=attached.answers).agreement == 1.0
+    assert evaluate_generation(*arguments, options=compared).agreement == 1.0
     model.set_mode("detached")
-    alone = evaluate_generation(*arguments, said=attached.answers)
+    alone = evaluate_generation(*arguments, options=compared)
     assert alone.agreement == top1_agreement(model, prompts, attached.answers, 0) < 1
 
 
@@ -100,4 +109,5 @@ def test_classifiers_agree_where_they_choose_the_same_class():
     result = evaluate_classes(model, rows, ClassificationCollator(0))
     assert [str(answer[0]) for answer in result.answers] == result.predictions
     said = [[(answer[0] + (index < 2)) % 3] for index, answer in enumerate(result.answers)]
-    assert evaluate_classes(model, rows, ClassificationCollator(0), said=said).agreement == pytest.approx(5 / 7)
+    options = EvaluationOptions(compare_with=said)
+    assert evaluate_classes(model, rows, ClassificationCollator(0), options).agreement == pytest.approx(5 / 7)

@@ -7,8 +7,8 @@ from transformers import GenerationConfig
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.data.generation import generate_answers
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.evaluation.answering import Sampling as Asked
-from shadowtune.evaluation.answering import answer
+from shadowtune.evaluation.generation import GenerationOptions as Asked
+from shadowtune.evaluation.generation import generate_answer
 from shadowtune.export.exporting import FORMATS
 from shadowtune.export.loading import load_model
 from shadowtune.serving.edge.local import LocalModel
@@ -74,10 +74,12 @@ def test_the_edge_penalizes_in_every_format(kind, tmp_path):
 def test_generate_and_evaluate_take_the_models_penalty_and_no_way_of_drawing():
     model, tokenizer = perturbed_model(), tiny_tokenizer()
     model.generation_config = GenerationConfig(repetition_penalty=1.8, eos_token_id=2, top_k=1, temperature=0.1)
-    greedy = answer(model, tokenizer, "say one", Asked(8)).answer
+    greedy = generate_answer(model, tokenizer, "say one", Asked(8)).answer
     ids = PromptFormat().prompt_ids("say one", tokenizer)
     assert generate_answers(model, tokenizer, [ids], 8)[0] == [greedy.strip()]
-    drawn = {answer(model, tokenizer, "say one", Asked(8, temperature=2.0, seed=seed)).answer for seed in range(4)}
+    drawn = {
+        generate_answer(model, tokenizer, "say one", Asked(8, temperature=2.0, seed=seed)).answer for seed in range(4)
+    }
     assert len(drawn) > 1, "the base's top_k=1 would leave nothing to draw from"
 
 

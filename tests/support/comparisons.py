@@ -1,11 +1,11 @@
 """Tiny comparisons, and rows of results that nobody had to compute."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from shadowtune.comparison import worker
 from shadowtune.comparison.job import Job
 from shadowtune.comparison.sizes import ParameterCounter
 from shadowtune.config.checking import from_mapping
@@ -46,13 +46,13 @@ def compare_config(path: Path, **changes: Any) -> CompareConfig:
 
 
 class LocalWorker:
-    """Works in this process, where a worker would have one of its own."""
+    """Runs functions in this process rather than in a worker process."""
 
-    def __init__(self, name: str, module: str, way_out: str, environment: dict[str, str]) -> None:
+    def __init__(self, name: str, hint: str, environment: dict[str, str]) -> None:
         self.name = name
 
-    def call(self, method: str, **arguments: Any) -> Any:
-        return {"run": worker.run}[method](**arguments)
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
 
     def kill(self) -> None:
         pass
@@ -129,8 +129,8 @@ class InventedWorker(LocalWorker):
     counter: ClassVar[ParameterCounter] = ParameterCounter()
     rows = 400
 
-    def call(self, method: str, **arguments: Any) -> Any:
-        job = from_mapping(Job, arguments["job"], where="")
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        (job,) = arguments
         self.calls.append(job)
         if job.method in self.failing:
             raise ShadowtuneError("no room for it")

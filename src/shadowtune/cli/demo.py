@@ -158,7 +158,7 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
 def _answer_three(run: Any) -> list[dict[str, Any]]:
     """Answer three held-out requests, the last one out of scope, with the attached and the detached model."""
     from shadowtune.data.sources import load_rows
-    from shadowtune.evaluation.answering import Sampling, answer
+    from shadowtune.evaluation.generation import GenerationOptions, generate_answer
 
     rows = load_rows("clinc150-demo", "test")
     inside = [row for row in rows if row["completion"] != "out of scope"]
@@ -168,8 +168,8 @@ def _answer_three(run: Any) -> list[dict[str, Any]]:
         with run.mode(mode) as model:
             for example in examples:
                 prompt = run.prompt(example["request"])
-                sampling, form = Sampling(max_new_tokens=12), run.prompt_format
-                answered = answer(model, run.tokenizer, prompt, sampling, prompt_format=form)
+                sampling, form = GenerationOptions(max_new_tokens=12), run.prompt_format
+                answered = generate_answer(model, run.tokenizer, prompt, sampling, prompt_format=form)
                 example |= {mode: answered.answer.strip(), f"{mode}_seconds": answered.seconds}
     return examples
 

@@ -77,12 +77,12 @@ def _evaluate(finished: Any, mode: str, arguments: argparse.Namespace, attached:
             arguments.data,
             arguments.split,
             arguments.limit,
-            arguments.batch_size,
-            arguments.max_new_tokens,
-            partial(bar.show, f"evaluate {mode}"),
             arguments.task,
-            attached,
-            speculate,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            progress=partial(bar.show, f"evaluate {mode}"),
+            compare_with=attached,
+            speculate=speculate,
         )
 
 

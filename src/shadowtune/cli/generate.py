@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--raw takes whole prompts, and --field parts of one; leave one of them out")
     prompts: list[str | None] = [*arguments.prompt] or ([None] if fields else [sys.stdin.read()])
     from shadowtune.core.prepacked_linear import prepacked_linear
-    from shadowtune.evaluation.answering import Sampling, answer
+    from shadowtune.evaluation.generation import GenerationOptions, generate_answer
     from shadowtune.evaluation.run import FinishedRun
 
     finished = FinishedRun.open(arguments.run)
@@ -60,13 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
     if speculate is not None and arguments.mode != "attached":
         raise ConfigError(f"--speculate is for --mode attached, got {arguments.mode}; leave one of them out")
     limits = (arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.num_beams, arguments.seed)
-    sampling = Sampling(*limits, speculate)
+    sampling = GenerationOptions(*limits, speculate)
     rows = []
     with finished.mode(arguments.mode) as model, prepacked_linear(model):  # nothing trains in this process
         for prompt in prompts:
             text = prompt if arguments.raw and prompt is not None else finished.prompt(prompt, fields)
             form = finished.prompt_format
-            answered = answer(model, finished.tokenizer, text, sampling, stream=_write, prompt_format=form)
+            answered = generate_answer(model, finished.tokenizer, text, sampling, stream=_write, prompt_format=form)
             _write("\n")
             if answered.tokens_per_pass is not None:
                 speed = f"{answered.tokens_per_second:.1f} tokens/s"

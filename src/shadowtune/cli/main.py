@@ -25,7 +25,6 @@ class _Parser(argparse.ArgumentParser):
 def commands() -> list[Command]:
     """Return all verbs, in the order of a user's day; some have two words."""
     from shadowtune.cli import (
-        bench,
         calibrate,
         compare,
         convert,
@@ -59,7 +58,6 @@ def commands() -> list[Command]:
         export.COMMAND,
         convert.COMMAND,
         info.COMMAND,
-        *bench.COMMANDS,
     ]
 
 

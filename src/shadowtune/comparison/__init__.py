@@ -1,1 +1,1 @@
-"""Storey 6: methods against each other on tasks, from one file of settings to a report."""
+"""Comparison of methods on tasks: equal budgets, paired intervals, a report."""

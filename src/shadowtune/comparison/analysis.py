@@ -1,4 +1,4 @@
-"""From rows of results to what they say: a mean with its interval for each method, and differences between methods."""
+"""Analysis of result rows: means with intervals of each method, and paired differences between methods."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from shadowtune.comparison.budgets import COLUMNS
-from shadowtune.comparison.statistics import Sample, bootstrap, mean_of
+from shadowtune.comparison.statistics import BootstrapSample, bootstrap, mean_of
 from shadowtune.config.comparison import CompareConfig
 
 ALL_TASKS = "all tasks"
 SMALL = 300
-"""With fewer test rows than so many, an interval is wider than most differences between methods."""
+"""With fewer test examples an interval is wider than most differences between methods."""
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, order=True)
-class Place:
-    """Where scores belong: a model trained on one task, tested on the same or another."""
+class TaskTransfer:
+    """The task that a model was trained on, and the task that it was tested on."""
 
     trained: str
     tested: str
@@ -31,7 +31,7 @@ class Place:
 
 
 class Analysis:
-    """Everything that a report says of one column: runs at equal parameters and steps, at equal time or equal memory.
+    """Statistics of one column of the report: runs at equal parameters and steps, at equal time or at equal memory.
 
     Args:
         config: the comparison.
@@ -65,65 +65,67 @@ class Analysis:
         return [column for column in COLUMNS if column in found]
 
     @cached_property
-    def scores(self) -> dict[tuple[Place, str, str], dict[int, Tensor]]:
-        """Scores (N,) of each example by (place, method, mode) and seed, in the order of the settings."""
-        found: dict[tuple[Place, str, str], dict[int, Tensor]] = {}
+    def scores(self) -> dict[tuple[TaskTransfer, str, str], dict[int, Tensor]]:
+        """Scores (N,) of the examples by (task transfer, method, mode) and seed, in the order of the settings."""
+        found: dict[tuple[TaskTransfer, str, str], dict[int, Tensor]] = {}
         for row in self.rows:
             for each in row["evaluations"]:
-                key = (Place(row["task"], each["task"]), row["method"], each["mode"])
+                key = (TaskTransfer(row["task"], each["task"]), row["method"], each["mode"])
                 found.setdefault(key, {})[row["seed"]] = torch.tensor(each["scores"], dtype=torch.float64)
         return found
 
     @property
-    def places(self) -> list[Place]:
-        """Where there are scores, in the order of the settings."""
-        return list(dict.fromkeys(place for place, _, _ in self.scores))
+    def transfers(self) -> list[TaskTransfer]:
+        """The task transfers with scores, in the order of the settings."""
+        return list(dict.fromkeys(transfer for transfer, _, _ in self.scores))
 
     def summary(self) -> list[dict[str, Any]]:
-        """Return a flat row for each place, method and mode: accuracy with its interval, and what it cost."""
+        """Return a flat row for each task transfer, method and mode: accuracy with its interval, and costs."""
         tasks, methods = list(self.config.tasks), list(self.config.methods)
 
-        def order(key: tuple[Place, str, str]) -> tuple[int, int, int, str]:
-            place, method, mode = key
-            return tasks.index(place.trained), self.places.index(place), methods.index(method), mode
+        def order(key: tuple[TaskTransfer, str, str]) -> tuple[int, int, int, str]:
+            transfer, method, mode = key
+            return tasks.index(transfer.trained), self.transfers.index(transfer), methods.index(method), mode
 
-        return [self._summary(place, method, mode) for place, method, mode in sorted(self.scores, key=order)]
+        return [self._summary(transfer, method, mode) for transfer, method, mode in sorted(self.scores, key=order)]
 
     def differences(self) -> list[dict[str, Any]]:
-        """Return a flat row for each other method, mode and place: the reference minus the method, in points."""
+        """Return a flat row for each other method, mode and transfer: the reference minus the method, in points."""
         found = []
         for mode, method in [(mode, method) for mode in ("attached", "detached") for method in self.others]:
-            pairs = {place: pair for place in self.places if (pair := self._pair(place, method, mode))}
-            entries = {str(place): ours.minus(theirs) for place, (ours, theirs) in pairs.items()}
+            samples = {transfer: both for transfer in self.transfers if (both := self._samples(transfer, method, mode))}
+            entries = {str(transfer): ours.minus(theirs) for transfer, (ours, theirs) in samples.items()}
             if len(entries) > 1:
                 entries[ALL_TASKS] = mean_of(list(entries.values()))
-            for place, sample in entries.items():
-                found.append({"task": place, "mode": mode, "against": method, **_points(sample)})
+            for name, sample in entries.items():
+                found.append({"task": name, "mode": mode, "against": method, **_points(sample)})
         return found
 
     def against_best(self) -> list[dict[str, Any]]:
-        """Return a flat row for each place: the reference minus the best of the other kinds there, in points.
+        """Return a flat row for each task transfer: the reference minus the best method of other kinds, in points.
 
-        Which is best is read off the same test rows, which is to the others' advantage.
+        The best is selected on the same test examples, to the advantage of the others.
         """
         kind = self.config.kind(self.reference)
         rivals = [method for method in self.others if self.config.kind(method) not in (kind, "base")]
         rivals = [method for method in rivals if method not in self.unequal()]
-        found, samples = [], []
-        for place in self.places:
-            pairs = {method: pair for method in rivals if (pair := self._pair(place, method, "attached")) is not None}
-            if pairs:
-                best = max(pairs, key=lambda method: pairs[method][1].mean)
-                samples.append(pairs[best][0].minus(pairs[best][1]))
-                found.append({"task": str(place), "against": best, **_points(samples[-1])})
+        found, differences = [], []
+        for transfer in self.transfers:
+            samples = {
+                method: both for method in rivals if (both := self._samples(transfer, method, "attached")) is not None
+            }
+            if samples:
+                best = max(samples, key=lambda method: samples[method][1].mean)
+                differences.append(samples[best][0].minus(samples[best][1]))
+                found.append({"task": str(transfer), "against": best, **_points(differences[-1])})
         if len(found) > 1:
-            found.append({"task": ALL_TASKS, "against": "the best of each", **_points(mean_of(samples))})
+            found.append({"task": ALL_TASKS, "against": "the best of each", **_points(mean_of(differences))})
         return found
 
     def unequal(self) -> dict[str, int]:
-        """Return the methods of this column that do not train as many parameters as the others, and how many.
+        """Return the methods without a size to choose whose number of trainable parameters differs, with that number.
 
-        They have no size to choose. Without a budget of parameters, and in the other columns, there are none.
+        Without a budget of parameters, and in the other columns, there are none.
         """
         budget = self.config.budget
         if budget is None or not budget.equal_parameters or self.column != "parameters":
@@ -139,7 +141,7 @@ class Analysis:
     def standings(self) -> list[dict[str, Any]]:
         """Return a flat row for each trained method: its mean over tasks minus that of the best other one, in points.
 
-        The mean is over the tasks that both have; which is best is read off the same test rows.
+        The mean is over the tasks that both have; the best is selected on the same test examples.
         """
         tested = {method for _, method, mode in self.scores if mode == "attached"} - self.unequal().keys()
         methods = [name for name in self.config.trained_methods if name in tested]
@@ -147,9 +149,10 @@ class Analysis:
         for method in methods:
             differences = {}
             for other in methods:
-                pairs = [pair for place in self.places if (pair := self._pair(place, other, "attached", method))]
-                if other != method and pairs:
-                    differences[other] = (mean_of([ours.minus(theirs) for ours, theirs in pairs]), len(pairs))
+                found_both = (self._samples(transfer, other, "attached", method) for transfer in self.transfers)
+                samples = [both[0].minus(both[1]) for both in found_both if both is not None]
+                if other != method and samples:
+                    differences[other] = (mean_of(samples), len(samples))
             if differences:
                 rival = min(differences, key=lambda name: differences[name][0].mean)
                 sample, tasks = differences[rival]
@@ -157,7 +160,7 @@ class Analysis:
         return found
 
     def costs(self) -> list[dict[str, Any]]:
-        """Return a flat row for each run of a column of equal cost: its cost over that of the method aimed at."""
+        """Return a flat row for each method of a column of equal cost: its cost over that of the reference method."""
         budget, key = self.config.budget, {"time": "train_seconds", "memory": "peak_memory_mb"}.get(self.column)
         if budget is None or key is None:
             return []
@@ -172,18 +175,18 @@ class Analysis:
         ]
 
     def small(self) -> dict[str, int]:
-        """Return the places with few test rows, and how many."""
-        counts = {str(place): len(next(iter(seeds.values()))) for (place, _, _), seeds in self.scores.items()}
-        return {place: count for place, count in counts.items() if count < SMALL}
+        """Return the task transfers with few test examples, with their number."""
+        counts = {str(transfer): len(next(iter(seeds.values()))) for (transfer, _, _), seeds in self.scores.items()}
+        return {transfer: count for transfer, count in counts.items() if count < SMALL}
 
-    def _summary(self, place: Place, method: str, mode: str) -> dict[str, Any]:
-        by_seed = self.scores[place, method, mode]
-        estimate = self._sample(place, by_seed, sorted(by_seed)).estimate()
-        rows = [row for row in self.rows if row["task"] == place.trained and row["method"] == method]
-        tests = [e for row in rows for e in row["evaluations"] if e["task"] == place.tested and e["mode"] == mode]
+    def _summary(self, transfer: TaskTransfer, method: str, mode: str) -> dict[str, Any]:
+        by_seed = self.scores[transfer, method, mode]
+        estimate = self._sample(transfer, by_seed, sorted(by_seed)).estimate()
+        rows = [row for row in self.rows if row["task"] == transfer.trained and row["method"] == method]
+        tests = [e for row in rows for e in row["evaluations"] if e["task"] == transfer.tested and e["mode"] == mode]
         trainings = [row["training"] for row in rows if row["training"] is not None]
         found = {
-            "task": str(place),
+            "task": str(transfer),
             "method": method,
             "mode": mode,
             "accuracy": estimate.mean,
@@ -191,7 +194,7 @@ class Analysis:
             "accuracy_high": estimate.high,
             "loss": _mean([test["loss"] for test in tests]),
             "agreement": _mean([test["agreement"] for test in tests if test["agreement"] is not None]),
-            "of_attached": self._of_attached(place, method, estimate.mean) if mode == "detached" else None,
+            "of_attached": self._of_attached(transfer, method, estimate.mean) if mode == "detached" else None,
             "test_rows": tests[0]["rows"],
             "seeds": len(by_seed),
             "answer_tokens_per_second": _mean([test["tokens_per_second"] for test in tests]),
@@ -206,36 +209,38 @@ class Analysis:
         found["text_loss"] = _mean([text["loss"] for text in texts])
         return found
 
-    def _of_attached(self, place: Place, method: str, detached: float) -> float | None:
-        """Return a detached accuracy over the attached one; None where that is 0 or was not measured."""
-        attached = self.scores.get((place, method, "attached"))
+    def _of_attached(self, transfer: TaskTransfer, method: str, detached: float) -> float | None:
+        """Return the detached accuracy over the attached one; None if that is 0 or was not measured."""
+        attached = self.scores.get((transfer, method, "attached"))
         mean = float(torch.stack(list(attached.values())).mean()) if attached else 0.0
         return detached / mean if mean else None
 
-    def _pair(self, place: Place, method: str, mode: str, reference: str | None = None) -> tuple[Sample, Sample] | None:
+    def _samples(
+        self, transfer: TaskTransfer, method: str, mode: str, reference: str | None = None
+    ) -> tuple[BootstrapSample, BootstrapSample] | None:
         """Samples of the reference and another method, over the seeds of both; None if one of them has no scores."""
         theirs_mode = "base" if self.config.kind(method) == "base" else mode
-        ours = self.scores.get((place, reference or self.reference, mode), {})
-        theirs = self.scores.get((place, method, theirs_mode), {})
+        ours = self.scores.get((transfer, reference or self.reference, mode), {})
+        theirs = self.scores.get((transfer, method, theirs_mode), {})
         if theirs_mode == "base" and theirs:  # one model, whatever the seed
             theirs = dict.fromkeys(ours, next(iter(theirs.values())))
         seeds = sorted(ours.keys() & theirs.keys())
         if not seeds:
             return None
-        return self._sample(place, ours, seeds), self._sample(place, theirs, seeds)
+        return self._sample(transfer, ours, seeds), self._sample(transfer, theirs, seeds)
 
-    def _sample(self, place: Place, by_seed: Mapping[int, Tensor], seeds: Sequence[int]) -> Sample:
-        stream = zlib.crc32(place.tested.encode())  # tasks are drawn independently, methods alike
+    def _sample(self, transfer: TaskTransfer, by_seed: Mapping[int, Tensor], seeds: Sequence[int]) -> BootstrapSample:
+        stream = zlib.crc32(transfer.tested.encode())  # tasks are drawn independently, methods alike
         return bootstrap(torch.stack([by_seed[seed] for seed in seeds]), stream)
 
 
-def _points(sample: Sample) -> dict[str, Any]:
+def _points(sample: BootstrapSample) -> dict[str, Any]:
     estimate = sample.estimate()
     return {
         "points": 100 * estimate.mean,
         "points_low": 100 * estimate.low,
         "points_high": 100 * estimate.high,
-        "verdict": estimate.verdict,
+        "verdict": estimate.outcome,
     }
 
 

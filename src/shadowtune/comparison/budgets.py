@@ -1,12 +1,11 @@
-"""Equal time and equal memory: runs of their own, whose steps or sizes follow from what the first runs cost.
+"""Further runs at equal time and at equal memory; their steps or sizes follow from the costs of the first runs.
 
-What a method costs is read off its run at equal parameters, on the first task seed. One factor scales every stage that
-takes passes, so a recipe keeps its proportions; what does not depend on the steps (fitting a weight) is left out of it.
+The cost of a method is that of its run at equal parameters with the first seed. One factor scales every stage of a run,
+so a recipe keeps its proportions; time that does not depend on the steps (fitting a weight) is not scaled.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from shadowtune.comparison.job import Job
@@ -20,17 +19,17 @@ COLUMNS = {
     "time": "equal wall time",
     "memory": "equal peak memory",
 }
-"""By the name of the column in rows: its heading."""
+"""Headings by the names of the columns in result rows."""
 SAME = 0.03
-"""A cost that differs by less is not made equal by a run of its own: clocks and allocators differ by as much."""
+"""A cost that differs by less needs no further run: clocks and allocators vary as much."""
 BYTES = {"float32": 16, "bfloat16": 8}
-"""That training needs for a trained parameter, by its precision: itself, its gradient and AdamW's two moments."""
+"""Bytes of training per parameter, by precision: the parameter, its gradient and AdamW's two moments."""
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Unmet:
-    """A method that has no run in a column."""
+    """A method without a run in a column."""
 
     column: str
     task: str
@@ -39,7 +38,7 @@ class Unmet:
 
 
 class EqualCosts:
-    """The runs of the columns "time" and "memory".
+    """Plans the runs of the columns "time" and "memory".
 
     Args:
         plan: the comparison.
@@ -53,7 +52,7 @@ class EqualCosts:
         self.unmet: list[Unmet] = []
 
     def jobs(self) -> list[Job]:
-        """Return all runs of both columns; a run that is equal already is one of ``finals`` with a further column."""
+        """Return all runs of both columns; a run that is equal already is one of ``finals`` with another column."""
         config, found = self._plan.config, []
         for column in self.columns():
             for task in config.chosen_tasks:
@@ -62,7 +61,7 @@ class EqualCosts:
         return found
 
     def columns(self) -> list[str]:
-        """Return the columns that are asked for beside equal parameters."""
+        """Return the columns that the budget asks for, besides equal parameters."""
         budget = self._plan.config.budget
         return [name for name in ("time", "memory") if budget is not None and vars(budget)[name] is not None]
 
@@ -86,14 +85,14 @@ class EqualCosts:
         return [self._job(column, task, method, seed, solved) for seed in config.seeds]
 
     def _is_within_tolerance(self, column: str, mine: Row, theirs: Row) -> bool:
-        """Whether what a method costs already is as near as a run of its own would have to come."""
+        """Whether the cost of a method's first run is within the tolerance of further runs."""
         key, budget = {"time": "train_seconds", "memory": "peak_memory_mb"}[column], self._plan.config.budget
         assert budget is not None
         ratio: float = mine["training"][key] / theirs["training"][key]
         return abs(ratio - 1) <= budget.measured_tolerance
 
     def _first(self, task: str, method: str) -> Row | None:
-        """What the method's run at equal parameters on the first seed left; None if it has none or failed."""
+        """Result of the method's run at equal parameters with the first seed; None if there is none or it failed."""
         job = self._finals.get((task, method, self._plan.config.seeds[0]))
         row = None if job is None else job.result()
         return None if row is None or row["error"] else row
@@ -107,7 +106,7 @@ class EqualCosts:
         return replace(self._plan.job("final", task, method, seed, setting, size=changed), columns=(column,))
 
     def _time(self, task: str, method: str, mine: Row, theirs: Row) -> dict[str, Any] | str:
-        """Return the settings that give a method the other's seconds, or why there are none."""
+        """Return the settings with which a method takes the other's seconds, or the reason why there are none."""
         seconds, wanted = (row["training"]["train_seconds"] for row in (mine, theirs))
         fixed = mine["training"].get("fit_seconds") or 0.0
         if abs(seconds - wanted) <= SAME * wanted:
@@ -123,7 +122,7 @@ class EqualCosts:
         return scaled(job.config, factor)
 
     def _memory(self, task: str, method: str, mine: Row, theirs: Row) -> dict[str, Any] | str:
-        """Return the size at which a method should need the other's memory, or why there is none."""
+        """Return the size at which a method should need the other's memory, or the reason why there is none."""
         needs, wanted = (row["training"]["peak_memory_mb"] for row in (mine, theirs))
         if abs(needs - wanted) <= SAME * wanted:
             return {}
@@ -136,7 +135,7 @@ class EqualCosts:
         def count(changes: Mapping[str, Any]) -> int:
             return self._plan.counter.count(method, config.train_config(task, method, changes))
 
-        growth = growth_in(key, train, partial(_counted, count))
+        growth = growth_in(key, train, count)
         now = self._plan.sizes[task][method].parameters
         aim = now + round((wanted - needs) * 2**20 / BYTES[train.trainable_dtype])
         if aim < growth.count(growth.step):
@@ -145,13 +144,9 @@ class EqualCosts:
         changes = changes_for(key, growth.nearest(aim), train)
         try:
             count(changes)
-        except ShadowtuneError as error:  # a size that the method refuses
+        except ShadowtuneError as error:  # the method does not support this size
             return f"{said}; {error}"
         return changes
-
-
-def _counted(count: Any, changes: Mapping[str, Any]) -> int:
-    return int(count(changes))
 
 
 def scaled(config: TrainConfig, factor: float) -> dict[str, Any]:

@@ -1,18 +1,19 @@
-"""How long a comparison will take: from its own finished runs, else roughly from what its networks compute.
+"""Estimates of the time of a comparison: from its own finished runs, else from floating-point operations.
 
 A token costs 2 N floating-point operations forward, N the parameters of the blocks, as many again backward to its
 inputs, and as many again where the weights are trained. The processor's speed is that of a matrix product, measured
-here. Rough: padding, heads, attention and checkpoints are left out.
+here. Padding, heads, attention and checkpoints are neglected.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from shadowtune.comparison.job import Job
 from shadowtune.comparison.plan import Plan
 from shadowtune.comparison.sizes import base_config
 from shadowtune.config.training import TrainConfig
@@ -22,31 +23,32 @@ from shadowtune.model.budget import shapeless_base
 from shadowtune.training.training_data import load_tokenizer
 
 SAMPLE = 64
-"""Training rows that are encoded to learn how long rows are."""
+"""Training examples that are encoded to measure their length."""
 EFFICIENCY = 0.5
 """Share of a matrix product's speed that a network reaches."""
 START = 10.0
-"""Seconds that a run's process takes to begin."""
+"""Seconds that a run's process takes to start."""
 TEST_ROWS = 1000
-"""Rows answered where no limit says how many."""
+"""Test examples where no limit is set."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean tokens of a training row, and of these its answer's."""
+    """Mean lengths of the training examples of a task, in tokens."""
 
     row: float
+    """Of prompt and answer."""
     answer: float
     rows: int
-    """How many training rows there are."""
+    """Number of training examples."""
 
 
-class Estimate:
-    """Seconds of a plan's runs.
+class TimeEstimate:
+    """Estimated seconds of a plan's runs.
 
     Args:
         plan: the comparison.
-        done: rows of results that are there already.
+        done: result rows of finished runs.
     """
 
     def __init__(self, plan: Plan, done: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -59,7 +61,7 @@ class Estimate:
         self._sizes: dict[str, tuple[int, int]] = {}
 
     def seconds(self, task: str, method: str, stage: str) -> float | None:
-        """Return how long one run takes, training and evaluation; None if its rows cannot be read."""
+        """Return the seconds of one run, training and evaluation; None if its examples cannot be read."""
         known = self._seen.get((task, method, stage))
         if known:
             return sum(known) / len(known)
@@ -98,13 +100,13 @@ class Estimate:
         return joint + config.shadow_epochs * tokens * 6 * share
 
     def _evaluation(self, lengths: Lengths, config: TrainConfig, rows: int, final: bool) -> float:
-        """Operations of answering held-out rows, attached and (where there is one) detached, and of their loss."""
+        """Operations of answers to held-out examples, attached and (if there is one) detached, and of their loss."""
         blocks, share = self._parameters(config)
         tokens = rows * (2 * lengths.row + lengths.answer)
         return 2 * tokens * (blocks + (share if final and config.leaves_shadow else 0))
 
     def _parameters(self, config: TrainConfig) -> tuple[int, int]:
-        """Parameters of the base's blocks, and of one block, which is what a shadow's usually has."""
+        """Parameters of the base's blocks, and of one block, the usual size of a shadow."""
         if config.model not in self._sizes:
             base = base_config(config)
             text = base.get_text_config(decoder=True)
@@ -132,3 +134,52 @@ def _measure(config: TrainConfig) -> Lengths:
     tokens = sum(len(row["input_ids"]) for row in encoded)
     answers = 0 if classify else sum(sum(label != -100 for label in row["labels"]) for row in encoded)
     return Lengths(tokens / len(encoded), answers / len(encoded), len(rows))
+
+
+class TimeLeft:
+    """Remaining time of jobs, from those that are done.
+
+    A job takes as long as the mean of its task and method, else of its task, else of all.
+
+    Args:
+        jobs: those to do.
+        rows: results of jobs that are done, of earlier starts too.
+        at_once: number of jobs at the same time.
+    """
+
+    def __init__(self, jobs: Sequence[Job], rows: Sequence[Mapping[str, Any]], at_once: int) -> None:
+        self.jobs, self._at_once = list(jobs), at_once
+        self._seen = [(row["task"], row["method"], row["stage"], row["seconds"]) for row in rows if not row["error"]]
+
+    def finish(self, job: Job, seconds: float) -> None:
+        """Record the seconds of a finished job."""
+        self.jobs.remove(job)
+        self._seen.append((job.task, job.method, job.stage, seconds))
+
+    def seconds(self) -> float | None:
+        """Return the estimate; None before the first finished job."""
+        if not self._seen:
+            return None
+        return sum(self._expect(job) for job in self.jobs) / self._at_once
+
+    def _expect(self, job: Job) -> float:
+        key = (job.task, job.method, job.stage)
+        for length in (3, 2, 1, 0):
+            times = [seen[3] for seen in self._seen if seen[:length] == key[:length]]
+            if times:
+                return sum(times) / len(times)
+        raise AssertionError("called before anything was seen")
+
+    def __str__(self) -> str:
+        seconds = self.seconds()
+        if not self.jobs:
+            return "that was the last"
+        return f"{len(self.jobs)} left" + ("" if seconds is None else f", about {duration(seconds)}")
+
+
+def duration(seconds: float) -> str:
+    """Format a time, such as "45 s", "12 min" or "3 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,47 +1,44 @@
-"""Do the jobs of a comparison: a process each, several at a time, none twice."""
+"""Execution of the jobs of a comparison: a process for each, several at a time, no job twice."""
 
-import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from shadowtune.benchmark.process import WorkerProcess
-from shadowtune.comparison.job import Job, damaged, write_json
-from shadowtune.comparison.progress import TimeLeft, describe
+from shadowtune.comparison.estimate import TimeLeft, duration
+from shadowtune.comparison.job import Job
+from shadowtune.comparison.worker import run
+from shadowtune.comparison.worker_process import WorkerProcess
 from shadowtune.errors import ShadowtuneError
-from shadowtune.model.files import writing_into
 
 Report = Callable[[str], None]
 """Called with lines for the user."""
 
 
 class Executor:
-    """Does jobs in processes of their own.
+    """Executes jobs in processes of their own.
 
     Args:
-        jobs: how many at the same time.
+        jobs: number of jobs at the same time.
         devices: CUDA devices to spread them over; None leaves the choice to each process.
         report: called with a line for each job.
     """
 
     def __init__(self, jobs: int = 1, devices: Sequence[int] | None = None, report: Report = lambda line: None) -> None:
         self._jobs, self._report = jobs, report
-        self._slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-        for slot in range(jobs):
-            self._slots.put(_environment(slot, jobs, devices))
+        self._environments: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+        for index in range(jobs):
+            self._environments.put(_variables(index, jobs, devices))
         self._alive: set[WorkerProcess] = set()
         self._lock = threading.Lock()
         self._stopped = False
 
     def run(self, jobs: Sequence[Job], done: Callable[[], object] = lambda: None) -> None:
-        """Do those jobs that are not done yet. A job that fails leaves its error and does not stop the others.
+        """Execute those jobs that are not done yet. The error of a failed job is its result; the others go on.
 
         Args:
             jobs: the jobs.
@@ -52,7 +49,7 @@ class Executor:
             self._report(f"{len(jobs) - len(pending)} of {len(jobs)} runs are done already")
         left = TimeLeft(pending, [row for job in jobs if (row := job.result()) is not None], self._jobs)
         with ThreadPoolExecutor(self._jobs) as pool:
-            futures = {pool.submit(self._do, job): job for job in pending}
+            futures = {pool.submit(self._execute, job): job for job in pending}
             waiting = set(futures)
             try:
                 while waiting:
@@ -66,21 +63,21 @@ class Executor:
                         self._report(f"[{count}/{len(pending)}] {describe(row)}; {left}")
                         done()
             finally:
-                if waiting:  # Ctrl-C: the processes do not get it, and are ended here
+                if waiting:  # Ctrl-C does not reach the processes; they are ended here
                     self._stop()
                     pool.shutdown(cancel_futures=True)
 
-    def _do(self, job: Job) -> float:
-        """Do a job in a process and return how many seconds it took; what stops it becomes its result."""
-        slot, start = self._slots.get(), time.perf_counter()
+    def _execute(self, job: Job) -> float:
+        """Run a job in a process and return its seconds; an error becomes its result."""
+        environment, start = self._environments.get(), time.perf_counter()
         try:
-            with WorkerProcess(job.name, "shadowtune.comparison.worker", "look at its settings", slot) as worker:
+            with WorkerProcess(job.name, "look at its settings", environment) as worker:
                 with self._lock:
                     self._alive.add(worker)
                     if self._stopped:
                         worker.kill()
                 try:
-                    worker.call("run", job=asdict(job))
+                    worker.call(run, job)
                 finally:
                     with self._lock:
                         self._alive.discard(worker)
@@ -89,7 +86,7 @@ class Executor:
                 seconds = time.perf_counter() - start
                 job.write(error=str(error), training=None, evaluations=[], seconds=seconds, provenance=None)
         finally:
-            self._slots.put(slot)
+            self._environments.put(environment)
         return time.perf_counter() - start
 
     def _stop(self) -> None:
@@ -99,39 +96,18 @@ class Executor:
                 worker.kill()
 
 
-def _environment(slot: int, jobs: int, devices: Sequence[int] | None) -> dict[str, str]:
-    """Variables of the processes in one of the places: its device, and its share of the processor."""
+def _variables(index: int, jobs: int, devices: Sequence[int] | None) -> dict[str, str]:
+    """Environment variables of one of the concurrent processes: its device, and its share of the processor."""
     variables = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
     if devices:
-        variables["CUDA_VISIBLE_DEVICES"] = str(devices[slot % len(devices)])
+        variables["CUDA_VISIBLE_DEVICES"] = str(devices[index % len(devices)])
     return variables
 
 
-def restore_results(file: Path, runs: Path) -> None:
-    """Give each row of a file that ``write_results`` wrote back to its run, where the run's own copy is gone.
-
-    Args:
-        file: may be missing.
-        runs: directory of the run directories.
-
-    Raises:
-        CheckpointError: if the file is damaged.
-    """
-    if not file.is_file():
-        return
-    try:
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        places = {runs / row["run"] / f"{row['stage']}.json": row for row in rows}
-    except (ValueError, TypeError, KeyError) as error:
-        raise damaged(file, error) from None
-    for place, row in places.items():
-        if not place.is_file():
-            write_json(place, row)
-
-
-def write_results(file: Path, jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """Write the rows of those jobs that have one as JSON lines, whole or not at all, and return them."""
-    rows = [row for job in jobs if (row := job.result()) is not None]
-    with writing_into(file.parent) as staging, (staging / file.name).open("w") as lines:
-        lines.writelines(json.dumps(row) + "\n" for row in rows)
-    return rows
+def describe(row: Mapping[str, Any]) -> str:
+    """Return a line with the outcome of a run."""
+    setting = "".join(f" {key}={value}" for key, value in row["setting"].items())
+    if row["error"]:
+        return f"{row['run']}{setting}: failed: {row['error']}"
+    found = [f"{each['task']} {each['mode']} {100 * each['accuracy']:.1f} %" for each in row["evaluations"]]
+    return f"{row['run']}{setting}: {', '.join(found)} in {duration(row['seconds'])}"

@@ -1,68 +1,71 @@
-"""A single run of a comparison: what to train, what to evaluate, and where its files are."""
+"""One run of a comparison: what to train, what to evaluate, which examples it reads, and its files."""
 
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from shadowtune.config.training import DataConfig, TrainConfig
-from shadowtune.errors import CheckpointError
-from shadowtune.model.files import writing_into
+from shadowtune.config.data import DataConfig
+from shadowtune.config.training import TrainConfig
+from shadowtune.data.dataset import Dataset
+from shadowtune.errors import CheckpointError, ShadowtuneError
+from shadowtune.model.checkpoint import writing_into
 
 UNREADABLE = "unreadable"
-"""In place of a digest of rows that cannot be read: the run says why."""
+"""Digest of examples that cannot be read; the run reports why."""
 
 
 @functools.cache
 def results_version() -> str:
-    """Return what results of another version differ in: that of this package."""
+    """Return the version that results are valid for: that of this package."""
     return importlib.metadata.version("shadowtune")
 
 
 @dataclass(frozen=True)
-class Request:
-    """One evaluation of a trained model."""
+class EvaluationRequest:
+    """One evaluation of a trained model. Field names are part of the names of result files."""
 
     task: str
-    """Whose rows; the name in the comparison."""
+    """Name of the evaluated task in the comparison."""
     mode: str
     """attached, detached or base."""
     split: str
     limit: int | None
     batch_size: int
     data: DataConfig
-    """How the task's rows become prompts."""
+    """How the task's examples become prompts."""
     source: str | None = None
-    """Held-out rows that are no split of the task's data set."""
+    """A data set of held-out examples that is no split of the task's data set."""
     rows: str = ""
-    """Digest of the rows, so that results on others are not taken for these."""
+    """Digest of the examples, so that results on others are not taken for these."""
 
     @property
     def file(self) -> str:
-        """Name of the file that keeps the result in the run directory."""
+        """Name of the result file in the run directory."""
         settings = differences(self)
         return f"evaluation-{self.mode}-{self.task}-{self.split}-{digest(settings)}.json"
 
 
 @dataclass(frozen=True)
-class TextRequest:
-    """The perplexity of a trained model, and of its base, on a text."""
+class PerplexityRequest:
+    """The perplexity of a trained model, and of its base, on a text. Field names are part of the file name."""
 
     data: DataConfig
     """The text, cut into blocks."""
     limit: int
-    """Blocks."""
+    """Number of blocks."""
     batch_size: int
     rows: str = ""
     """Digest of the text."""
 
     @property
     def file(self) -> str:
-        """Name of the file that keeps the result in the run directory."""
+        """Name of the result file in the run directory."""
         return f"forgetting-{digest(differences(self))}.json"
 
 
@@ -71,33 +74,33 @@ class Job:
     """One training run with its evaluations, or evaluations of the bare base."""
 
     stage: Literal["trial", "final"]
-    """A trial of the sweep, or a run that counts."""
+    """A trial of the sweep, or a run of the report."""
     task: str
     method: str
     seed: int
     config: TrainConfig
-    """With the directory of the comparison's runs as ``output``; the run's own is ``path``."""
+    """Its ``output`` is the directory of all runs of the comparison; ``path`` is that of this run."""
     trains: bool
-    """Whether there is anything to train: not for the base."""
-    requests: tuple[Request, ...]
+    """False for the bare base."""
+    requests: tuple[EvaluationRequest, ...]
     setting: dict[str, Any] = field(default_factory=dict)
-    """What the sweep chose or tries, by dotted keys."""
+    """Settings that the sweep tries or chose, by dotted keys."""
     size: str | None = None
-    """What the budget chose, such as "lora.rank 15"."""
+    """Size that the budget chose, such as "lora.rank 15"."""
     columns: tuple[str, ...] = ("parameters",)
-    """The columns of the report that it counts in: equal parameters and steps, equal time, equal memory."""
-    text: TextRequest | None = None
-    """What forgetting is measured on."""
+    """The columns of the report that it is in: equal parameters and steps, equal time, equal memory."""
+    text: PerplexityRequest | None = None
+    """The text that forgetting is measured on."""
     rows: str = ""
-    """Digest of the training rows, and of the validation rows that training chooses by."""
+    """Digest of the training examples, and of the validation examples that training selects by."""
     row_counts: tuple[int, int] = (0, 0)
-    """How many of both there are."""
+    """Numbers of both."""
     asked: dict[str, int] = field(default_factory=dict)
-    """Limits of rows that the settings name: training, validation."""
+    """Limits of training and validation examples that the settings name."""
 
     @functools.cached_property
     def name(self) -> str:
-        """Name that says what it is, and changes with any setting of the training, its rows and our version."""
+        """Readable name that changes with the training settings, the examples and our version."""
         settings = differences(dataclasses.replace(self.config, output=TrainConfig.output))
         settings |= {"rows": self.rows, "version": results_version()}
         trained = f"seed-{self.seed}" if self.trains else "untrained"
@@ -110,39 +113,35 @@ class Job:
 
     @property
     def result_file(self) -> Path:
-        """The row of results; there when the job has been done."""
+        """The file of the result row; it exists when the job is done or has failed."""
         return self.path / f"{self.stage}.json"
-
-    def result(self) -> dict[str, Any] | None:
-        """Return the row that the job left, None if there is none or the job has changed since."""
-        if not self.result_file.is_file():
-            return None
-        row = read_json(self.result_file)
-        return {**row, **self._place()} if row["requests"] == self.files else None
 
     @property
     def files(self) -> list[str]:
-        """Names of the files of results that the run directory gets."""
+        """Names of the result files of all requests."""
         return [*(request.file for request in self.requests), *([] if self.text is None else [self.text.file])]
 
-    def _place(self) -> dict[str, Any]:
-        """What a row says of the comparison rather than of the run, which may be in several columns."""
-        return {"setting": self.setting, "size": self.size, "columns": list(self.columns)}
+    def result(self) -> dict[str, Any] | None:
+        """Return the result row; None if there is none or the requests have changed since."""
+        if not self.result_file.is_file():
+            return None
+        row = read_json(self.result_file)
+        return {**row, **self._in_comparison()} if row["requests"] == self.files else None
 
     def is_done(self) -> bool:
-        """Whether the job has been done, without failing."""
+        """Return whether there is a result that is no failure."""
         row = self.result()
         return row is not None and row["error"] is None
 
     def write(self, **found: Any) -> None:
-        """Write the row of results, whole or not at all."""
+        """Write the result row atomically."""
         row = {
             "run": self.name,
             "stage": self.stage,
             "task": self.task,
             "method": self.method,
             "seed": self.seed,
-            **self._place(),
+            **self._in_comparison(),
             "version": results_version(),
             "rows": self.rows,
             "training_rows": self.row_counts[0],
@@ -155,9 +154,53 @@ class Job:
         }
         write_json(self.result_file, row)
 
+    def _in_comparison(self) -> dict[str, Any]:
+        """Columns that describe the comparison rather than the run, which may be in several columns."""
+        return {"setting": self.setting, "size": self.size, "columns": list(self.columns)}
+
+
+class RowDigests:
+    """Digests and numbers of the examples that runs read; each way of reading them is digested once.
+
+    Args:
+        held_out: whether held-out examples may be read; their digest is empty if not.
+    """
+
+    def __init__(self, held_out: bool = True) -> None:
+        self._held_out = held_out
+        self._known: dict[str, tuple[str, int]] = {}
+
+    def training(self, data: DataConfig) -> tuple[str, int]:
+        """Return digest and number of the training examples."""
+        return self._digest(f"train {data!r}", lambda: Dataset.open(data).training_rows())
+
+    def validation(self, data: DataConfig) -> tuple[str, int]:
+        """Return digest and number of the validation examples that training reads."""
+        return self._digest(f"validation {data!r}", lambda: Dataset.open(data).validation_rows() or [])
+
+    def held_out(self, data: DataConfig, split: str, source: str | None, limit: int | None) -> tuple[str, int]:
+        """Return digest and number of held-out examples."""
+        if not self._held_out:
+            return "", 0
+        key = f"held out {data!r} {split} {source} {limit}"
+        return self._digest(key, lambda: Dataset.open(data).held_out(split, source, limit))
+
+    def _digest(self, key: str, read: Callable[[], Sequence[Any]]) -> tuple[str, int]:
+        if key not in self._known:
+            try:
+                rows = read()
+            except ShadowtuneError:
+                self._known[key] = (UNREADABLE, 0)
+            else:
+                hashed = hashlib.sha256()
+                for row in rows:
+                    hashed.update(json.dumps(dict(row), sort_keys=True, default=str).encode() + b"\n")
+                self._known[key] = (hashed.hexdigest()[:16], len(rows))
+        return self._known[key]
+
 
 def read_json(file: Path) -> Any:
-    """Read a file of results; raises CheckpointError naming it if it is damaged."""
+    """Read a result file; raises CheckpointError naming it if it is damaged."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -165,20 +208,20 @@ def read_json(file: Path) -> Any:
 
 
 def damaged(file: Path, error: Exception) -> CheckpointError:
-    """Return the error that says so of a file of results."""
+    """Return the error for a damaged result file."""
     return CheckpointError(f"{file} is damaged ({' '.join(str(error).split())}); delete it")
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON, whole or not at all, making the directory."""
+    """Write JSON atomically; the directory is made if it is missing."""
     with writing_into(file.parent) as staging:
         (staging / file.name).write_text(json.dumps(value) + "\n")
 
 
 def differences(settings: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that differ from their defaults, nested ones likewise.
+    """Return the fields of a dataclass, nested ones too, that differ from their defaults.
 
-    What names a run by its settings should not change when a later version adds a setting.
+    Names of runs are derived from it, so that they do not change when a later version adds a setting.
     """
     found: dict[str, Any] = {}
     for entry in dataclasses.fields(settings):

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: accuracies with intervals, training losses, costs."""
+"""Figures of a comparison's report: accuracies with intervals, training losses, costs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from shadowtune.evaluation.report import new_figure, png
 from shadowtune.tables import keep_within, line_style
 
 COLUMNS = 3
-"""Tasks beside each other."""
+"""Panels in a row of a figure."""
 Curve = Sequence[tuple[int, float]]
 
 
@@ -71,7 +71,7 @@ def draw_scaling(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, str]) ->
 
     Args:
         rows: flat rows as for ``draw_accuracies``, with trainable_parameters; those that train nothing are left out.
-        kinds: by method, what it is, such as "lora".
+        kinds: the kind of each method, such as "lora".
     """
     rows = [row for row in rows if row["trainable_parameters"]]
     tasks, names = (list(dict.fromkeys(names)) for names in ((row["task"] for row in rows), kinds.values()))
@@ -96,7 +96,7 @@ def draw_scaling(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, str]) ->
 
 
 def draw_pareto(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> bytes:
-    """Draw the mean accuracy over tasks against training time and peak memory; the line joins what no other beats.
+    """Draw the mean accuracy over tasks against training time and peak memory; the line is the Pareto front.
 
     Args:
         rows: flat rows with method, mode, accuracy, train_seconds and peak_memory_mb.
@@ -112,9 +112,9 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> by
             accuracy = 100 * sum(row["accuracy"] for row in own) / len(own)
             color, hollow = _color(methods, name), mode == "detached"
             axes.plot([cost], [accuracy], "o", color=color, markerfacecolor="white" if hollow else color)
-            said = f"{name} detached" if hollow else name
+            text = f"{name} detached" if hollow else name
             offset = (6, -11) if hollow else (6, 4)
-            axes.annotate(said, (cost, accuracy), xytext=offset, textcoords="offset points", fontsize="small")
+            axes.annotate(text, (cost, accuracy), xytext=offset, textcoords="offset points", fontsize="small")
             points += [] if hollow else [(cost, accuracy)]
         front = pareto_front(points)
         axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0, drawstyle="steps-post")
@@ -125,7 +125,7 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> by
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return those (cost, accuracy) of which no other is both as cheap and more accurate, the cheapest first."""
+    """Return the points (cost, accuracy) that no other dominates, the cheapest first."""
     front: list[tuple[float, float]] = []
     for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or accuracy > front[-1][1]:

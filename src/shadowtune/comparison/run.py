@@ -1,4 +1,4 @@
-"""``compare``: from settings to results."""
+"""Run a comparison: execute its plan, and keep a row of each run in ``results.jsonl``."""
 
 import dataclasses
 import json
@@ -8,44 +8,44 @@ from pathlib import Path
 from typing import Any
 
 from shadowtune.comparison.budgets import EqualCosts, Unmet, merged
-from shadowtune.comparison.execution import Executor, restore_results, write_results
-from shadowtune.comparison.job import Job, read_json, results_version
-from shadowtune.comparison.plan import Chosen, Plan, run_path
-from shadowtune.comparison.sweep import Search
+from shadowtune.comparison.execution import Executor
+from shadowtune.comparison.job import Job, damaged, read_json, results_version, write_json
+from shadowtune.comparison.plan import Chosen, Plan, Search, run_path
 from shadowtune.data.dataset import Dataset
 from shadowtune.errors import DataError
+from shadowtune.model.checkpoint import writing_into
 
 RESULTS = "results.jsonl"
 
 
 @dataclass(frozen=True)
 class Results:
-    """What is known of a comparison."""
+    """Everything known of a comparison."""
 
     rows: list[dict[str, Any]]
-    """A row for each run that is done or has failed, those of trials first."""
+    """Result rows of all runs that are done or have failed, trials first."""
     unmet: list[Unmet] = field(default_factory=list)
-    """Methods without a run at equal time or memory, and why."""
+    """Methods without a run at equal time or memory."""
     refused: list[dict[str, Any]] = field(default_factory=list)
-    """Methods that cannot be compared at all: task, method and why."""
+    """Methods that cannot be compared at all: task, method and reason."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
-    """Earlier results of the same settings that were made by another version or on other rows: run and why."""
+    """Earlier results of the same settings by another version or on other examples: run and reason."""
 
 
 def compare(plan: Plan, report: Callable[[str], None] = lambda line: None) -> Results:
-    """Do every run of a plan that is not done yet, trials first, and keep a row of each in ``results.jsonl``.
+    """Execute every run of a plan that is not done yet, trials first, and keep a row of each in ``results.jsonl``.
 
-    That file alone is enough to go on from: a run with a row in it is done, even if its directory is gone.
+    A run with a row in that file is done, even if its directory is gone.
 
     Args:
         plan: the comparison.
         report: called with lines for the user.
 
     Returns:
-        What is known. A method has no run that counts on a task where all of its trials failed.
+        The results. A method has no final run on a task where all of its trials failed.
 
     Raises:
-        DataError: if a task that is not done yet has no training rows.
+        DataError: if a task that is not done yet has no training examples.
     """
     config = plan.config
     file = Path(config.output) / RESULTS
@@ -65,8 +65,8 @@ def compare(plan: Plan, report: Callable[[str], None] = lambda line: None) -> Re
     chosen = _chosen(searches)
     for (tasks, method), search in searches.items():
         if (setting := search.chosen()) is not None:
-            said = ", ".join(f"{key}={value}" for key, value in setting.items())
-            report(f"sweep: {', '.join(tasks)}, {method}: {said}")
+            shown = ", ".join(f"{key}={value}" for key, value in setting.items())
+            report(f"sweep: {', '.join(tasks)}, {method}: {shown}")
     finals = plan.finals(chosen)
     executor.run(finals, lambda: write_results(file, [*trials, *finals]))
     costs = EqualCosts(plan, chosen, finals)
@@ -82,7 +82,7 @@ def compare(plan: Plan, report: Callable[[str], None] = lambda line: None) -> Re
 
 
 def rows_done(plan: Plan) -> Results:
-    """Return what is known of the runs of a plan that are done, trials first, and run nothing.
+    """Return the results of the runs of a plan that are done, trials first, and run nothing.
 
     With a sweep, the runs of a method on a task count as soon as all of its trials are done.
     """
@@ -97,7 +97,7 @@ def rows_done(plan: Plan) -> Results:
 
 
 def rows_on_disk(plan: Plan) -> list[dict[str, Any]]:
-    """Return the rows of all runs that the comparison's directory holds, whatever their settings."""
+    """Return the result rows of all runs in the comparison's directory, whatever their settings."""
     return [
         read_json(file) for stage in ("trial", "final") for file in run_path(plan.config).glob(f"*/*/*/{stage}.json")
     ]
@@ -108,7 +108,7 @@ def _trials(searches: Iterable[Search]) -> list[Job]:
 
 
 def _chosen(searches: Mapping[tuple[tuple[str, ...], str], Search]) -> Chosen | None:
-    """The best settings by (task, method), of searches that have ended; None without a sweep."""
+    """The best settings by (task, method) of finished searches; None without a sweep."""
     if not searches:
         return None
     found: Chosen = {}
@@ -120,10 +120,10 @@ def _chosen(searches: Mapping[tuple[tuple[str, ...], str], Search]) -> Chosen | 
 
 
 def check_training_rows(jobs: Sequence[Job]) -> None:
-    """Read the training rows of each task that has a job to do: now, rather than after hours with the other tasks.
+    """Read the training examples of each task with a pending job: now, rather than after hours with other tasks.
 
     Raises:
-        DataError: naming the task whose rows are missing.
+        DataError: naming the task whose examples are missing.
     """
     for task, job in {job.task: job for job in jobs if not job.is_done()}.items():
         try:
@@ -133,12 +133,12 @@ def check_training_rows(jobs: Sequence[Job]) -> None:
 
 
 def failures(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the rows of runs that failed: those that count, and trials of which none was left to choose from."""
+    """Return the rows of failed runs; failed trials only if all trials of the method failed."""
     counted = {row["method"] for row in rows if row["stage"] == "final"}
     counted_on = {(row["task"], row["method"]) for row in rows if row["stage"] == "final"}
 
     def chosen_without(row: Mapping[str, Any]) -> bool:
-        """Whether another trial than this one was chosen, on its task or for all tasks."""
+        """Whether another trial was chosen, on its task or for all tasks."""
         tasks = {each["task"] for each in rows if each["stage"] == "final"}
         return (row["task"], row["method"]) in counted_on or (row["task"] not in tasks and row["method"] in counted)
 
@@ -146,7 +146,7 @@ def failures(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def other_results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Return earlier results of these runs that are not theirs: made by another version of ours, or on other rows."""
+    """Return earlier results of the same settings by another version of this package, or on other examples."""
     found, mine = [], {job.result_file for job in jobs}
     for job in jobs:
         pattern = f"{'seed-' + str(job.seed) if job.trains else 'untrained'}-*/{job.stage}.json"
@@ -163,7 +163,37 @@ def other_results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
 
 def _agree(before: Any, now: Any) -> bool:
-    """Whether two settings say the same, as far as both say anything."""
+    """Whether two settings agree in all keys that both have."""
     if isinstance(before, dict) and isinstance(now, dict):
         return all(_agree(before[key], now[key]) for key in before.keys() & now.keys())
     return bool(before == now)
+
+
+def restore_results(file: Path, runs: Path) -> None:
+    """Write each row of ``results.jsonl`` into its run directory, where the run's own copy is missing.
+
+    Args:
+        file: may be missing.
+        runs: directory of the run directories.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    if not file.is_file():
+        return
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        files = {runs / row["run"] / f"{row['stage']}.json": row for row in rows}
+    except (ValueError, TypeError, KeyError) as error:
+        raise damaged(file, error) from None
+    for path, row in files.items():
+        if not path.is_file():
+            write_json(path, row)
+
+
+def write_results(file: Path, jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    """Write the rows of those jobs that have one as JSON lines, atomically, and return them."""
+    rows = [row for job in jobs if (row := job.result()) is not None]
+    with writing_into(file.parent) as staging, (staging / file.name).open("w") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows

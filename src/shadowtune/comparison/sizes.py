@@ -1,4 +1,4 @@
-"""Equal budgets in a comparison: the size of each method that gives it as many trainable parameters as the others."""
+"""Equal parameter budgets: the size of each method with which it trains as many parameters as the others."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,29 +18,29 @@ from shadowtune.model.methods import load_base_config, make_trainable
 from shadowtune.training.stages import prepare_shadow_only
 
 MLP_KEYS = ("shadow.intermediate_size", "peft.shadow_intermediate_size")
-"""Sizes of a mirrored block's MLP, which go in steps of 8."""
+"""MLP widths of a shadow block, which are multiples of 8."""
 NO_VALIDATION = DataConfig(train="none")
-"""Rows of a count, which reads none."""
-WAY_OUT = "change budget, or let another size of the method be chosen (methods.NAME.size)"
+"""Data settings of a count, which reads no data."""
+HINT = "change budget, or let another size of the method be chosen (methods.NAME.size)"
 
 
 @dataclass(frozen=True)
 class Size:
-    """What the budget chose for a method on a task."""
+    """The size of a method on a task."""
 
     parameters: int
-    """Trainable ones, counted."""
+    """Number of trainable parameters."""
     changes: dict[str, Any]
-    """By dotted keys; empty where nothing was to choose."""
+    """Chosen settings by dotted keys; empty if there was nothing to choose."""
     refused: str | None = None
-    """Why the method cannot be compared on the task, if it cannot."""
+    """Why the method cannot be compared on the task; None if it can."""
 
     def __str__(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in self.changes.items())
 
 
 class ParameterCounter:
-    """Counts the parameters that runs would train, without making any weights; equal models are counted once."""
+    """Counts the trainable parameters of runs without allocating weights; equal models are counted once."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
@@ -59,7 +59,7 @@ class ParameterCounter:
             small = replace(config, method="shadow", stage="pretrain", shadow_epochs=0.0, data=NO_VALIDATION)
             lora = replace(config, method="lora", shadow_epochs=0.0, data=NO_VALIDATION)
             return self.count(name, lora) + self.count(name, small)
-        # Where a shadow's values come from changes no shape, and there is nothing here to take them from.
+        # The source of a shadow's initial values changes no shape, and there are no values here to copy.
         shadow = replace(config.shadow, init_layers=None, init_from=None)
         kind = (config.model, config.method, config.stage, config.task, config.num_labels)
         parts = (*kind, config.lora, shadow, config.peft)
@@ -88,15 +88,15 @@ def base_config(config: TrainConfig) -> PreTrainedConfig:
 
 
 def solve_sizes(config: CompareConfig, task: str, counter: ParameterCounter) -> dict[str, Size]:
-    """Choose the size of each method on a task, and count what it trains.
+    """Choose the size of each method on a task, and count its trainable parameters.
 
-    A method that cannot be compared, since its package is missing, it refuses the base or has no size within the
-    budget, is refused with the reason and keeps no other from being compared.
+    A method is refused, with the reason, if its package is missing, it does not support the base or has no size within
+    the budget. The others are compared without it.
 
     Args:
         config: the comparison.
         task: one of its tasks; tasks may have different bases.
-        counter: counts, over all tasks.
+        counter: shared by all tasks.
 
     Raises:
         ConfigError: if the budget itself cannot be met, or settings are wrong.
@@ -130,7 +130,7 @@ def solve_sizes(config: CompareConfig, task: str, counter: ParameterCounter) -> 
             found[name] = Size(count(name, changes), changes, refused.get(name))
         except (ConfigError, CheckpointError):
             raise
-        except ShadowtuneError as error:  # a size that the method refuses
+        except ShadowtuneError as error:  # the method does not support this size
             refused[name] = str(error)
     found |= {name: Size(0, {}, reason) for name, reason in refused.items() if name not in found}
     return found | {name: Size(0, {}) for name in config.methods if config.kind(name) == "base"}
@@ -142,7 +142,7 @@ def _equal_sizes(
     count: Callable[[str, Mapping[str, Any]], int],
     refused: Mapping[str, str],
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Choose the sizes of all methods that can be made equal; also return why the others cannot, by name."""
+    """Choose the sizes of all methods that can be made equal; also return the reasons of the others, by name."""
     if budget.like is not None and budget.like in refused:
         raise ConfigError(f"budget.like: {budget.like} cannot be compared: {refused[budget.like]}")
     wanted, ours = _aim(budget, growths, count)
@@ -150,7 +150,7 @@ def _equal_sizes(
     left_out: dict[str, str] = {}
     while True:
         try:
-            return equal_sizes(wanted, ours, growths[ours], peers, WAY_OUT, budget.tolerance), left_out
+            return equal_sizes(wanted, ours, growths[ours], peers, HINT, budget.tolerance), left_out
         except ConfigError as error:
             if not peers or not is_equal(wanted, growths[ours].count(growths[ours].nearest(wanted)), budget.tolerance):
                 raise
@@ -160,24 +160,24 @@ def _equal_sizes(
 
 
 def _distance(growth: Growth, wanted: int) -> int:
-    """How far the nearest size of a method is from the parameters that are aimed at."""
+    """Difference between the wanted parameters and those of a method's nearest size."""
     return abs(growth.count(growth.nearest(wanted)) - wanted)
 
 
 def growth_in(key: str, config: TrainConfig, count: Callable[[Mapping[str, Any]], int]) -> Growth:
-    """Find out how a method grows. A mirror that copies blocks of the base cannot be wider than they are."""
+    """Return how a method's parameters grow with its size. A shadow that copies base blocks is at most as wide."""
     copies = config.method == "shadow" and config.shadow.init_layers is not None and key == MLP_KEYS[0]
     largest = base_config(config).get_text_config(decoder=True).intermediate_size if copies else None
     growth = growth_of(lambda size: count(changes_for(key, size, config)), 8 if key in MLP_KEYS else 1, largest)
     if growth.per_step <= 0:
-        raise ConfigError(f"{key} does not change how many parameters {config.method} trains; {WAY_OUT}")
+        raise ConfigError(f"{key} does not change how many parameters {config.method} trains; {HINT}")
     return growth
 
 
 def _aim(
     budget: BudgetConfig, growths: Mapping[str, Growth], count: Callable[[str, Mapping[str, Any]], int]
 ) -> tuple[int, str]:
-    """Return the parameters to aim at, and the method that moves to where all others fit: the one that can finely."""
+    """Return the wanted parameters, and the method that is fitted to the others: the one with the finest steps."""
     if budget.like is not None:
         if budget.like not in growths:
             raise ConfigError(f"budget.like: {budget.like} has no size to choose; name another method")

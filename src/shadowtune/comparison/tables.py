@@ -1,4 +1,4 @@
-"""The tables of a comparison's report, worded for people."""
+"""Tables of a comparison's report."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,17 +11,17 @@ from shadowtune.comparison.run import Results
 Row = Mapping[str, Any]
 Table = list[dict[str, Any]]
 ALL = "everywhere"
-"""Where a method that cannot be compared at all has no numbers."""
+"""Value of "where" for a method that cannot be compared at all."""
 UNEQUAL = {
     "parameters": "the same passes, each method at its own size",
     "time": COLUMNS["time"],
     "memory": COLUMNS["memory"],
 }
-"""What the columns are called where no sizes were chosen."""
+"""Headings of the columns where no sizes were chosen."""
 
 
 def heading_of(analysis: Analysis) -> str:
-    """Return what is equal in the column of an analysis."""
+    """Return the heading of an analysis' column: what is equal in it."""
     budget = analysis.config.budget
     return (COLUMNS if budget is not None and budget.equal_parameters else UNEQUAL)[analysis.column]
 
@@ -31,7 +31,7 @@ def tables_of(analysis: Analysis, results: Results | None = None) -> dict[str, T
 
     Args:
         analysis: of the column "parameters".
-        results: what else is known than rows.
+        results: of the comparison, for what is not in the rows.
     """
     swept = analysis.config.sweep is not None
     columns = [analysis.at(column) for column in analysis.columns] or [analysis]
@@ -61,7 +61,7 @@ def results_table(analysis: Analysis) -> Table:
 
 
 def standings_table(columns: Sequence[Analysis]) -> Table:
-    """Return a row for each method: in each column, whether it wins."""
+    """Return a row for each method: its standing in each column."""
     words: dict[str, dict[str, str]] = {}
     for each in columns:
         for method, count in each.unequal().items():
@@ -75,13 +75,13 @@ def standings_table(columns: Sequence[Analysis]) -> Table:
 
 
 def standing(row: Row) -> str:
-    """Say how a method stands against the best of the others."""
+    """Describe a method's difference to the best of the others."""
     word = {"better": "wins", "worse": "loses"}.get(row["verdict"], "undecided")
     return f"{word}: {row['points']:+.1f} ({row['points_low']:+.1f} to {row['points_high']:+.1f}) over {row['against']}"
 
 
 def not_compared(results: Results) -> Table:
-    """Return a row for each method that has no numbers on a task, and why."""
+    """Return a row for each method without results on a task, with the reason."""
     refused = [
         {"task": row["task"], "method": row["method"], "where": ALL, "why": row["why"]} for row in results.refused
     ]
@@ -114,16 +114,16 @@ def _perplexity(loss: float) -> float:
 
 
 def trials_table(analysis: Analysis) -> Table:
-    """Return a row for each method and group of tuning tasks: what was tried, how often, and what came of it."""
+    """Return a row for each method and group of tuning tasks: settings, numbers of trials, accuracies, the choice."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in analysis.trials:
         tasks = "all" if analysis.config.sweep is not None and analysis.config.sweep.tasks is not None else row["task"]
         groups.setdefault((tasks, row["method"]), []).append(row)
-    return [_trials(tasks, method, rows, analysis) for (tasks, method), rows in groups.items()]
+    return [_trials_row(tasks, method, rows, analysis) for (tasks, method), rows in groups.items()]
 
 
-def _trials(tasks: str, method: str, rows: Sequence[Row], analysis: Analysis) -> dict[str, Any]:
-    """Word the trials of one method."""
+def _trials_row(tasks: str, method: str, rows: Sequence[Row], analysis: Analysis) -> dict[str, Any]:
+    """The row of one method in ``trials_table``."""
     tried = list({_setting(row): row["setting"] for row in rows}.values())
     numbers = sorted(value for setting in tried for value in setting.values() if isinstance(value, int | float))
     used = {_setting(row): row["setting"] for row in analysis.rows if row["method"] == method}
@@ -143,7 +143,7 @@ def _trials(tasks: str, method: str, rows: Sequence[Row], analysis: Analysis) ->
 
 
 def _order(setting: Mapping[str, Any]) -> list[tuple[bool, float, str]]:
-    """Sort key of a setting: by its numbers where it has some."""
+    """Sort key of a setting: its numbers first."""
     values = [_number(value) for value in setting.values()]
     return [(not isinstance(value, float), value if isinstance(value, float) else 0.0, str(value)) for value in values]
 
@@ -156,17 +156,16 @@ def _number(value: Any) -> Any:
 
 
 def _accuracies(setting: Mapping[str, Any], rows: Iterable[Row]) -> str:
-    """Word a setting with its mean accuracy over its trials."""
+    """Format a setting with its mean accuracy over its trials."""
     own = [row for row in rows if row["setting"] == setting]
     found = [100 * row["evaluations"][0]["accuracy"] for row in own if not row["error"]]
-    said = f"{sum(found) / len(found):.1f}" if found else "failed"
-    return f"{', '.join(f'{value}' for value in setting.values())}: {said}" + (
-        f" ({len(found)})" if len(own) > 1 else ""
-    )
+    mean = f"{sum(found) / len(found):.1f}" if found else "failed"
+    count = f" ({len(found)})" if len(own) > 1 else ""
+    return f"{', '.join(map(str, setting.values()))}: {mean}{count}"
 
 
 def rows_table(analysis: Analysis) -> Table:
-    """Return a row for each task and method: the rows that it learns from, and those that it chooses by."""
+    """Return a row for each task and method: numbers of training examples and of validation examples in training."""
     found = {}
     for row in analysis.rows:
         if row["training"] is not None and "training_rows" in row:
@@ -219,7 +218,7 @@ def _difference(row: Row) -> dict[str, Any]:
 
 
 def _settings(rows: Iterable[Row], swept: bool) -> Table:
-    """Say what was chosen for each method on each task: by the budget, and by the sweep."""
+    """Return a row for each method on each task: the size that the budget chose, the setting that the sweep chose."""
     chosen: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         if row["setting"] or row["size"]:

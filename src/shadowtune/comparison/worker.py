@@ -1,24 +1,18 @@
-"""The process of one run: trains, evaluates, and leaves the row of results in the run directory.
+"""The work of one job, in a process of its own: train, evaluate, and write the result row into the run directory.
 
-A process each, so that its peak memory is its own, and nothing it does can change another run.
+A separate process has a peak memory of its own and cannot be changed by other runs.
 """
 
-import os
-import queue
 import shutil
-import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from shadowtune.benchmark.worker import serve_standard_streams
-from shadowtune.comparison.job import Job, Request, TextRequest, read_json, write_json
-from shadowtune.config.checking import from_mapping
+from shadowtune.comparison.job import EvaluationRequest, Job, PerplexityRequest, read_json, write_json
 from shadowtune.config.training import TrainConfig
 from shadowtune.evaluation.run import FinishedRun
 from shadowtune.model.methods import load_base, quantization_arguments
@@ -29,7 +23,7 @@ from shadowtune.training.training_data import load_tokenizer
 
 @dataclass
 class BareBase(FinishedRun):
-    """A base that nobody trained, in the place of a finished run."""
+    """An untrained base with the interface of a finished run."""
 
     @classmethod
     def load(cls, job: Job) -> "BareBase":
@@ -40,8 +34,8 @@ class BareBase(FinishedRun):
         if config.revision is not None:
             kwargs["revision"] = config.revision
         model: Any = load_base(config.model, config.task, **kwargs).eval()
-        if torch.cuda.is_available():
-            model.to("cuda")
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
         return cls(job.path, config, model, load_tokenizer(config.model, config.revision))
 
     @property
@@ -51,39 +45,34 @@ class BareBase(FinishedRun):
 
     @contextmanager
     def mode(self, mode: str) -> Iterator[Any]:
-        """Give the base."""
+        """Yield the base."""
         yield self.model
 
 
-def run(job: dict[str, Any]) -> None:
+def run(job: Job) -> None:
     """Do what of a job is not done yet.
 
-    Args:
-        job: the fields of a ``Job``.
-
     Raises:
-        ShadowtuneError: one of its kinds, with one line that says what is wrong.
+        ShadowtuneError: if training or an evaluation fails.
     """
-    wanted = from_mapping(Job, job, where="")
     start = time.perf_counter()
     summary = None
-    if wanted.trains:
-        summary = train(replace(wanted.config, output=str(wanted.path)), resume=True, quiet=True)
-        for checkpoints in list(wanted.path.rglob("checkpoints")):  # as large as the model, and done with
+    if job.trains:
+        summary = train(replace(job.config, output=str(job.path)), resume=True, quiet=True)
+        for checkpoints in list(job.path.rglob("checkpoints")):  # as large as the model, and no longer needed
             shutil.rmtree(checkpoints, ignore_errors=True)
-    evaluations = list(_evaluations(wanted))
-    forgetting = None if wanted.text is None else _forgetting(wanted, wanted.text)
-    wanted.write(
+    evaluations = list(_evaluations(job))
+    job.write(
         training=None if summary is None else asdict(summary),
         evaluations=evaluations,
-        forgetting=forgetting,
+        forgetting=None if job.text is None else _forgetting(job, job.text),
         seconds=time.perf_counter() - start,
         provenance=provenance(),
     )
 
 
 def _evaluations(job: Job) -> Iterator[dict[str, Any]]:
-    """Evaluate as asked for, and keep each result; what an interrupted job has left is taken as it is."""
+    """Evaluate each request and write its result; results of an interrupted job are read instead."""
     opened: FinishedRun | None = None
     attached: dict[str, list[list[int]]] = {}
     for request in job.requests:
@@ -97,8 +86,22 @@ def _evaluations(job: Job) -> Iterator[dict[str, Any]]:
         yield {name: value for name, value in result.items() if name not in ("predictions", "answers")}
 
 
-def _forgetting(job: Job, request: TextRequest) -> dict[str, Any]:
-    """Measure the perplexity of a text before and after training, and keep it."""
+def _evaluate(finished: FinishedRun, request: EvaluationRequest, attached: list[list[int]] | None) -> dict[str, Any]:
+    config: TrainConfig = replace(finished.config, data=request.data)
+    result = replace(finished, config=config).evaluate(
+        request.mode,
+        source=request.source,
+        split=request.split,
+        limit=request.limit,
+        batch_size=request.batch_size,
+        compare_with=attached,
+    )
+    where = {"task": request.task, "mode": request.mode, "split": request.split, "limit": request.limit}
+    return {**asdict(result), **where}
+
+
+def _forgetting(job: Job, request: PerplexityRequest) -> dict[str, Any]:
+    """Measure the loss on a text before and after training, and write it."""
     file = job.path / request.file
     if not file.is_file():
         finished = FinishedRun.open(job.path)
@@ -108,38 +111,3 @@ def _forgetting(job: Job, request: TextRequest) -> dict[str, Any]:
         write_json(file, {"text": request.data.train, "tokens": tokens, "loss_before": loss, "loss": after})
     found: dict[str, Any] = read_json(file)
     return found
-
-
-def _evaluate(finished: FinishedRun, request: Request, attached: list[list[int]] | None) -> dict[str, Any]:
-    config: TrainConfig = replace(finished.config, data=request.data)
-    result = replace(finished, config=config).evaluate(
-        request.mode,
-        source=request.source,
-        split=request.split,
-        limit=request.limit,
-        batch_size=request.batch_size,
-        said=attached,
-    )
-    where = {"task": request.task, "mode": request.mode, "split": request.split, "limit": request.limit}
-    return {**asdict(result), **where}
-
-
-def lines_while_parent_lives(lines: Iterable[str]) -> Iterator[str]:
-    """Pass lines on, and end this process at once where they end: nobody waits for it any more.
-
-    Checkpoints and results are whole or absent, so nothing is lost but the steps since the last one.
-    """
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in lines:
-            waiting.put(line)
-        os._exit(1)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield waiting.get()
-
-
-if __name__ == "__main__":
-    serve_standard_streams({"run": run}, lines_while_parent_lives(sys.stdin))

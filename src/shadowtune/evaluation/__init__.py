@@ -1,1 +1,1 @@
-"""Storey 5: how good a model is, by generation and by loss."""
+"""Evaluation of finished runs: metrics, generation, reports, the lm-evaluation-harness."""

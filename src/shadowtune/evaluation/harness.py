@@ -1,4 +1,4 @@
-"""A finished run under EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness)."""
+"""Evaluation of a run with EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness)."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -24,10 +24,10 @@ def evaluate_with_harness(
         finished: a run of a causal language model.
         mode: one of its modes.
         tasks: names of tasks or groups of the harness; patterns such as "mmlu_*" are names too.
-        limit: use only the first so many rows of each task.
-        batch_size: rows at a time.
+        limit: number of examples of each task, the first ones.
+        batch_size: examples at a time.
         num_fewshot: examples in each prompt; None leaves that to the task.
-        include_path: a directory with task files of one's own; which there are is looked up once a process.
+        include_path: a directory of further task files; it is read once a process.
 
     Returns:
         A flat row for each metric of each task: task, metric, filter, value and standard error (None if the harness
@@ -44,7 +44,7 @@ def evaluate_with_harness(
     except ImportError:
         raise ShadowtuneError("the lm-evaluation-harness is not installed: pip install 'shadowtune[harness]'") from None
     if finished.config.task == "classification":
-        raise ConfigError(f"{finished.path} is a classification run; the harness needs a model of language")
+        raise ConfigError(f"{finished.path} is a classification run; the harness needs a language model")
     manager = _task_manager(None if include_path is None else str(include_path))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
@@ -61,7 +61,7 @@ def evaluate_with_harness(
                 task_manager=manager,
                 log_samples=False,
             )
-        except (OSError, ValueError) as error:  # data that is not there: no connection, no such file
+        except (OSError, ValueError) as error:  # missing data: no connection, no such file
             raise DataError(f"the harness cannot run {', '.join(tasks)}: {' '.join(str(error).split())}") from None
     return [row for task, scores in found["results"].items() for row in _rows(task, scores)]
 

@@ -1,4 +1,4 @@
-"""What a directory holds, told without loading a model."""
+"""Description of a run directory or a saved shadow, without loading a model."""
 
 import json
 from collections.abc import Mapping
@@ -10,8 +10,9 @@ from torch import Tensor
 from shadowtune.errors import CheckpointError
 from shadowtune.evaluation.run import read_run_config
 from shadowtune.model.checkpoint import read_tensors
-from shadowtune.model.formats.third_party import ThirdPartyAdapter
-from shadowtune.model.loading import open_third_party, read_config
+from shadowtune.model.formats.adapter import PeerAdapter
+from shadowtune.model.formats.opening import open_peer
+from shadowtune.model.loading import read_config
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
         return _describe_run(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; name a run of shadowtune train or a saved shadow")
-    if (peer := open_third_party(str(path))) is not None:
+    if (peer := open_peer(str(path))) is not None:
         return _describe_peer(peer)
     if (path / "config.json").is_file():
         return _describe_shadow(path)
@@ -74,8 +75,8 @@ def _describe_shadow(path: Path) -> dict[str, Any]:
     return facts | _describe_tensors(tensors)
 
 
-def _describe_peer(peer: ThirdPartyAdapter) -> dict[str, Any]:
-    """Tell what another library saved, in its own words; base and blocks are not looked at."""
+def _describe_peer(peer: PeerAdapter) -> dict[str, Any]:
+    """Describe an adapter of another library by its own settings; the base is not read."""
     facts: dict[str, Any] = {
         "library": peer.library,
         "task": "classification" if peer.classifies else "causal_lm",
@@ -86,7 +87,7 @@ def _describe_peer(peer: ThirdPartyAdapter) -> dict[str, Any]:
 
 
 def _describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Count the numbers in each part, a part being the first two pieces of a name."""
+    """Count the parameters of each part; a part is the first two components of a name."""
     parts: dict[str, int] = {}
     for name, tensor in tensors.items():
         part = ".".join(name.split(".")[:2])

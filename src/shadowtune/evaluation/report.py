@@ -1,4 +1,4 @@
-"""A comparison as people look at it: one picture, and one HTML page that needs nothing beside it."""
+"""Figures, tables and self-contained HTML pages of reports."""
 
 import base64
 import html
@@ -95,11 +95,11 @@ def png(figure: Any) -> bytes:
 def page(
     title: str, rows: Sequence[Mapping[str, Any]], examples: Sequence[Mapping[str, Any]], picture: bytes, note: str
 ) -> str:
-    """Write the HTML page: picture, table of results, example answers, and a note on how they were made.
+    """Return the HTML page: figure, table of results, example answers, and a note.
 
     Args:
-        rows: flat rows with the same keys, the first of which names the row.
-        examples: flat rows with the same keys: a request, the expected answer, what each model answered.
+        rows: flat rows with the same keys, the first of which is the name of the row.
+        examples: flat rows with the same keys: a request, the expected answer, the answer of each model.
     """
     parts = (
         html_image(picture, "accuracy, training time and training loss"),
@@ -110,7 +110,7 @@ def page(
 
 
 def html_page(title: str, parts: Iterable[str]) -> str:
-    """Return a page of parts that are HTML already, under a title that is plain text."""
+    """Return a page of HTML parts under a plain text title."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
@@ -119,12 +119,12 @@ def html_page(title: str, parts: Iterable[str]) -> str:
 
 
 def html_image(picture: bytes, description: str) -> str:
-    """Return a PNG as an element that holds it."""
+    """Return a PNG as an ``img`` element with embedded data."""
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
 
 
 def html_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return flat rows as a table that scrolls where the page is narrower; the first row has its columns."""
+    """Return flat rows as a table that scrolls on narrow pages; the keys of the first row are the columns."""
     header = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in rows[0])
     body = "".join(
         f"<tr>{''.join(f'<td>{html.escape(format_value(value))}</td>' for value in row.values())}</tr>" for row in rows
@@ -132,15 +132,23 @@ def html_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return f'<div class="table"><table><tr>{header}</tr>{body}</table></div>'
 
 
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return flat rows as a Markdown table; the keys of the first row are the columns."""
+    keys = list(rows[0])
+    lines = [keys, ["---" if index < 2 else "--:" for index in range(len(keys))]]
+    lines += [[format_value(value) for value in row.values()] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def write_page(directory: Path, picture: bytes, text: str) -> None:
-    """Write ``report.png`` and ``report.html`` into ``directory``, whole or not at all."""
+    """Write ``report.png`` and ``report.html`` into ``directory``, atomically."""
     with writing_into(directory) as staging:
         (staging / "report.png").write_bytes(picture)
         (staging / "report.html").write_text(text)
 
 
 def _number_decades(axis: Any) -> None:
-    """Write plain numbers on a logarithmic axis, as many as its range wants."""
+    """Label a logarithmic axis with plain numbers that fit its range."""
     from matplotlib.ticker import AutoLocator, LogLocator
 
     low, high = axis.get_view_interval()

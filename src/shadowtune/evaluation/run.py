@@ -1,6 +1,6 @@
-"""A finished training run, opened for use: its model in any mode, its tokenizer, its held-out rows."""
+"""A finished training run: its model in any mode, its tokenizer, and evaluation on held-out examples."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,17 +12,22 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowtune.config.data import DataConfig
 from shadowtune.config.loading import load_config
-from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.config.training import TrainConfig
 from shadowtune.core.prepacked_linear import prepacked_linear
-from shadowtune.data.chat_template import has_prompt_format, load_tokenizer_and_format
+from shadowtune.data.baking import has_format, read_prompts
 from shadowtune.data.collate import CausalCollator, ClassificationCollator
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.data.sources import Row
 from shadowtune.errors import CheckpointError, ConfigError
-from shadowtune.evaluation.runner import Evaluation, Progress, answer_loss, evaluate_classes, evaluate_generation
-from shadowtune.model.methods import Quantization, load_trained, quantization_arguments
+from shadowtune.evaluation.evaluate import (
+    Evaluation,
+    EvaluationOptions,
+    answer_loss,
+    evaluate_classes,
+    evaluate_generation,
+)
+from shadowtune.model.methods import load_trained
+from shadowtune.model.quantization import Quantization, quantization_arguments
 
 MODES = {
     "shadow": ("attached", "detached", "base"),
@@ -32,7 +37,7 @@ MODES = {
     "peft": ("attached", "base"),
     "ensemble": ("attached", "base"),
 }
-"""What each method's model can compute; adapters are "attached". What PEFT's Shadow tuner leaves is a shadow."""
+"""Modes of each method's model; LoRA and the like are "attached". PEFT's Shadow tuner has those of a shadow."""
 
 
 @dataclass
@@ -52,11 +57,11 @@ class FinishedRun:
 
         Args:
             path: the run directory.
-            check_base_weights: whether a base with other weights than in training is refused.
-            quantization: of the base; by default as in training.
+            check_base_weights: whether to refuse a base whose weights differ from those in training.
+            quantization: of the base; by default that of training.
 
         Raises:
-            CheckpointError: if the directory is no run, or has not finished.
+            CheckpointError: if the directory is no run, or the run is not finished.
         """
         path = Path(path)
         config = read_run_config(path)
@@ -65,13 +70,13 @@ class FinishedRun:
         model = load_trained(
             path / "model", config.method, config.task, config.model, check_base_weights, dtype=dtype, **quantized
         )
-        if torch.cuda.is_available():
-            model.to("cuda")
-        return cls(path, config, model, load_tokenizer_and_format(str(path / "model"))[0])
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+        return cls(path, config, model, read_prompts(str(path / "model"))[0])
 
     @cached_property
     def dataset(self) -> Dataset:
-        """The data that the run was trained on, with what was read off its rows."""
+        """The data of the run, with the prompt format that training recorded."""
         return run_dataset(self.path, self.config)
 
     @property
@@ -81,7 +86,7 @@ class FinishedRun:
 
     @contextmanager
     def mode(self, mode: str) -> Iterator[Any]:
-        """Give the model in one mode, for the length of the context.
+        """Yield the model in one mode, for the length of the context.
 
         Raises:
             ConfigError: if the run's method has no such mode.
@@ -102,11 +107,11 @@ class FinishedRun:
 
     @property
     def prompt_format(self) -> PromptFormat:
-        """How a user's words become a prompt and where an answer ends, as in training."""
+        """Prompt format and end of answers, as in training."""
         return self.dataset.prompt_format
 
     def prompt(self, text: str | None, fields: Mapping[str, Any] | None = None) -> str:
-        """Put a user's words, and fields by name, where the run's template had a row's."""
+        """Fill the run's template with a user's text, and fields by name."""
         return self.prompt_format.fill(text, fields)
 
     def evaluate(
@@ -115,40 +120,48 @@ class FinishedRun:
         source: str | None = None,
         split: str = "test",
         limit: int | None = None,
-        batch_size: int = 32,
-        max_new_tokens: int | None = None,
-        progress: Progress = lambda done, total: None,
         task: str | None = None,
-        said: Sequence[Sequence[int]] | None = None,
-        speculate: SpeculationConfig | None = None,
+        **options: Any,
     ) -> Evaluation:
-        """Evaluate one mode on held-out rows, by default the "test" split of the run's data set or task.
+        """Evaluate one mode on held-out examples, by default the "test" split of the run's data set or task.
 
         Args:
             mode: one of ``modes``.
             source: a data set as in ``DataConfig.train``; with a task, a directory of data sets.
             split: of a data set that has splits, or part of the task: "train", "validation" or "test".
-            limit: use only so many rows: the first ones; of a task, a random sample that is always the same.
-            batch_size: rows at a time; padded on the left, with a cache.
-            max_new_tokens: by default what the task says, else enough for the longest true answer.
-            progress: called with the rows finished and their total.
+            limit: number of examples: the first ones; of a task, a random sample that is always the same.
             task: another task than that of training, as in ``DataConfig.task``.
-            said: ``Evaluation.answers`` of another mode on the same rows, to say how much this one agrees.
-            speculate: in mode "attached", how the shadow drafts ahead; None for token by token.
+            options: fields of ``EvaluationOptions``; drafts are used in mode "attached" only.
 
         Raises:
-            DataError: if the rows cannot be read, would be the training rows, or have classes that the model lacks.
+            DataError: if the examples cannot be read, would be the training examples, or have classes that the model
+                lacks.
             ConfigError: if the task is unknown, or has no classes and the model predicts classes.
         """
+        chosen = EvaluationOptions(**options)
         data = self.dataset if task is None else self.dataset.of_task(task)
         rows = data.held_out(split, source, limit)
-        with self.mode(mode) as model, prepacked_linear(model):  # nothing trains meanwhile
+        pad = self.tokenizer.pad_token_id
+        with self.mode(mode) as model, prepacked_linear(model):  # no weight changes meanwhile
             if self.config.task == "classification":
-                result = self._classify(model, data, rows, batch_size, progress, said)
+                encoded = data.encode(rows, self.tokenizer, classify=True)[0]
+                result = evaluate_classes(model, encoded, ClassificationCollator(pad), chosen)
             else:
-                new_tokens = max_new_tokens or data.max_new_tokens
-                drafting = speculate if mode == "attached" else None
-                result = self._generate(model, data, rows, batch_size, new_tokens, progress, said, drafting)
+                prompts = data.encode_prompts(rows, self.tokenizer)
+                result = evaluate_generation(
+                    model,
+                    self.tokenizer,
+                    [prompt.input_ids for prompt in prompts],
+                    data.references(rows, prompts),
+                    data.encode(rows, self.tokenizer, classify=False)[0],
+                    data.metric,
+                    self.prompt_format,
+                    replace(
+                        chosen,
+                        max_new_tokens=chosen.max_new_tokens or data.max_new_tokens,
+                        speculate=chosen.speculate if mode == "attached" else None,
+                    ),
+                )
         return replace(result, task=data.task_version)
 
     def text_loss(
@@ -175,53 +188,11 @@ class FinishedRun:
             loss = answer_loss(model, blocks, CausalCollator(self.tokenizer.pad_token_id), batch_size)
         return loss, sum(len(block["input_ids"]) - 1 for block in blocks)
 
-    def _classify(
-        self,
-        model: Any,
-        data: Dataset,
-        rows: Sequence[Row],
-        batch_size: int,
-        progress: Progress,
-        said: Sequence[Sequence[int]] | None,
-    ) -> Evaluation:
-        encoded = data.encode(rows, self.tokenizer, classify=True)[0]
-        collate = ClassificationCollator(self.tokenizer.pad_token_id)
-        return evaluate_classes(model, encoded, collate, batch_size, progress, said)
-
-    def _generate(
-        self,
-        model: Any,
-        data: Dataset,
-        rows: Sequence[Row],
-        batch_size: int,
-        max_new_tokens: int | None,
-        progress: Progress,
-        said: Sequence[Sequence[int]] | None,
-        speculate: SpeculationConfig | None,
-    ) -> Evaluation:
-        prompts = data.encode_prompts(rows, self.tokenizer)
-        return evaluate_generation(
-            model,
-            self.tokenizer,
-            [prompt.input_ids for prompt in prompts],
-            data.references(rows, prompts),
-            data.encode(rows, self.tokenizer, classify=False)[0],
-            CausalCollator(self.tokenizer.pad_token_id),
-            max_new_tokens,
-            batch_size,
-            progress,
-            data.metric,
-            said,
-            speculate,
-            self.prompt_format.ends,
-            self.prompt_format.content_mark,
-        )
-
 
 def run_dataset(path: Path, config: TrainConfig) -> Dataset:
-    """Return the data of a run, with what was read off its training rows and recorded with the model, if it was."""
+    """Return the data of a run, with the prompt format that was recorded with its model, if there is one."""
     data, model = Dataset.open(config.data), path / "model"
-    if not has_prompt_format(model):
+    if not has_format(model):
         return data
     asked = data.prompt_format
     recorded = replace(

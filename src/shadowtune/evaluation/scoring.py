@@ -1,4 +1,4 @@
-"""From answers to numbers: what each metric gives one answer, between 0 and 1, and the interval of their mean."""
+"""Metrics: the score of an answer, between 0 and 1, and the confidence interval of a mean score."""
 
 import math
 import re
@@ -9,20 +9,20 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 
 _NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)[-+]?\.\d+")
-"""A decimal number, thousands separated or not; a minus between two numbers is no sign."""
+"""A decimal number, with or without thousands separators; a minus between two numbers is no sign."""
 _CHOICE = re.compile(r"\b(?:[BCD]|A(?!\s+(?!is\b)[a-z]))\b")
-"""A capital letter that stands alone; "A" before a word in small letters is an article."""
+"""A single capital letter as a word; "A" before a word in small letters is an article."""
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 NO_ANSWERS = ("unanswerable", "no answer", "")
-"""Answers that say there is none, normalized as ``normalize_span`` does."""
+"""Answers that mean "no answer", normalized as by ``normalize_span``."""
 
 Metric = Callable[[str, Sequence[str]], dict[str, float]]
-"""From an answer and all that count as right to named scores, the first of which is the main one."""
+"""(answer, all correct answers) -> named scores, the first of which is the main one."""
 
 
 def normalize(text: str) -> str:
-    """Fold case and white space, drop a final full stop: what two readers would call the same answer."""
+    """Fold case and white space, drop a final full stop."""
     return " ".join(text.split()).casefold().removesuffix(".")
 
 
@@ -39,7 +39,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def chosen_letter(text: str) -> str | None:
-    """Return the first of the capital letters A to D that stands alone; None if none does."""
+    """Return the first of the letters A to D that is a word by itself; None if there is none."""
     found = _CHOICE.search(text)
     return None if found is None else found[0]
 
@@ -60,26 +60,26 @@ def _exact_match(answer: str, references: Sequence[str]) -> dict[str, float]:
 
 
 def _label(answer: str, references: Sequence[str]) -> dict[str, float]:
-    said = normalize(_first_line(answer)).replace("_", " ")
-    return {"label": float(said in (normalize(reference).replace("_", " ") for reference in references))}
+    given = normalize(_first_line(answer)).replace("_", " ")
+    return {"label": float(given in (normalize(reference).replace("_", " ") for reference in references))}
 
 
 def _number(answer: str, references: Sequence[str]) -> dict[str, float]:
-    said = last_number(answer)
-    return {"number": float(said is not None and said in map(last_number, references))}
+    given = last_number(answer)
+    return {"number": float(given is not None and given in map(last_number, references))}
 
 
 def _choice(answer: str, references: Sequence[str]) -> dict[str, float]:
-    said = chosen_letter(answer)
-    return {"choice": float(said is not None and said in references)}
+    given = chosen_letter(answer)
+    return {"choice": float(given is not None and given in references)}
 
 
 def _squad(answer: str, references: Sequence[str]) -> dict[str, float]:
-    said = _span(_first_line(answer))
+    given = _span(_first_line(answer))
     spans = [_span(reference) for reference in references]
     return {
-        "exact_match": float(normalize_span(said) in map(normalize_span, spans)),
-        "f1": max(token_f1(said, span) for span in spans),
+        "exact_match": float(normalize_span(given) in map(normalize_span, spans)),
+        "f1": max(token_f1(given, span) for span in spans),
     }
 
 
@@ -103,7 +103,7 @@ def _first_line(answer: str) -> str:
 
 
 def _span(text: str) -> str:
-    """Return an answer as a span: nothing at all, if it says that there is none."""
+    """Return an answer as a span: empty if it means "no answer"."""
     return "" if normalize_span(text) in NO_ANSWERS else text
 
 
@@ -115,7 +115,7 @@ def score_answers(
     Args:
         metric: one of ``METRICS``.
         answers: of a model.
-        references: for each, all answers that count as right.
+        references: for each answer, all correct ones.
 
     Returns:
         The main score of each answer, and the means of the metric's other scores by their names.

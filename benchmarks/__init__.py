@@ -1,0 +1,1 @@
+"""Benchmarks of shadowtune against other methods, and their results; ``python -m benchmarks --help`` lists them."""

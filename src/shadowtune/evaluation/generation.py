@@ -1,0 +1,136 @@
+"""Generation of one answer to one prompt, whole or streamed."""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from shadowtune.config.checking import check_range
+from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.data.ends import end_tokens
+from shadowtune.data.prompt_format import PromptFormat
+from shadowtune.errors import DataError
+from shadowtune.model.methods import context_length
+from shadowtune.model.speculation.decoding import Speculator
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Options of ``generate_answer``."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 is greedy decoding."""
+    top_p: float = 1.0
+    num_beams: int = 1
+    seed: int = 0
+    speculate: SpeculationConfig | None = None
+    """Speculative decoding with the shadow as the drafter; None to decode without drafts."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_range(self, max_new_tokens=(1, None), temperature=(0, None), top_p=(0, 1.000001), num_beams=(1, None))
+
+
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """An answer with its cost."""
+
+    answer: str
+    new_tokens: int
+    seconds: float
+    tokens_per_second: float
+    tokens_per_pass: float | None = None
+    """With drafts: new tokens for each pass of the attached model."""
+
+
+NEUTRAL = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+"""Values that disable these filters: sampling is the caller's choice, here as over HTTP, not that of the base's
+generation config. Its penalties (``repetition_penalty`` and the like) belong to the model and hold everywhere."""
+
+
+class _Streamer(TextStreamer):
+    """Passes finished pieces of text to a function, without the end-of-answer tokens."""
+
+    def __init__(self, tokenizer: Any, ends: Collection[int], write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._ends, self._write, self._begun = ends, write, False
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, or the next tokens."""
+        tokens = value if self.next_tokens_are_prompt else value[[int(token) not in self._ends for token in value]]
+        if len(tokens):
+            super().put(tokens)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass the text on, without the leading spaces that follow the prompt."""
+        text = text if self._begun else text.lstrip(" ")
+        self._begun = self._begun or bool(text)
+        self._write(text)
+
+
+@torch.inference_mode()
+def generate_answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    options: GenerationOptions,
+    chat_template: bool = True,
+    stream: Callable[[str], None] | None = None,
+    prompt_format: PromptFormat | None = None,
+) -> GeneratedAnswer:
+    """Answer one prompt.
+
+    Args:
+        model: anything with ``generate``.
+        prompt: the user's text, in the template of the training examples if there was one.
+        options: generation options. Penalties of the model's generation config hold as well.
+        chat_template: whether the tokenizer's chat template is applied, if it has one.
+        stream: called with each piece of the answer as it is generated; with beams, once with the whole answer.
+        prompt_format: that of the run; it replaces ``chat_template`` and defines the end of an answer.
+
+    Raises:
+        DataError: if the prompt is empty or longer than the model's positions.
+    """
+    form = prompt_format or PromptFormat(chat_template=chat_template)
+    ids, ends = form.wrap(prompt, tokenizer), end_tokens(model, tokenizer, form.ends)
+    if not prompt.strip():
+        raise DataError("the prompt is empty")
+    positions = context_length(model)
+    if positions is not None and len(ids) + options.max_new_tokens > positions:
+        raise DataError(
+            f"prompt ({len(ids)} tokens) and answer ({options.max_new_tokens}) exceed the model's {positions} "
+            "positions; shorten the prompt or lower --max-new-tokens"
+        )
+    torch.manual_seed(options.seed)
+    arguments: dict[str, Any] = {"do_sample": options.temperature > 0, "num_beams": options.num_beams}
+    if options.temperature > 0:
+        arguments |= {**NEUTRAL, "temperature": options.temperature, "top_p": options.top_p}
+    live = stream is not None and options.num_beams == 1
+    if live:
+        arguments["streamer"] = _Streamer(tokenizer, ends, stream)  # type: ignore[arg-type]
+    speculator = None
+    if options.speculate is not None:
+        speculator = Speculator(options.speculate, arguments.get("streamer"))
+        arguments["custom_generate"] = speculator
+    inputs = torch.tensor([ids], device=model.device)
+    start = time.perf_counter()
+    output = model.generate(
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=options.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends or None,
+        **arguments,
+    )
+    seconds = time.perf_counter() - start
+    tokens = output[0, len(ids) :].tolist()
+    content = tokens[:-1] if tokens and tokens[-1] in ends else tokens
+    text = str(tokenizer.decode(content, skip_special_tokens=True)).lstrip(" ")
+    if stream is not None and not live:
+        stream(text)
+    counted = None if speculator is None or not speculator.counts.passes else speculator.counts.tokens_per_pass
+    return GeneratedAnswer(text, len(tokens), seconds, len(tokens) / seconds, counted)
