@@ -23,10 +23,10 @@ from benchmarks.measurement import DTYPES, ModelCandidate, perturb
 from benchmarks.methods import METHODS, OURS, check_baselines, equal_budgets
 from shadowtune.config.checking import check_choices
 from shadowtune.core.prepacked_linear import prepacked_linear
-from shadowtune.data.answers import generate_answers
+from shadowtune.data.generation import generate_answers
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.model.causal_lm import ShadowForCausalLM
-from shadowtune.model.pair import Mode
+from shadowtune.model.modeling import Mode
 
 
 @dataclass(frozen=True)

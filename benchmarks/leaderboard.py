@@ -30,7 +30,7 @@ from shadowtune.config.loading import load_config
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError, DataError, ShadowtuneError
 from shadowtune.evaluation.run import FinishedRun
-from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.files import writing_into
 from shadowtune.provenance import provenance
 from shadowtune.training.run import train
 

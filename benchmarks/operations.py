@@ -29,8 +29,8 @@ from benchmarks.measurement import DTYPES, TimedCandidate
 from shadowtune.config.checking import check_choices
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import Boundaries, Kernel
-from shadowtune.core.head import Head, head_sums_reference
-from shadowtune.core.losses import head_sums
+from shadowtune.core.kernels.linear_cross_entropy import Head
+from shadowtune.core.losses import linear_cross_entropy, linear_cross_entropy_reference
 from shadowtune.errors import ConfigError, ShadowtuneError
 
 OURS = "shadow"
@@ -232,11 +232,11 @@ def _sum(compute: Callable[..., Any], weight: Tensor, h: Tensor, s: Tensor, targ
 
 
 def _fused(weight: Tensor, h: Tensor, s: Tensor, targets: Tensor, distilled: bool) -> Tensor:
-    return _sum(head_sums, weight, h, s, targets, distilled)
+    return _sum(linear_cross_entropy, weight, h, s, targets, distilled)
 
 
 def _all_logits(weight: Tensor, h: Tensor, s: Tensor, targets: Tensor, distilled: bool) -> Tensor:
-    return _sum(head_sums_reference, weight, h, s, targets, distilled)
+    return _sum(linear_cross_entropy_reference, weight, h, s, targets, distilled)
 
 
 def _liger(weight: Tensor, h: Tensor, s: Tensor, targets: Tensor, distilled: bool) -> Tensor:

@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from shadowtune.cli.output import print_table
 
@@ -60,7 +60,7 @@ def held(process: subprocess.Popen[str]) -> tuple[float, int]:
     return int(fields["VmRSS"].split()[0]) / 1024, len(os.listdir(proc / "fd"))
 
 
-async def one_request(client: httpx.AsyncClient, address: str, model: str, chance: random.Random) -> str:
+async def one_request(client: httpx2.AsyncClient, address: str, model: str, chance: random.Random) -> str:
     """Send one request and return its outcome."""
     kind = chance.choice(("chat", "stream", "leave", "many", "prediction", "nonsense", "unknown"))
     body: dict[str, Any] = {"model": model, "max_tokens": chance.randint(1, 12), "temperature": chance.choice((0, 1))}
@@ -91,11 +91,11 @@ async def load(address: str, model: str, clients: int, until: float, counts: Cou
 
     async def ask(number: int) -> None:
         chance = random.Random(number)
-        async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
+        async with httpx2.AsyncClient(timeout=60, trust_env=False) as client:
             while time.monotonic() < until:
                 try:
                     counts[await one_request(client, address, model, chance)] += 1
-                except httpx.HTTPError as error:
+                except httpx2.HTTPError as error:
                     counts[f"lost: {type(error).__name__}"] += 1
 
     await asyncio.gather(*(ask(number) for number in range(clients)))
@@ -119,7 +119,7 @@ async def everything(
 ) -> list[dict[str, Any]]:
     """Send requests to all servers and record their memory."""
     until = time.monotonic() + 60 * arguments.minutes
-    names = [httpx.get(f"{target}/v1/models", trust_env=False).json()["data"][0]["id"] for target in targets]
+    names = [httpx2.get(f"{target}/v1/models", trust_env=False).json()["data"][0]["id"] for target in targets]
     share = max(1, arguments.clients // len(targets))
     asking = [load(target, name, share, until, counts) for target, name in zip(targets, names, strict=True)]
     rows, *_ = await asyncio.gather(watch(processes, until, 60 * arguments.minutes / 20), *asking)

@@ -163,8 +163,11 @@ class SpeculateCandidate(TimedCandidate):
     def _facts(self) -> dict[str, float | str]:
         if self.speculator is None:
             return {"tokens_per_pass": 1.0, "stood": ""}
-        counts = self.speculator.counts
-        return {"tokens_per_pass": counts.tokens_per_pass, "stood": " ".join(f"{s:.2f}" for s in counts.acceptance)}
+        counts = self.speculator.statistics
+        return {
+            "tokens_per_pass": counts.tokens_per_pass,
+            "stood": " ".join(f"{s:.2f}" for s in counts.acceptance_rates),
+        }
 
     def _load(self) -> Any:
         settings = self.settings

@@ -11,7 +11,7 @@ from shadowtune.config.baselines import BASELINES, default_rates
 from shadowtune.config.comparison import CompareConfig
 from shadowtune.errors import ConfigError
 from shadowtune.evaluation.run import FinishedRun
-from shadowtune.model.methods import OWN_TERMS, load_base, make_trainable, objective_of
+from shadowtune.model.methods import OWN_LOSS_TYPES, load_base, make_trainable, objective_of
 from shadowtune.model.objective import causal_objective, own_causal_objective
 from tests.support.comparisons import LocalWorker, compare_config
 from tests.support.shadows import tokens
@@ -75,7 +75,7 @@ def test_the_scale_of_rslora_and_of_alpha_32_stays_when_the_rank_is_chosen(tmp_p
 
 @pytest.mark.parametrize("peft_type", ["LORA", "MISS", "SHADOW", "ADALORA"])
 def test_only_types_of_peft_with_terms_of_their_own_train_on_their_own_loss(peft_type):
-    own = peft_type in OWN_TERMS
+    own = peft_type in OWN_LOSS_TYPES
     assert objective_of("peft", "causal_lm", peft_type) is (own_causal_objective if own else causal_objective)
 
 
@@ -152,7 +152,7 @@ class TestEnsemble:
     def test_its_weight_is_the_best_of_those_tried_on_the_validation_rows(self, finished):
         from shadowtune.data.collate import CausalCollator
         from shadowtune.evaluation.evaluate import answer_loss
-        from shadowtune.training.mixing import GAMMAS
+        from shadowtune.training.interpolation import GAMMAS
 
         run = finished[0]
         data = run.dataset

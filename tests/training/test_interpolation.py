@@ -8,7 +8,7 @@ import torch
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.data.collate import CausalCollator, PackedCollator
 from shadowtune.errors import ConfigError
-from shadowtune.evaluation.runner import answer_loss
+from shadowtune.evaluation.evaluate import answer_loss
 from shadowtune.training.interpolation import GAMMAS, fit_logit_interpolation
 from shadowtune.training.run import train
 from tests.support.runs import causal_rows, run_config

@@ -14,7 +14,7 @@ from shadowtune.config.data import DataConfig
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.dataset import Dataset
 from shadowtune.errors import CheckpointError, ShadowtuneError
-from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.files import writing_into
 
 UNREADABLE = "unreadable"
 """Digest of examples that cannot be read; the run reports why."""

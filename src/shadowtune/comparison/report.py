@@ -11,7 +11,7 @@ from shadowtune.comparison.plots import draw_accuracies, draw_costs, draw_curves
 from shadowtune.comparison.run import Results
 from shadowtune.comparison.tables import ALL, heading_of, not_compared, rows_table, standing, tables_of, trials_table
 from shadowtune.evaluation.report import html_image, html_page, html_table, markdown_table, read_losses
-from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.files import writing_into
 
 TITLE = "shadowtune compare"
 NOTE = (

@@ -13,7 +13,7 @@ from shadowtune.comparison.job import Job, damaged, read_json, results_version, 
 from shadowtune.comparison.plan import Chosen, Plan, Search, run_path
 from shadowtune.data.dataset import Dataset
 from shadowtune.errors import DataError
-from shadowtune.model.checkpoint import writing_into
+from shadowtune.model.files import writing_into
 
 RESULTS = "results.jsonl"
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowtune.config.speculation import SpeculationConfig
 from shadowtune.core.losses import IGNORE_INDEX
-from shadowtune.data.answers import Progress, generate_answers
 from shadowtune.data.collate import CausalCollator, left_pad
+from shadowtune.data.generation import Progress, generate_answers
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import DataError
 from shadowtune.evaluation.scoring import mean_interval, score_answers

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from shadowtune.config.checking import check_range
 from shadowtune.config.speculation import SpeculationConfig
-from shadowtune.data.ends import end_tokens
+from shadowtune.data.generation import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import DataError
 from shadowtune.model.methods import context_length
@@ -132,5 +132,5 @@ def generate_answer(
     text = str(tokenizer.decode(content, skip_special_tokens=True)).lstrip(" ")
     if stream is not None and not live:
         stream(text)
-    counted = None if speculator is None or not speculator.counts.passes else speculator.counts.tokens_per_pass
+    counted = None if speculator is None or not speculator.statistics.passes else speculator.statistics.tokens_per_pass
     return GeneratedAnswer(text, len(tokens), seconds, len(tokens) / seconds, counted)

@@ -10,9 +10,8 @@ from torch import Tensor
 from shadowtune.errors import CheckpointError
 from shadowtune.evaluation.run import read_run_config
 from shadowtune.model.checkpoint import read_tensors
-from shadowtune.model.formats.adapter import PeerAdapter
-from shadowtune.model.formats.opening import open_peer
-from shadowtune.model.loading import read_config
+from shadowtune.model.formats.third_party import ThirdPartyAdapter
+from shadowtune.model.loading import open_third_party, read_config
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
@@ -26,7 +25,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
         return _describe_run(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; name a run of shadowtune train or a saved shadow")
-    if (peer := open_peer(str(path))) is not None:
+    if (peer := open_third_party(str(path))) is not None:
         return _describe_peer(peer)
     if (path / "config.json").is_file():
         return _describe_shadow(path)
@@ -75,7 +74,7 @@ def _describe_shadow(path: Path) -> dict[str, Any]:
     return facts | _describe_tensors(tensors)
 
 
-def _describe_peer(peer: PeerAdapter) -> dict[str, Any]:
+def _describe_peer(peer: ThirdPartyAdapter) -> dict[str, Any]:
     """Describe an adapter of another library by its own settings; the base is not read."""
     facts: dict[str, Any] = {
         "library": peer.library,

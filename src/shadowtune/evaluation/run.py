@@ -14,7 +14,7 @@ from shadowtune.config.data import DataConfig
 from shadowtune.config.loading import load_config
 from shadowtune.config.training import TrainConfig
 from shadowtune.core.prepacked_linear import prepacked_linear
-from shadowtune.data.baking import has_format, read_prompts
+from shadowtune.data.chat_template import has_prompt_format, load_tokenizer_and_format
 from shadowtune.data.collate import CausalCollator, ClassificationCollator
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.prompt_format import PromptFormat
@@ -26,8 +26,7 @@ from shadowtune.evaluation.evaluate import (
     evaluate_classes,
     evaluate_generation,
 )
-from shadowtune.model.methods import load_trained
-from shadowtune.model.quantization import Quantization, quantization_arguments
+from shadowtune.model.methods import Quantization, load_trained, quantization_arguments
 
 MODES = {
     "shadow": ("attached", "detached", "base"),
@@ -72,7 +71,7 @@ class FinishedRun:
         )
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
-        return cls(path, config, model, read_prompts(str(path / "model"))[0])
+        return cls(path, config, model, load_tokenizer_and_format(str(path / "model"))[0])
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -192,7 +191,7 @@ class FinishedRun:
 def run_dataset(path: Path, config: TrainConfig) -> Dataset:
     """Return the data of a run, with the prompt format that was recorded with its model, if there is one."""
     data, model = Dataset.open(config.data), path / "model"
-    if not has_format(model):
+    if not has_prompt_format(model):
         return data
     asked = data.prompt_format
     recorded = replace(
