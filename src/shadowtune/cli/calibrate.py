@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from shadowtune.cli.cloud_options import add_cloud, add_prices, cloud_of, prices_of
-from shadowtune.cli.command import Command, add_json
-from shadowtune.cli.output import check_json_target, print_table, say, write_json
-from shadowtune.config.policy import TAG, Prices, SignalName
+from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
+from shadowtune.cli.options import add_cloud, add_prices, cloud_of, prices_of
+from shadowtune.config.serving import TAG, Prices, SignalName
 from shadowtune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,29 +21,29 @@ EPILOG = """examples:
   shadowtune calibrate robot.gguf --cloud-run runs/robot --accuracy 0.95 --signal auto -o policy.json
   shadowtune calibrate robot-int8 --cloud http://cloud:8000 --data held-out.jsonl --cost 12 -o policy.json
 
-Both sides answer the rows by their likeliest tokens. Half of the rows choose the threshold, the other half checks it:
-"promised" and "found" in the table. An aim that no threshold reaches is refused, with the best that can be had.
+Edge and cloud answer the examples by greedy decoding. One half of the examples selects the threshold, the other half
+checks it: "promised" and "found" in the table. If no threshold reaches the aim, the error names the best possible.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("edge", help="a detached directory, a GGUF file, or a run, which is taken detached")
+    parser.add_argument("edge", help="a detached directory, a GGUF file, or a run, which is used detached")
     cloud = parser.add_mutually_exclusive_group(required=True)
     cloud.add_argument("--cloud-run", metavar="RUN", help="a run whose attached model is the cloud")
     cloud.add_argument("--cloud", metavar="URL", help="a server with OpenAI's API")
     add_cloud(parser)
     aim = parser.add_mutually_exclusive_group(required=True)
-    aim.add_argument("--accuracy", type=float, metavar="A", help="reach this accuracy (0 to 1) at the least cost")
-    aim.add_argument("--hand-over", type=float, metavar="H", help="hand over at most this share (0 to 1)")
-    aim.add_argument("--cost", type=float, metavar="X", help="spend at most this much a request, on average")
-    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="policy.json; its picture goes beside it")
-    parser.add_argument("--data", metavar="FILE", help="held-out rows with their answers; default: the run's")
+    aim.add_argument("--accuracy", type=float, metavar="A", help="reach this accuracy (0 to 1) at the lowest cost")
+    aim.add_argument("--hand-over", type=float, metavar="H", help="defer at most this fraction of requests (0 to 1)")
+    aim.add_argument("--cost", type=float, metavar="X", help="spend at most this much per request, on average")
+    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="policy.json; a figure is written beside it")
+    parser.add_argument("--data", metavar="FILE", help="held-out examples with their answers; default: the run's")
     parser.add_argument("--data-split", default="validation", help="split of the data set (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="use only so many rows")
+    parser.add_argument("--limit", type=int, help="most examples")
     signals = ("auto", *get_args(SignalName))
-    parser.add_argument("--signal", default="auto", choices=signals, help="what confidence is (default: the best)")
-    parser.add_argument("--tag", default=TAG, help="answer by which the edge hands over itself (default: %(default)s)")
+    parser.add_argument("--signal", default="auto", choices=signals, help="measure of confidence (default: the best)")
+    parser.add_argument("--tag", default=TAG, help="answer by which the edge asks to defer (default: %(default)s)")
     add_prices(parser)
     parser.add_argument("--answers", metavar="DIR", help="keep all answers there, for other aims and for simulate")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Let both sides answer, choose a threshold, check it, save it."""
+    """Record the answers of both sides, select a threshold, check it, save the policy."""
     check_json_target(arguments.json)
     aim = _aim(arguments)
     out = Path(arguments.out)
@@ -70,12 +69,14 @@ def run(arguments: argparse.Namespace) -> int:
     out.with_suffix(".png").write_bytes(png(figure))
     qualities = [vars(quality) for quality in done.qualities]
     points = _points(done)
-    print_table("Area under accuracy over hand-over rate", qualities)
-    print_table(f"{done.policy.signal} below {done.policy.threshold:.6g} is handed over", points)
+    print_table("Area under accuracy over the fraction of deferred requests", qualities)
+    print_table(f"{done.policy.signal} below {done.policy.threshold:.6g} is deferred", points)
     if done.found is not None:
         low, high = mean_interval(done.scores)
-        say(f"accuracy found lies between {low:.3f} and {high:.3f} (95 % interval, {len(done.scores)} rows)")
-    say(f"wrote {out} and {out.with_suffix('.png')}")
+        print_status(
+            f"accuracy found lies between {low:.3f} and {high:.3f} (95 % interval, {len(done.scores)} examples)"
+        )
+    print_status(f"wrote {out} and {out.with_suffix('.png')}")
     write_json(arguments.json, "calibrate", points, qualities=qualities, policy=asdict(done.policy))
     return 0
 
@@ -94,7 +95,7 @@ def _aim(arguments: argparse.Namespace) -> "Aim":
 
 
 def _check_out(out: Path) -> None:
-    """Say now, not after an hour's work, that the policy cannot be written."""
+    """Check now, not after an hour's work, that the policy can be written."""
     if out.is_dir() or out.suffix != ".json":
         raise ConfigError(f"-o {out} must name a file that ends in .json")
     if not os.access(out.absolute().parent, os.W_OK):
@@ -102,20 +103,23 @@ def _check_out(out: Path) -> None:
 
 
 def _measure(arguments: argparse.Namespace, prices: Prices) -> "list[Measured]":
-    """Let both sides answer every row."""
-    from shadowtune.cli.recording import edge_side, far_side, labelled_of, record, run_side
+    """Return the signals, scores and costs of both sides on every example."""
+    from shadowtune.cli.answers import edge_source, evaluation_set_of, record_answers, remote_source, run_source
     from shadowtune.serving.edge.calibration import Measured
     from shadowtune.serving.edge.policies import is_tag
     from shadowtune.serving.edge.router import cost
     from shadowtune.serving.requests import Usage
 
-    edge = edge_side(arguments.edge)
-    cloud = run_side("cloud", arguments.cloud_run) if arguments.cloud_run else far_side("cloud", cloud_of(arguments))
-    labelled = labelled_of(edge, cloud, arguments.data, arguments.data_split, arguments.limit)
+    edge = edge_source(arguments.edge)
+    if arguments.cloud_run:
+        cloud = run_source("cloud", arguments.cloud_run)
+    else:
+        cloud = remote_source("cloud", cloud_of(arguments))
+    examples = evaluation_set_of(edge, cloud, arguments.data, arguments.data_split, arguments.limit)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(arguments.answers or scratch)
         directory.mkdir(parents=True, exist_ok=True)
-        both = [record(side, labelled, directory, arguments.quiet) for side in (edge, cloud)]
+        both = [record_answers(source, examples, directory, arguments.quiet) for source in (edge, cloud)]
     return [
         Measured(
             ours.signals,
@@ -129,7 +133,7 @@ def _measure(arguments: argparse.Namespace, prices: Prices) -> "list[Measured]":
 
 
 def _points(done: "Calibration") -> list[dict[str, Any]]:
-    """What the threshold came to on either half, between what the sides come to alone."""
+    """Return accuracy and cost of the threshold on either half, and of edge and cloud alone."""
     curve = done.curves[done.policy.signal]
     rows = [("edge alone", curve[0]), ("promised", done.promised), ("found", done.found), ("cloud alone", curve[-1])]
     return [
@@ -139,4 +143,4 @@ def _points(done: "Calibration") -> list[dict[str, Any]]:
     ]
 
 
-COMMAND = Command("calibrate", "choose when an edge asks its cloud", add_arguments, run, EPILOG)
+CALIBRATE = Command(add_arguments, run, EPILOG)
