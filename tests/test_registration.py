@@ -1,10 +1,12 @@
 """Importing the package is cheap, and transformers knows it whichever of the two comes first."""
 
+import logging
 import subprocess
 import sys
 
 import pytest
 
+from shadowtune.registration import NOISY_LOGGERS, filter_import_warnings
 from tests.support.shadows import perturbed_model
 
 
@@ -79,3 +81,23 @@ def test_public_names_are_there_and_others_are_not():
         "print(set(shadowtune.__all__) <= set(dir(shadowtune))); print(hasattr(shadowtune, 'nothing'))"
     )
     assert python(code)[-3:] == ["True", "True", "False"]
+
+
+def test_importing_the_package_says_nothing():
+    done = subprocess.run([sys.executable, "-c", "import shadowtune"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_bad_input_is_one_line_and_nothing_else(tmp_path):
+    command = [sys.executable, "-m", "shadowtune", "train", "missing.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "shadowtune: error: cannot read missing.yaml: No such file or directory\n"
+
+
+def test_levels_come_back():
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    before = [logger.level for logger in loggers]
+    with filter_import_warnings():
+        assert {logger.level for logger in loggers} == {logging.ERROR}
+    assert [logger.level for logger in loggers] == before

@@ -1,7 +1,7 @@
 """shadowtune: adapt a large language model once, deploy it twice.
 
-Importing this package makes transformers know the model type ``shadow`` and does nothing else; its parts are imported
-when they are first used.
+Importing this package registers the model type ``shadow`` with transformers and does nothing else; public names are
+imported when they are first used.
 """
 
 import importlib
@@ -9,9 +9,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from shadowtune.quiet import quiet_imports
-from shadowtune.registration import register_when_loaded
-from shadowtune.versions import warn_of_untested_versions
+from shadowtune.registration import filter_import_warnings, register_when_loaded
 
 if TYPE_CHECKING:
     from shadowtune import models
@@ -33,7 +31,7 @@ __all__ = [
     "models",
 ]
 
-_HOMES = {
+_MODULES = {
     "ShadowConfig": "shadowtune.config.shadow",
     "ShadowForCausalLM": "shadowtune.model.causal_lm",
     "ShadowForSequenceClassification": "shadowtune.model.classifier",
@@ -45,7 +43,7 @@ _HOMES = {
 
 
 class _Package(ModuleType):
-    """This package, in which ``attach`` is the function: importing the subpackage of that name does not hide it."""
+    """This package; its ``attach`` stays the function when the subpackage of that name is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value.attach if name == "attach" and isinstance(value, ModuleType) else value)
@@ -53,10 +51,10 @@ class _Package(ModuleType):
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'shadowtune' has no attribute {name!r}")
-    with quiet_imports():
-        module = importlib.import_module(_HOMES[name])
+    with filter_import_warnings():
+        module = importlib.import_module(_MODULES[name])
     return module if name == "models" else getattr(module, name)
 
 
@@ -65,5 +63,4 @@ def __dir__() -> list[str]:
 
 
 sys.modules[__name__].__class__ = _Package
-warn_of_untested_versions()
 register_when_loaded()

@@ -1,4 +1,4 @@
-"""``python -m shadowtune``, which is what ``accelerate launch -m shadowtune`` runs."""
+"""``python -m shadowtune``, as ``accelerate launch -m shadowtune`` runs it."""
 
 from shadowtune.cli.main import run
 

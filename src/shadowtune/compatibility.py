@@ -1,10 +1,10 @@
-"""Every name that differs between versions of other packages, inside of the tested range (``versions.py``).
+"""Names that differ between the tested versions of transformers (``versions.py``).
 
 | entry | transformers 5.23 | transformers 5.24 and later |
 |---|---|---|
 | ``CACHE``, the keyword and the output field of the key-value cache | ``past_key_values`` | ``cache`` |
 
-Our own methods call it ``past_key_values`` and take it by either name, whichever version is installed.
+Our own methods call it ``past_key_values`` and accept either name with any version.
 """
 
 import functools
@@ -19,9 +19,9 @@ from transformers.utils import ModelOutput
 CACHE: Literal["cache", "past_key_values"] = (
     "cache" if Version(transformers_version).release >= (5, 24) else "past_key_values"
 )
-"""What decoder blocks, models and their outputs call the key-value cache."""
+"""Name of the key-value cache in decoder blocks, models and their outputs."""
 CACHE_NAMES = ("past_key_values", "cache")
-"""Both names, as a caller may use either."""
+"""Both names; callers may use either."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -37,7 +37,7 @@ def set_cache(output: ModelOutput, cache: Cache | None) -> None:
 
 
 def pop_cache(keywords: dict[str, Any]) -> Cache | None:
-    """Take the key-value cache out of keyword arguments, by whichever name the caller used.
+    """Remove the key-value cache from keyword arguments, under either name, and return it.
 
     Raises:
         TypeError: if two different caches were passed.
@@ -49,7 +49,7 @@ def pop_cache(keywords: dict[str, Any]) -> Cache | None:
 
 
 def takes_cache(method: Method) -> Method:
-    """Decorate a method with a parameter ``past_key_values`` so that it takes the keyword ``cache`` as well."""
+    """Decorate a method with a parameter ``past_key_values`` such that it accepts the keyword ``cache`` as well."""
 
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

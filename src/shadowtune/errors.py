@@ -1,8 +1,8 @@
-"""Every error that a user can cause. The command line prints one as a single line and exits with code 2."""
+"""Errors that users can cause. The command line prints one as a single line and exits with code 2."""
 
 
 class ShadowtuneError(Exception):
-    """Base of all errors raised on purpose: the message names the thing, its value and the way out."""
+    """Base class of all errors raised on purpose: the message names the thing, its value and a hint."""
 
 
 class ConfigError(ShadowtuneError, ValueError):
@@ -14,20 +14,20 @@ class AttachError(ShadowtuneError, RuntimeError):
 
 
 class UnsupportedArchitectureError(AttachError):
-    """The base's ``model_type`` has no row in the table of architectures."""
+    """The base's ``model_type`` is not in the table of supported architectures."""
 
 
 class CheckpointError(ShadowtuneError, OSError):
-    """A saved shadow is missing, damaged, foreign, or belongs to another base."""
+    """A saved shadow is missing or damaged, has another format, or belongs to another base."""
 
 
 class DataError(ShadowtuneError, ValueError):
-    """A data set is missing, empty, malformed or has nothing to learn from."""
+    """A data set is missing, empty, malformed or has nothing to train on."""
 
 
 class HiddenToolsError(DataError):
-    """A chat template leaves tools, or calls of tools, out of the prompt."""
+    """A chat template omits tools, or calls of tools, from the prompt."""
 
 
 class TrainingError(ShadowtuneError, RuntimeError):
-    """Training cannot start or cannot go on, for instance because the loss is not a number."""
+    """Training cannot start or continue, for instance because the loss is NaN."""

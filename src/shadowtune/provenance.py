@@ -1,10 +1,9 @@
-"""What a number needs beside it to mean something: commit, versions, hardware, date."""
+"""Provenance of measurements: commit, versions, hardware, date; and the peak memory of this process."""
 
 import datetime
 import importlib.metadata
 import os
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("shadowtune", "torch", "transformers", "accelerate", "peft", "shadow-peft", "trl")
+"""Packages whose versions are recorded, if they are installed."""
 
 
 def provenance() -> dict[str, Any]:
@@ -27,16 +27,36 @@ def provenance() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "devices": _device_names(),
     }
 
 
 def peak_memory_mb() -> float:
-    """Largest memory this process has held so far, MB: of the CUDA allocator where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+    """Return the peak memory of this process in MB: of the accelerator's allocator, else resident."""
+    accelerator = _accelerator()
+    if accelerator is not None:
+        return float(accelerator.max_memory_allocated()) / 2**20
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _accelerator() -> Any:
+    """Return torch's module of an accelerator that has memory statistics (CUDA, XPU); None without one."""
+    if not torch.accelerator.is_available():
+        return None
+    module = torch.get_device_module(torch.accelerator.current_accelerator())
+    return module if module in (torch.cuda, torch.xpu) else None
+
+
+def _device_names() -> list[str]:
+    accelerator = _accelerator()
+    return [] if accelerator is None else [accelerator.get_device_name(i) for i in range(accelerator.device_count())]
 
 
 def _version(package: str) -> str | None:

@@ -1,24 +1,39 @@
-"""Make transformers know the model type ``shadow``: at once if its auto classes are loaded, else as soon as they are.
+"""Register the model type ``shadow`` with transformers: now if its auto classes are loaded, else when they are.
 
-So importing ``shadowtune`` costs nothing of transformers and torch (two seconds) before they are used, and
-``AutoModelForCausalLM.from_pretrained`` opens a saved shadow whichever of the two packages is imported first.
+So importing ``shadowtune`` does not import transformers and torch (two seconds), and
+``AutoModelForCausalLM.from_pretrained`` loads a saved shadow whichever package is imported first.
 """
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
-from shadowtune.quiet import quiet_imports
-
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-"""The module that every auto class needs, and the first of them to load."""
+"""The module that every auto class imports, and the first of them to load."""
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+"""Loggers that warn on import of optional parts that are missing, or of future changes in torch."""
+
+
+@contextlib.contextmanager
+def filter_import_warnings() -> Iterator[None]:
+    """Within this context, let ``NOISY_LOGGERS`` log errors only."""
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in NOISY_LOGGERS}
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
 def register_when_loaded() -> None:
-    """Register now or, where no auto class is loaded yet, when one is."""
+    """Register now or, if no auto class is loaded yet, when one is."""
     if AUTO_CONFIG in sys.modules:
         register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -26,29 +41,31 @@ def register_when_loaded() -> None:
 
 
 def register() -> None:
-    """Register the config and the model classes with transformers. Calling it again changes nothing."""
-    with quiet_imports():
+    """Register the config and the model classes with transformers, and warn of untested versions. Idempotent."""
+    with filter_import_warnings():
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
         from shadowtune.model.causal_lm import ShadowForCausalLM
         from shadowtune.model.classifier import ShadowForSequenceClassification
         from shadowtune.model.configuration import ShadowModelConfig
+        from shadowtune.versions import warn_of_untested_versions
 
+    warn_of_untested_versions()
     AutoConfig.register("shadow", ShadowModelConfig, exist_ok=True)
     AutoModelForCausalLM.register(ShadowModelConfig, ShadowForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(ShadowModelConfig, ShadowForSequenceClassification, exist_ok=True)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds modules of transformers as the other finders do, until the auto classes are there.
+    """Wraps the loaders of transformers' modules until the auto classes are loaded, and then registers.
 
-    It registers when the last of the modules that import each other has run: in the middle of them, what our classes
-    derive from may not exist yet.
+    It registers after the outermost of the modules that import each other: before that, base classes of ours may not
+    exist yet.
     """
 
     def __init__(self) -> None:
         self.running = 0
-        """Modules of transformers that have begun to run and have not ended."""
+        """Modules of transformers that are being executed."""
         self._asking: set[str] = set()
 
     def find_spec(
@@ -56,7 +73,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if not fullname.startswith("transformers.") or fullname in self._asking:
             return None
-        self._asking.add(fullname)  # the next line asks this finder too
+        self._asking.add(fullname)  # the next line calls this finder again
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
@@ -66,7 +83,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
     def ended(self) -> None:
-        """Note that a module has run; register if it was the last and the auto classes are among them."""
+        """Count a module as executed; register if it was the outermost one and the auto classes are loaded."""
         self.running -= 1
         if self.running == 0 and AUTO_CONFIG in sys.modules and self in sys.meta_path:
             sys.meta_path.remove(self)
@@ -74,7 +91,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Runs a module by its own loader, which stays its loader, and tells the finder."""
+    """Executes a module by its own loader, and reports to the finder when it is done."""
 
     def __init__(self, loader: importlib.abc.Loader, finder: _Finder) -> None:
         self._loader, self._finder = loader, finder

@@ -1,4 +1,4 @@
-"""How values look in a table, and axes of percentages and costs in a plot, whoever draws them."""
+"""Formatting that packages share which do not import each other: table cells, axes and line styles of figures."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ def format_value(value: Any) -> str:
 
 
 def keep_within(axis: Any, low: float, high: float | None = None) -> None:
-    """Let an axis of matplotlib show no values that there cannot be, such as negative percentages beside bars of 0 %.
+    """Limit an axis of matplotlib to possible values, for instance to percentages from 0 on.
 
     Args:
         axis: ``axes.xaxis`` or ``axes.yaxis``, after everything is drawn.
-        low: the least value that there can be.
-        high: the largest; None if there is none.
+        low: the lowest possible value.
+        high: the highest; None if there is none.
     """
     left, right = sorted(axis.get_view_interval())
     limits = (max(left, low), right if high is None else min(right, high))
@@ -27,9 +27,9 @@ def keep_within(axis: Any, low: float, high: float | None = None) -> None:
     else:
         axis.axes.set_ylim(limits)
     for line in axis.axes.lines:
-        line.set_clip_on(False)  # a mark at the very end is drawn whole
+        line.set_clip_on(False)  # draw markers at the limits completely
 
 
 def line_style(points: int, style: str = "-") -> str:
-    """Return the style of a curve for matplotlib: a mark where it has a single point, of which a line shows nothing."""
+    """Return the matplotlib style of a curve: a marker for a single point, which a line does not show."""
     return "o" if points == 1 else style

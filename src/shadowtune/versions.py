@@ -1,7 +1,6 @@
-"""The tested range of the dependencies, and what happens outside of it.
+"""Tested versions of the dependencies: the requirements in ``pyproject.toml``, and a warning outside of them.
 
-``pyproject.toml`` states the range, as the requirements of the package; nothing repeats it. Outside of it, importing
-``shadowtune`` warns, and ``attach`` additionally runs two tokens through the base (``attach/self_check.py``).
+The warning comes when transformers is first used; ``attach`` additionally checks two tokens (``attach/self_check.py``).
 """
 
 import functools
@@ -17,7 +16,7 @@ class UntestedVersionWarning(UserWarning):
 
 @functools.cache
 def untested_versions() -> dict[str, str]:
-    """Return the installed core dependencies whose versions are outside the tested range.
+    """Return the installed core dependencies with a version outside the tested range.
 
     Returns:
         name -> ``"5.30.0, tested >=5.23,<5.25"``; empty if all are inside, or if the package was not installed.

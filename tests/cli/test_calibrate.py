@@ -3,7 +3,7 @@ import json
 import pytest
 
 from shadowtune.cli.main import main
-from shadowtune.config.policy import PolicyConfig
+from shadowtune.config.serving import PolicyConfig
 from tests.support.commands import WORDS, write_rows
 
 
@@ -55,11 +55,11 @@ def test_a_detached_directory_gives_what_its_run_gives(shadow_run, small, held_o
 
 
 def test_kept_answers_are_not_asked_for_again(shadow_run, held_out, tmp_path, monkeypatch):
-    from shadowtune.cli import recording
+    from shadowtune.cli import answers
 
     more = ("--cloud-run", shadow_run, "--hand-over", 1, "--answers", tmp_path / "answers")
     assert calibrate(shadow_run, held_out, tmp_path / "a.json", *more) == 0
-    monkeypatch.setattr(recording, "_answer", None)
+    monkeypatch.setattr(answers, "_answer", None)
     assert calibrate(shadow_run, held_out, tmp_path / "b.json", *more) == 0
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
 

@@ -3,31 +3,31 @@ import sys
 
 import pytest
 
-from shadowtune.cli.main import commands, main
+from shadowtune.cli.main import COMMANDS, main
 
 
-def test_every_verb_has_help_with_examples(capsys):
-    for command in commands():
+def test_every_command_has_help_with_examples(capsys):
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as stop:
             main([*command.name.split(), "--help"])
         assert stop.value.code == 0
         assert "examples:" in capsys.readouterr().out
 
 
-def test_unknown_verb_names_the_nearest(capsys):
+def test_unknown_command_names_the_nearest(capsys):
     assert main(["trian"]) == 2
     assert "did you mean train" in capsys.readouterr().err
 
 
-def test_the_overview_names_every_verb(capsys):
+def test_the_overview_names_every_command(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"  {command.name} " in shown for command in commands())
+    assert all(f"  {command.name} " in shown for command in COMMANDS)
 
 
-def test_half_a_verb_names_the_whole(capsys):
-    assert main(["bench", "tran"]) == 2
-    assert "did you mean bench train" in capsys.readouterr().err
+def test_half_a_command_names_the_whole(capsys):
+    assert main(["serve", "egde"]) == 2
+    assert "did you mean serve edge" in capsys.readouterr().err
 
 
 def test_unknown_option_is_one_line(capsys):
@@ -48,7 +48,7 @@ def test_ctrl_c_is_a_line_and_code_130(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(info, "COMMAND", info.Command("info", "h", info.add_arguments, interrupted))
+    monkeypatch.setattr(info, "INFO", info.Command(info.add_arguments, interrupted, "examples:"))
     assert main(["info", "x"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

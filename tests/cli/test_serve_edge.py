@@ -3,10 +3,10 @@ import argparse
 import pytest
 from fastapi.testclient import TestClient
 
-from shadowtune.cli import serve_edge
-from shadowtune.cli.cloud_options import KEY_VARIABLE, cloud_of
-from shadowtune.cli.main import build_parser, main
-from shadowtune.config.policy import CurvePoint, PolicyConfig, Prices
+from shadowtune.cli import serve
+from shadowtune.cli.main import COMMANDS, build_parser, main
+from shadowtune.cli.options import KEY_VARIABLE, cloud_of
+from shadowtune.config.serving import CurvePoint, PolicyConfig, Prices
 from shadowtune.errors import ConfigError
 
 NOBODY = "http://127.0.0.1:9"
@@ -15,7 +15,7 @@ CHAT = {"messages": [{"role": "user", "content": "say one"}], "max_tokens": 4, "
 
 def parsed(*words: str) -> argparse.Namespace:
     command = ["edge", "--cloud", NOBODY, "--cloud-model", "m", *map(str, words)]
-    return build_parser(serve_edge.COMMAND).parse_intermixed_args(command)
+    return build_parser(next(entry for entry in COMMANDS if entry.name == "serve edge")).parse_intermixed_args(command)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def small(shadow_run, tmp_path_factory):
 def served(monkeypatch, small, *words):
     """The app that the command would have served."""
     built = {}
-    monkeypatch.setattr(serve_edge, "run_server", lambda config, build: built.update(app=build()) or 0)
+    monkeypatch.setattr(serve, "run_server", lambda config, build: built.update(app=build()) or 0)
     assert (
         main(["serve", "edge", str(small), "--cloud", NOBODY, "--cloud-model", "m", "--cloud-retries", "0", *words])
         == 0
@@ -64,12 +64,12 @@ def test_options_replace_parts_of_the_file(tmp_path):
     curve = (CurvePoint(0.0, 0.5, 0.0, 0.0),)
     PolicyConfig(threshold=0.7, signal="margin", prices=Prices(1, 2, 3), curve=curve).save(tmp_path / "p.json")
     file = str(tmp_path / "p.json")
-    assert serve_edge.policy_of(parsed("--policy", file)) == PolicyConfig.load(tmp_path / "p.json")
-    changed = serve_edge.policy_of(parsed("--policy", file, "--threshold", 0.2, "--price-request", 9, "--tag", "[X]"))
+    assert serve.policy_of(parsed("--policy", file)) == PolicyConfig.load(tmp_path / "p.json")
+    changed = serve.policy_of(parsed("--policy", file, "--threshold", 0.2, "--price-request", 9, "--tag", "[X]"))
     assert (changed.threshold, changed.signal, changed.tag) == (0.2, "margin", "[X]")
     assert (changed.prices, changed.curve) == (Prices(1, 2, 9), curve)
-    assert serve_edge.policy_of(parsed("--policy", file, "--signal", "first")).curve == ()
-    assert serve_edge.policy_of(parsed("--policy-kind", "verify")) == PolicyConfig(kind="verify")
+    assert serve.policy_of(parsed("--policy", file, "--signal", "first")).curve == ()
+    assert serve.policy_of(parsed("--policy-kind", "verify")) == PolicyConfig(kind="verify")
 
 
 def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):

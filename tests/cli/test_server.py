@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from shadowtune.cli.server import Discreet, add_server, server_config
+from shadowtune.cli.server import NoMessageFormatter, add_server, server_config
 from shadowtune.config.serving import ServerConfig, hash_key
 from shadowtune.errors import ConfigError, ShadowtuneError
 
@@ -80,7 +80,7 @@ def test_the_log_tells_where_an_exception_was_and_not_what_it_said():
         raise ValueError(words)
     except ValueError as error:
         record = logging.LogRecord("x", logging.ERROR, "", 0, "failed", None, (ValueError, error, error.__traceback__))
-    text = Discreet("%(message)s").format(record)
+    text = NoMessageFormatter("%(message)s").format(record)
     assert words not in text and text.startswith("failed") and text.endswith("ValueError")
     assert "test_server.py" in text
 

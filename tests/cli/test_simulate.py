@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from shadowtune.cli.main import main
-from shadowtune.config.policy import PolicyConfig
+from shadowtune.config.serving import PolicyConfig
 from tests.support.commands import ROWS, write_rows
 
 

@@ -1,7 +1,7 @@
 import pytest
 
-from shadowtune.config.checking import from_mapping
 from shadowtune.config.comparison import CompareConfig
+from shadowtune.config.settings import from_mapping
 from shadowtune.errors import ConfigError
 
 
@@ -87,7 +87,7 @@ def test_each_kind_has_a_size_that_the_budget_chooses(method, key):
         ({"sweep": {"grid": {"epochs": 3}}}, "sweep: grid.epochs must be a list of values, got 3"),
         ({"sweep": {"grid": {"seed": [1]}}}, "sweep.grid.seed is decided by seeds"),
         ({"sweep": {"methods": {"lora": {"epochs": [1, 2]}}}}, "as many trials, but there are shadow 1, lora 2"),
-        ({"sweep": {"grid": {"epochs": [1, -1]}}}, "task gsm8k, method shadow: epochs must be at least 0, got -1"),
+        ({"sweep": {"grid": {"epochs": [1, -1]}}}, "task gsm8k, method shadow: epochs must be above 0, got -1"),
         ({"common": {"method": "full", "base_quantization": "int8"}, "methods": {"full": None}}, "base_quantization"),
         ({"methods": {"m": {"method": "peft"}}}, "method=peft and the settings in peft go together"),
         (
@@ -111,7 +111,7 @@ def test_all_wrong_keys_are_named_at_once():
         assert word in str(caught.value)
 
 
-def test_a_fault_of_several_runs_is_said_once():
+def test_an_error_of_several_runs_is_reported_once():
     with pytest.raises(ConfigError) as caught:
         config(common={"epochs": -1})
     assert str(caught.value).count("epochs must be") == 1

@@ -1,7 +1,12 @@
-import pytest
+import contextlib
 
-from shadowtune.config.data import DataConfig
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shadowtune.config.data import DataConfig, RowSource, TaskConfig, parse_template
 from shadowtune.errors import ConfigError
+from tests.support.properties import property_test
 
 
 @pytest.mark.parametrize("other", ["prompt_field", "text_field"])
@@ -53,3 +58,81 @@ def test_a_task_validates_on_its_own_rows():
 def test_numbers_of_the_data_have_their_bounds(name, value):
     with pytest.raises(ConfigError, match=f"{name} must be at least"):
         DataConfig(train="rows.jsonl", **{name: value})
+
+
+TASK = {"name": "mine", "prompt": "{text}:", "completion": "{team}", "rows": RowSource("rows.jsonl", test=None)}
+
+
+def test_a_task_needs_a_name_two_templates_and_rows():
+    task = TaskConfig(**TASK)
+    assert (task.metric, task.labels, task.max_new_tokens) == ("exact_match", None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompt": "Question"}, "names no field"),
+        ({"completion": "{a.b}"}, "plain names"),
+        ({"max_length": 1}, "max_length must be at least 2, got 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_characters": 0}, "max_characters must be at least 1"),
+        ({"version": 0}, "version must be at least 1"),
+        ({"labels": ["a", "b", "a"]}, "labels has a twice"),
+        ({"labels": ["a"], "label_words": {"b": "bee", "a": "A"}}, "label_words has b, which labels does not"),
+        ({"label_words": {"b": "bee"}}, "label_words has b"),
+    ],
+)
+def test_what_is_out_of_range_or_contradicts_is_named(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        TaskConfig(**{**TASK, **settings})
+
+
+@pytest.mark.parametrize("splits", [{"test": "train"}, {"validation": "test"}, {"validation": "x", "test": "x"}])
+def test_no_split_is_two_parts(splits):
+    with pytest.raises(ConfigError, match="must be different splits; null takes rows out of"):
+        RowSource("data", **splits)
+    assert RowSource("data", validation=None, test=None).train == "train"
+
+
+def test_pieces_are_literal_text_and_the_field_after_it():
+    assert parse_template("Request: {text}\nIntent:") == [("Request: ", "text"), ("\nIntent:", None)]
+    assert parse_template("{a}{b c}") == [("", "a"), ("", "b c")]
+
+
+def test_doubled_braces_are_literal():
+    pieces = parse_template('{{"q": "{question}"}}')
+    assert "".join(literal + (f"<{name}>" if name else "") for literal, name in pieces) == '{"q": "<question>"}'
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{text.upper}", "{text[0]}", "{text!r}", "{text:>10}", "{}", "{a:{b}}", "{__class__.__init__}"],
+)
+def test_anything_but_a_plain_name_is_refused(template):
+    with pytest.raises(ConfigError, match="only plain names"):
+        parse_template(template)
+
+
+@pytest.mark.parametrize("template", ["{text", "text}", "{{text}", "{a!}", "{"])
+def test_unmatched_braces_are_refused_with_the_way_out(template):
+    with pytest.raises(ConfigError, match=r"write \{\{ and \}\} for literal braces"):
+        parse_template(template)
+
+
+@pytest.mark.parametrize("template", ["", "no field", "{{text}}"])
+def test_a_template_without_a_field_is_refused(template):
+    with pytest.raises(ConfigError, match="names no field"):
+        parse_template(template)
+
+
+@property_test
+@given(st.text())
+def test_any_text_is_a_template_with_a_field_or_a_config_error(text):
+    with contextlib.suppress(ConfigError):
+        assert any(name for _, name in parse_template(text))
+
+
+def test_line_breaks_do_not_break_the_line():
+    with pytest.raises(ConfigError) as caught:
+        parse_template("a\nb")
+    assert "\n" not in str(caught.value)

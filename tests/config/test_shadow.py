@@ -84,7 +84,7 @@ def test_to_dict_and_from_dict_are_inverse_for_every_field():
         transform_dropout=False,
         inject_first=True,
         channel_scaling=True,
-        head_mixing=0.3,
+        logit_interpolation=0.3,
         dropout_position="hidden",
         init_std=0.5,
     )

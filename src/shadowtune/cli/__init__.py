@@ -1,1 +1,1 @@
-"""Storey 7: parse, call one function, print. No logic."""
+"""The command line, ``shadowtune COMMAND ...``: a module for each command, or for two that are alike."""

@@ -7,44 +7,43 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from shadowtune.cli.cloud_options import add_cloud, add_prices, cloud_of, prices_of
-from shadowtune.cli.command import Command, add_json
-from shadowtune.cli.output import check_json_target, print_table, say, write_json
-from shadowtune.config.policy import TAG, Prices, SignalName
+from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
+from shadowtune.cli.options import add_cloud, add_prices, cloud_of, prices_of
+from shadowtune.config.serving import TAG, Prices, SignalName
 from shadowtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shadowtune.serving.edge.calibration import Calibration
-    from shadowtune.serving.edge.thresholds import CalibrationExample, CalibrationTarget
+    from shadowtune.serving.edge.calibration import Aim, Measured
+    from shadowtune.serving.edge.policy_making import Calibration
 
 EPILOG = """examples:
   shadowtune calibrate runs/clinc150 --cloud-run runs/clinc150 --hand-over 0.2 -o policy.json
   shadowtune calibrate robot.gguf --cloud-run runs/robot --accuracy 0.95 --signal auto -o policy.json
   shadowtune calibrate robot-int8 --cloud http://cloud:8000 --data held-out.jsonl --cost 12 -o policy.json
 
-Both sides answer the rows by their likeliest tokens. Half of the rows choose the threshold, the other half checks it:
-"promised" and "found" in the table. An aim that no threshold reaches is refused, with the best that can be had.
+Edge and cloud answer the examples by greedy decoding. One half of the examples selects the threshold, the other half
+checks it: "promised" and "found" in the table. If no threshold reaches the aim, the error names the best possible.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("edge", help="a detached directory, a GGUF file, or a run, which is taken detached")
+    parser.add_argument("edge", help="a detached directory, a GGUF file, or a run, which is used detached")
     cloud = parser.add_mutually_exclusive_group(required=True)
     cloud.add_argument("--cloud-run", metavar="RUN", help="a run whose attached model is the cloud")
     cloud.add_argument("--cloud", metavar="URL", help="a server with OpenAI's API")
     add_cloud(parser)
     aim = parser.add_mutually_exclusive_group(required=True)
-    aim.add_argument("--accuracy", type=float, metavar="A", help="reach this accuracy (0 to 1) at the least cost")
-    aim.add_argument("--hand-over", type=float, metavar="H", help="hand over at most this share (0 to 1)")
-    aim.add_argument("--cost", type=float, metavar="X", help="spend at most this much a request, on average")
-    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="policy.json; its picture goes beside it")
-    parser.add_argument("--data", metavar="FILE", help="held-out rows with their answers; default: the run's")
+    aim.add_argument("--accuracy", type=float, metavar="A", help="reach this accuracy (0 to 1) at the lowest cost")
+    aim.add_argument("--hand-over", type=float, metavar="H", help="defer at most this fraction of requests (0 to 1)")
+    aim.add_argument("--cost", type=float, metavar="X", help="spend at most this much per request, on average")
+    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="policy.json; a figure is written beside it")
+    parser.add_argument("--data", metavar="FILE", help="held-out examples with their answers; default: the run's")
     parser.add_argument("--data-split", default="validation", help="split of the data set (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="use only so many rows")
+    parser.add_argument("--limit", type=int, help="most examples")
     signals = ("auto", *get_args(SignalName))
-    parser.add_argument("--signal", default="auto", choices=signals, help="what confidence is (default: the best)")
-    parser.add_argument("--tag", default=TAG, help="answer by which the edge hands over itself (default: %(default)s)")
+    parser.add_argument("--signal", default="auto", choices=signals, help="measure of confidence (default: the best)")
+    parser.add_argument("--tag", default=TAG, help="answer by which the edge asks to defer (default: %(default)s)")
     add_prices(parser)
     parser.add_argument("--answers", metavar="DIR", help="keep all answers there, for other aims and for simulate")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Let both sides answer, choose a threshold, check it, save it."""
+    """Record the answers of both sides, select a threshold, check it, save the policy."""
     check_json_target(arguments.json)
     aim = _aim(arguments)
     out = Path(arguments.out)
@@ -60,27 +59,30 @@ def run(arguments: argparse.Namespace) -> int:
     prices = prices_of(arguments, Prices())
     from shadowtune.evaluation.report import new_figure, png
     from shadowtune.evaluation.scoring import mean_interval
-    from shadowtune.serving.edge.calibration import calibrate, plot_calibration
+    from shadowtune.serving.edge.plotting import draw
+    from shadowtune.serving.edge.policy_making import calibrate
 
     figure = new_figure(9, 3.6)
     done = calibrate(_measure(arguments, prices), aim, arguments.signal, arguments.tag, prices)
-    plot_calibration(figure, done)
+    draw(figure, done)
     done.policy.save(out)
     out.with_suffix(".png").write_bytes(png(figure))
     qualities = [vars(quality) for quality in done.qualities]
     points = _points(done)
-    print_table("Area under accuracy over hand-over rate", qualities)
-    print_table(f"{done.policy.signal} below {done.policy.threshold:.6g} is handed over", points)
+    print_table("Area under accuracy over the fraction of deferred requests", qualities)
+    print_table(f"{done.policy.signal} below {done.policy.threshold:.6g} is deferred", points)
     if done.found is not None:
         low, high = mean_interval(done.scores)
-        say(f"accuracy found lies between {low:.3f} and {high:.3f} (95 % interval, {len(done.scores)} rows)")
-    say(f"wrote {out} and {out.with_suffix('.png')}")
+        print_status(
+            f"accuracy found lies between {low:.3f} and {high:.3f} (95 % interval, {len(done.scores)} examples)"
+        )
+    print_status(f"wrote {out} and {out.with_suffix('.png')}")
     write_json(arguments.json, "calibrate", points, qualities=qualities, policy=asdict(done.policy))
     return 0
 
 
-def _aim(arguments: argparse.Namespace) -> "CalibrationTarget":
-    from shadowtune.serving.edge.thresholds import CalibrationTarget
+def _aim(arguments: argparse.Namespace) -> "Aim":
+    from shadowtune.serving.edge.calibration import Aim
 
     for kind, high in (("accuracy", 1.0), ("hand-over", 1.0), ("cost", float("inf"))):
         value = vars(arguments)[kind.replace("-", "_")]
@@ -88,47 +90,50 @@ def _aim(arguments: argparse.Namespace) -> "CalibrationTarget":
             continue
         if not 0 <= value <= high:
             raise ConfigError(f"--{kind} must be {'0 to 1' if high == 1 else 'at least 0'}, got {value:g}")
-        return CalibrationTarget(kind, value)  # type: ignore[arg-type]
+        return Aim(kind, value)  # type: ignore[arg-type]
     raise ConfigError("name an aim: --accuracy, --hand-over or --cost")
 
 
 def _check_out(out: Path) -> None:
-    """Say now, not after an hour's work, that the policy cannot be written."""
+    """Check now, not after an hour's work, that the policy can be written."""
     if out.is_dir() or out.suffix != ".json":
         raise ConfigError(f"-o {out} must name a file that ends in .json")
     if not os.access(out.absolute().parent, os.W_OK):
         raise ConfigError(f"-o {out}: {out.absolute().parent} is not a writable directory")
 
 
-def _measure(arguments: argparse.Namespace, prices: Prices) -> "list[CalibrationExample]":
-    """Let both sides answer every row."""
-    from shadowtune.cli.recording import edge_side, far_side, labelled_of, record, run_side
-    from shadowtune.serving.edge.confidence import has_tag
-    from shadowtune.serving.edge.router import response_cost
-    from shadowtune.serving.edge.thresholds import CalibrationExample
+def _measure(arguments: argparse.Namespace, prices: Prices) -> "list[Measured]":
+    """Return the signals, scores and costs of both sides on every example."""
+    from shadowtune.cli.answers import edge_source, evaluation_set_of, record_answers, remote_source, run_source
+    from shadowtune.serving.edge.calibration import Measured
+    from shadowtune.serving.edge.policies import is_tag
+    from shadowtune.serving.edge.router import cost
     from shadowtune.serving.requests import Usage
 
-    edge = edge_side(arguments.edge)
-    cloud = run_side("cloud", arguments.cloud_run) if arguments.cloud_run else far_side("cloud", cloud_of(arguments))
-    labelled = labelled_of(edge, cloud, arguments.data, arguments.data_split, arguments.limit)
+    edge = edge_source(arguments.edge)
+    if arguments.cloud_run:
+        cloud = run_source("cloud", arguments.cloud_run)
+    else:
+        cloud = remote_source("cloud", cloud_of(arguments))
+    examples = evaluation_set_of(edge, cloud, arguments.data, arguments.data_split, arguments.limit)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(arguments.answers or scratch)
         directory.mkdir(parents=True, exist_ok=True)
-        both = [record(side, labelled, directory, arguments.quiet) for side in (edge, cloud)]
+        both = [record_answers(source, examples, directory, arguments.quiet) for source in (edge, cloud)]
     return [
-        CalibrationExample(
+        Measured(
             ours.signals,
-            has_tag(ours.text, arguments.tag),
+            is_tag(ours.text, arguments.tag),
             ours.score,
             theirs.score,
-            response_cost(prices, Usage(theirs.prompt_tokens, theirs.completion_tokens)),
+            cost(prices, Usage(theirs.prompt_tokens, theirs.completion_tokens)),
         )
         for ours, theirs in zip(*both, strict=True)
     ]
 
 
 def _points(done: "Calibration") -> list[dict[str, Any]]:
-    """What the threshold came to on either half, between what the sides come to alone."""
+    """Return accuracy and cost of the threshold on either half, and of edge and cloud alone."""
     curve = done.curves[done.policy.signal]
     rows = [("edge alone", curve[0]), ("promised", done.promised), ("found", done.found), ("cloud alone", curve[-1])]
     return [
@@ -138,4 +143,4 @@ def _points(done: "Calibration") -> list[dict[str, Any]]:
     ]
 
 
-COMMAND = Command("calibrate", "choose when an edge asks its cloud", add_arguments, run, EPILOG)
+CALIBRATE = Command(add_arguments, run, EPILOG)

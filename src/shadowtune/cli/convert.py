@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from shadowtune.cli.command import Command, add_json
-from shadowtune.cli.output import check_json_target, write_json
+from shadowtune.cli.command import Command, add_json, check_json_target, write_json
 
 EPILOG = """examples:
   shadowtune convert runs/clinc150 out/clinc150 --format shadow-peft
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert, and say what was written and what the format does not keep."""
+    """Convert, and print the files and what the format cannot represent."""
     check_json_target(arguments.json)
     from shadowtune.model.formats.conversion import convert
 
@@ -48,4 +47,4 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMAND = Command("convert", "rewrite a shadow for, or from, another library", add_arguments, run, EPILOG)
+CONVERT = Command(add_arguments, run, EPILOG)

@@ -1,4 +1,4 @@
-"""``shadowtune demo``: the main job on real input, from nothing to a comparison that one can look at."""
+"""``shadowtune demo``: train a shadow and LoRA on a small data set, and compare them in a report."""
 
 import argparse
 import json
@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shadowtune.cli.command import Command
-from shadowtune.cli.output import ProgressBar, print_table, say, write_json
+from shadowtune.cli.command import Command, ProgressBar, print_status, print_table, write_json
+from shadowtune.config.loading import dump_config, load_config
+from shadowtune.config.settings import from_mapping
+from shadowtune.config.training import TrainConfig
 from shadowtune.errors import TrainingError
 
 EPILOG = """examples:
@@ -18,11 +20,11 @@ EPILOG = """examples:
   shadowtune demo --rows 200 --test-rows 50 --output runs/quick
 """
 NOTE = (
-    "Requests of CLINC150 (Larson et al. 2019, CC BY 3.0): 15 intents and out-of-scope. The prompt does not name them, "
-    "so the base cannot know what they are called. Both methods see the same rows in the same order and train as many "
-    "parameters. Intervals are of the test rows, 95 %; one seed. train_tokens_per_second is the whole training step; "
-    "tokens_per_second is batched greedy generation of short answers, mostly reading prompts (the base's run to "
-    "the limit)."
+    "Requests of CLINC150 (Larson et al. 2019, CC BY 3.0): 15 intents and out-of-scope. The prompt does not list them, "
+    "so the base cannot know their names. Both methods train on the same examples in the same order, and the same "
+    "number of parameters. Intervals are 95 %, over the test examples; one seed. train_tokens_per_second is the whole "
+    "training step; tokens_per_second is batched greedy generation of short answers, mostly prompt processing (the "
+    "base's answers reach the limit)."
 )
 EVALUATED = {
     "base": ("shadow", "base"),
@@ -30,29 +32,29 @@ EVALUATED = {
     "shadow": ("shadow", "attached"),
     "shadow-detached": ("shadow", "detached"),
 }
-"""Rows of the report: the run and the mode that each comes from."""
+"""Row of the report -> its run and its mode."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--output", default="runs/demo", help="directory of everything it makes (default: runs/demo)")
+    parser.add_argument("--output", default="runs/demo", help="directory of all files (default: runs/demo)")
     parser.add_argument("--model", default="smollm2-135m", help="base model (default: smollm2-135m, from PyPI)")
-    parser.add_argument("--rows", type=int, default=1200, help="training rows (default: 1200)")
-    parser.add_argument("--test-rows", type=int, default=300, help="held-out rows (default: 300)")
-    parser.add_argument("--epochs", type=float, default=2.0, help="passes over the training rows (default: 2)")
+    parser.add_argument("--rows", type=int, default=1200, help="training examples (default: 1200)")
+    parser.add_argument("--test-rows", type=int, default=300, help="test examples (default: 300)")
+    parser.add_argument("--epochs", type=float, default=2.0, help="epochs (default: 2)")
     parser.add_argument("--seed", type=int, default=42)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train a shadow and LoRA, evaluate base, LoRA, attached and detached, report, and answer three requests.
 
-    What an interrupted demo has finished is taken as it is.
+    Finished parts of an interrupted demo are reused.
     """
     from shadowtune.evaluation.run import FinishedRun
     from shadowtune.models import resolve
 
     output = Path(arguments.output)
-    say(f"model: {resolve(arguments.model)}")
+    print_status(f"model: {resolve(arguments.model)}")
     for method, config in demo_configs(arguments).items():
         _train(method, config)
     opened = {method: FinishedRun.open(output / method) for method in ("shadow", "lora")}
@@ -61,17 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
         rows.append({"method": name, **_evaluate(opened[method], mode, arguments.test_rows)})
     examples = _answer_three(opened["shadow"])
     _report(output, rows, examples)
-    print_table("Results", [_for_people(row) for row in rows])
+    print_table("Results", [_readable(row) for row in rows])
     print_table("Three requests, attached (the whole model) and detached (the shadow alone)", examples)
-    say(f"look at: {output / 'report.html'}  {output / 'report.png'}  {output / 'report.json'}")
+    print_status(f"look at: {output / 'report.html'}  {output / 'report.png'}  {output / 'report.json'}")
     return 0
 
 
-def demo_configs(arguments: argparse.Namespace) -> dict[str, Any]:
+def demo_configs(arguments: argparse.Namespace) -> dict[str, TrainConfig]:
     """Return the settings of the two runs: a shadow, and LoRA with as many trainable parameters."""
-    from shadowtune.config.checking import from_mapping
-    from shadowtune.config.training import TrainConfig
-
     data = {
         "train": "clinc150-demo",
         "validation": "clinc150-demo",
@@ -92,24 +91,21 @@ def demo_configs(arguments: argparse.Namespace) -> dict[str, Any]:
         "lora": {"method": "lora", "lora": {"rank": 15, "alpha": 30.0}, "optimizer": {"learning_rate": 1e-3}},
     }
     return {
-        name: from_mapping(TrainConfig, {**common, **settings, "output": f"{arguments.output}/{name}"}, where="")
+        name: from_mapping(TrainConfig, {**common, **settings, "output": f"{arguments.output}/{name}"})
         for name, settings in methods.items()
     }
 
 
-def _train(method: str, config: Any) -> None:
-    """Train in a process of its own, so that its peak memory is its own; a finished run is kept."""
-    from shadowtune.config.loading import dump_config, load_config
-    from shadowtune.config.training import TrainConfig
-
+def _train(method: str, config: TrainConfig) -> None:
+    """Train in a process of its own, so that its peak memory is its own; a finished run is reused."""
     output = Path(config.output)
     if (output / "summary.json").is_file() and load_config(TrainConfig, output / "config.yaml", []) == config:
-        say(f"{method}: trained already in {output}")
+        print_status(f"{method}: trained already in {output}")
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = output.with_suffix(".yaml")
     dump_config(config, settings)
-    say(f"{method}: training")
+    print_status(f"{method}: training")
     command = [sys.executable, "-m", "shadowtune", "train", str(settings), "--resume"]
     if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
         raise TrainingError(f"training {method} failed, see above; delete {output} to start it anew")
@@ -118,7 +114,7 @@ def _train(method: str, config: Any) -> None:
 
 
 def _evaluate(run: Any, mode: str, limit: int) -> dict[str, Any]:
-    """Evaluate one mode of a finished run, or read what was evaluated before; return a flat row."""
+    """Evaluate one mode of a finished run, or read an earlier evaluation; return a flat row."""
     file = run.path / f"evaluation-{mode}-{limit}.json"
     if not file.is_file():
         with ProgressBar() as bar:
@@ -140,8 +136,8 @@ def _evaluate(run: Any, mode: str, limit: int) -> dict[str, Any]:
     }
 
 
-def _for_people(row: dict[str, Any]) -> dict[str, Any]:
-    """Choose what fits on a terminal; the report files have the rest."""
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns for the terminal; the report files have all."""
     interval = f"{100 * row['accuracy_low']:.1f} to {100 * row['accuracy_high']:.1f}"
     return {
         "method": row["method"],
@@ -184,6 +180,4 @@ def _report(output: Path, rows: Sequence[dict[str, Any]], examples: Sequence[dic
     write_page(output, picture, page("shadowtune demo: which intent?", rows, examples, picture, NOTE))
 
 
-COMMAND = Command(
-    "demo", "fine-tune with a shadow and with LoRA, compare them, look at the result", add_arguments, run, EPILOG
-)
+DEMO = Command(add_arguments, run, EPILOG)

@@ -1,12 +1,13 @@
 """``shadowtune evaluate``."""
 
 import argparse
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from shadowtune.cli.command import Command, add_json
-from shadowtune.cli.output import ProgressBar, check_json_target, print_table, write_json
-from shadowtune.cli.speculation import add_speculation, speculation_of
+from shadowtune.cli.command import Command, ProgressBar, add_json, check_json_target, print_table, write_json
+from shadowtune.cli.options import add_speculation, speculation_of
 
 EPILOG = """examples:
   shadowtune evaluate runs/clinc150
@@ -17,17 +18,17 @@ EPILOG = """examples:
   shadowtune evaluate runs/gsm8k --task squad_v2 --data directory-of-data-sets
 """
 LISTS = ("scores", "predictions", "answers", "other_scores")
-"""What of an evaluation is no cell of a table."""
+"""Fields of an evaluation that are left out of the table."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run", help="run directory of shadowtune train")
     parser.add_argument("--mode", default="all", choices=("attached", "detached", "base", "all"), help="default: all")
-    parser.add_argument("--data", help="held-out rows; with a task, a directory of data sets; default: the run's")
-    parser.add_argument("--task", help="another task than that of training: a name, or a .yaml file")
+    parser.add_argument("--data", help="test examples; with a task, a directory of data sets; default: the run's")
+    parser.add_argument("--task", help="a task other than that of training: a name, or a .yaml file")
     parser.add_argument("--split", default="test", help="split of the data set, or part of the task (default: test)")
-    parser.add_argument("--limit", type=int, help="use only so many rows: the first; of a task, a random sample")
+    parser.add_argument("--limit", type=int, help="most examples: the first ones; of a task, a random sample")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, help="default: the task's, or enough for the longest true answer")
     parser.add_argument("--ignore-base-weights", action="store_true", help="accept a base with other weights")
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantization", choices=("none", "int8", "int4", "nf4"), help="of the base; default: as trained"
     )
     add_speculation(parser)
-    parser.add_argument("--predictions", metavar="FILE", help="write each row's answers as JSONL")
+    parser.add_argument("--predictions", metavar="FILE", help="write the answers to each example as JSONL")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_json(parser)
 
@@ -57,9 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         answers[mode] = result.predictions
         if mode == "attached":
             attached = result.answers
-        told = ("agreement",) if len(modes) > 1 else ()  # a column of which the first row has nothing
+        kept = ("agreement",) if len(modes) > 1 else ()  # None in the first row
         fields = vars(result).items()
-        cells = {name: value for name, value in fields if name not in LISTS and (value is not None or name in told)}
+        cells = {name: value for name, value in fields if name not in LISTS and (value is not None or name in kept)}
         rows.append(
             {"run": arguments.run, "method": finished.config.method, "mode": mode, **cells, **result.other_scores}
         )
@@ -87,9 +88,6 @@ def _evaluate(finished: Any, mode: str, arguments: argparse.Namespace, attached:
 
 
 def _write_predictions(file: str, answers: dict[str, list[str]]) -> None:
-    import json
-    from pathlib import Path
-
     modes = list(answers)
     lines = [
         json.dumps({"row": i, **dict(zip(modes, row, strict=True))})
@@ -98,4 +96,4 @@ def _write_predictions(file: str, answers: dict[str, list[str]]) -> None:
     Path(file).write_text("".join(f"{line}\n" for line in lines))
 
 
-COMMAND = Command("evaluate", "measure a trained run on held-out rows", add_arguments, run, EPILOG)
+EVALUATE = Command(add_arguments, run, EPILOG)

@@ -1,22 +1,57 @@
-"""``shadowtune export``."""
+"""``shadowtune detach`` and ``shadowtune export``: the shadow alone, as files for other programs."""
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from shadowtune.cli.command import Command, add_json
-from shadowtune.cli.output import check_json_target, print_table, write_json
-from shadowtune.cli.trained import Trained, open_trained
+from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
+from shadowtune.cli.loading import LoadedRun, is_run, load_run
+from shadowtune.errors import CheckpointError, ConfigError
 
-EPILOG = """examples:
+DETACH_EPILOG = """examples:
+  shadowtune detach runs/clinc150 --out clinc150-small
+  shadowtune detach runs/clinc150 --out clinc150-small --dtype bfloat16
+"""
+EXPORT_EPILOG = """examples:
   shadowtune export runs/clinc150 --to gguf --quant q8_0
   shadowtune export clinc150-small --to onnx --quant int8 --out clinc150-onnx
 """
+CHECKED_PROMPTS = 8
+"""Prompts on which ``detach`` compares the logits."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+def add_detach_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``detach``."""
+    parser.add_argument("run", help="run directory of shadowtune train, or a saved shadow")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as trained")
+
+
+def detach(arguments: argparse.Namespace) -> int:
+    """Write the detached shadow as a plain transformers directory, and check it."""
+    import torch
+
+    from shadowtune.export.detaching import write_detached
+    from shadowtune.export.places import check_free
+
+    out = Path(arguments.out)
+    check_free(out)
+    run = load_run(Path(arguments.run), CHECKED_PROMPTS)
+    dtype = vars(torch)[arguments.dtype] if arguments.dtype else None
+    model = write_detached(run.model, run.tokenizer, out, run.card, run.prompts, dtype, run.prompt_format)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"{out}: {type(model).__name__}, {parameters:,} parameters, {size / 1e6:,.1f} MB")
+    print_status(
+        f"checked: the same logits as detached mode on {len(run.prompts)} prompts; loads with plain transformers"
+    )
+    return 0
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``export``."""
     parser.add_argument("directory", help="a detached directory, or a run or saved shadow, which is detached first")
     parser.add_argument("--to", required=True, choices=("gguf", "onnx", "safetensors"))
     quantizations = ("f32", "f16", "bf16", "q8_0", "q4_0", "int8", "int4")
@@ -27,54 +62,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Detach if need be, export, check, print how well the file agrees."""
+def export(arguments: argparse.Namespace) -> int:
+    """Detach if need be, export, check, and print how well the file agrees."""
     check_json_target(arguments.json)
-    _check_counts(arguments)
+    for name in ("limit", "max_new_tokens"):
+        if vars(arguments)[name] < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {vars(arguments)[name]}")
     from shadowtune.data.prompt_format import PromptFormat
     from shadowtune.export.card import read_card
     from shadowtune.export.detaching import built_in_prompts, write_detached
-    from shadowtune.export.exporting import check_export, check_free, default_path, export, read_plain
+    from shadowtune.export.exporting import check_export, default_path, export, read_plain
+    from shadowtune.export.places import check_free
 
     source = Path(arguments.directory)
     quantization = check_export(arguments.to, arguments.quant)
     out = Path(arguments.out) if arguments.out else default_path(source, arguments.to, quantization)
     check_free(out)
     with tempfile.TemporaryDirectory() as scratch:
-        trained = open_trained(source, arguments.limit) if _needs_detaching(source) else None
-        if trained is not None:
+        plain = source
+        run = load_run(source, arguments.limit) if _needs_detaching(source) else None
+        if run is not None:
             plain = Path(scratch) / source.name
-            write_detached(
-                trained.model, trained.tokenizer, plain, trained.card, trained.prompts, None, trained.prompt_format
-            )
-            trained.model = None  # its memory is needed no longer
-        model, tokenizer = read_plain(Path(scratch) / source.name if trained else source)
-        prompts = trained.prompts if trained else built_in_prompts(tokenizer)
-        form = trained.prompt_format if trained else PromptFormat.load(source)
-        card = trained.card if trained else read_card(source)
-        limits = (arguments.max_new_tokens, form, card)
-        exported = export((model, tokenizer), arguments.to, quantization, out, prompts, *limits)
-    row = _row(exported, quantization, trained)
+            write_detached(run.model, run.tokenizer, plain, run.card, run.prompts, None, run.prompt_format)
+            run.model = None  # free its memory
+        model, tokenizer = read_plain(plain)
+        prompts = run.prompts if run else built_in_prompts(tokenizer)
+        prompt_format = run.prompt_format if run else PromptFormat.load(source)
+        card = run.card if run else read_card(source)
+        limits = (arguments.max_new_tokens, prompt_format, card)
+        exported = export(model, tokenizer, arguments.to, quantization, out, prompts, *limits)
+    row = _row(exported, quantization, run)
     print_table(f"Exported: {out}", [row])
     write_json(arguments.json, "export", [row])
     return 0
 
 
-def _check_counts(arguments: argparse.Namespace) -> None:
-    from shadowtune.errors import ConfigError
-
-    for name in ("limit", "max_new_tokens"):
-        if vars(arguments)[name] < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {vars(arguments)[name]}")
-
-
 def _needs_detaching(source: Path) -> bool:
     """Whether the directory holds a run or a saved shadow rather than a plain model."""
-    import json
-
-    from shadowtune.cli.trained import is_run
-    from shadowtune.errors import CheckpointError
-
     if is_run(source):
         return True
     try:
@@ -84,7 +108,7 @@ def _needs_detaching(source: Path) -> bool:
         raise CheckpointError(f"cannot read a model from {source}: {reason}") from None
 
 
-def _row(exported: Any, quantization: str, trained: Trained | None) -> dict[str, Any]:
+def _row(exported: Any, quantization: str, run: LoadedRun | None) -> dict[str, Any]:
     agreement = exported.agreement
     row = {
         "file": str(exported.path),
@@ -96,11 +120,12 @@ def _row(exported: Any, quantization: str, trained: Trained | None) -> dict[str,
         "equal tokens": agreement.share,
         "ties": agreement.ties,
     }
-    if trained is not None and trained.score is not None:
+    if run is not None and run.score is not None:
         for name, answers in (("accuracy", agreement.found), ("accuracy before", agreement.expected)):
-            texts = [trained.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
-            row[name] = sum(trained.score(texts)) / len(texts)
+            texts = [run.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+            row[name] = sum(run.score(texts)) / len(texts)
     return row
 
 
-COMMAND = Command("export", "write the shadow alone as GGUF, ONNX or smaller safetensors", add_arguments, run, EPILOG)
+DETACH = Command(add_detach_arguments, detach, DETACH_EPILOG)
+EXPORT = Command(add_export_arguments, export, EXPORT_EPILOG)

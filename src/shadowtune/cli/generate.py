@@ -3,9 +3,8 @@
 import argparse
 import sys
 
-from shadowtune.cli.command import Command, add_json
-from shadowtune.cli.output import check_json_target, say, write_json
-from shadowtune.cli.speculation import add_speculation, speculation_of
+from shadowtune.cli.command import Command, add_json, check_json_target, print_status, write_json
+from shadowtune.cli.options import add_speculation, speculation_of
 from shadowtune.errors import ConfigError
 
 EPILOG = """examples:
@@ -13,7 +12,7 @@ EPILOG = """examples:
   shadowtune generate runs/clinc150 --mode detached --max-new-tokens 8 < request.txt
   shadowtune generate runs/gsm8k "Tom has 3 apples and buys 4 more. How many?" --speculate
   shadowtune generate runs/alpaca --field instruction="Translate to French" --field input="good morning"
-  (a number behind --speculate, not a prompt: write the prompt first, or --speculate=4)
+  (a number after --speculate is not a prompt: write the prompt first, or --speculate=4)
 """
 
 
@@ -26,21 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a field of the run's template; a prompt, if there is one, is its main field",
+        help="a field of the run's template; a prompt fills its main field",
     )
     parser.add_argument("--mode", default="attached", choices=("attached", "detached", "base"))
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) chooses the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) decodes greedily")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--num-beams", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     add_speculation(parser)
-    parser.add_argument("--raw", action="store_true", help="do not put prompts into the run's template")
+    parser.add_argument("--raw", action="store_true", help="do not apply the run's template to prompts")
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer each prompt, streaming as the tokens come."""
+    """Answer each prompt, streaming the tokens."""
     check_json_target(arguments.json)
     fields = _fields(arguments.field)
     if fields and arguments.raw:
@@ -70,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             _write("\n")
             if answered.tokens_per_pass is not None:
                 speed = f"{answered.tokens_per_second:.1f} tokens/s"
-                say(f"{answered.new_tokens} tokens, {answered.tokens_per_pass:.2f} a pass, {speed}")
+                print_status(f"{answered.new_tokens} tokens, {answered.tokens_per_pass:.2f} a pass, {speed}")
             rows.append({"mode": arguments.mode, "prompt": text, **vars(answered)})
     write_json(arguments.json, "generate", rows)
     return 0
@@ -94,4 +93,4 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-COMMAND = Command("generate", "answer prompts with a trained run", add_arguments, run, EPILOG)
+GENERATE = Command(add_arguments, run, EPILOG)

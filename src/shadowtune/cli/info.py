@@ -3,8 +3,7 @@
 import argparse
 from typing import Any
 
-from shadowtune.cli.command import Command, add_json
-from shadowtune.cli.output import check_json_target, print_table, write_json
+from shadowtune.cli.command import Command, add_json, check_json_target, print_table, write_json
 
 EPILOG = """examples:
   shadowtune info runs/clinc150
@@ -19,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print settings, sizes and what training cost."""
+    """Print settings, sizes, and time and memory of training."""
     check_json_target(arguments.json)
     from shadowtune.evaluation.inspection import describe
 
@@ -29,4 +28,4 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMAND = Command("info", "say what a run directory or saved shadow holds", add_arguments, run, EPILOG)
+INFO = Command(add_arguments, run, EPILOG)

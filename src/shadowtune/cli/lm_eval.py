@@ -3,8 +3,7 @@
 import argparse
 from typing import Any
 
-from shadowtune.cli.command import Command, add_json
-from shadowtune.cli.output import check_json_target, print_table, write_json
+from shadowtune.cli.command import Command, add_json, check_json_target, print_table, write_json
 
 EPILOG = """examples:
   shadowtune lm-eval runs/clinc150 --tasks arc_easy,hellaswag --limit 100
@@ -18,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run directory of shadowtune train")
     parser.add_argument("--tasks", required=True, help="tasks or groups of the harness, separated by commas")
     parser.add_argument("--mode", default="all", choices=("attached", "detached", "base", "all"), help="default: all")
-    parser.add_argument("--limit", type=int, help="use only the first so many rows of each task")
+    parser.add_argument("--limit", type=int, help="most examples of each task, the first ones")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--num-fewshot", type=int, help="examples in each prompt (default: the task's)")
     parser.add_argument("--include-path", metavar="DIR", help="a directory with task files of your own")
@@ -49,4 +48,4 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMAND = Command("lm-eval", "measure a trained run by the lm-evaluation-harness", add_arguments, run, EPILOG)
+LM_EVAL = Command(add_arguments, run, EPILOG)

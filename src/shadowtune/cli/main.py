@@ -1,71 +1,72 @@
-"""Entry point of ``shadowtune VERB ...``: 0 when it worked, 2 with one line when it could not, 130 on Ctrl-C."""
+"""Entry point of ``shadowtune COMMAND ...``: exit code 0 on success, 2 with one line on an error, 130 on Ctrl-C."""
 
 import argparse
+import importlib
 import itertools
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import NoReturn
 
 from shadowtune.cli.command import Command
-from shadowtune.cli.standard_error import let_standard_error_fail
-from shadowtune.config.checking import nearest
 from shadowtune.errors import ShadowtuneError
-from shadowtune.quiet import TALKATIVE
+from shadowtune.registration import NOISY_LOGGERS
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A subcommand in the overview, whose module is imported when it is used."""
+
+    name: str
+    """One word or two, as typed."""
+    target: str
+    """Module below ``shadowtune.cli`` and the name of its ``Command``."""
+    help: str
+
+    def load(self) -> Command:
+        """Import the command."""
+        module, name = self.target.split(":")
+        command: Command = vars(importlib.import_module(f"shadowtune.cli.{module}"))[name]
+        return command
+
+
+COMMANDS = (
+    Entry("demo", "demo:DEMO", "fine-tune with a shadow and with LoRA, compare them, show the result"),
+    Entry("train", "train:TRAIN", "fine-tune a model: shadow, lora, dora or full"),
+    Entry("pretrain", "train:PRETRAIN", "train a shadow by itself before any task, on plain text"),
+    Entry("evaluate", "evaluate:EVALUATE", "measure a trained run on held-out examples"),
+    Entry("lm-eval", "lm_eval:LM_EVAL", "measure a trained run by the lm-evaluation-harness"),
+    Entry("compare", "compare:COMPARE", "compare methods on tasks: equal budgets, intervals, a report"),
+    Entry("generate", "generate:GENERATE", "answer prompts with a trained run"),
+    Entry("serve cloud", "serve:CLOUD", "serve attached models over HTTP"),
+    Entry("serve edge", "serve:EDGE", "serve a detached model, and defer some requests to a cloud"),
+    Entry("calibrate", "calibrate:CALIBRATE", "choose when an edge defers to its cloud"),
+    Entry("simulate", "simulate:SIMULATE", "replay recorded answers through edge, cloud and routing policies"),
+    Entry("detach", "export:DETACH", "write the shadow alone as a plain transformers model"),
+    Entry("export", "export:EXPORT", "write the shadow alone as GGUF, ONNX or smaller safetensors"),
+    Entry("convert", "convert:CONVERT", "convert a shadow to or from the format of another library"),
+    Entry("info", "info:INFO", "describe a run directory or a saved shadow"),
+    Entry("schema", "schema:SCHEMA", "print the JSON schema of settings files, or the settings reference"),
+)
+"""All subcommands, in the order of a user's day."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Bad arguments end in one line and exit code 2, without the usage text."""
+    """Reports wrong arguments in one line with exit code 2, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"shadowtune: error: {message} (see {self.prog} --help)\n")
 
 
-def commands() -> list[Command]:
-    """Return all verbs, in the order of a user's day; some have two words."""
-    from shadowtune.cli import (
-        calibrate,
-        compare,
-        convert,
-        demo,
-        detach,
-        evaluate,
-        export,
-        generate,
-        info,
-        lm_eval,
-        pretrain,
-        serve,
-        serve_edge,
-        simulate,
-        train,
-    )
-
-    return [
-        demo.COMMAND,
-        train.COMMAND,
-        pretrain.COMMAND,
-        evaluate.COMMAND,
-        lm_eval.COMMAND,
-        compare.COMMAND,
-        generate.COMMAND,
-        serve.COMMAND,
-        serve_edge.COMMAND,
-        calibrate.COMMAND,
-        simulate.COMMAND,
-        detach.COMMAND,
-        export.COMMAND,
-        convert.COMMAND,
-        info.COMMAND,
-    ]
-
-
-def build_parser(command: Command) -> argparse.ArgumentParser:
-    """Build the parser of one verb."""
+def build_parser(entry: Entry) -> argparse.ArgumentParser:
+    """Build the parser of one subcommand."""
+    command = entry.load()
     parser = _Parser(
-        prog=f"shadowtune {command.name}",
-        description=command.help,
+        prog=f"shadowtune {entry.name}",
+        description=entry.help,
         epilog=command.epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -73,31 +74,29 @@ def build_parser(command: Command) -> argparse.ArgumentParser:
     return parser
 
 
-def overview(verbs: Iterable[Command]) -> str:
+def overview() -> str:
     """Return the text of ``shadowtune --help``."""
-    lines = [f"  {command.name:<14} {command.help}" for command in verbs]
-    head = "usage: shadowtune VERB ... | --version\n\nAdapt a large language model once, deploy it twice.\n\nverbs:"
-    return "\n".join([head, *lines, "", "shadowtune VERB --help tells the arguments of each, with examples."])
+    lines = [f"  {entry.name:<12} {entry.help}" for entry in COMMANDS]
+    head = (
+        "usage: shadowtune COMMAND ... | --version\n\nAdapt a large language model once, deploy it twice.\n\ncommands:"
+    )
+    return "\n".join([head, *lines, "", "shadowtune COMMAND --help shows the arguments of each, with examples."])
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    _quiet_libraries()
-    verbs = commands()
+    _filter_warnings()
     if not argv or argv[0] in ("-h", "--help", "--version"):
         import shadowtune
 
-        print(f"shadowtune {shadowtune.__version__}" if argv[:1] == ["--version"] else overview(verbs))
+        print(f"shadowtune {shadowtune.__version__}" if argv[:1] == ["--version"] else overview())
         return 0
-    command = next((verb for verb in verbs if list(argv[: verb.words]) == verb.name.split()), None)
-    if command is None:
-        names = [verb.name for verb in verbs]
-        typed = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), argv[:2])) or argv[0]
-        near = nearest(typed, names) or nearest(argv[0], names)
-        return _fail(f"unknown verb {typed!r}{near}; verbs: {', '.join(names)}")
-    arguments = build_parser(command).parse_intermixed_args(argv[command.words :])
+    entry = next((each for each in COMMANDS if list(argv[: len(each.name.split())]) == each.name.split()), None)
+    if entry is None:
+        return _unknown_command(argv)
+    arguments = build_parser(entry).parse_intermixed_args(argv[len(entry.name.split()) :])
     try:
-        return command.run(arguments)
+        return entry.load().run(arguments)
     except ShadowtuneError as error:
         return _fail(str(error))
     except OSError as error:
@@ -108,10 +107,18 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
-def _quiet_libraries() -> None:
+def _unknown_command(argv: Sequence[str]) -> int:
+    names = [entry.name for entry in COMMANDS]
+    typed = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), argv[:2])) or argv[0]
+    near = get_close_matches(typed, names, n=1) or get_close_matches(argv[0], names, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return _fail(f"unknown command {typed!r}{hint}; commands: {', '.join(names)}")
+
+
+def _filter_warnings() -> None:
     """Keep libraries' notes to their own developers off the terminal; their errors stay."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for name in (*TALKATIVE, "transformers", "bitsandbytes", "lm_eval"):
+    for name in (*NOISY_LOGGERS, "transformers", "bitsandbytes", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -121,6 +128,5 @@ def _fail(message: str) -> int:
 
 
 def run() -> NoReturn:
-    """Console script."""
-    let_standard_error_fail()
+    """Run the console script."""
     sys.exit(main(sys.argv[1:]))

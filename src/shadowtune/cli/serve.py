@@ -1,85 +1,178 @@
-"""``shadowtune serve cloud``."""
+"""``shadowtune serve cloud`` and ``shadowtune serve edge``."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from shadowtune.cli.command import Command
-from shadowtune.cli.output import say
+from shadowtune.cli.command import Command, print_status
+from shadowtune.cli.loading import adapter_paths, check_finite, load_adapter, load_adapters, read_adapter_source
+from shadowtune.cli.options import add_cloud, add_prices, cloud_of, prices_of
 from shadowtune.cli.server import add_server, run_server, server_config
-from shadowtune.errors import CheckpointError
+from shadowtune.config.serving import CloudConfig, PolicyConfig, PolicyKind, ServerConfig, SignalName
+from shadowtune.config.shadow import SpeculationConfig
+from shadowtune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from shadowtune.config.serving import ServerConfig
-    from shadowtune.serving.engine.engine import LoadedAdapter
+    from shadowtune.serving.engine.engine import Loaded
 
 CLOSE_SECONDS = 5.0
-"""For which the engine may end what runs after the server has waited for ``--drain-timeout``."""
-EPILOG = """examples:
+"""Time for the engine to end running requests, after the server has waited for ``--drain-timeout``."""
+CLOUD_EPILOG = """examples:
   shadowtune serve cloud runs/clinc150
   shadowtune serve cloud runs/clinc150 --name polite=runs/seed2 --port 9000 --api-key-file keys.txt
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
       -d '{"model": "clinc150", "messages": [{"role": "user", "content": "wake me at six"}]}'
-All runs share one base, which answers too, as model "base". SIGTERM and Ctrl-C finish what was begun.
+All runs share one base, which is served too, as model "base". SIGTERM and Ctrl-C finish running requests.
+"""
+EDGE_EPILOG = """examples:
+  shadowtune serve edge robot-int8 --cloud http://cloud:8000 --policy policy.json
+  shadowtune serve edge robot.gguf --cloud http://cloud:8000 --policy-kind verify --cloud-key-file key.txt
+  shadowtune serve edge robot-int8 --cloud https://vllm:8000/v1 --cloud-model big --threshold 0.8
+The policy decides on the edge's whole answer, before the first byte is sent. If the cloud fails or is too slow, the
+edge's own answer is sent, marked "fallback". See the response headers x-shadowtune-side, -reason, -confidence, -cost.
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+def add_cloud_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``serve cloud``."""
     parser.add_argument("run", nargs="*", help="run directories of shadowtune train, or saved shadows")
     parser.add_argument(
         "--name",
         action="append",
         default=[],
         metavar="NAME=RUN",
-        help="a run and the name it answers by; the others answer by their directory's",
+        help="a run and its model name; the others are named after their directory",
     )
     add_server(parser)
-    parser.add_argument("--no-speculate", action="store_true", help="shadows do not draft")
+    parser.add_argument("--no-speculate", action="store_true", help="disable speculative decoding")
     parser.add_argument(
         "--allow-loading",
         action="store_true",
-        help="adapters may be loaded and unloaded over HTTP, by an admin key and from --adapter-root",
+        help="allow loading and unloading adapters over HTTP, with an admin key and from --adapter-root",
     )
     parser.add_argument("--adapter-root", metavar="DIR", help="directory that adapters may be loaded from")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Serve runs until told to end."""
+def serve_cloud(arguments: argparse.Namespace) -> int:
+    """Serve runs until the process is terminated."""
     config = server_config(arguments, arguments.allow_loading, arguments.adapter_root)
-    from shadowtune.cli.served import named_runs
-
-    runs = named_runs(arguments.run, arguments.name)
-    return run_server(config, lambda: _build(runs, arguments, config))
+    paths = adapter_paths(arguments.run, arguments.name)
+    return run_server(config, lambda: _cloud_app(paths, arguments, config))
 
 
-def _build(runs: dict[str, Path], arguments: argparse.Namespace, config: "ServerConfig") -> Any:
-    """Load the runs and put the API in front of them."""
-    from shadowtune.cli.served import check_finite, open_served, open_shadow, read_source
-    from shadowtune.config.speculation import SpeculationConfig
+def _cloud_app(paths: dict[str, Path], arguments: argparse.Namespace, config: ServerConfig) -> Any:
+    """Load the runs and return the HTTP app."""
     from shadowtune.serving.engine.engine import Engine
-    from shadowtune.serving.engine.scheduler import Limits
+    from shadowtune.serving.engine.limits import Limits
     from shadowtune.serving.http.app import create_app
 
     limits = Limits(
-        max_sequences=arguments.max_rows,
+        max_rows=arguments.max_rows,
         max_queue=arguments.max_queue,
         speculation=None if arguments.no_speculate else SpeculationConfig(),
         close_seconds=CLOSE_SECONDS,
     )
-    served = open_served(runs, say)
+    loaded = load_adapters(paths, print_status)
 
-    def open_adapter(path: str) -> "LoadedAdapter":
+    def open_adapter(path: str) -> "Loaded":
         try:
-            source = read_source(Path(path))
-            model = open_shadow(source, served.base)
+            source = read_adapter_source(Path(path))
+            model = load_adapter(source, loaded.base)
             check_finite(path, model)
             return model, source.prompt_format
-        except OSError as error:  # a path that the system does not take, or may not read
+        except OSError as error:  # an invalid path, or one without permission
             raise CheckpointError(error.strerror or str(error)) from None
 
-    engine = Engine(served.base, served.tokenizer, served.adapters, limits, open_adapter)
+    engine = Engine(loaded.base, loaded.tokenizer, loaded.adapters, limits, open_adapter)
     return create_app(engine, config, "cloud", adapters=engine, counters=engine.counters)
 
 
-COMMAND = Command("serve cloud", "answer over HTTP with attached models", add_arguments, run, EPILOG)
+def add_edge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``serve edge``."""
+    parser.add_argument("edge", help="a detached directory, an exported one, or a GGUF file")
+    parser.add_argument(
+        "--cloud", required=True, metavar="URL", help="a server with OpenAI's API: ours, vLLM, llama.cpp"
+    )
+    add_cloud(parser)
+    defaults = CloudConfig("http://cloud")
+    timeouts = {
+        "deadline": "seconds until the first token of the cloud, all attempts together",
+        "connect-timeout": "seconds for a connection to the cloud",
+        "first-token-timeout": "seconds until the first token of one attempt",
+        "idle-timeout": "seconds between two chunks of its answer",
+    }
+    for name, what in timeouts.items():
+        default = vars(defaults)[name.replace("-", "_")]
+        parser.add_argument(f"--cloud-{name}", type=float, default=default, help=f"{what} (default: %(default)g)")
+    parser.add_argument(
+        "--cloud-retries",
+        type=int,
+        default=defaults.retries,
+        help="further attempts while nothing was received (default: %(default)s)",
+    )
+    parser.add_argument("--name", help="model name in requests (default: that of the directory or file)")
+    group = parser.add_argument_group("policy")
+    group.add_argument("--policy", metavar="FILE", help="file of shadowtune calibrate; the options below override it")
+    group.add_argument("--policy-kind", choices=get_args(PolicyKind), help="default: confidence")
+    group.add_argument("--threshold", type=float, help="answers with a lower confidence are deferred (default: 0.5)")
+    group.add_argument("--signal", choices=get_args(SignalName), help="measure of confidence (default: logprob)")
+    group.add_argument("--tag", help="answer by which the edge itself asks to defer (default: [REMOTE])")
+    add_prices(group)
+    group.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and answer (default: the model's)")
+    add_server(parser)
+
+
+def serve_edge(arguments: argparse.Namespace) -> int:
+    """Serve a detached model with a cloud behind it until the process is terminated."""
+    config = server_config(arguments)
+    policy = policy_of(arguments)
+    cloud = cloud_of(
+        arguments,
+        deadline=arguments.cloud_deadline,
+        retries=arguments.cloud_retries,
+        connect_timeout=arguments.cloud_connect_timeout,
+        first_token_timeout=arguments.cloud_first_token_timeout,
+        read_timeout=max(arguments.cloud_first_token_timeout, arguments.cloud_idle_timeout),
+        idle_timeout=arguments.cloud_idle_timeout,
+    )
+    if cloud.deadline >= config.timeout:
+        raise ConfigError(
+            f"--cloud-deadline {cloud.deadline:g} leaves no time for the edge; --timeout is {config.timeout:g}"
+        )
+    return run_server(config, lambda: _edge_app(arguments, config, policy, cloud))
+
+
+def policy_of(arguments: argparse.Namespace) -> PolicyConfig:
+    """Return the policy of the file, overridden by the options.
+
+    Raises:
+        ConfigError: if the file or an option is not valid.
+    """
+    policy = PolicyConfig.load(Path(arguments.policy)) if arguments.policy else PolicyConfig()
+    options = {"kind": arguments.policy_kind, "threshold": arguments.threshold, "signal": arguments.signal}
+    changes = {name: value for name, value in {**options, "tag": arguments.tag}.items() if value is not None}
+    if changes.get("signal", policy.signal) != policy.signal:
+        changes["curve"] = ()  # it was measured with the other signal
+    return replace(policy, **changes, prices=prices_of(arguments, policy.prices))
+
+
+def _edge_app(arguments: argparse.Namespace, config: ServerConfig, policy: PolicyConfig, cloud: CloudConfig) -> Any:
+    """Load the model and return the HTTP app."""
+    from shadowtune.export.opening import open_model
+    from shadowtune.serving.edge.cloud import Cloud
+    from shadowtune.serving.edge.local import LocalModel
+    from shadowtune.serving.edge.router import Router
+    from shadowtune.serving.http.app import create_app
+
+    path = Path(arguments.edge)
+    print_status(f"loading {path}")
+    opened = open_model(path, arguments.max_length)
+    name = path.absolute().stem if path.is_file() else path.absolute().name
+    edge = LocalModel(opened, arguments.name or name, arguments.max_queue)
+    router = Router(edge, Cloud(cloud), policy, config.timeout - cloud.deadline)
+    return create_app(router, config, "edge", policy=router, counters=router.counters)
+
+
+CLOUD = Command(add_cloud_arguments, serve_cloud, CLOUD_EPILOG)
+EDGE = Command(add_edge_arguments, serve_edge, EDGE_EPILOG)

@@ -1,4 +1,4 @@
-"""The options of every server, and how one is run: keys, the log, the line that says where it is."""
+"""Options of both servers, and running one: API keys, the log, the line with its address."""
 
 import argparse
 import gc
@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shadowtune.cli.output import say
+from shadowtune.cli.command import print_status
 from shadowtune.config.serving import ServerConfig, hash_key
 from shadowtune.errors import ConfigError, ShadowtuneError
 
@@ -24,7 +25,7 @@ LOGGED = ("shadowtune.serving", "uvicorn", "asyncio")
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every server has."""
+    """Add the options of both servers."""
     defaults = ServerConfig()
     group = parser.add_argument_group("server")
     group.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
@@ -32,12 +33,12 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--api-key-file",
         metavar="FILE",
-        help=f"API keys, one a line; the variable {KEYS} adds more, separated by commas (default: no key is asked for)",
+        help=f"API keys, one per line; the variable {KEYS} adds more, separated by commas (default: no key is needed)",
     )
     group.add_argument(
         "--admin-key-file",
         metavar="FILE",
-        help="keys that may change the server (adapters, the policy's threshold), one a line; "
+        help="keys that may change the server (adapters, the policy's threshold), one per line; "
         f"the variable {ADMIN_KEYS} adds more",
     )
     group.add_argument(
@@ -55,7 +56,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         help="an origin whose pages may call the server, such as https://chat.example; * is any (repeatable)",
     )
     group.add_argument("--max-connections", type=int, default=defaults.max_connections, help="default: %(default)s")
-    group.add_argument("--max-rows", type=int, default=16, help="answers under way at once (default: %(default)s)")
+    group.add_argument("--max-rows", type=int, default=16, help="answers running at once (default: %(default)s)")
     group.add_argument(
         "--max-queue", type=int, default=64, help="answers that may wait; one more gets 429 (default: %(default)s)"
     )
@@ -68,7 +69,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         "--drain-timeout",
         type=float,
         default=defaults.drain_timeout,
-        help="seconds for what was begun when the server is told to end (default: %(default)g)",
+        help="seconds for running requests after the server was told to stop (default: %(default)g)",
     )
     group.add_argument("--log-prompts", action="store_true", help="write prompts and answers to the log")
 
@@ -76,10 +77,10 @@ def add_server(parser: argparse.ArgumentParser) -> None:
 def server_config(
     arguments: argparse.Namespace, allow_loading: bool = False, adapter_root: str | None = None
 ) -> ServerConfig:
-    """Return what the options say.
+    """Return the server's settings.
 
     Raises:
-        ShadowtuneError: if one is out of its range, a key is none, or a package is missing.
+        ShadowtuneError: if an option is out of its range, a key is not valid, or a package is missing.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -114,18 +115,18 @@ def server_config(
 
 
 def _keys(file: str | None, option: str, variable: str) -> list[str]:
-    """The keys of a file, where a # begins a comment, and of an environment variable.
+    """Return the keys of a file, where # begins a comment, and of an environment variable.
 
     Raises:
-        ConfigError: if either is given and has no key: a server that was meant to ask for one would be open.
+        ConfigError: if either is given and has no key: the server would be open to all.
     """
     lines = [] if file is None else [line.split("#")[0].strip() for line in Path(file).read_text().splitlines()]
     keys = [key for key in lines if key]
     if file is not None and not keys:
         raise ConfigError(f"{file} has no API key; write one a line, or leave out {option}")
-    said = os.environ.get(variable)
-    if said is not None:
-        found = [key.strip() for key in said.split(",") if key.strip()]
+    value = os.environ.get(variable)
+    if value is not None:
+        found = [key.strip() for key in value.split(",") if key.strip()]
         if not found:
             raise ConfigError(f"{variable} is set and has no key in it; write one, or unset it")
         keys += found
@@ -135,11 +136,11 @@ def _keys(file: str | None, option: str, variable: str) -> list[str]:
 
 
 def run_server(config: ServerConfig, build: Callable[[], Any]) -> int:
-    """Take the port, build the app behind it, and serve until the server is told to end.
+    """Bind the port, build the app, and serve until the process is terminated.
 
     Args:
         config: of ``server_config``.
-        build: makes the app (of ``create_app``), loading what it needs; a taken port is told before it is called.
+        build: loads the models and returns the app (of ``create_app``); called after the port is bound.
 
     Raises:
         ConfigError: if the port is in use.
@@ -149,23 +150,23 @@ def run_server(config: ServerConfig, build: Callable[[], Any]) -> int:
     with bind(config) as bound:
         app = build()
         gc.collect()
-        gc.freeze()  # the model's objects stay: large requests would have them looked through again and again
+        gc.freeze()  # keep the model's objects out of later garbage collections, which large requests cause
         address = address_of(bound)
         names = [card.name for card in app.state.admission.backend.models()]
         _log(config.log_prompts)
         if not config.key_hashes and not config.is_local:
-            say(f"note: {config.host} is open to the network and asks for no key; --api-key-file asks for one")
+            print_status(f"note: {config.host} is open to the network and needs no key; --api-key-file sets one")
         make_server(app, config, lambda: print(_welcome(address, names, config), flush=True)).run([bound])
     failure = app.state.admission.failure()
     if failure is None:
         return 0
-    say(f"the server could not go on: {failure}")
+    print_status(f"the server could not go on: {failure}")
     sys.stdout.flush()
-    os._exit(1)  # a thread that hangs in a pass would keep the interpreter from ending
+    os._exit(1)  # a thread that hangs in a forward pass would keep the interpreter from ending
 
 
 def _welcome(address: str, names: list[str], config: ServerConfig) -> str:
-    """One line: where the server is, and how to ask it."""
+    """Return one line with the server's address and an example request."""
     body = json.dumps({"model": names[0], "messages": [{"role": "user", "content": "Hello"}]})
     key = '-H "Authorization: Bearer $KEY" ' if config.key_hashes else ""
     curl = f"curl {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"
@@ -175,20 +176,20 @@ def _welcome(address: str, names: list[str], config: ServerConfig) -> str:
 def _log(prompts: bool) -> None:
     """Write the servers' log to standard error."""
     handler = logging.StreamHandler()
-    handler.setFormatter((logging.Formatter if prompts else Discreet)("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(
+        (logging.Formatter if prompts else NoMessageFormatter)("%(asctime)s %(levelname)s %(message)s")
+    )
     for name in LOGGED:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO if name == LOGGED[0] else logging.WARNING)
 
 
-class Discreet(logging.Formatter):
-    """Tells of an exception what it is and where it was, not its words: they may quote a prompt."""
+class NoMessageFormatter(logging.Formatter):
+    """Formats an exception as its type and stack frames, without its message, which may quote a prompt."""
 
     def formatException(self, ei: Any) -> str:  # noqa: N802  logging's name
-        """Write the frames and the type."""
-        import traceback
-
+        """Return the frames and the type."""
         kind, _, frames = ei
         name = "" if kind is None else kind.__name__
         return "".join(traceback.format_tb(frames)) + name

@@ -6,52 +6,55 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowtune.cli.cloud_options import add_cloud, cloud_of
-from shadowtune.cli.command import Command, add_json
-from shadowtune.cli.output import check_json_target, print_table, say, write_json
-from shadowtune.config.policy import PolicyConfig, SignalName
-from shadowtune.config.simulation import ARRIVALS, SimulationConfig
+from shadowtune.cli.answers import (
+    AnswerSource,
+    edge_source,
+    evaluation_set_of,
+    record_answers,
+    remote_source,
+    run_source,
+)
+from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
+from shadowtune.cli.options import add_cloud, cloud_of
+from shadowtune.config.serving import ARRIVALS, PolicyConfig, SignalName, SimulationConfig
 from shadowtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shadowtune.cli.recording import Side
-    from shadowtune.serving.simulation.records import RequestRecord
-    from shadowtune.serving.simulation.report import PolicySummary
-    from shadowtune.serving.simulation.simulator import SimulationResult
+    from shadowtune.serving.simulation.records import Record
+    from shadowtune.serving.simulation.verdict import Verdict
+    from shadowtune.serving.simulation.world import Result
 
 EPILOG = """examples:
   shadowtune simulate --edge robot-int8 --cloud runs/robot --policy policy.json
   shadowtune simulate requests.jsonl --edge robot.gguf --cloud runs/robot --lora runs/robot-lora --arrivals closed:1
   shadowtune simulate requests.jsonl --edge robot-int8 --cloud http://localhost:8000 --rtt-ms 0
 
-Each side answers every request once, alone; its answers and seconds are kept in --output, so that another simulation
-of the same models and requests runs none. The seconds of a cloud at an address have the real network in them.
+Each model answers every request once, without load; its answers and seconds are kept in --output and reused by other
+simulations of the same models and requests. The seconds of a cloud at a URL include the real network.
 """
 HELP = {
-    "rtt_ms": "milliseconds to the cloud and back",
-    "jitter_ms": "by which a round trip is longer or shorter at most",
-    "bandwidth_mbit": "megabits a second in each direction",
-    "price_per_1k_tokens": "of tokens that the cloud reads or writes, in any currency; costs are in the same",
-    "edge_speed": "how many times as fast the edge is as this machine",
-    "cloud_speed": "likewise",
+    "rtt_ms": "round-trip time to the cloud in milliseconds",
+    "jitter_ms": "largest deviation of a round trip, in milliseconds",
+    "bandwidth_mbit": "megabits per second in each direction",
+    "price_per_1k_tokens": "price of the cloud's prompt and completion tokens, in any currency; costs are in the same",
+    "edge_speed": "speed of the edge relative to this machine",
+    "cloud_speed": "speed of the cloud, likewise",
     "arrivals": ARRIVALS,
     "seed": "of arrivals, jitter and random routers",
 }
 PLAIN_SIGNALS: tuple[SignalName, ...] = ("logprob", "margin", "entropy", "first")
-"""Measured beside the policies; the first is drawn, if no policy with a threshold is given."""
+"""Signals evaluated beside the policies; the first is plotted if no policy with a threshold is given."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "requests", nargs="?", help="rows with answers, as evaluate --data takes them; default: the run's"
-    )
-    parser.add_argument("--edge", required=True, help="a detached directory, a GGUF file, or a run, taken detached")
+    parser.add_argument("requests", nargs="?", help="examples with answers, as in evaluate --data; default: the run's")
+    parser.add_argument("--edge", required=True, help="a detached directory, a GGUF file, or a run, used detached")
     parser.add_argument("--cloud", required=True, help="a run, or the address of a server with OpenAI's API")
-    parser.add_argument("--lora", metavar="RUN", help="another run, to answer in the cloud's place")
+    parser.add_argument("--lora", metavar="RUN", help="another run, in place of the cloud")
     parser.add_argument("--policy", action="append", default=[], metavar="FILE", help="a policy.json; may be repeated")
     parser.add_argument("--split", default="test", help="split of the data set, or part of the task (default: test)")
-    parser.add_argument("--limit", type=int, help="use only so many requests")
+    parser.add_argument("--limit", type=int, help="most requests")
     add_cloud(parser)
     for setting in fields(SimulationConfig):
         option, default = f"--{setting.name.replace('_', '-')}", setting.default
@@ -64,28 +67,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Record, replay, compare."""
+    """Record the answers, replay them, compare the policies."""
     check_json_target(arguments.json)
-    from shadowtune.serving.simulation import routing
-    from shadowtune.serving.simulation.simulator import Simulator
+    from shadowtune.serving.simulation import strategies
+    from shadowtune.serving.simulation.world import World
 
     config = SimulationConfig(**{setting.name: vars(arguments)[setting.name] for setting in fields(SimulationConfig)})
     policies = _policies(arguments.policy)
-    simulator = Simulator(_records(arguments), config)
-    results = routing.baselines(simulator)
-    results += [routing.apply_policy(simulator, name, policy) for name, policy in policies.items()]
+    world = World(_records(arguments), config)
+    results = strategies.fixed(world)
+    results += [strategies.decided(world, name, policy) for name, policy in policies.items()]
     with_threshold = (item for item in policies.items() if item[1].kind == "confidence")
-    name, drawn = next(with_threshold, (PLAIN_SIGNALS[0], PolicyConfig()))
-    routers = {signal: replace(drawn, signal=signal) for signal in PLAIN_SIGNALS} | policies
+    name, plotted = next(with_threshold, (PLAIN_SIGNALS[0], PolicyConfig()))
+    routers = {signal: replace(plotted, signal=signal) for signal in PLAIN_SIGNALS} | policies
     rows, verdicts = [_cells(result) for result in results], _verdicts(results)
-    areas = [{"router": name, "area": area} for name, area in routing.curve_areas(simulator, routers).items()]
-    print_table(f"{len(simulator.records)} requests", [_for_people(row) for row in rows])
-    print_table("Area under accuracy over hand-over rate", areas)
-    for line in (*verdicts, *map(_overload, simulator.overloaded())):
+    areas = [{"router": name, "area": area} for name, area in strategies.areas(world, routers).items()]
+    print_table(f"{len(world.records)} requests", [_readable(row) for row in rows])
+    print_table("Area under accuracy over the fraction of deferred requests", areas)
+    for line in (*verdicts, *map(_overload, world.overloaded())):
         print(line)
-    _write(Path(arguments.output), results, routing.threshold_sweep(simulator, name, drawn))
-    told = {"settings": asdict(config), "areas": areas, "verdicts": [vars(verdict) for verdict in verdicts]}
-    write_json(arguments.json, "simulate", rows, **told)
+    _write(Path(arguments.output), results, strategies.every_threshold(world, name, plotted))
+    details = {"settings": asdict(config), "areas": areas, "verdicts": [vars(verdict) for verdict in verdicts]}
+    write_json(arguments.json, "simulate", rows, **details)
     return 0
 
 
@@ -97,36 +100,36 @@ def _policies(files: list[str]) -> dict[str, PolicyConfig]:
     return named
 
 
-def _records(arguments: argparse.Namespace) -> "list[RequestRecord]":
-    """Return what each side answered to each request."""
-    from shadowtune.cli.recording import edge_side, labelled_of, record, run_side
-    from shadowtune.serving.simulation.records import RequestRecord
+def _records(arguments: argparse.Namespace) -> "list[Record]":
+    """Return the answers of each model to each request."""
+    from shadowtune.serving.simulation.records import Record
 
-    sides: dict[str, Side] = {"edge": edge_side(arguments.edge), "cloud": _cloud(arguments)}
+    sources = {"edge": edge_source(arguments.edge), "cloud": _cloud(arguments)}
     if arguments.lora:
-        sides["lora"] = run_side("lora", arguments.lora)
-    labelled = labelled_of(sides["edge"], sides["cloud"], arguments.requests, arguments.split, arguments.limit)
+        sources["lora"] = run_source("lora", arguments.lora)
+    edge, cloud = sources["edge"], sources["cloud"]
+    examples = evaluation_set_of(edge, cloud, arguments.requests, arguments.split, arguments.limit)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    answers = {name: record(side, labelled, output, arguments.quiet) for name, side in sides.items()}
+    answers = {name: record_answers(source, examples, output, arguments.quiet) for name, source in sources.items()}
     return [
-        RequestRecord(**dict(zip(answers, row, strict=True)), request_bytes=len(asked.text.encode()))
-        for asked, *row in zip(labelled.requests, *answers.values(), strict=True)
+        Record(**dict(zip(answers, row, strict=True)), request_bytes=len(request.text.encode()))
+        for request, *row in zip(examples.requests, *answers.values(), strict=True)
     ]
 
 
-def _cloud(arguments: argparse.Namespace) -> "Side":
-    from shadowtune.cli.recording import far_side, run_side
+def _cloud(arguments: argparse.Namespace) -> AnswerSource:
+    if "://" in arguments.cloud:
+        return remote_source("cloud", cloud_of(arguments))
+    return run_source("cloud", arguments.cloud)
 
-    return far_side("cloud", cloud_of(arguments)) if "://" in arguments.cloud else run_side("cloud", arguments.cloud)
 
-
-def _verdicts(results: "list[SimulationResult]") -> "list[PolicySummary]":
-    """Compare everything but chance with the cloud alone, on the same requests."""
+def _verdicts(results: "list[Result]") -> "list[Verdict]":
+    """Compare everything but random routers with the cloud alone, on the same requests."""
     import torch
 
     from shadowtune.comparison.statistics import bootstrap
-    from shadowtune.serving.simulation.report import summarize
+    from shadowtune.serving.simulation.verdict import judge
 
     cloud = next(result for result in results if result.policy == "always-cloud")
     verdicts = []
@@ -134,41 +137,41 @@ def _verdicts(results: "list[SimulationResult]") -> "list[PolicySummary]":
         if result is not cloud and not result.policy.startswith("random "):
             both = (bootstrap(torch.tensor([scores])) for scores in (result.scores, cloud.scores))
             estimate = next(both).minus(next(both)).estimate()
-            verdicts.append(summarize(result, cloud, (estimate.low, estimate.high)))
+            verdicts.append(judge(result, cloud, (estimate.low, estimate.high)))
     return verdicts
 
 
 def _overload(side: str) -> str:
     return (
-        f"note: the {side} alone would need longer for a request than there is between two of them, so its queue grows "
-        "to the end; ask for fewer with --arrivals"
+        f"note: the {side} alone needs longer for a request than the mean time between two of them, so its queue grows "
+        "until the end; lower the rate in --arrivals"
     )
 
 
-def _cells(result: "SimulationResult") -> dict[str, Any]:
+def _cells(result: "Result") -> dict[str, Any]:
     return {name: value for name, value in vars(result).items() if name != "scores"}
 
 
-def _for_people(row: dict[str, Any]) -> dict[str, Any]:
-    """Say what the figures of a row are of; a cost is in the unit of --price-per-1k-tokens."""
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with the units in its keys; a cost is in the unit of --price-per-1k-tokens."""
     words = {"cost": "cost of 1,000 requests", "p50": "p50, s", "p90": "p90, s", "p99": "p99, s"}
     return {words.get(name, name): value for name, value in row.items()}
 
 
-def _write(output: Path, results: "list[SimulationResult]", curve: "list[SimulationResult]") -> None:
+def _write(output: Path, results: "list[Result]", curve: "list[Result]") -> None:
     """Write results.jsonl and simulation.png."""
     from shadowtune.evaluation.report import new_figure, png
-    from shadowtune.model.files import writing_into
-    from shadowtune.serving.simulation.report import plot_simulation
+    from shadowtune.model.checkpoint import writing_into
+    from shadowtune.serving.simulation.plots import draw
 
     figure = new_figure(11, 4.5)
-    plot_simulation(figure, results, curve)
+    draw(figure, results, curve)
     lines = [{"kind": "policy", **_cells(result)} for result in results]
     lines += [{"kind": "threshold", **_cells(result)} for result in curve]
     with writing_into(output) as staging:
         (staging / "results.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         (staging / "simulation.png").write_bytes(png(figure))
-    say(f"look at: {output / 'simulation.png'}  {output / 'results.jsonl'}")
+    print_status(f"look at: {output / 'simulation.png'}  {output / 'results.jsonl'}")
 
 
-COMMAND = Command("simulate", "replay labelled requests through edge, cloud and policies", add_arguments, run, EPILOG)
+SIMULATE = Command(add_arguments, run, EPILOG)

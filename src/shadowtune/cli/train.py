@@ -1,44 +1,49 @@
-"""``shadowtune train``."""
+"""``shadowtune train`` and ``shadowtune pretrain``."""
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from shadowtune.cli.command import Command, add_json
-from shadowtune.cli.output import check_json_target, print_table, say, write_json
+from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
 
-EPILOG = """examples:
+TRAIN_EPILOG = """examples:
   shadowtune train configs/clinc150.yaml
   shadowtune train configs/clinc150.yaml method=lora lora.rank=8 output=runs/lora
   shadowtune train configs/clinc150.yaml --resume
   accelerate launch --num_processes 2 -m shadowtune train configs/clinc150.yaml
+All settings: docs/settings.md, or shadowtune schema reference.
+"""
+PRETRAIN_EPILOG = """examples:
+  shadowtune pretrain configs/pretrain.yaml
+  shadowtune pretrain configs/pretrain.yaml data.train=corpus.txt shadow.hidden_size=192 projection_steps=100
+  shadowtune pretrain configs/pretrain.yaml --resume
+  shadowtune train configs/clinc150.yaml shadow.init_from=runs/pretrain/model output=runs/from-pretrained
+  shadowtune detach runs/pretrain --out small-lm
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("config", help="YAML file with the settings of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the output directory")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_json(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Train and print what it cost."""
-    return train_and_report("train", "Trained", arguments)
+def train(arguments: argparse.Namespace) -> int:
+    """Fine-tune, and print sizes, times and losses."""
+    return _train("train", "Trained", arguments)
 
 
-def train_and_report(verb: str, title: str, arguments: argparse.Namespace, settings: Sequence[str] = ()) -> int:
-    """Train as the arguments say and print what it cost.
+def pretrain(arguments: argparse.Namespace) -> int:
+    """Pretrain a shadow, and print sizes, times and losses."""
+    return _train("pretrain", "Pretrained", arguments, ["stage=pretrain"])
 
-    Args:
-        verb: as typed.
-        title: of the table.
-        arguments: those that ``add_arguments`` declares.
-        settings: ``key=value`` settings that the verb stands for.
-    """
+
+def _train(command: str, title: str, arguments: argparse.Namespace, settings: Sequence[str] = ()) -> int:
+    """Train with the settings of the file, of the arguments, and of the command itself."""
     check_json_target(arguments.json)
     from shadowtune.config.loading import load_config
     from shadowtune.config.training import TrainConfig
@@ -46,13 +51,14 @@ def train_and_report(verb: str, title: str, arguments: argparse.Namespace, setti
     config = load_config(TrainConfig, arguments.config, [*arguments.overrides, *settings])
     from shadowtune.training.run import train
 
-    summary = train(config, arguments.resume, arguments.overwrite, say, arguments.quiet)
-    if summary is None:  # this process only helped; the main one reports
+    summary = train(config, arguments.resume, arguments.overwrite, print_status, arguments.quiet)
+    if summary is None:  # not the main process of a distributed run, which reports
         return 0
     row = {name: value for name, value in asdict(summary).items() if value is not None}
     print_table(f"{title}: {config.output}", [row])
-    write_json(arguments.json, verb, [{"run": config.output, **row}])
+    write_json(arguments.json, command, [{"run": config.output, **row}])
     return 0
 
 
-COMMAND = Command("train", "fine-tune a model: shadow, lora, dora or full", add_arguments, run, EPILOG)
+TRAIN = Command(add_arguments, train, TRAIN_EPILOG)
+PRETRAIN = Command(add_arguments, pretrain, PRETRAIN_EPILOG)

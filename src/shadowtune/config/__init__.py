@@ -1,1 +1,1 @@
-"""Storey 0: what a user can set. Standard library only, apart from reading YAML."""
+"""Settings that users write, their validation, and their files. Depends on no other package of shadowtune."""

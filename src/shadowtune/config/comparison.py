@@ -1,153 +1,187 @@
-"""The settings of a comparison: methods x tasks x seeds, as written in a YAML file for ``shadowtune compare``."""
+"""Settings of a comparison (``shadowtune compare``): methods x tasks x seeds, with equal budgets."""
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import field, fields
+from typing import Annotated, Any, Literal
 
-from shadowtune.config.baselines import BASELINES, default_rates
-from shadowtune.config.checking import check_range, from_mapping, nearest
-from shadowtune.config.merging import merge, put, unknown_keys
-from shadowtune.config.sweep import SweepConfig
-from shadowtune.config.training import TrainConfig
+from annotated_types import Ge
+from pydantic import StrictInt
+
+from shadowtune.config.loading import put
+from shadowtune.config.settings import (
+    Fraction,
+    PositiveInt,
+    from_mapping,
+    nearest,
+    raise_errors,
+    settings,
+    unknown_keys,
+)
+from shadowtune.config.sweep import SweepConfig, default_rates
+from shadowtune.config.training import TrainConfig, merge
 from shadowtune.errors import ConfigError
 
 KINDS = ("shadow", "lora", "dora", "full", "peft", "ensemble", "base")
-"""What a method can be; "base" is the model as it is, which nothing trains."""
+"""Kinds of methods; "base" is the model as it is, without training."""
 BASE_KEYS = ("model", "revision", "data", "task", "num_labels", "attention", "base_dtype", "base_quantization")
-"""Settings that matter where nothing is trained."""
+"""Training settings that matter for "base"."""
 RESERVED = {"output": "output", "seed": "seeds"}
-"""Settings of a single run that the comparison decides, and by which setting of its own."""
+"""Training settings that the comparison sets -> its own setting for them."""
+SIZE_KEYS = {
+    "shadow": "shadow.intermediate_size",
+    "lora": "lora.rank",
+    "dora": "lora.rank",
+    "peft": "peft.r",
+    "ensemble": "lora.rank",
+}
+"""Kind -> the dotted key by which the budget sets its number of parameters, by default."""
+
+_ALL_LINEAR = {"target_modules": "all-linear"}
+_LORA = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, **_ALL_LINEAR}
+
+BASELINES: dict[str, dict[str, Any]] = {
+    # alpha = 2 r: the method "lora" with the defaults of LoraConfig; the budget keeps the ratio.
+    "lora-alpha-32": {"method": "peft", "peft": _LORA},
+    # Kalajdzievski, 2023 (arXiv 2312.03732): scale alpha / sqrt(r).
+    "rslora": {"method": "peft", "peft": {**_LORA, "lora_alpha": 16, "use_rslora": True}},
+    # Hayou et al., 2024 (arXiv 2402.12354): B learns 16 times as fast as A.
+    "lora-plus": {"method": "lora", "optimizer": {"lora_plus_ratio": 16.0}},
+    # Kang and Yin, 2024 (arXiv 2409.15371).
+    "miss": {"method": "peft", "peft": {"peft_type": "MISS", "r": 16, **_ALL_LINEAR}},
+    # Lily: A shared by two neighbouring layers, B by all through a router; the most accurate method of PEFT's own
+    # benchmark (MetaMathQA, 0.19), with its settings for all linear layers there.
+    "lily": {"method": "peft", "peft": {"peft_type": "LILY", "r": 32, "stride_A": 2, "num_B": 2, "scaling": 4.0}},
+    # The Shadow tuner of PEFT, with its own defaults and the paper's rank; it does not support packed documents.
+    "peft-shadow": {
+        "method": "peft",
+        "padding_free": False,
+        "peft": {"peft_type": "SHADOW", "r": 16, "update_hidden_size": 8},
+    },
+    # LoRA plus the logits of a small model trained on the task by itself, with a weight fitted afterwards.
+    "lora-ensemble": {"method": "ensemble", "shadow_epochs": 4.0, "shadow": {"init_layers": [0]}},
+}
+"""Training settings of baselines, by the names that their users know.
+
+A method of a comparison with one of these names, or with one as its ``method``, starts from these settings; its own
+override them. Every baseline adapts all linear layers, with the defaults of its paper or of Hugging Face PEFT.
+"""
 
 
-@dataclass(frozen=True)
+@settings
 class BudgetConfig:
     """What is made equal for every method: trainable parameters and steps, wall time, peak memory; each by itself."""
 
-    parameters: int | None = None
-    """Trainable parameters to aim at, by one size of each method that is chosen automatically."""
+    parameters: PositiveInt | None = None
+    """Trainable parameters to approximate, by one size of each method that is chosen automatically."""
     like: str | None = None
-    """A method whose own size is aimed at, in place of ``parameters``."""
-    tolerance: float = 0.03
+    """A method whose own number of parameters is approximated, in place of ``parameters``."""
+    tolerance: Fraction = 0.03
     """Largest difference of parameters between two methods, relative to the first one."""
     time: str | None = None
-    """A method whose whole training time every other one gets, in runs of their own: passes and steps of all stages are
+    """A method whose whole training time every other one gets, in additional runs: epochs and steps of all stages are
     scaled by one factor, from the seconds that both took for the same steps, on the first seed."""
     memory: str | None = None
-    """A method whose peak memory of training every other one gets, in runs of their own: its size is chosen from the
-    memory measured on the first seed."""
-    measured_tolerance: float = 0.1
-    """Largest difference of time or memory, as it was measured, relative to that method's."""
+    """A method whose peak training memory every other one gets, in additional runs: its size is chosen by the memory
+    measured on the first seed."""
+    measured_tolerance: Fraction = 0.1
+    """Largest measured difference of time or memory, relative to that method's."""
 
     def __post_init__(self) -> None:
-        """Check the ranges, and that there is one aim."""
-        check_range(self, parameters=(1, None), tolerance=(0, 1), measured_tolerance=(0, 1))
-        if self.parameters is not None and self.like is not None:
-            raise ConfigError("set either parameters or like (a method's name)")
-        if self.parameters is None and self.like is None and self.time is None and self.memory is None:
-            raise ConfigError("set either parameters or like (a method's name), or time, or memory")
+        """Check that there is one aim."""
+        both = self.parameters is not None and self.like is not None
+        if both or not (self.equal_parameters or self.time is not None or self.memory is not None):
+            alternatives = "" if both else ", or time, or memory"
+            raise ConfigError(f"set either parameters or like (a method's name){alternatives}")
 
     @property
     def equal_parameters(self) -> bool:
-        """Whether sizes are chosen so that all train equally many parameters."""
+        """Whether sizes are chosen such that all methods train equally many parameters."""
         return self.parameters is not None or self.like is not None
 
 
-@dataclass(frozen=True)
+@settings
 class ForgettingConfig:
-    """Text that no task is about, on which each model's perplexity is measured before and after training."""
+    """A text unrelated to the tasks, on which each model's perplexity is measured before and after training."""
 
     text: str
-    """Rows with a field ``text``: a data set as in ``DataConfig.train``, such as a .txt file or a directory, or the
-    name of a folder in the comparison's ``directory``."""
+    """Data set with a field ``text``, as in ``DataConfig.train``, such as a .txt file or a directory, or the name of a
+    folder in the comparison's ``directory``."""
     split: str = "test"
     """Split of a data set that has splits."""
-    limit: int = 64
-    """Use only so many blocks of ``length`` tokens, the first ones."""
-    length: int = 256
+    limit: PositiveInt = 64
+    """Most blocks of ``length`` tokens, the first ones."""
+    length: Annotated[StrictInt, Ge(2)] = 256
     """Tokens of a block."""
 
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        check_range(self, limit=(1, None), length=(2, None))
 
-
-@dataclass(frozen=True)
+@settings
 class TaskOptions:
-    """Keys of a task beside the training settings."""
+    """Keys of a task in a comparison beside the training settings."""
 
     test: str | None = None
-    """Held-out rows as in ``data.train``; None means the test rows of the task or data set."""
+    """Test examples, as in ``data.train``; None means those of the task or data set."""
     test_split: str = "test"
     """Split of a data set that has splits."""
-    test_limit: int | None = None
-    """Use only so many test rows."""
-    validation_limit: int | None = None
-    """Use only so many validation rows in the sweep."""
+    test_limit: PositiveInt | None = None
+    """Most test examples."""
+    validation_limit: PositiveInt | None = None
+    """Most validation examples in the sweep."""
     test_tasks: list[str] | None = None
-    """Tasks whose test rows the trained model answers; None means its own."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        check_range(self, test_limit=(1, None), validation_limit=(1, None))
+    """Tasks whose test examples the trained model is evaluated on; None means its own."""
 
 
-@dataclass(frozen=True)
+@settings
 class CompareConfig:
     """A comparison of methods.
 
-    A run's settings are ``common``, then the task's, then the method's; the last one wins.
+    The settings of a run are ``common``, overridden by the task's, overridden by the method's.
 
     Raises:
-        ConfigError: naming every unknown key and contradiction at once.
+        ConfigError: with all unknown keys and contradictions.
     """
 
     tasks: dict[str, Any]
-    """Name of a task -> training settings (``data.task`` is its name unless it has rows of its own), and the keys of
+    """Name of a task -> training settings (``data.task`` is its name unless it has data of its own), and the keys of
     ``TaskOptions``."""
     methods: dict[str, Any]
-    """Name of a method -> training settings, such as ``method`` (by default its name, if it is one of shadow, lora,
-    dora, full, peft, ensemble, base or a key of ``BASELINES``), and ``size``, the dotted key that the budget chooses
-    ("none" leaves the method alone)."""
+    """Name of a method -> training settings, such as ``method`` (by default its name, if that is one of shadow, lora,
+    dora, full, peft, ensemble, base or a key of ``BASELINES``), and ``size``, the dotted key that the budget sets
+    ("none" sets none)."""
     only: list[str] | None = None
-    """Names of the tasks to train on and of the methods to do it with; without names of one kind, all of that kind."""
+    """Names of the tasks and methods to run; without a task all tasks, without a method all methods."""
     output: str = "runs/compare"
-    """Directory of everything it makes."""
+    """Directory of all its files."""
     common: dict[str, Any] = field(default_factory=dict)
     """Training settings of all runs."""
     directory: str | None = None
-    """A directory of local data for the tasks, a folder each; None gets them from the Hub."""
+    """Directory of local data for the tasks, with a folder for each; None loads them from the Hub."""
     budget: BudgetConfig | None = None
-    """What is made equal; null leaves each method its own size, and gives all the same passes."""
+    """What is made equal; null keeps each method's own size and trains all for the same epochs."""
     forgetting: ForgettingConfig | None = None
     """Text to measure forgetting on; null measures none."""
     validation_rows: Literal["as_given", "all"] = "as_given"
-    """Where one method chooses something by validation rows in training: "all" lets every other one learn these rows,
-    so that all have the same data; "as_given" leaves each its settings, and the report counts the rows."""
+    """Where one method selects something by validation examples in training: "all" lets every other one train on them,
+    so that all have the same data; "as_given" changes nothing, and the report counts the examples."""
     sweep: SweepConfig | None = None
-    """A search for settings before the runs; null trains with those that are given."""
-    seeds: list[int] = field(default_factory=lambda: [42])
-    """Each method is trained once with each; the sweep uses the first."""
+    """A search for settings before the runs; null trains with the given ones."""
+    seeds: list[StrictInt] = field(default_factory=lambda: [42])
+    """Each method is trained once with each seed; the sweep uses the first."""
     reference: str | None = None
     """The method that is compared with each other one; None means the first shadow, else the first."""
-    test_batch_size: int = 32
-    """Rows answered at a time."""
-    jobs: int = 1
+    test_batch_size: PositiveInt = 32
+    """Test examples per batch."""
+    jobs: PositiveInt = 1
     """Runs at the same time."""
-    devices: list[int] | None = None
-    """Numbers of the CUDA devices to spread them over; None uses the first, or the processor."""
+    devices: list[StrictInt] | None = None
+    """Indices of the CUDA devices to use; None uses the first, or the CPU."""
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without a model or data."""
-        check_range(self, jobs=(1, None), test_batch_size=(1, None))
-        faults = self._shape_faults()
-        if not faults:
-            faults = self._key_faults() + self._reference_faults()
-        if not faults:
-            faults = self._run_faults()
-        if faults:
-            raise ConfigError("; ".join(faults))
+        raise_errors(self._shape_errors())
+        raise_errors([*self._key_errors(), *self._name_errors()])
+        raise_errors(self._run_errors())
 
     @property
     def chosen_tasks(self) -> list[str]:
@@ -156,36 +190,36 @@ class CompareConfig:
 
     @property
     def chosen_methods(self) -> list[str]:
-        """The methods to train."""
+        """The methods to run."""
         return self._chosen(self.methods)
+
+    @property
+    def trained_methods(self) -> list[str]:
+        """The methods to train, without the base."""
+        return [method for method in self.chosen_methods if self.kind(method) != "base"]
+
+    @property
+    def tuning_tasks(self) -> list[str]:
+        """The tasks whose validation examples the sweep uses; without a sweep, none."""
+        if self.sweep is None:
+            return []
+        return self.chosen_tasks if self.sweep.tasks is None else self.sweep.tasks
 
     def task_options(self, task: str) -> TaskOptions:
         """Return the options of a task."""
         return from_mapping(TaskOptions, _split(self.tasks[task])[0], f"tasks.{task}")
 
-    @property
-    def tuning_tasks(self) -> list[str]:
-        """The tasks whose validation rows the sweep reads; without a sweep, none."""
-        if self.sweep is None:
-            return []
-        return self.chosen_tasks if self.sweep.tasks is None else self.sweep.tasks
-
-    @property
-    def trained_methods(self) -> list[str]:
-        """The methods to train, the base left out."""
-        return [method for method in self.chosen_methods if self.kind(method) != "base"]
-
     def baseline(self, method: str) -> str:
-        """Return the word that says what a method is: its ``method``, by default its name."""
+        """Return the ``method`` of a method, by default its name: a kind, or a key of ``BASELINES``."""
         return str((self.methods[method] or {}).get("method", method))
 
     def settings_of(self, method: str) -> dict[str, Any]:
-        """Return the settings of a method, those of the baseline that it names included."""
+        """Return the settings of a method, those of its baseline included."""
         own = {key: value for key, value in (self.methods[method] or {}).items() if key != "method"}
         return merge({"method": self.baseline(method)}, BASELINES.get(self.baseline(method), {}), own)
 
     def kind(self, method: str) -> str:
-        """Return what a method is: one of ``KINDS``, or the unknown word that was given for it."""
+        """Return the kind of a method: one of ``KINDS``, or an unknown word that was given for it."""
         return str(self.settings_of(method)["method"])
 
     def trials(self, method: str) -> list[dict[str, Any]]:
@@ -193,13 +227,11 @@ class CompareConfig:
         return [] if self.sweep is None else self.sweep.trials(method, default_rates(self.baseline(method)))
 
     def size_key(self, method: str) -> str | None:
-        """Return the dotted key that the budget chooses for a method; None leaves it alone."""
-        default = {"shadow": "shadow.intermediate_size", "lora": "lora.rank", "dora": "lora.rank", "peft": "peft.r"}
-        default["ensemble"] = "lora.rank"
-        settings = self.settings_of(method)
-        if (settings.get("peft") or {}).get("peft_type") == "SHADOW":
-            default["peft"] = "peft.shadow_intermediate_size"
-        key = settings.get("size", default.get(self.kind(method)))
+        """Return the dotted key that the budget sets for a method; None sets none."""
+        settings, kind = self.settings_of(method), self.kind(method)
+        is_shadow_tuner = kind == "peft" and (settings.get("peft") or {}).get("peft_type") == "SHADOW"
+        default = "peft.shadow_intermediate_size" if is_shadow_tuner else SIZE_KEYS.get(kind)
+        key = settings.get("size", default)
         return None if key == "none" else key
 
     def best_of(self) -> str:
@@ -208,12 +240,15 @@ class CompareConfig:
         return self.reference or next(iter([*shadows, *self.methods]))
 
     def train_config(self, task: str, method: str, changes: Mapping[str, Any] | None = None) -> TrainConfig:
-        """Return the settings of a single run; raises ConfigError if they contradict each other.
+        """Return the settings of a single run.
 
         Args:
             task: name of a task.
-            method: name of a method; of "base", only what matters without training is taken.
-            changes: values by dotted keys that replace all others.
+            method: name of a method; of "base", only what matters without training is used.
+            changes: values by dotted keys that override all others.
+
+        Raises:
+            ConfigError: if they contradict each other.
         """
         own = {key: value for key, value in self.settings_of(method).items() if key != "size"}
         values = merge(self.common, _split(self.tasks[task])[1], own)
@@ -228,78 +263,76 @@ class CompareConfig:
             values = {key: value for key, value in values.items() if key in BASE_KEYS}
         for key, value in (changes or {}).items():
             put(values, key, value)
-        return from_mapping(TrainConfig, values, where="")
+        return from_mapping(TrainConfig, values)
 
     def _chosen(self, names: Iterable[str]) -> list[str]:
-        """Those that ``only`` names; all if it names none of them."""
+        """Return the names in ``only``; all if none is."""
         known = list(names)
         return [name for name in known if name in (self.only or ())] or known
 
-    def _shape_faults(self) -> list[str]:
-        """What is no mapping, no list, empty, or cannot be the name of a directory."""
-        faults = [f"{name} must not be empty" for name in ("tasks", "methods", "seeds") if not vars(self)[name]]
-        places = {"tasks": self.tasks, "methods": self.methods}
-        for place, mapping in places.items():
+    def _shape_errors(self) -> Iterator[str]:
+        """Check for empty and misshapen values, and for names that cannot be directories."""
+        yield from (f"{name} must not be empty" for name in ("tasks", "methods", "seeds") if not vars(self)[name])
+        for key, mapping in (("tasks", self.tasks), ("methods", self.methods)):
             for name, value in mapping.items():
-                if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
-                    faults.append(f"{place}: {name!r} cannot name a directory; use letters, digits, - and _")
+                if not re.fullmatch(r"\w[\w.+-]*", name):
+                    yield f"{key}: {name!r} cannot name a directory; use letters, digits, - and _"
                 if not (value is None or isinstance(value, Mapping)):
-                    faults.append(f"{place}.{name} must be a mapping of settings, got {value!r}")
-        return faults
+                    yield f"{key}.{name} must be a mapping of settings, got {value!r}"
 
-    def _key_faults(self) -> list[str]:
-        """Keys that no training settings have, and those that the comparison decides."""
+    def _key_errors(self) -> Iterator[str]:
+        """Check for keys that are no training settings, or that the comparison sets itself."""
         sweep = self.sweep or SweepConfig()
         parts = {"common": self.common, "sweep.settings": sweep.settings}
         parts |= {f"tasks.{name}": _split(value)[1] for name, value in self.tasks.items()}
         for name, value in self.methods.items():
             parts[f"methods.{name}"] = {key: part for key, part in (value or {}).items() if key != "size"}
-        for place, grid in sweep.grids().items():
-            parts[f"sweep.{place}"] = {}
+        for where, grid in sweep.grids().items():
+            parts[f"sweep.{where}"] = {}
             for key in grid:
-                put(parts[f"sweep.{place}"], key, None)
-        faults = [fault for place, values in parts.items() for fault in unknown_keys(TrainConfig, values, place)]
-        for place, values in parts.items():
-            faults += [f"{place}.{key} is decided by {by}" for key, by in RESERVED.items() if key in values]
-        return faults
+                put(parts[f"sweep.{where}"], key, None)
+        for where, values in parts.items():
+            yield from unknown_keys(TrainConfig, values, where)
+        for where, values in parts.items():
+            yield from (f"{where}.{key} is decided by {by}" for key, by in RESERVED.items() if key in values)
 
-    def _reference_faults(self) -> list[str]:
-        """Names of methods and tasks that do not exist, and trials that are not equally many."""
-        sweep, named = self.sweep or SweepConfig(), [("reference", self.reference, self.methods)]
-        for key in ("like", "time", "memory"):
-            named.append((f"budget.{key}", None if self.budget is None else vars(self.budget)[key], self.methods))
-        named += [("sweep.tasks", task, self.tasks) for task in sweep.tasks or []]
-        named += [("only", name, {**self.tasks, **self.methods}) for name in self.only or []]
-        named += [("sweep.methods", method, self.methods) for method in sweep.methods]
-        for task in self.tasks:
-            tested = self.task_options(task).test_tasks or []
-            named += [(f"tasks.{task}.test_tasks", other, self.tasks) for other in tested]
-        faults = [
-            f"{place}: there is no {name!r}{nearest(name, known)}; there are {', '.join(known)}"
-            for place, name, known in named
+    def _name_errors(self) -> Iterator[str]:
+        """Check for names of methods and tasks that do not exist, and for unequal numbers of trials."""
+        yield from (
+            f"{where}: there is no {name!r}{nearest(name, known)}; there are {', '.join(known)}"
+            for where, name, known in self._references()
             if name is not None and name not in known
-        ]
+        )
         words = (*KINDS, *BASELINES)
         for method in self.methods:
-            if self.kind(method) not in KINDS:
-                word = self.kind(method)
-                faults.append(
-                    f"methods.{method}.method must be one of {', '.join(words)}, got {word!r}{nearest(word, words)}"
-                )
+            if (word := self.kind(method)) not in KINDS:
+                yield f"methods.{method}.method must be one of {', '.join(words)}, got {word!r}{nearest(word, words)}"
         for key in ("time", "memory"):
             name = None if self.budget is None else vars(self.budget)[key]
             if name in self.methods and self.kind(name) == "base":
-                faults.append(f"budget.{key}: {name} is not trained; name another method")
+                yield f"budget.{key}: {name} is not trained; name another method"
         counts = {method: len(self.trials(method)) for method in self.methods if self.kind(method) != "base"}
         if len(set(counts.values())) > 1:
-            said = ", ".join(f"{method} {count}" for method, count in counts.items())
-            faults.append(f"sweep: every method must have as many trials, but there are {said}")
-        both = sorted(set(self.only or ()) & set(self.tasks) & set(self.methods))
-        faults += [f"only: {name} is both a task and a method; rename one of them" for name in both]
-        return faults
+            listed = ", ".join(f"{method} {count}" for method, count in counts.items())
+            yield f"sweep: every method must have as many trials, but there are {listed}"
+        for name in sorted(set(self.only or ()) & set(self.tasks) & set(self.methods)):
+            yield f"only: {name} is both a task and a method; rename one of them"
 
-    def _run_faults(self) -> list[str]:
-        """What the settings of single runs contradict each other in, each fault once."""
+    def _references(self) -> Iterator[tuple[str, str | None, Iterable[str]]]:
+        """Return each setting that names a method or a task, the name, and the known ones."""
+        sweep = self.sweep or SweepConfig()
+        yield "reference", self.reference, self.methods
+        for key in ("like", "time", "memory"):
+            yield f"budget.{key}", None if self.budget is None else vars(self.budget)[key], self.methods
+        yield from (("sweep.tasks", task, self.tasks) for task in sweep.tasks or [])
+        yield from (("only", name, {**self.tasks, **self.methods}) for name in self.only or [])
+        yield from (("sweep.methods", method, self.methods) for method in sweep.methods)
+        for task in self.tasks:
+            tested = self.task_options(task).test_tasks or []
+            yield from ((f"tasks.{task}.test_tasks", other, self.tasks) for other in tested)
+
+    def _run_errors(self) -> Iterator[str]:
+        """Check the settings of all single runs; an error of several runs is reported once."""
         found: dict[str, str] = {}
         sweep = self.sweep or SweepConfig()
         for task, method in itertools.product(self.tasks, self.methods):
@@ -312,11 +345,11 @@ class CompareConfig:
                 tuned = self.sweep is not None and task in (self.sweep.tasks or self.tasks)
                 if tuned and data.task is None and data.validation is None:
                     found.setdefault("sweep needs validation rows: set data.validation", f"task {task}")
-        return [f"{place}: {fault}" for fault, place in found.items()]
+        yield from (f"{run}: {error}" for error, run in found.items())
 
 
 def _split(entry: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part a task's entry into its options and its training settings."""
+    """Split a task's entry into its options and its training settings."""
     names = {option.name for option in fields(TaskOptions)}
     values = entry or {}
     return {k: v for k, v in values.items() if k in names}, {k: v for k, v in values.items() if k not in names}

@@ -1,13 +1,26 @@
-"""Which rows a run learns from, and how they become tokens."""
+"""Settings of data: the examples of a training run (``DataConfig``), a task (``TaskConfig``), prompt templates."""
 
-from dataclasses import dataclass, fields
-from typing import Literal
+import string
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Annotated, Literal
 
-from shadowtune.config.checking import check_range
-from shadowtune.config.templates import parse_template
+from annotated_types import Ge
+from pydantic import StrictBool, StrictInt
+
+from shadowtune.config.settings import PositiveInt, raise_errors, settings
 from shadowtune.errors import ConfigError
 
-_BROUGHT_BY_TASKS = (
+HOLD_OUT = "held_back"
+"""Value of ``DataConfig.validation`` that splits the validation examples off the training examples."""
+Part = Literal["train", "validation", "test"]
+"""Purpose of a task's examples."""
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+Metric = Literal["exact_match", "label", "number", "choice", "squad", "f1"]
+Length = Annotated[StrictInt, Ge(2)]
+"""A number of tokens."""
+
+_SET_BY_TASKS = (
     "train",
     "train_split",
     "validation_split",
@@ -19,116 +32,227 @@ _BROUGHT_BY_TASKS = (
     "label_field",
     "block_size",
 )
-HELD_BACK = "held_back"
-"""Validation rows that are taken out of the training rows."""
 
 
-@dataclass(frozen=True)
+def parse_template(template: str) -> list[tuple[str, str | None]]:
+    """Split a template with ``{field}`` into pieces: literal text, and the name of the field that follows it, or None.
+
+    Doubled braces are literal ones. The attributes, indexes, conversions and format specifications of ``str.format``
+    are refused: a template is data, not a program.
+
+    Raises:
+        ConfigError: if braces do not match or contain anything but a plain name, or if there are none.
+    """
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"template {template!r}: {error}; write {{{{ and }}}} for literal braces") from None
+    for _, name, specification, conversion in pieces:
+        if name is not None and (not name or specification or conversion or set(name) & set(".[]")):
+            raise ConfigError(f"template {template!r} may hold only plain names in braces, such as {{text}}")
+    if all(name is None for _, name, _, _ in pieces):
+        raise ConfigError(f"template {template!r} names no field, such as {{text}}: every prompt would be the same")
+    return [(literal, name) for literal, name, _, _ in pieces]
+
+
+@settings
 class DataConfig:
-    """Where the rows come from and how they become tokens."""
+    """The examples of a training run, and how they become tokens."""
 
     train: str | None = None
     """A JSONL file or one plain text in a .txt file (either may be gzipped), a directory of such files named after
-    splits, a data set we ship ("clinc150-demo") or a Hub data set ("hub:org/name" or "hub:org/name/config")."""
+    splits, a data set that comes with the package ("clinc150-demo") or a Hub data set ("hub:org/name" or
+    "hub:org/name/config")."""
     task: str | None = None
-    """In place of ``train``: a task that we ship ("gsm8k"), or a .yaml file with a task of one's own (the fields of
-    ``TaskConfig``). It brings its rows, template, metric, length and, for classification, classes."""
+    """In place of ``train``: a task that comes with the package ("gsm8k"), or a .yaml file with the settings of
+    ``TaskConfig``. It defines the data set, template, metric, length and, for classification, classes."""
     directory: str | None = None
-    """A directory of data sets that a task takes its rows from; None takes them from where the task says (the Hub)."""
+    """A directory with a task's data sets; None loads them from the task's own source (the Hub)."""
     validation: str | None = None
-    """Rows whose loss is measured during training; None measures none. "held_back" takes a tenth of the training rows,
-    by their contents, and does not train on them; of a task, which has its own, "task" and "held_back" take those."""
+    """Examples whose loss is measured during training, as in ``train``; None measures none. "held_back" holds out a
+    tenth of the training examples, chosen by their contents, and does not train on them. A task has its own validation
+    examples, which "task" and "held_back" select."""
     train_split: str = "train"
     """Split to train on; a single file has none."""
     validation_split: str = "validation"
     """Split to validate on; a single file has none."""
     template: str | None = None
-    """How a prompt is made from a row's fields, for instance "Request: {text}\\nIntent:"; None takes a field as it is.
-    In classification it makes the text."""
+    """Prompt with an example's fields in braces, for instance "Request: {text}\\nIntent:"; None uses one field as it
+    is. In classification it makes the text."""
     optional_fields: tuple[str, ...] = ()
-    """Fields of the template that a row may lack, or have empty or null. The text between the field before and such a
-    field is left out with it: of "{instruction}\\n\\n{input}" only the instruction is left."""
+    """Fields of the template that may be missing, empty or null. The text between the previous field and such a field
+    is then omitted too: "{instruction}\\n\\n{input}" becomes the instruction alone."""
     main_field: str | None = None
-    """Field of the template that takes a user's words where there is one text alone: a prompt of ``generate``, a chat
-    message. None takes the only field that is not optional."""
+    """Field of the template that a single text fills: a prompt of ``generate``, a chat message. None means the only
+    field that is not optional."""
     prompt_field: str | None = None
-    """Field of the prompt, if it is not called ``prompt``."""
+    """Field of the prompt, if not ``prompt``."""
     completion_field: str | None = None
-    """Field of the completion, if it is not called ``completion``."""
+    """Field of the completion, if not ``completion``."""
     text_field: str | None = None
-    """Field of the text, if it is not called ``text``."""
+    """Field of the text, if not ``text``."""
     label_field: str | None = None
-    """Field of the class in classification, if it is not called ``label``."""
-    max_length: int | None = None
-    """Tokens of prompt and completion together; None takes the task's number, else 512."""
+    """Field of the class in classification, if not ``label``."""
+    max_length: Length | None = None
+    """Most tokens of prompt and completion together; None means the task's value, else 512."""
     overlong: Literal["error", "truncate", "drop"] = "truncate"
-    """What happens to longer rows. "truncate" cuts the start of the prompt, never the completion; of plain text and
-    in classification, which have no prompt, it cuts the end."""
-    completion_only: bool = True
-    """Whether only completions (assistant turns) are learned; plain text is always learned whole."""
-    chat_template: bool | None = None
-    """Whether prompts are put into the tokenizer's chat template, if it has one; None does what the task says, and does
-    so without one."""
-    block_size: int | None = None
-    """Join the rows' plain texts, with the end-of-sequence token between them, and cut the whole into blocks of so many
-    tokens, all learned; for causal_lm. ``max_length`` and ``overlong`` do not matter then. None keeps rows apart."""
-    limit: int | None = None
-    """Use only so many training rows: the first ones; of a task, a random sample that is always the same."""
-    validation_limit: int | None = None
-    """Use only so many validation rows, likewise."""
-    learn_validation: bool = False
-    """Whether the validation rows are learned as well, after which no loss is measured on them. For comparisons with a
-    method that chooses something by them."""
+    """Treatment of longer examples. "truncate" cuts the start of the prompt, never the completion; plain text, and text
+    to classify, is cut at its end."""
+    completion_only: StrictBool = True
+    """Compute the loss on completions (assistant turns) only; of plain text, every token is trained on."""
+    chat_template: StrictBool | None = None
+    """Apply the tokenizer's chat template, if it has one, to prompts; None means the task's value, else true."""
+    block_size: Length | None = None
+    """Concatenate plain texts, separated by the end-of-sequence token, and cut the result into blocks of so many
+    tokens, all trained on; for causal_lm. ``max_length`` and ``overlong`` are then ignored. None keeps texts apart."""
+    limit: PositiveInt | None = None
+    """Most training examples: the first ones; of a task, a fixed random sample."""
+    validation_limit: PositiveInt | None = None
+    """Most validation examples, likewise."""
+    learn_validation: StrictBool = False
+    """Train on the validation examples as well, and measure no loss on them. For comparisons with a method that selects
+    something by them."""
 
     def __post_init__(self) -> None:
-        """Check the ranges, the template, and what does not go together."""
-        check_range(self, max_length=(2, None), block_size=(2, None), limit=(1, None), validation_limit=(1, None))
-        self._check_source()
-        if self.learn_validation and self.validation is None:
-            raise ConfigError("learn_validation=true needs validation rows: set validation, or leave it out")
-        if self.block_size is not None:
-            for name in ("template", "prompt_field", "completion_field"):
-                if vars(self)[name] is not None:
-                    raise ConfigError(
-                        f"block_size={self.block_size} joins plain texts, which have no {name}; name their field with "
-                        "text_field, or leave block_size out"
-                    )
-        if self.template is None:
-            if self.optional_fields or (self.main_field is not None and self.task is None):
-                raise ConfigError("optional_fields and main_field are fields of a template; set template")
-            return
-        named = {name for _, name in parse_template(self.template)}
-        for setting in ("optional_fields", "main_field"):
-            value = vars(self)[setting]
-            unknown = sorted({value} - {None} - named if setting == "main_field" else set(value) - named)
-            if unknown:
-                raise ConfigError(f"{setting} names {', '.join(unknown)}, which the template does not have")
-        if self.main_field in self.optional_fields:
-            raise ConfigError(f"main_field={self.main_field} takes a user's words, so it cannot be optional")
-        if self.prompt_field is not None or self.text_field is not None:
-            raise ConfigError("template replaces prompt_field and text_field; set only one of them")
+        """Check the template and what contradicts each other."""
+        raise_errors([*self._source_conflicts(), *self._format_conflicts(), *self._template_conflicts()])
 
     @property
     def source(self) -> str:
-        """The task, else the data set to train on, as the user wrote it."""
+        """The task, else the training data set, as the user wrote it."""
         return self.task or self.train or ""
 
-    def _check_source(self) -> None:
-        """Check that the rows have one source, and that nothing contradicts a task."""
+    def _source_conflicts(self) -> Iterator[str]:
+        """Check that the examples have one source, which nothing contradicts."""
         if self.task is None:
             if self.train is None:
-                raise ConfigError("has no rows: set train to a file or data set, or task to a task")
+                yield "has no rows: set train to a file or data set, or task to a task"
             if self.directory is not None:
-                raise ConfigError(f"directory={self.directory} holds the data sets of tasks; set task, or leave it out")
+                yield f"directory={self.directory} holds the data sets of tasks; set task, or leave it out"
             return
-        brought = [
+        defined = [
             setting.name
             for setting in fields(self)
-            if setting.name in _BROUGHT_BY_TASKS and vars(self)[setting.name] != setting.default
+            if setting.name in _SET_BY_TASKS and vars(self)[setting.name] != setting.default
         ]
-        if brought:
-            raise ConfigError(f"task={self.task} brings its own {', '.join(brought)}; leave out what the task brings")
-        if self.validation not in (None, "task", HELD_BACK):
+        if defined:
+            yield f"task={self.task} brings its own {', '.join(defined)}; leave out what the task brings"
+        if self.validation not in (None, "task", HOLD_OUT):
+            given = f"validation={self.validation} does not go with task={self.task}"
+            yield f"{given}; set validation=task, or leave it out"
+
+    def _format_conflicts(self) -> Iterator[str]:
+        if self.learn_validation and self.validation is None:
+            yield "learn_validation=true needs validation rows: set validation, or leave it out"
+        for name in ("template", "prompt_field", "completion_field"):
+            if self.block_size is not None and vars(self)[name] is not None:
+                yield (
+                    f"block_size={self.block_size} joins plain texts, which have no {name}; name their field with "
+                    "text_field, or leave block_size out"
+                )
+
+    def _template_conflicts(self) -> Iterator[str]:
+        if self.template is None:
+            if self.optional_fields or (self.main_field is not None and self.task is None):
+                yield "optional_fields and main_field are fields of a template; set template"
+            return
+        try:
+            named = {name for _, name in parse_template(self.template)}
+        except ConfigError as error:
+            yield str(error)
+            return
+        main = {self.main_field} - {None}
+        for setting, given in (("optional_fields", {*self.optional_fields}), ("main_field", main)):
+            if unknown := sorted(map(str, given - named)):
+                yield f"{setting} names {', '.join(unknown)}, which the template does not have"
+        if self.main_field in self.optional_fields:
+            yield f"main_field={self.main_field} takes a user's words, so it cannot be optional"
+        if self.prompt_field is not None or self.text_field is not None:
+            yield "template replaces prompt_field and text_field; set only one of them"
+
+
+@settings
+class RowSource:
+    """A data set, and the splits that are a task's training, validation and test examples."""
+
+    source: str
+    """A file, a directory of files named after splits, or a Hub data set, as in ``DataConfig.train``; in
+    ``TaskConfig.local`` the name of a folder."""
+    train: str = "train"
+    """Training split; a single file has none, and is all training examples."""
+    validation: str | None = None
+    """Validation split; None holds out a tenth of the training examples, which are then not trained on."""
+    test: str | None = "test"
+    """Test split; None holds out another tenth of the training examples, which are then not trained on."""
+
+    def __post_init__(self) -> None:
+        """Check that no split has two purposes."""
+        named = [split for split in (self.train, self.validation, self.test) if split is not None]
+        if len(set(named)) < len(named):
             raise ConfigError(
-                f"validation={self.validation} does not go with task={self.task}; set validation=task, or leave it out"
+                f"train={self.train}, validation={self.validation} and test={self.test} must be different splits; "
+                "null takes rows out of the training split"
             )
+
+
+@settings
+class TaskConfig:
+    """A task: its data sets, its prompt and completion, and its metric."""
+
+    name: str
+    """Name in results."""
+    prompt: str
+    """Template of the prompt, with an example's fields in braces: "Question: {question}\\nAnswer:"."""
+    completion: str
+    """Template of the completion to learn."""
+    rows: RowSource
+    """Its data set."""
+    local: RowSource | None = None
+    """Its data set below a directory of data sets (``data.directory``); None if there can be none."""
+    version: PositiveInt = 1
+    """Raised when the same model could get another score."""
+    reader: Literal["fields", "squad", "mmlu"] = "fields"
+    """Conversion of a raw row to flat fields. "fields": none; "squad": answer and answers, which are "unanswerable"
+    where there is no answer; "mmlu": A, B, C, D and the letter."""
+    rename: dict[str, str] | None = None
+    """Names of fields in some of the sources -> the names used here."""
+    max_characters: PositiveInt | None = None
+    """Fields are cut to so many characters, such that the text after them stays in the prompt."""
+    references: str | None = None
+    """Field with the list of all correct answers; None accepts the completion alone."""
+    labels: list[str] | None = None
+    """Names of the classes, in the order of their numbers. An example then gets the fields ``label``, a number, and
+    ``label_name``, with spaces in place of underscores, and the task can be used for classification."""
+    label_field: str = "label"
+    """Field with the class, by number or by name."""
+    only_labels: list[str] | None = None
+    """Classes whose examples are used; None uses all."""
+    label_words: dict[str, str] | None = None
+    """``label_name`` of classes whose own name is not clear enough."""
+    metric: Metric = "exact_match"
+    """Score of an answer: see ``evaluation/scoring.py``."""
+    max_length: Length = 512
+    """Most tokens of prompt and completion together, unless the run sets it."""
+    max_new_tokens: PositiveInt | None = None
+    """Most tokens of an answer; None allows as many as the longest correct answer has."""
+    chat_template: StrictBool = True
+    """Apply the tokenizer's chat template to prompts, unless the run sets it."""
+    notes: str = ""
+    """Remarks for readers of its scores, such as corrections of earlier evaluations."""
+
+    def __post_init__(self) -> None:
+        """Check the templates and the labels."""
+        raise_errors(self._conflicts())
+
+    def _conflicts(self) -> Iterator[str]:
+        for template in (self.prompt, self.completion):
+            try:
+                parse_template(template)
+            except ConfigError as error:
+                yield str(error)
+        for name in ("label_words", "only_labels"):
+            if unknown := sorted(set(vars(self)[name] or ()) - set(self.labels or ())):
+                yield f"{name} has {', '.join(unknown)}, which labels does not"
+        labels = self.labels or []
+        if twice := sorted({name for name in labels if labels.count(name) > 1}):
+            yield f"labels has {', '.join(twice)} twice"

@@ -1,17 +1,16 @@
-"""Read settings from a YAML file and ``key=value`` arguments, and write the resolved ones."""
+"""Read settings from YAML files and ``key=value`` arguments, combine mappings of them, and write resolved settings."""
 
 import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from shadowtune.config.checking import from_mapping
-from shadowtune.config.merging import put
+from shadowtune.config.settings import from_mapping
 from shadowtune.errors import ConfigError
 
 Settings = TypeVar("Settings")
@@ -23,7 +22,7 @@ _BOOL, _TIMESTAMP = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which off, no and dates are text, as in YAML 1.2, and a key given twice is an error.
+    """YAML in which off, no and dates are text, as in YAML 1.2, and a repeated key is an error.
 
     The plain loader reads ``gradient_checkpointing: off`` as False, and silently keeps the last of two equal keys.
     """
@@ -52,14 +51,14 @@ def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]
     """Read settings from a YAML file and apply overrides.
 
     Args:
-        kind: the dataclass to build.
-        path: a YAML file holding a mapping, or the name of one that comes with the package, as for
-            ``settings_file``. Paths in it are relative to the current directory.
+        kind: the settings class.
+        path: a YAML file with a mapping, or the name of one that comes with the package (``settings_file``). Paths in
+            it are relative to the current directory.
         overrides: ``key=value`` arguments with dotted keys and YAML values; the last one wins. An empty value is
             YAML's null, which resets an optional setting.
 
     Raises:
-        ConfigError: one line naming the file and what is wrong with it; all wrong keys and values at once.
+        ConfigError: one line with the file and all errors in it.
     """
     try:
         text = settings_file(path).read_text(encoding="utf-8")
@@ -80,13 +79,13 @@ def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]
     for override in overrides:
         _apply(values, override)
     try:
-        return from_mapping(kind, values, where="")
+        return from_mapping(kind, values)
     except ConfigError as error:
         raise ConfigError(_one_line(f"{path}: {error}")) from None
 
 
 def settings_file(path: str | Path) -> Path:
-    """Return the file that is meant: the path itself if it exists, else the file of that name in the package.
+    """Return the path itself if it exists, else the file of that name in the package.
 
     So ``configs/tiny_cpu.yaml`` and ``tiny_cpu`` work in any directory, with an installed wheel too.
     """
@@ -104,10 +103,10 @@ def shipped_settings() -> list[str]:
 
 
 def dump_config(config: Any, path: str | Path) -> None:
-    """Write a settings dataclass as YAML, whole or not at all; ``load_config`` makes an equal one of it.
+    """Write settings as YAML, completely or not at all; ``load_config`` reads them back.
 
     Raises:
-        ConfigError: if the file cannot be written; an old one is left as it was.
+        ConfigError: if the file cannot be written; an existing one stays as it was.
     """
     target = Path(path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
@@ -123,6 +122,32 @@ def dump_config(config: Any, path: str | Path) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
 
+def merge_mappings(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings; the last layer wins. The result shares no mapping with the layers."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            below = merged.get(key)
+            if isinstance(value, Mapping):
+                merged[key] = merge_mappings(below if isinstance(below, Mapping) else {}, value)
+            else:
+                merged[key] = value
+    return merged
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested mappings, adding missing ones; raises ConfigError if a part of it is no mapping."""
+    names = key.split(".")
+    inner = values
+    for depth, name in enumerate(names[:-1], start=1):
+        if inner.get(name) is None:
+            inner[name] = {}
+        inner = inner[name]
+        if not isinstance(inner, dict):
+            raise ConfigError(f"cannot set {key}: {'.'.join(names[:depth])} is {inner!r} and has no parts")
+    inner[names[-1]] = value
+
+
 def _parse(text: str, where: str) -> Any:
     """Parse one YAML document; ``where`` names it in errors."""
     try:
@@ -130,8 +155,8 @@ def _parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark is not None else ""
-        fault = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(_one_line(f"{where}{line}: {fault}")) from None
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(_one_line(f"{where}{line}: {problem}")) from None
     except yaml.reader.ReaderError as error:
         number = text.count("\n", 0, error.position) + 1
         raise ConfigError(f"{where}, line {number}: character U+{error.character:04X} is not allowed") from None
@@ -142,7 +167,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    """Put the value of ``a.b.c=value`` into nested mappings, making those that are missing."""
+    """Apply an override such as ``optimizer.learning_rate=1e-3``."""
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):

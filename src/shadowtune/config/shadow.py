@@ -1,194 +1,188 @@
-"""The settings of a shadow network (ShadowPEFT, https://arxiv.org/abs/2604.19254).
+"""Settings of a shadow network (ShadowPEFT, https://arxiv.org/abs/2604.19254) and of speculative decoding with it.
 
 Symbols: base of L blocks and width d; shadow backbone of L_s blocks and width d_s; rank r; update width k.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
-from shadowtune.config.checking import check_choices, check_range, from_mapping
-from shadowtune.config.presets import recommended_shadow
+from annotated_types import Ge, Lt
+from pydantic import StrictBool, StrictInt
+
+from shadowtune.config.settings import (
+    NUMBER,
+    Fraction,
+    NonNegativeFloat,
+    PositiveInt,
+    current_names,
+    from_mapping,
+    raise_errors,
+    settings,
+)
 from shadowtune.errors import ConfigError
 
 SCHEMA_VERSION = 1
 """Version of the settings as stored in an adapter's ``config.json``."""
 
+RECOMMENDED_SHADOW: Mapping[str, Any] = MappingProxyType(
+    {
+        "variant": "stateless",
+        "rank": 32,
+        "alpha": 0.5,
+        "dropout": 0.0,
+        "inject_first": True,
+        "channel_scaling": True,
+        "init_layers": (0,),
+        "shadow_loss_weight": 1.0,
+    }
+)
+"""The settings of ``ShadowConfig.recommended()``."""
 
-@dataclass(frozen=True)
+
+@settings
 class ShadowConfig:
-    """Everything that shapes a shadow. The defaults are the paper's variant; ``recommended()`` is what we advise.
+    """Architecture, initialization and loss weights of a shadow.
+
+    The defaults are the paper's variant; ``recommended()`` returns the variant that we advise.
 
     Raises:
-        ConfigError: if a value is outside its range; the message lists every fault at once.
+        ConfigError: if a value is outside its range, or settings contradict each other; the message lists all errors.
     """
 
     variant: Literal["paper", "stateless"] = "paper"
-    """What a boundary computes. "paper": Eq. 2-7, from h and the shadow state s. "stateless": a correction of h that
-    reads h alone, each token normalized, with a scale by which an optimizer step moves h alike for every rank, width
-    and depth (``core/stateless.py``). The attached model then needs the shadow's backbone for ``head_mixing``, the
-    shadow's loss terms and drafts only, and does not run it otherwise. Of the settings of a boundary it knows ``rank``,
-    ``alpha``, ``dropout``, ``dropout_position``, ``depth_sharing``, ``inject_first`` and ``channel_scaling``."""
-    rank: int = 16
-    """r, width of the injection's bottleneck (Eq. 3). At least 1."""
-    update_width: int = 8
-    """k, hidden width of the update's transform and gate (Eq. 5-6). At least 1."""
-    alpha: float = 0.1
-    """Scale of the injection (Eq. 4). Not negative. In the variant "stateless" it is in units of the usual size of a
-    block's input, and 0.5 is a good value."""
-    dropout: float = 0.2
-    """Probability in [0, 1) of dropping an entry of the injection's bottleneck and of the transform."""
-    shadow_loss_weight: float = 0.05
-    """lambda of Eq. 8: the weight of the detached shadow's own loss in training. 0 leaves the shadow unsupervised."""
-    shadow_loss_weight_end: float | None = None
-    """Where lambda moves to, linearly over the training steps; None leaves it where it is."""
-    distillation_weight: float = 0.0
-    """mu: the weight of tau^2 KL(attached || detached) at labelled positions, by which the detached shadow learns from
-    the attached model, whose own gradient it leaves alone."""
-    distillation_temperature: float = 1.0
-    """tau, above 0. At 1 the divergence takes no product with the vocabulary of its own; others take as many again."""
-    distillation_top_k: int | None = None
-    """k: the divergence looks only at the teacher's k most likely tokens, whose probabilities are made to sum to 1
-    again. None looks at the whole vocabulary, and is all that classifiers can do."""
-    matching_weight: float = 0.0
-    """nu: the weight of |s0 - h|^2 / |h|^2 at labelled positions, which draws s0 to the attached model's last hidden
-    state h, in front of the head that both share."""
+    """Computation at a boundary. "paper": Eq. 2-7, from the hidden state h and the shadow state s. "stateless": a
+    correction of h computed from h alone, each token normalized, scaled such that an optimizer step changes h equally
+    for every rank, width and depth (``core/injection.py``). The attached model then needs the shadow's backbone only
+    for ``logit_interpolation``, the shadow's loss terms and drafts, and does not run it otherwise. Of the settings of a
+    boundary, "stateless" uses ``rank``, ``alpha``, ``dropout``, ``dropout_position``, ``depth_sharing``,
+    ``inject_first`` and ``channel_scaling``."""
+    rank: PositiveInt = 16
+    """r, width of the injection's bottleneck (Eq. 3)."""
+    update_width: PositiveInt = 8
+    """k, hidden width of the update's transform and gate (Eq. 5-6)."""
+    alpha: NonNegativeFloat = 0.1
+    """Scale of the injection (Eq. 4). In the variant "stateless" its unit is the usual magnitude of a block's input,
+    and 0.5 is a good value."""
+    dropout: Fraction = 0.2
+    """Dropout probability in the injection's bottleneck and in the transform."""
+    shadow_loss_weight: NonNegativeFloat = 0.05
+    """lambda of Eq. 8: weight of the detached shadow's own loss in training. 0 trains the shadow without it."""
+    shadow_loss_weight_end: NonNegativeFloat | None = None
+    """Final value of lambda, reached linearly over the training steps; None keeps lambda constant."""
+    distillation_weight: NonNegativeFloat = 0.0
+    """mu: weight of tau^2 KL(attached || detached) at labelled positions. The gradient reaches the detached shadow
+    only."""
+    distillation_temperature: Annotated[float, Ge(0.01), NUMBER] = 1.0
+    """tau. At 1 the divergence reuses the logits of the losses; other values compute both networks' logits again."""
+    distillation_top_k: PositiveInt | None = None
+    """k: restrict the divergence to the teacher's k most likely tokens, whose probabilities are renormalized. None uses
+    the whole vocabulary, and is the only choice for classifiers."""
+    matching_weight: NonNegativeFloat = 0.0
+    """nu: weight of |s0 - h|^2 / |h|^2 at labelled positions, which pulls s0 towards the attached model's last hidden
+    state h, the input of the head that both share."""
 
     backbone_loss: Literal["joint", "own"] = "joint"
-    """"joint": the whole joint loss trains the backbone and its projections (the paper). "own": only the shadow's own
-    terms do (lambda, mu, nu); the attached model's loss stops at s0, and its boundaries learn to use the s0 that they
-    get."""
+    """Losses that train the backbone and its projections. "joint": the whole joint loss (the paper). "own": only the
+    shadow's own terms (lambda, mu, nu); the gradient of the attached model's loss stops at s0."""
 
     backbone: str = "mirror"
-    """"mirror" builds a small copy of the base's architecture; anything else is the path or Hub id of a
-    pretrained causal language model with the base's vocabulary. Where its width differs, its projection starts by least
-    squares, so that the base's head behind it gives the model's own logits as nearly as can be."""
-    init_layers: tuple[int, ...] | None = None
-    """Blocks of the base, -1 being the last, that the blocks of a mirrored backbone start as copies of, with all their
-    experts if they have any. They set ``num_shadow_layers``. Smaller sizes below keep the copies' strongest channels,
-    heads and units. None starts the mirror at random (the paper)."""
+    """"mirror" builds a small copy of the base's architecture; anything else is the path or Hub id of a pretrained
+    causal language model with the base's vocabulary. If its width differs, its projection is initialized by least
+    squares, such that the base's head after it reproduces the pretrained model's own logits as closely as possible."""
+    init_layers: tuple[StrictInt, ...] | None = None
+    """Blocks of the base (-1 is the last) whose weights initialize the blocks of a mirrored backbone, with all their
+    experts if they have any. Their number sets ``num_shadow_layers``. Smaller sizes below keep the strongest channels,
+    heads and units of the copies. None initializes the mirror at random (the paper)."""
     init_from: str | None = None
-    """Directory of an earlier shadow whose backbone and projections this one starts with: saved by ``save_pretrained``,
-    or detached without a projection. Boundaries start anew. None starts at random, or from ``init_layers``."""
-    num_shadow_layers: int = 1
+    """Directory of an earlier shadow whose backbone and projections initialize this one: saved by ``save_pretrained``,
+    or detached without a projection. Boundaries are initialized anew. None initializes at random, or by
+    ``init_layers``."""
+    num_shadow_layers: PositiveInt = 1
     """L_s, blocks of a mirrored backbone. Ignored for a pretrained one."""
-    hidden_size: int | None = None
+    hidden_size: PositiveInt | None = None
     """d_s of a mirrored backbone; None means d, and then no projection is needed (Eq. 1)."""
-    intermediate_size: int | None = None
+    intermediate_size: PositiveInt | None = None
     """MLP width of a mirrored backbone; None means the base's."""
-    num_attention_heads: int | None = None
+    num_attention_heads: PositiveInt | None = None
     """Attention heads of a mirrored backbone; None means the base's."""
-    num_key_value_heads: int | None = None
+    num_key_value_heads: PositiveInt | None = None
     """Key and value heads of a mirrored backbone; None means the base's."""
-    head_dim: int | None = None
+    head_dim: PositiveInt | None = None
     """Width of one attention head of a mirrored backbone; None means the base's."""
 
-    draft_rank: int | None = None
-    """Width of a bottleneck by which a drafter sees, beside s0, what the attached model knew one token earlier
-    (speculative decoding). Trained along by a loss of its own, which changes neither network; None leaves it out."""
-    update: bool = True
-    """False switches Eq. 5-7 off: every block sees the initial state s0 (the paper's ablation)."""
+    draft_rank: PositiveInt | None = None
+    """Bottleneck width of a draft head, which drafts from s0 and from the attached model's hidden state one token
+    earlier (speculative decoding). Its own loss trains it and changes neither network; None builds none."""
+    update: StrictBool = True
+    """False disables Eq. 5-7: every block gets the initial state s0 (the paper's ablation)."""
     depth_sharing: Literal["backbone", "full"] = "backbone"
-    """"backbone": W, T and G of each boundary are its own (the paper). "full": one W, T and G serve all boundaries,
-    with a learned scale for each."""
-    update_norm: bool = True
-    """Whether a LayerNorm, one for all boundaries, stands before T and G (Fig. 2 of the paper)."""
-    update_bias: bool = False
-    """Whether T and G have biases (the Shadow tuner of Hugging Face PEFT has)."""
+    """"backbone": each boundary has its own W, T and G (the paper). "full": all boundaries share one W, T and G, with a
+    learned scale for each boundary."""
+    update_norm: StrictBool = True
+    """Apply a LayerNorm, shared by all boundaries, before T and G (Fig. 2 of the paper)."""
+    update_bias: StrictBool = False
+    """Give T and G biases (as the Shadow tuner of Hugging Face PEFT does)."""
     activation: Literal["silu", "gelu"] = "silu"
     """Activation inside T and G."""
-    transform_dropout: bool = True
-    """Whether the hidden layer of T is dropped out too."""
-    inject_first: bool = False
-    """Whether the first block receives an injection as well (the Shadow tuner of Hugging Face PEFT does)."""
+    transform_dropout: StrictBool = True
+    """Apply dropout to the hidden layer of T too."""
+    inject_first: StrictBool = False
+    """Inject before the first block as well (as the Shadow tuner of Hugging Face PEFT does)."""
     dropout_position: Literal["rank", "hidden"] = "rank"
     """Dropout after W_down, on r numbers (Eq. 3), or before it, on d numbers."""
-    channel_scaling: bool = False
-    """Whether each channel of h - s is divided, before W_down, by how large it usually is in the base. A few channels
-    of a trained base are ten to fifty times as large as the others in every token, and drown what the others could
-    teach W_down. Measured once, where the shadow starts, on random tokens; used as a part of W_down."""
-    head_mixing: float | None = None
-    """gamma: outside of training the head sees h_L + gamma s0 in place of h_L, so that the attached model's logits are
-    its own plus gamma times the shadow's, a product of experts (Hinton, 2002,
-    https://doi.org/10.1162/089976602760128018) at the price of one vector. In training each of the two learns for
-    itself: beside a shadow that knows the training rows by heart the boundaries would have nothing left to learn. None
-    leaves it out (the paper)."""
-    init_std: float = 0.02
-    """Standard deviation of W_down at the start; W_up starts at 0, so the attached model equals the base."""
+    channel_scaling: StrictBool = False
+    """Divide each channel of h - s, before W_down, by its usual magnitude in the base. A few channels of a trained base
+    are ten to fifty times as large as the others in every token and would dominate W_down. Measured once, at
+    initialization, on random tokens; folded into W_down afterwards."""
+    logit_interpolation: NonNegativeFloat | None = None
+    """gamma: outside of training the head gets h_L + gamma s0 in place of h_L, so the attached model's logits are its
+    own plus gamma times the shadow's, a product of experts (Hinton, 2002, https://doi.org/10.1162/089976602760128018),
+    at the cost of one vector addition. In training the two are learned separately: beside a shadow that has memorized
+    the training examples, the boundaries would get no gradient. None disables it (the paper)."""
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of W_down at initialization; W_up starts at 0, so the attached model equals the base."""
 
     def __post_init__(self) -> None:
-        """Check every range and report all faults together."""
-        check_range(
-            self,
-            rank=(1, None),
-            draft_rank=(1, None),
-            update_width=(1, None),
-            alpha=(0, None),
-            shadow_loss_weight=(0, None),
-            shadow_loss_weight_end=(0, None),
-            distillation_weight=(0, None),
-            distillation_temperature=(0.01, None),
-            distillation_top_k=(1, None),
-            matching_weight=(0, None),
-            num_shadow_layers=(1, None),
-            init_std=(0, None),
-            head_mixing=(0, None),
-            hidden_size=(1, None),
-            intermediate_size=(1, None),
-            num_attention_heads=(1, None),
-            num_key_value_heads=(1, None),
-            head_dim=(1, None),
-            dropout=(0, 1),
-        )
-        check_choices(
-            self,
-            variant=("paper", "stateless"),
-            depth_sharing=("backbone", "full"),
-            activation=("silu", "gelu"),
-            dropout_position=("rank", "hidden"),
-            backbone_loss=("joint", "own"),
-        )
+        """Check what contradicts each other; set the number of blocks of ``init_layers``."""
+        raise_errors(self._conflicts())
+        if self.init_layers is not None:
+            object.__setattr__(self, "num_shadow_layers", len(self.init_layers))
+
+    def _conflicts(self) -> Iterator[str]:
         own = (self.shadow_loss_weight, self.shadow_loss_weight_end, self.distillation_weight, self.matching_weight)
         if self.backbone_loss == "own" and not any(own):
-            raise ConfigError(
+            yield (
                 "backbone_loss own leaves the backbone nothing to learn from where shadow_loss_weight, "
                 "distillation_weight and matching_weight are 0; set one of them, or backbone_loss joint"
             )
-        if self.init_layers is not None:
-            self._check_init_layers(tuple(self.init_layers))
-
-    def _check_init_layers(self, layers: tuple[int, ...]) -> None:
-        """Refuse what contradicts ``init_layers``, and let their number be that of the shadow's blocks."""
-        faults = []
+        if self.init_layers is None:
+            return
+        layers = list(self.init_layers)
         if not layers:
-            faults.append(
-                "init_layers must name a block of the base at least, got none; leave it out to start at random"
-            )
+            yield "init_layers must name a block of the base at least, got none; leave it out to start at random"
         if self.backbone != "mirror":
-            faults.append(
-                f"init_layers {list(layers)} copies blocks of the base into a mirror, but backbone is "
-                f"{self.backbone!r}; leave one of the two out"
+            yield (
+                f"init_layers {layers} copies blocks of the base into a mirror, but backbone is {self.backbone!r}; "
+                "leave one of the two out"
             )
         if self.init_from is not None:
-            faults.append(
-                f"init_layers {list(layers)} and init_from {self.init_from!r} both say how the backbone starts; "
+            yield (
+                f"init_layers {layers} and init_from {self.init_from!r} both say how the backbone starts; "
                 "leave one of the two out"
             )
         if self.num_shadow_layers not in (1, len(layers)):
-            faults.append(
-                f"num_shadow_layers {self.num_shadow_layers} is not the number of init_layers {list(layers)}; "
-                "leave it out"
+            yield (
+                f"num_shadow_layers {self.num_shadow_layers} is not the number of init_layers {layers}; leave it out"
             )
-        if faults:
-            raise ConfigError("; ".join(faults))
-        object.__setattr__(self, "init_layers", layers)
-        object.__setattr__(self, "num_shadow_layers", len(layers))
 
     @classmethod
     def recommended(cls, **changes: Any) -> "ShadowConfig":
-        """Return what we advise in place of the paper's settings: one recipe for all tasks (docs/method.md).
+        """Return the settings that we advise in place of the paper's: one recipe for all tasks (docs/method.md).
 
         The shadow's own loss has weight 1, for a loop that trains both networks at once. ``preset: recommended`` of a
-        training file trains the shadow alone first and then leaves it out.
+        training file instead trains the shadow in a stage of its own first, and then leaves its loss out.
 
         Args:
             **changes: fields that replace the recipe's.
@@ -197,9 +191,72 @@ class ShadowConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ShadowConfig":
-        """Build from a mapping such as a part of ``config.json``; unknown keys and wrong types are errors."""
-        return from_mapping(cls, values, where="shadow")
+        """Build from a mapping such as a part of ``config.json``, also of an older release.
+
+        Raises:
+            ConfigError: on unknown keys, wrong types and values out of range.
+        """
+        return from_mapping(cls, current_names(values, warn=False), where="shadow")
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as plain values, ready for JSON."""
         return asdict(self)
+
+
+def recommended_shadow(values: Mapping[str, Any], whole_base: bool = True) -> dict[str, Any]:
+    """Return the recommended settings without those that contradict given ones.
+
+    Args:
+        values: the settings of ``ShadowConfig`` that are given.
+        whole_base: whether the base's weights can be copied, being neither quantized nor missing.
+    """
+    recipe = dict(RECOMMENDED_SHADOW)
+    elsewhere = values.get("backbone", "mirror") != "mirror" or values.get("init_from") is not None
+    if elsewhere or not whole_base or values.get("num_shadow_layers", 1) != 1:
+        del recipe["init_layers"]
+    return recipe
+
+
+DrafterName = Literal["shadow", "feedback", "ngram", "combined"]
+_DraftLength = Annotated[StrictInt, Ge(1), Lt(65)]
+
+
+@settings
+class SpeculationConfig:
+    """Settings of speculative decoding (``generate(speculate=...)``): the shadow drafts, one attached pass verifies.
+
+    None of them changes the output of greedy decoding, or the distribution of samples.
+    """
+
+    length: _DraftLength | None = None
+    """Tokens drafted before each verification; None adapts the number, 0 included, to the acceptance so far."""
+    drafter: DrafterName = "combined"
+    """Source of the drafts. "shadow": the detached shadow. "feedback": the draft head, if one was trained
+    (``draft_rank``). "ngram": the tokens that followed the same n-gram earlier in the text. "combined": ngram where its
+    estimated acceptance is higher than that of feedback, or of the shadow without a draft head."""
+    max_length: _DraftLength = 8
+    """Most tokens drafted if the number is adapted."""
+    draft_vocabulary: StrictBool = True
+    """Draft only tokens that are frequent in the training data, if the shadow was saved with a list of them."""
+
+    @property
+    def longest(self) -> int:
+        """Most tokens drafted at once."""
+        return self.max_length if self.length is None else self.length
+
+    @classmethod
+    def of(cls, speculate: "bool | int | str | SpeculationConfig") -> "SpeculationConfig | None":
+        """Convert an argument ``speculate``: True or "auto", a number of tokens, settings; None for False and 0.
+
+        Raises:
+            ConfigError: if it is none of these.
+        """
+        if isinstance(speculate, SpeculationConfig):
+            return speculate
+        if speculate is True or speculate == "auto":
+            return cls()
+        if speculate is False or speculate == 0:
+            return None
+        if isinstance(speculate, int):
+            return cls(length=speculate)
+        raise ConfigError(f'speculate must be True, False, "auto" or a number of tokens, got {speculate!r}')

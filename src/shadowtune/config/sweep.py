@@ -1,61 +1,70 @@
-"""The settings of a sweep: which settings are tried, on which tasks, and what the best trial is best in."""
+"""Settings of a search in a comparison: grids of training settings, default learning rates, selection of the best."""
 
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field
 from typing import Any, Literal
 
-from shadowtune.config.checking import check_range
-from shadowtune.errors import ConfigError
+from pydantic import StrictInt
+
+from shadowtune.config.settings import NonNegativeInt, PositiveInt, raise_errors, settings
 
 RATE = "optimizer.learning_rate"
 DEFAULT = "default"
-"""In place of a list of learning rates: five, by the kind of method (``shadowtune.config.baselines``)."""
+"""In place of a list of learning rates: ``default_rates`` of the method."""
+
+_USUAL_RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+_RATES = {"full": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "lora-plus": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]}
 
 
-@dataclass(frozen=True)
+def default_rates(name: str) -> list[float]:
+    """Return five learning rates on a logarithmic grid for a method, by its name in ``BASELINES`` or its kind."""
+    return list(_RATES.get(name, _USUAL_RATES))
+
+
+@settings
 class SweepConfig:
-    """A search for settings on validation rows, with the same number of trials for each method; test rows stay away."""
+    """A search for settings on validation examples, with as many trials for each method; test examples are not used."""
 
     grid: dict[str, Any] = field(default_factory=dict)
     """Dotted keys of training settings, each with a list of values; every combination is a trial.
-    ``optimizer.learning_rate: default`` takes five rates by the kind of method."""
+    ``optimizer.learning_rate: default`` means five rates by the kind of method."""
     methods: dict[str, Any] = field(default_factory=dict)
     """Grids of single methods, in place of ``grid``."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Training settings of the trials alone, such as ``max_steps``."""
     select: Literal["accuracy", "loss"] = "accuracy"
-    """What the best trial is best in: the accuracy on validation rows (the loss where two are equal), or the loss."""
+    """What selects the best trial: the accuracy on validation examples (the loss if two are equal), or the loss."""
     tasks: list[str] | None = None
-    """Tasks whose validation rows decide, each counting the same; what is best there is used on every task. None
-    searches on each task for that task alone."""
-    extend: int = 0
-    """How often, at most, the grid of a method gets a further value beyond its edge, while the best trial is there.
-    The same limit for every method; needs grids of one setting with at least three ascending numbers."""
-    finalists: int = 1
-    """From 2 on, so many of the best settings are tried with all of ``seeds``, and the best mean wins."""
-    seeds: list[int] | None = None
-    """Seeds of the trials: the first for the grid, all for the finalists. None takes those of the comparison."""
+    """Tasks whose validation examples decide, with equal weights; their best trial is used on every task. None searches
+    on each task for that task alone."""
+    extend: NonNegativeInt = 0
+    """How many values at most are added to the grid of a method beyond its edge, while the best trial is there. The
+    same limit for every method; needs grids of one setting with at least three ascending numbers."""
+    finalists: PositiveInt = 1
+    """From 2 on, so many of the best trials are repeated with all of ``seeds``, and the best mean wins."""
+    seeds: list[StrictInt] | None = None
+    """Seeds of the trials: the first for the grid, all for the finalists. None means those of the comparison."""
 
     def __post_init__(self) -> None:
-        """Check that grids are mappings of lists, and the ranges."""
-        check_range(self, extend=(0, None), finalists=(1, None))
-        faults = [f"{name} must not be empty" for name in ("tasks", "seeds") if vars(self)[name] == []]
-        for place, grid in self.grids().items():
+        """Check that grids are mappings of lists."""
+        raise_errors(self._conflicts())
+
+    def _conflicts(self) -> Iterator[str]:
+        yield from (f"{name} must not be empty" for name in ("tasks", "seeds") if vars(self)[name] == [])
+        for key, grid in self.grids().items():
             if not isinstance(grid, Mapping):
-                faults.append(f"{place} must be a mapping of dotted keys to lists, got {grid!r}")
+                yield f"{key} must be a mapping of dotted keys to lists, got {grid!r}"
                 continue
-            wrong = [key for key, values in grid.items() if not _is_list(key, values)]
-            faults += [f"{place}.{key} must be a list of values, got {grid[key]!r}" for key in wrong]
+            wrong = [setting for setting, values in grid.items() if not _is_list(setting, values)]
+            yield from (f"{key}.{setting} must be a list of values, got {grid[setting]!r}" for setting in wrong)
             if self.extend and not wrong and not _is_ascending(grid):
-                faults.append(f"extend={self.extend} needs one setting with three ascending numbers in {place}")
-        if faults:
-            raise ConfigError("; ".join(faults))
+                yield f"extend={self.extend} needs one setting with three ascending numbers in {key}"
 
     def grids(self) -> dict[str, Any]:
-        """Return every grid by its place in these settings."""
+        """Return every grid by its key in these settings."""
         return {"grid": self.grid, **{f"methods.{name}": grid for name, grid in self.methods.items()}}
 
     def grid_of(self, method: str, rates: Sequence[float] = ()) -> dict[str, list[Any]]:
@@ -73,9 +82,9 @@ class SweepConfig:
 
 
 def beyond(values: Sequence[Any], steps: int) -> float:
-    """Return the value that continues an ascending logarithmic grid by so many steps, downwards where negative.
+    """Extrapolate an ascending logarithmic grid by a number of steps, downwards if negative, rounded to two digits.
 
-    The step is the grid's mean one; the value is rounded to two digits.
+    A step is the grid's geometric mean step.
     """
     numbers = [float(value) for value in values]
     ratio = (numbers[-1] / numbers[0]) ** (1 / (len(numbers) - 1))
@@ -95,7 +104,7 @@ def _is_list(key: str, values: Any) -> bool:
 
 
 def _is_ascending(grid: Mapping[str, Any]) -> bool:
-    """Whether a grid can be continued: nothing to search, or one setting with at least three ascending numbers."""
+    """Whether a grid can be extended: it is empty, or one setting with at least three ascending numbers."""
     if len(grid) != 1:
         return not grid
     (values,) = grid.values()

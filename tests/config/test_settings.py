@@ -1,31 +1,43 @@
+import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
+from annotated_types import Ge, Lt
+from pydantic import StrictBool, StrictInt
 
-from shadowtune.config.checking import check_choices, check_range, from_mapping, nearest
+from shadowtune.config.settings import (
+    RENAMED,
+    Float,
+    Fraction,
+    check_choices,
+    check_range,
+    from_mapping,
+    nearest,
+    settings,
+)
+from shadowtune.config.shadow import ShadowConfig
+from shadowtune.config.sweep import SweepConfig
+from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@settings
 class Inner:
-    width: int = 4
-    rate: float | None = None
-
-    def __post_init__(self):
-        check_range(self, width=(1, 10), rate=(0, 1))
+    width: Annotated[StrictInt, Ge(1), Lt(10)] = 4
+    rate: Fraction | None = None
 
 
-@dataclass(frozen=True)
+@settings
 class Outer:
     name: str
     inner: Inner = field(default_factory=Inner)
     mode: Literal["fast", "slow"] = "fast"
-    size: int | None = None
-    scale: float = 1.0
-    flag: bool = False
+    size: StrictInt | None = None
+    scale: Float = 1.0
+    flag: StrictBool = False
     targets: str | list[str] = "all"
-    numbers: list[int] = field(default_factory=list)
+    numbers: list[StrictInt] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     anything: Any = None
 
@@ -56,7 +68,7 @@ def test_range_without_high_end_takes_large_values():
     check_range(Plain(10**12), value=(1, None))
 
 
-def test_range_reports_all_faults_together():
+def test_range_reports_all_errors_together():
     with pytest.raises(ConfigError, match=r"^value must be at least 1, got 0; other must be at least 0 and below 1"):
         check_range(Plain(0, 2.0), value=(1, None), other=(0, 1))
 
@@ -83,7 +95,7 @@ def test_a_dataclass_in_the_mapping_is_taken_as_it_is():
     assert build(inner=inner).inner is inner
 
 
-def test_all_faults_of_all_levels_in_one_message():
+def test_all_errors_of_all_levels_in_one_message():
     with pytest.raises(ConfigError) as caught:
         from_mapping(Outer, {"inner": {"widht": 3}, "mod": 1, "flag": 1}, where="")
     assert str(caught.value) == (
@@ -92,12 +104,12 @@ def test_all_faults_of_all_levels_in_one_message():
     )
 
 
-def test_range_faults_of_a_part_name_the_part():
-    with pytest.raises(ConfigError, match="inner: width must be at least 1 and below 10, got 0"):
+def test_range_errors_of_a_part_name_the_part():
+    with pytest.raises(ConfigError, match=r"^inner\.width must be at least 1 and below 10, got 0$"):
         build(inner={"width": 0})
 
 
-def test_where_stands_before_every_place():
+def test_where_precedes_every_key():
     with pytest.raises(ConfigError, match=r"unknown key shadow\.x; missing key shadow\.name"):
         from_mapping(Outer, {"x": 1}, where="shadow")
 
@@ -157,6 +169,60 @@ def test_fields_of_any_type_take_anything():
     assert build(anything=thing).anything is thing
 
 
-def test_items_of_lists_are_named_by_their_place():
+def test_items_of_lists_are_named_by_their_index():
     with pytest.raises(ConfigError, match=r"numbers\[1\] must be int, got 'b'"):
         build(numbers=[1, "b"])
+
+
+def test_keywords_in_python_are_checked_like_a_mapping():
+    with pytest.raises(ConfigError, match=r"^unknown key widht \(did you mean width\?\); rate must be float, got 'x'$"):
+        Inner(widht=3, rate="x")
+    with pytest.raises(ConfigError, match=r"^width must be .* below 10, got 10; rate must be .* below 1, got 1$"):
+        Inner(width=10, rate=1)
+    with pytest.raises(ConfigError, match=r"^inner\.width must be int, got '3'; missing key name$"):
+        Outer(inner={"width": "3"})
+
+
+def test_values_out_of_range_and_unknown_keys_are_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        build(inner={"width": 0, "rat": 1}, mode="slwo", numbers=[1, 2.5])
+    assert str(caught.value) == (
+        "unknown key inner.rat (did you mean rate?); inner.width must be at least 1 and below 10, got 0; "
+        "mode must be one of fast, slow, got 'slwo' (did you mean slow?); numbers[1] must be int, got 2.5"
+    )
+
+
+def test_alternatives_of_a_setting_are_named_together():
+    with pytest.raises(ConfigError, match=r"^targets must be str or a list, got \['a', 3\]$"):
+        build(targets=["a", 3])
+
+
+def test_plain_dataclasses_can_be_read_too():
+    @dataclass(frozen=True)
+    class Point:
+        inner: Inner
+        numbers: tuple[int, ...] = ()
+
+    assert from_mapping(Point, {"inner": {"width": 2}, "numbers": [1]}) == Point(Inner(width=2), (1,))
+    with pytest.raises(ConfigError, match=r"^unknown key point\.inner\.with .*; point\.numbers\[0\] must be int"):
+        from_mapping(Point, {"inner": {"with": 2}, "numbers": ["x"]}, "point")
+
+
+def test_names_of_the_last_release_are_read_with_a_warning():
+    with pytest.warns(FutureWarning, match="the setting head_mixing is now called logit_interpolation"):
+        assert ShadowConfig(head_mixing=0.3) == ShadowConfig(logit_interpolation=0.3)
+    values = {"data": {"train": "x", "validation": "y"}, "fit_head_mixing": True, "shadow": {"head_mixing": 0.3}}
+    with pytest.warns(FutureWarning) as caught:
+        read = from_mapping(TrainConfig, values)
+    assert (read.fit_logit_interpolation, read.shadow.logit_interpolation) == (True, 0.3)
+    assert len(caught) == len(RENAMED)
+    grid = {"shadow.head_mixing": [0.1, 0.2]}
+    with pytest.warns(FutureWarning):
+        swept = from_mapping(SweepConfig, {"grid": grid})
+    assert swept.trials("shadow") == [{"shadow.logit_interpolation": 0.1}, {"shadow.logit_interpolation": 0.2}]
+
+
+def test_a_saved_adapter_of_the_last_release_is_read_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ShadowConfig.from_dict({"head_mixing": 0.3, "rank": 4}).logit_interpolation == 0.3
