@@ -15,7 +15,7 @@ from benchmarks.runner import run_benchmark
 from benchmarks.serving import SERVING
 from benchmarks.speculation import PASSES, SPECULATE
 from benchmarks.training import MEMORY, SCALING, TRAIN
-from shadowtune.cli.output import ProgressBar, check_json_target, print_table, say, write_json
+from shadowtune.cli.command import ProgressBar, check_json_target, print_status, print_table, write_json
 from shadowtune.errors import ShadowtuneError
 from shadowtune.provenance import provenance
 
@@ -71,10 +71,10 @@ def run(bench: Benchmark, arguments: argparse.Namespace) -> None:
             rows += case_rows
     files.add_table(rows, origin)
     print_table(title(bench, rows), readable(bench, rows))
-    say(f"rows appended to {files.csv}, a table to {files.markdown}")
+    print_status(f"rows appended to {files.csv}, a table to {files.markdown}")
     if bench.draw is not None:
         bench.draw(rows, files.picture)
-        say(f"a figure of this run in {files.picture}")
+        print_status(f"a figure of this run in {files.picture}")
     write_json(arguments.json, "bench", rows)
 
 

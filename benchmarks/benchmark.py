@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from shadowtune.config.checking import check_choices, check_range, nearest
+from shadowtune.config.settings import check_choices, check_range, nearest
 from shadowtune.errors import ConfigError
 
 

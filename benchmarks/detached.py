@@ -24,7 +24,7 @@ from benchmarks.benchmark import Benchmark, BenchmarkPlan, Case, Settings, check
 from benchmarks.measurement import DTYPES, TimedCandidate, perturb
 from benchmarks.methods import METHODS
 from benchmarks.methods import OURS as SHADOW
-from shadowtune.config.checking import check_choices
+from shadowtune.config.settings import check_choices
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.export.exporting import FORMATS, check_export, read_plain

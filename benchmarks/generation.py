@@ -21,7 +21,7 @@ from benchmarks.bases import MODEL_HELP, base_config, base_tokenizer, check_leng
 from benchmarks.benchmark import Benchmark, BenchmarkPlan, Case, Settings, check_known, integers, option, words
 from benchmarks.measurement import DTYPES, ModelCandidate, perturb
 from benchmarks.methods import METHODS, OURS, check_baselines, equal_budgets
-from shadowtune.config.checking import check_choices
+from shadowtune.config.settings import check_choices
 from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.data.generation import generate_answers
 from shadowtune.errors import ConfigError, ShadowtuneError

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from shadowtune.cli.output import print_table, say
+from shadowtune.cli.command import print_status, print_table
 from shadowtune.comparison.job import RowDigests, differences
-from shadowtune.config.checking import check_range, from_mapping
 from shadowtune.config.loading import load_config
+from shadowtune.config.settings import check_range, from_mapping
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError, DataError, ShadowtuneError
 from shadowtune.evaluation.run import FinishedRun
@@ -230,7 +230,7 @@ def _add(arguments: argparse.Namespace) -> None:
     overrides = [*arguments.overrides, *([] if arguments.data is None else [f"data.directory={arguments.data}"])]
     config = load_config(TrainConfig, arguments.config, overrides)
     with tempfile.TemporaryDirectory() as directory:
-        append(arguments.file, measure(arguments.name, replace(config, output=f"{directory}/run"), say))
+        append(arguments.file, measure(arguments.name, replace(config, output=f"{directory}/run"), print_status))
 
 
 if __name__ == "__main__":

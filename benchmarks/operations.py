@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.benchmark import Benchmark, BenchmarkPlan, Case, Settings, check_known, integers, option, words
 from benchmarks.measurement import DTYPES, TimedCandidate
-from shadowtune.config.checking import check_choices
+from shadowtune.config.settings import check_choices
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import Boundaries, Kernel
 from shadowtune.core.kernels.linear_cross_entropy import Head

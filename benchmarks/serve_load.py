@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx2
 
-from shadowtune.cli.output import print_table
+from shadowtune.cli.command import print_table
 
 WORDS = (
     "wake me at six",

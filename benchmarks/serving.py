@@ -17,7 +17,7 @@ from benchmarks.bases import MODEL_HELP, base_config, base_tokenizer, check_leng
 from benchmarks.benchmark import Benchmark, BenchmarkPlan, Case, Settings, check_known, integers, option, words
 from benchmarks.measurement import DTYPES, TimedCandidate, perturb
 from benchmarks.methods import METHODS, OURS
-from shadowtune.config.checking import check_choices
+from shadowtune.config.settings import check_choices
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.serving.engine.engine import Engine

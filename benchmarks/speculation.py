@@ -26,9 +26,9 @@ from benchmarks.benchmark import Benchmark, BenchmarkPlan, Case, Settings, check
 from benchmarks.measurement import DTYPES, TimedCandidate, perturb
 from benchmarks.methods import METHODS, OURS
 from shadowtune.attach.cache import split_cache
-from shadowtune.config.checking import check_choices
 from shadowtune.config.data import DataConfig
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.settings import check_choices
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.core.prepacked_linear import PRODUCTS_BEFORE_PACKING, TRANSPOSED_ROWS, prepacked_linear
 from shadowtune.data.collate import left_pad
 from shadowtune.data.dataset import Dataset

@@ -16,7 +16,7 @@ import shadow_peft
 from transformers import set_seed
 
 from shadowtune import ShadowForCausalLM
-from shadowtune.cli.output import print_table
+from shadowtune.cli.command import print_table
 from shadowtune.config.loading import load_config
 from shadowtune.config.training import TrainConfig
 from shadowtune.evaluation.run import FinishedRun

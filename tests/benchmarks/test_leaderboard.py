@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import leaderboard
 from benchmarks.leaderboard import Entry, Score, append, measure, read, table
-from shadowtune.config.checking import from_mapping
+from shadowtune.config.settings import from_mapping
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError, DataError
 from tests.support.commands import save_base

@@ -15,7 +15,7 @@ from shadowtune.config.data import DataConfig
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ConfigError, DataError
-from shadowtune.serving.requests import Decision, Piece, RequestError, Usage
+from shadowtune.serving.requests import OutputChunk, RequestError, RoutingDecision, Usage
 from tests.support.commands import ROWS, write_rows
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -25,16 +25,16 @@ class Parrot:
 
     def __init__(self, fails_at=99):
         self.asked, self.fails_at, self.closed = [], fails_at, False
-        self.decision = Decision("cloud", "fake")
+        self.decision = RoutingDecision("cloud", "fake")
 
-    async def answer(self, request):
+    async def generate(self, request):
         self.asked.append(request)
         if len(self.asked) == self.fails_at:
             raise RequestError("no more", 503)
         return self
 
     async def __aiter__(self):
-        yield Piece("ten", finish_reason="stop", usage=Usage(4, 2))
+        yield OutputChunk("ten", finish_reason="stop", usage=Usage(4, 2))
 
     async def aclose(self):
         self.closed = True
@@ -46,8 +46,8 @@ def labelled(tmp_path):
     return read_evaluation_set(data_of_format(PromptFormat(), file), tiny_tokenizer(), file, "test", None)
 
 
-def far(answerer, words=True):
-    return AnswerSource("cloud", "http://fake", lambda: answerer, far=words)
+def far(backend, words=True):
+    return AnswerSource("cloud", "http://fake", lambda: backend, far=words)
 
 
 def test_answers_are_scored_kept_and_not_asked_for_again(labelled, tmp_path):

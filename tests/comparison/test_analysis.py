@@ -1,8 +1,8 @@
 import pytest
 
 from shadowtune.comparison.analysis import Analysis
-from shadowtune.config.checking import from_mapping
 from shadowtune.config.comparison import CompareConfig
+from shadowtune.config.settings import from_mapping
 from tests.support.comparisons import result_row
 
 GOOD, FAIR = [1.0] * 300 + [0.0] * 100, [1.0] * 240 + [0.0] * 160

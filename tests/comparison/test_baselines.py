@@ -7,8 +7,8 @@ import pytest
 from shadowtune.comparison import execution
 from shadowtune.comparison.plan import Plan
 from shadowtune.comparison.run import compare
-from shadowtune.config.baselines import BASELINES, default_rates
-from shadowtune.config.comparison import CompareConfig
+from shadowtune.config.comparison import BASELINES, CompareConfig
+from shadowtune.config.sweep import default_rates
 from shadowtune.errors import ConfigError
 from shadowtune.evaluation.run import FinishedRun
 from shadowtune.model.methods import OWN_LOSS_TYPES, load_base, make_trainable, objective_of

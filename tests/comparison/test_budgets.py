@@ -66,7 +66,7 @@ def test_what_is_equal_already_is_not_trained_again(tmp_path):
 
 def test_all_stages_are_scaled_and_what_a_fit_takes_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(Worker, "fit_seconds", {"shadow": 20.0})
-    shadow = {"shadow": SHADOW, "shadow_epochs": 4.0, "fit_head_mixing": True}
+    shadow = {"shadow": SHADOW, "shadow_epochs": 4.0, "fit_logit_interpolation": True}
     _, results = run(tmp_path, methods={"lora": None, "shadow": shadow}, budget={"time": "lora"})
     row = find(results, "time", "shadow")
     assert (row["config"]["epochs"], row["config"]["shadow_epochs"]) == (0.4, 1.6)  # (100 - 20) / 200

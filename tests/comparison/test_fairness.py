@@ -214,7 +214,7 @@ class TestRowsOfOthers:
 class TestValidationRows:
     """Validation rows are part of every method's data or of none's."""
 
-    SHADOW = {"shadow": {"shadow": SHADOW, "fit_head_mixing": True}}
+    SHADOW = {"shadow": {"shadow": SHADOW, "fit_logit_interpolation": True}}
 
     def test_a_method_that_alone_reads_them_is_shown_and_counted(self, tmp_path, invented):
         config = compare_config(tmp_path, methods={"lora": None, **self.SHADOW})

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from shadowtune.comparison.job import EvaluationRequest, Job, differences, digest, read_json
-from shadowtune.config.checking import from_mapping
+from shadowtune.config.settings import from_mapping
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import DataConfig, TrainConfig
 from shadowtune.errors import CheckpointError

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from shadowtune.comparison.worker_process import WorkerProcess
-from shadowtune.config.checking import check_range
+from shadowtune.config.settings import check_range
 from shadowtune.errors import ShadowtuneError
 
 

@@ -103,12 +103,12 @@ def test_a_state_goes_through_batched_boundaries_as_through_one_adapters():
 
 @torch.no_grad()
 def test_each_token_gets_the_gamma_of_its_own_adapter():
-    members = [boundaries(0), boundaries(1, head_mixing=0.3), boundaries(2, head_mixing=0.6)]
+    members = [boundaries(0), boundaries(1, logit_interpolation=0.3), boundaries(2, logit_interpolation=0.6)]
     h, s = sequences(4)
     batched = AdapterStack(members).for_sequences([2, None, 0, 1], TOKENS).final_states(h, s)
     assert torch.equal(batched[1:3], h[1:3])
     for row, member in ((0, members[2]), (3, members[1])):
-        torch.testing.assert_close(batched[row], h[row] + member.config.head_mixing * s[row])
+        torch.testing.assert_close(batched[row], h[row] + member.config.logit_interpolation * s[row])
         assert (batched[row] - h[row]).abs().max() > 0.1
 
 

@@ -44,7 +44,7 @@ def test_each_sequence_is_corrected_by_its_own_adapter(dtype, tolerance):
 
 @torch.no_grad()
 def test_each_sequence_gets_its_own_gamma():
-    members = [boundaries(0, head_mixing=0.5), boundaries(1)]
+    members = [boundaries(0, logit_interpolation=0.5), boundaries(1)]
     h, s = torch.randn(2, 3, TOKENS, WIDTH, dtype=torch.float64)
     seen = AdapterStack(members).for_sequences([1, 0, None], TOKENS).final_states(h, s)
     torch.testing.assert_close(seen[1], h[1] + 0.5 * s[1])

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from shadowtune.config.task import PARTS, RowSource, TaskConfig
+from shadowtune.config.data import PARTS, RowSource, TaskConfig
 from shadowtune.data.task import SHIPPED_TASKS, EvaluationTask, load_task
 from shadowtune.errors import ConfigError, DataError
 from shadowtune.evaluation.scoring import score_answers

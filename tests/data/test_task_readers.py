@@ -1,6 +1,6 @@
 import pytest
 
-from shadowtune.config.task import RowSource, TaskConfig
+from shadowtune.config.data import RowSource, TaskConfig
 from shadowtune.data.task import read_fields
 from shadowtune.errors import DataError
 

@@ -4,8 +4,8 @@ import pytest
 from starlette.testclient import TestClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from shadowtune.cli.loading import load_adapters
 from shadowtune.cli.main import main
-from shadowtune.cli.served import open_served
 from shadowtune.config.serving import ServerConfig
 from shadowtune.evaluation.run import FinishedRun
 from shadowtune.serving.engine.engine import Engine
@@ -27,7 +27,7 @@ def test_such_a_run_is_scored_served_and_deployed_by_its_content(template, tmp_p
     for mode in ("attached", "detached"):
         found = finished.evaluate(mode, source=str(tmp_path / "rows.jsonl"))
         assert (found.accuracy, found.predictions) == (1.0, list(PAIRS.values()))
-    served = open_served({"tiny": run}, lambda line: None)
+    served = load_adapters({"tiny": run}, lambda line: None)
     app = create_app(Engine(served.base, served.tokenizer, served.adapters, Limits()), ServerConfig(), "cloud")
     with TestClient(app) as client:
         for one, other in PAIRS.items():

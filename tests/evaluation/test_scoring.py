@@ -3,7 +3,7 @@ from decimal import Decimal
 
 import pytest
 
-from shadowtune.config import task
+from shadowtune.config import data
 from shadowtune.evaluation.scoring import (
     METRICS,
     accuracy_interval,
@@ -156,7 +156,7 @@ def test_f1_turns_the_scores_of_squad_round():
 
 
 def test_the_metrics_are_those_that_a_task_can_name():
-    assert tuple(METRICS) == typing.get_args(task.Metric)
+    assert tuple(METRICS) == typing.get_args(data.Metric)
 
 
 def test_interval_agrees_with_published_values():

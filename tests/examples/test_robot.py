@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shadowtune.config.loading import load_config
-from shadowtune.config.policy import PolicyConfig
+from shadowtune.config.serving import PolicyConfig
 from shadowtune.config.training import TrainConfig
 from tests.support.commands import save_base
 

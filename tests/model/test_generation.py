@@ -40,7 +40,7 @@ def models():
     kinds = ("llama", "mistral", "gemma2", "opt", "gpt_oss", "qwen3_next")
     made = {kind: endless(perturbed_model(kind, **settings.get(kind, {}))) for kind in kinds}
     for name, mixing in (("stateless", None), ("stateless_mixed", 0.5)):
-        made[name] = endless(perturbed_model("llama", **narrow, **STATELESS, head_mixing=mixing))
+        made[name] = endless(perturbed_model("llama", **narrow, **STATELESS, logit_interpolation=mixing))
     made["stateless_gemma2"] = endless(perturbed_model("gemma2", **STATELESS))
     return made
 

@@ -16,7 +16,7 @@ def mixing_and_not(**settings):
     """The same shadow on the same base, with a gamma and without."""
     torch.manual_seed(0)
     plain = perturb(ShadowForCausalLM.from_base(tiny_base(), ShadowConfig(**SETTINGS, **settings)))
-    mixing = ShadowForCausalLM.from_base(plain.base, ShadowConfig(**SETTINGS, **settings, head_mixing=GAMMA))
+    mixing = ShadowForCausalLM.from_base(plain.base, ShadowConfig(**SETTINGS, **settings, logit_interpolation=GAMMA))
     mixing.shadow.load_state_dict(plain.shadow.state_dict(), strict=False)
     return mixing.eval(), plain.eval()
 
@@ -68,7 +68,7 @@ def test_the_loss_outside_of_training_is_that_of_the_mixed_logits():
 @torch.no_grad()
 def test_a_bfloat16_base_is_handed_its_own_precision():
     base = tiny_base().to(torch.bfloat16)
-    model = perturb(ShadowForCausalLM.from_base(base, ShadowConfig(**SETTINGS, head_mixing=GAMMA))).eval()
+    model = perturb(ShadowForCausalLM.from_base(base, ShadowConfig(**SETTINGS, logit_interpolation=GAMMA))).eval()
     output, _ = model.encode(tokens(2, 11))
     assert output.last_hidden_state.dtype == torch.bfloat16
 
@@ -94,5 +94,5 @@ def test_no_peer_can_hold_it(tmp_path, format):
     mixing, _ = mixing_and_not()
     mixing.save_pretrained(tmp_path / "ours")
     mixing.base.save_pretrained(tmp_path / "base")
-    with pytest.raises(ConfigError, match=r"head_mixing=0\.6 \(it has None\)"):
+    with pytest.raises(ConfigError, match=r"logit_interpolation=0\.6 \(it has None\)"):
         convert(str(tmp_path / "ours"), tmp_path / "theirs", format, base=str(tmp_path / "base"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.data.generation import generate_answers
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.evaluation.generation import GenerationOptions as Asked

@@ -8,8 +8,8 @@ import torch
 
 from shadowtune.comparison.job import Job
 from shadowtune.comparison.sizes import ParameterCounter
-from shadowtune.config.checking import from_mapping
 from shadowtune.config.comparison import CompareConfig
+from shadowtune.config.settings import from_mapping
 from shadowtune.errors import ShadowtuneError
 from tests.support.commands import save_base, write_rows
 

@@ -31,7 +31,7 @@ def detached_loss(model, examples):
 
 
 def test_the_shadow_learns_the_attached_models_answers_and_nothing_else_changes(tmp_path):
-    settings = {"max_steps": 4, "epochs": 1.0, "shadow": ShadowConfig(**SHADOW), "fit_head_mixing": False}
+    settings = {"max_steps": 4, "epochs": 1.0, "shadow": ShadowConfig(**SHADOW), "fit_logit_interpolation": False}
     plain = run_config(tmp_path, **settings, output=str(tmp_path / "plain"))
     distilled = run_config(
         tmp_path, **settings, output=str(tmp_path / "distilled"), distillation_epochs=4.0, shadow_learning_rate=1e-2
@@ -55,7 +55,9 @@ def test_the_shadow_learns_the_attached_models_answers_and_nothing_else_changes(
 
 
 def test_it_comes_after_the_joint_stage_and_before_the_weight_of_its_logits_is_fitted(tmp_path):
-    config = run_config(tmp_path, shadow=ShadowConfig(**SHADOW), distillation_epochs=2.0, fit_head_mixing="auto")
+    config = run_config(
+        tmp_path, shadow=ShadowConfig(**SHADOW), distillation_epochs=2.0, fit_logit_interpolation="auto"
+    )
     names = [stage.name for stage in stages(config)]
     assert names[:2] == ["joint", "distillation"]
     assert distillation_settings(config).epochs == 2.0

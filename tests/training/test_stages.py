@@ -113,7 +113,7 @@ def test_the_settings_say_which_stages_a_run_has(tmp_path):
     data = type(config.data)(train=config.data.train, validation=config.data.train)
     assert names() == names(method="lora") == names(shadow_epochs=2.0) == ["joint"]
     assert names(stage="pretrain") == ["shadow_only"]
-    assert names(shadow=shadow, drafting_epochs=1.0, data=data, fit_head_mixing=True) == [
+    assert names(shadow=shadow, drafting_epochs=1.0, data=data, fit_logit_interpolation=True) == [
         "joint",
         "logit_interpolation",
         "draft_head",

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from shadowtune.data.dataset import Dataset
     from shadowtune.data.prompt_format import PromptFormat
     from shadowtune.data.sources import Row
-    from shadowtune.serving.requests import Answerer, Request
-    from shadowtune.serving.simulation.records import Answered, Recording
+    from shadowtune.serving.requests import Backend, GenerationRequest
+    from shadowtune.serving.simulation.records import AnswerFile, RecordedAnswer
 
 NAME = "model"
 """Model name in the requests to our own models."""
@@ -77,7 +77,7 @@ class AnswerSource:
     """Name of its file, and in messages."""
     source: str
     """A run, a detached model's files, or a URL."""
-    open: Callable[[], "Answerer"]
+    open: Callable[[], "Backend"]
     remote: bool = False
     """Whether it is asked in chat messages, where that is possible, rather than with token ids."""
 
@@ -134,9 +134,9 @@ def edge_source(path: str) -> AnswerSource:
 
 def remote_source(name: str, cloud: CloudConfig) -> AnswerSource:
     """Return a server with OpenAI's API."""
-    from shadowtune.serving.edge.cloud import Cloud
+    from shadowtune.serving.edge.remote import RemoteEndpoint
 
-    return AnswerSource(name, cloud.url, partial(Cloud, cloud), remote=True)
+    return AnswerSource(name, cloud.url, partial(RemoteEndpoint, cloud), remote=True)
 
 
 def run_source(name: str, path: str) -> AnswerSource:
@@ -166,30 +166,30 @@ def evaluation_set_of(
         return read_evaluation_set(data, read_tokenizer(str(run / "model")), source, split, limit)
     if source is None:
         raise ConfigError("neither side is a run with rows of its own; name a file of requests")
-    from shadowtune.export.opening import open_model
+    from shadowtune.export.loading import load_model
 
-    opened = open_model(Path(edge.source))
+    opened = load_model(Path(edge.source))
     data = data_of_format(opened.prompt_format, source)
     return read_evaluation_set(data, opened.tokenizer, source, split, limit)
 
 
 def record_answers(
     source: AnswerSource, evaluation_set: EvaluationSet, directory: Path, quiet: bool = False
-) -> "list[Answered]":
+) -> "list[RecordedAnswer]":
     """Return the answers of a source: those in its file, and new ones for the requests after them.
 
     Raises:
         DataError: if the file holds answers of another model or to other requests.
         RequestError: if the source does not answer.
     """
-    from shadowtune.serving.simulation.records import Recording
+    from shadowtune.serving.simulation.records import AnswerFile
 
     origin = {
         "model": source.source,
         "version of the model": source.stamp,
         "set of requests": evaluation_set.digest,
     }
-    recording = Recording(directory / f"{source.name}.jsonl", origin)
+    recording = AnswerFile(directory / f"{source.name}.jsonl", origin)
     if len(recording.answers) < len(evaluation_set.requests):
         with ProgressBar(quiet) as bar:
             show = partial(bar.show, f"{source.name}: {source.source}")
@@ -198,17 +198,17 @@ def record_answers(
 
 
 async def _record(
-    source: AnswerSource, evaluation_set: EvaluationSet, recording: "Recording", show: Callable[[int, int], None]
+    source: AnswerSource, evaluation_set: EvaluationSet, recording: "AnswerFile", show: Callable[[int, int], None]
 ) -> None:
     """Send the requests without an answer, one after the other."""
-    from shadowtune.serving.simulation.measuring import measure
+    from shadowtune.serving.simulation.records import measure
 
-    answerer = source.open()
+    backend = source.open()
     total = len(evaluation_set.requests)
 
-    async def ask(index: int) -> "Answered":
+    async def ask(index: int) -> "RecordedAnswer":
         request = _request(evaluation_set.requests[index], evaluation_set.max_new_tokens, source.remote)
-        return await measure(answerer, request, partial(evaluation_set.score, index), evaluation_set.tokenize)
+        return await measure(backend, request, partial(evaluation_set.score, index), evaluation_set.tokenize)
 
     try:
         await ask(len(recording.answers))  # warm-up, not recorded
@@ -216,16 +216,16 @@ async def _record(
             recording.add(await ask(index))
             show(index + 1, total)
     finally:
-        await answerer.aclose()
+        await backend.aclose()
 
 
-def _request(request: EvaluationRequest, max_new_tokens: int, remote: bool) -> "Request":
-    from shadowtune.serving.requests import Request, Sampling
+def _request(request: EvaluationRequest, max_new_tokens: int, remote: bool) -> "GenerationRequest":
+    from shadowtune.serving.requests import GenerationRequest, SamplingParams
 
     words: dict[str, Any] = {"prompt": request.prompt}
     if remote and request.messages is not None:
         words = {"messages": request.messages}
-    return Request(NAME, **words, max_tokens=max_new_tokens, sampling=Sampling(temperature=0))
+    return GenerationRequest(NAME, **words, max_tokens=max_new_tokens, sampling=SamplingParams(temperature=0))
 
 
 def _messages(data: "Dataset", row: "Row") -> tuple[dict[str, Any], ...] | None:
@@ -238,16 +238,16 @@ def _messages(data: "Dataset", row: "Row") -> tuple[dict[str, Any], ...] | None:
     return ({"role": "user", "content": text},) if isinstance(text, str) else None
 
 
-def _open_edge(path: Path) -> "Answerer":
-    from shadowtune.export.opening import open_model
+def _open_edge(path: Path) -> "Backend":
+    from shadowtune.export.loading import load_model
     from shadowtune.serving.edge.local import LocalModel
 
-    return _open_run(path, detached=True) if is_run(path) else LocalModel(open_model(path), NAME)
+    return _open_run(path, detached=True) if is_run(path) else LocalModel(load_model(path), NAME)
 
 
-def _open_run(path: Path, detached: bool) -> "Answerer":
+def _open_run(path: Path, detached: bool) -> "Backend":
     from shadowtune.evaluation.run import FinishedRun
-    from shadowtune.export.opening import of_model
+    from shadowtune.export.loading import wrap_model
     from shadowtune.serving.edge.local import LocalModel
 
     run = FinishedRun.open(path)
@@ -259,4 +259,4 @@ def _open_run(path: Path, detached: bool) -> "Answerer":
         model = run.model
     else:
         model = run.model.get_base_model()  # its layers are the adapted ones
-    return LocalModel(of_model(model, run.tokenizer, run.prompt_format), NAME)
+    return LocalModel(wrap_model(model, run.tokenizer, run.prompt_format), NAME)

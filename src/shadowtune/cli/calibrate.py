@@ -13,8 +13,8 @@ from shadowtune.config.serving import TAG, Prices, SignalName
 from shadowtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shadowtune.serving.edge.calibration import Aim, Measured
-    from shadowtune.serving.edge.policy_making import Calibration
+    from shadowtune.serving.edge.calibration import Calibration
+    from shadowtune.serving.edge.thresholds import CalibrationExample, CalibrationTarget
 
 EPILOG = """examples:
   shadowtune calibrate runs/clinc150 --cloud-run runs/clinc150 --hand-over 0.2 -o policy.json
@@ -59,12 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
     prices = prices_of(arguments, Prices())
     from shadowtune.evaluation.report import new_figure, png
     from shadowtune.evaluation.scoring import mean_interval
-    from shadowtune.serving.edge.plotting import draw
-    from shadowtune.serving.edge.policy_making import calibrate
+    from shadowtune.serving.edge.calibration import calibrate, plot_calibration
 
     figure = new_figure(9, 3.6)
     done = calibrate(_measure(arguments, prices), aim, arguments.signal, arguments.tag, prices)
-    draw(figure, done)
+    plot_calibration(figure, done)
     done.policy.save(out)
     out.with_suffix(".png").write_bytes(png(figure))
     qualities = [vars(quality) for quality in done.qualities]
@@ -81,8 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _aim(arguments: argparse.Namespace) -> "Aim":
-    from shadowtune.serving.edge.calibration import Aim
+def _aim(arguments: argparse.Namespace) -> "CalibrationTarget":
+    from shadowtune.serving.edge.thresholds import CalibrationTarget
 
     for kind, high in (("accuracy", 1.0), ("hand-over", 1.0), ("cost", float("inf"))):
         value = vars(arguments)[kind.replace("-", "_")]
@@ -90,7 +89,7 @@ def _aim(arguments: argparse.Namespace) -> "Aim":
             continue
         if not 0 <= value <= high:
             raise ConfigError(f"--{kind} must be {'0 to 1' if high == 1 else 'at least 0'}, got {value:g}")
-        return Aim(kind, value)  # type: ignore[arg-type]
+        return CalibrationTarget(kind, value)  # type: ignore[arg-type]
     raise ConfigError("name an aim: --accuracy, --hand-over or --cost")
 
 
@@ -102,12 +101,12 @@ def _check_out(out: Path) -> None:
         raise ConfigError(f"-o {out}: {out.absolute().parent} is not a writable directory")
 
 
-def _measure(arguments: argparse.Namespace, prices: Prices) -> "list[Measured]":
+def _measure(arguments: argparse.Namespace, prices: Prices) -> "list[CalibrationExample]":
     """Return the signals, scores and costs of both sides on every example."""
     from shadowtune.cli.answers import edge_source, evaluation_set_of, record_answers, remote_source, run_source
-    from shadowtune.serving.edge.calibration import Measured
-    from shadowtune.serving.edge.policies import is_tag
-    from shadowtune.serving.edge.router import cost
+    from shadowtune.serving.edge.confidence import has_tag
+    from shadowtune.serving.edge.router import response_cost
+    from shadowtune.serving.edge.thresholds import CalibrationExample
     from shadowtune.serving.requests import Usage
 
     edge = edge_source(arguments.edge)
@@ -121,12 +120,12 @@ def _measure(arguments: argparse.Namespace, prices: Prices) -> "list[Measured]":
         directory.mkdir(parents=True, exist_ok=True)
         both = [record_answers(source, examples, directory, arguments.quiet) for source in (edge, cloud)]
     return [
-        Measured(
+        CalibrationExample(
             ours.signals,
-            is_tag(ours.text, arguments.tag),
+            has_tag(ours.text, arguments.tag),
             ours.score,
             theirs.score,
-            cost(prices, Usage(theirs.prompt_tokens, theirs.completion_tokens)),
+            response_cost(prices, Usage(theirs.prompt_tokens, theirs.completion_tokens)),
         )
         for ours, theirs in zip(*both, strict=True)
     ]

@@ -92,13 +92,12 @@ def _check_refused(plan: "Plan") -> None:
 
 def _show(plan: "Plan") -> list[dict[str, Any]]:
     """Print the runs and their estimated time; return the table. Test examples are not read."""
-    from shadowtune.comparison.data_digests import RowDigests
-    from shadowtune.comparison.estimate import Estimate
-    from shadowtune.comparison.progress import duration
+    from shadowtune.comparison.estimate import TimeEstimate, duration
+    from shadowtune.comparison.job import RowDigests
     from shadowtune.comparison.run import rows_on_disk
 
     plan = replace(plan, digests=RowDigests(held_out=False))
-    estimate, rows, unknown, total = Estimate(plan, rows_on_disk(plan)), [], False, 0.0
+    estimate, rows, unknown, total = TimeEstimate(plan, rows_on_disk(plan)), [], False, 0.0
     for row in plan.rows():
         known = {stage: estimate.seconds(row["task"], row["method"], stage) for stage in ("trial", "final")}
         needed = [(row["trials"], known["trial"]), (row["runs"], known["final"])]

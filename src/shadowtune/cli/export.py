@@ -34,7 +34,7 @@ def detach(arguments: argparse.Namespace) -> int:
     import torch
 
     from shadowtune.export.detaching import write_detached
-    from shadowtune.export.places import check_free
+    from shadowtune.export.exporting import check_free
 
     out = Path(arguments.out)
     check_free(out)
@@ -71,8 +71,7 @@ def export(arguments: argparse.Namespace) -> int:
     from shadowtune.data.prompt_format import PromptFormat
     from shadowtune.export.card import read_card
     from shadowtune.export.detaching import built_in_prompts, write_detached
-    from shadowtune.export.exporting import check_export, default_path, export, read_plain
-    from shadowtune.export.places import check_free
+    from shadowtune.export.exporting import check_export, check_free, default_path, export, read_plain
 
     source = Path(arguments.directory)
     quantization = check_export(arguments.to, arguments.quant)
@@ -90,7 +89,7 @@ def export(arguments: argparse.Namespace) -> int:
         prompt_format = run.prompt_format if run else PromptFormat.load(source)
         card = run.card if run else read_card(source)
         limits = (arguments.max_new_tokens, prompt_format, card)
-        exported = export(model, tokenizer, arguments.to, quantization, out, prompts, *limits)
+        exported = export((model, tokenizer), arguments.to, quantization, out, prompts, *limits)
     row = _row(exported, quantization, run)
     print_table(f"Exported: {out}", [row])
     write_json(arguments.json, "export", [row])

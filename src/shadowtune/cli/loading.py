@@ -150,7 +150,7 @@ def read_adapter_source(path: Path) -> AdapterSource:
     import torch
 
     from shadowtune.evaluation.run import read_run_config, run_dataset
-    from shadowtune.model.quantization import quantization_arguments
+    from shadowtune.model.methods import quantization_arguments
 
     config = read_run_config(path)
     if not config.leaves_shadow or config.task != "causal_lm":
@@ -215,12 +215,12 @@ def _load_saved_shadow(path: Path) -> LoadedRun:
     from shadowtune.data.prompt_format import PromptFormat
     from shadowtune.export.card import Card
     from shadowtune.model.loading import read_config
-    from shadowtune.model.methods import PAIRS
+    from shadowtune.model.methods import SHADOW_CLASSES
 
     config = read_config(str(path))
     classifies = any("SequenceClassification" in name for name in config.architectures or [])
     task = "classification" if classifies else "causal_lm"
-    model = PAIRS[task].from_pretrained(str(path))
+    model = SHADOW_CLASSES[task].from_pretrained(str(path))
     base = config.base_name_or_path or ""
     return LoadedRun(model, shadow_tokenizer(path, base), Card(base, task), PromptFormat.load(path))
 

@@ -14,7 +14,7 @@ from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from shadowtune.serving.engine.engine import Loaded
+    from shadowtune.serving.engine.engine import LoadedAdapter
 
 CLOSE_SECONDS = 5.0
 """Time for the engine to end running requests, after the server has waited for ``--drain-timeout``."""
@@ -64,18 +64,18 @@ def serve_cloud(arguments: argparse.Namespace) -> int:
 def _cloud_app(paths: dict[str, Path], arguments: argparse.Namespace, config: ServerConfig) -> Any:
     """Load the runs and return the HTTP app."""
     from shadowtune.serving.engine.engine import Engine
-    from shadowtune.serving.engine.limits import Limits
+    from shadowtune.serving.engine.scheduler import Limits
     from shadowtune.serving.http.app import create_app
 
     limits = Limits(
-        max_rows=arguments.max_rows,
+        max_sequences=arguments.max_rows,
         max_queue=arguments.max_queue,
         speculation=None if arguments.no_speculate else SpeculationConfig(),
         close_seconds=CLOSE_SECONDS,
     )
     loaded = load_adapters(paths, print_status)
 
-    def open_adapter(path: str) -> "Loaded":
+    def open_adapter(path: str) -> "LoadedAdapter":
         try:
             source = read_adapter_source(Path(path))
             model = load_adapter(source, loaded.base)
@@ -159,18 +159,18 @@ def policy_of(arguments: argparse.Namespace) -> PolicyConfig:
 
 def _edge_app(arguments: argparse.Namespace, config: ServerConfig, policy: PolicyConfig, cloud: CloudConfig) -> Any:
     """Load the model and return the HTTP app."""
-    from shadowtune.export.opening import open_model
-    from shadowtune.serving.edge.cloud import Cloud
+    from shadowtune.export.loading import load_model
     from shadowtune.serving.edge.local import LocalModel
+    from shadowtune.serving.edge.remote import RemoteEndpoint
     from shadowtune.serving.edge.router import Router
     from shadowtune.serving.http.app import create_app
 
     path = Path(arguments.edge)
     print_status(f"loading {path}")
-    opened = open_model(path, arguments.max_length)
+    opened = load_model(path, arguments.max_length)
     name = path.absolute().stem if path.is_file() else path.absolute().name
     edge = LocalModel(opened, arguments.name or name, arguments.max_queue)
-    router = Router(edge, Cloud(cloud), policy, config.timeout - cloud.deadline)
+    router = Router(edge, RemoteEndpoint(cloud), policy, config.timeout - cloud.deadline)
     return create_app(router, config, "edge", policy=router, counters=router.counters)
 
 

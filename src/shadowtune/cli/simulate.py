@@ -20,9 +20,9 @@ from shadowtune.config.serving import ARRIVALS, PolicyConfig, SignalName, Simula
 from shadowtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shadowtune.serving.simulation.records import Record
-    from shadowtune.serving.simulation.verdict import Verdict
-    from shadowtune.serving.simulation.world import Result
+    from shadowtune.serving.simulation.records import RequestRecord
+    from shadowtune.serving.simulation.report import PolicySummary
+    from shadowtune.serving.simulation.simulator import SimulationResult
 
 EPILOG = """examples:
   shadowtune simulate --edge robot-int8 --cloud runs/robot --policy policy.json
@@ -69,24 +69,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Record the answers, replay them, compare the policies."""
     check_json_target(arguments.json)
-    from shadowtune.serving.simulation import strategies
-    from shadowtune.serving.simulation.world import World
+    from shadowtune.serving.simulation import routing
+    from shadowtune.serving.simulation.simulator import Simulator
 
     config = SimulationConfig(**{setting.name: vars(arguments)[setting.name] for setting in fields(SimulationConfig)})
     policies = _policies(arguments.policy)
-    world = World(_records(arguments), config)
-    results = strategies.fixed(world)
-    results += [strategies.decided(world, name, policy) for name, policy in policies.items()]
+    simulator = Simulator(_records(arguments), config)
+    results = routing.baselines(simulator)
+    results += [routing.apply_policy(simulator, name, policy) for name, policy in policies.items()]
     with_threshold = (item for item in policies.items() if item[1].kind == "confidence")
     name, plotted = next(with_threshold, (PLAIN_SIGNALS[0], PolicyConfig()))
     routers = {signal: replace(plotted, signal=signal) for signal in PLAIN_SIGNALS} | policies
     rows, verdicts = [_cells(result) for result in results], _verdicts(results)
-    areas = [{"router": name, "area": area} for name, area in strategies.areas(world, routers).items()]
-    print_table(f"{len(world.records)} requests", [_readable(row) for row in rows])
+    areas = [{"router": name, "area": area} for name, area in routing.curve_areas(simulator, routers).items()]
+    print_table(f"{len(simulator.records)} requests", [_readable(row) for row in rows])
     print_table("Area under accuracy over the fraction of deferred requests", areas)
-    for line in (*verdicts, *map(_overload, world.overloaded())):
+    for line in (*verdicts, *map(_overload, simulator.overloaded())):
         print(line)
-    _write(Path(arguments.output), results, strategies.every_threshold(world, name, plotted))
+    _write(Path(arguments.output), results, routing.threshold_sweep(simulator, name, plotted))
     details = {"settings": asdict(config), "areas": areas, "verdicts": [vars(verdict) for verdict in verdicts]}
     write_json(arguments.json, "simulate", rows, **details)
     return 0
@@ -100,9 +100,9 @@ def _policies(files: list[str]) -> dict[str, PolicyConfig]:
     return named
 
 
-def _records(arguments: argparse.Namespace) -> "list[Record]":
+def _records(arguments: argparse.Namespace) -> "list[RequestRecord]":
     """Return the answers of each model to each request."""
-    from shadowtune.serving.simulation.records import Record
+    from shadowtune.serving.simulation.records import RequestRecord
 
     sources = {"edge": edge_source(arguments.edge), "cloud": _cloud(arguments)}
     if arguments.lora:
@@ -113,7 +113,7 @@ def _records(arguments: argparse.Namespace) -> "list[Record]":
     output.mkdir(parents=True, exist_ok=True)
     answers = {name: record_answers(source, examples, output, arguments.quiet) for name, source in sources.items()}
     return [
-        Record(**dict(zip(answers, row, strict=True)), request_bytes=len(request.text.encode()))
+        RequestRecord(**dict(zip(answers, row, strict=True)), request_bytes=len(request.text.encode()))
         for request, *row in zip(examples.requests, *answers.values(), strict=True)
     ]
 
@@ -124,12 +124,12 @@ def _cloud(arguments: argparse.Namespace) -> AnswerSource:
     return run_source("cloud", arguments.cloud)
 
 
-def _verdicts(results: "list[Result]") -> "list[Verdict]":
+def _verdicts(results: "list[SimulationResult]") -> "list[PolicySummary]":
     """Compare everything but random routers with the cloud alone, on the same requests."""
     import torch
 
     from shadowtune.comparison.statistics import bootstrap
-    from shadowtune.serving.simulation.verdict import judge
+    from shadowtune.serving.simulation.report import summarize
 
     cloud = next(result for result in results if result.policy == "always-cloud")
     verdicts = []
@@ -137,7 +137,7 @@ def _verdicts(results: "list[Result]") -> "list[Verdict]":
         if result is not cloud and not result.policy.startswith("random "):
             both = (bootstrap(torch.tensor([scores])) for scores in (result.scores, cloud.scores))
             estimate = next(both).minus(next(both)).estimate()
-            verdicts.append(judge(result, cloud, (estimate.low, estimate.high)))
+            verdicts.append(summarize(result, cloud, (estimate.low, estimate.high)))
     return verdicts
 
 
@@ -148,7 +148,7 @@ def _overload(side: str) -> str:
     )
 
 
-def _cells(result: "Result") -> dict[str, Any]:
+def _cells(result: "SimulationResult") -> dict[str, Any]:
     return {name: value for name, value in vars(result).items() if name != "scores"}
 
 
@@ -158,14 +158,14 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
     return {words.get(name, name): value for name, value in row.items()}
 
 
-def _write(output: Path, results: "list[Result]", curve: "list[Result]") -> None:
+def _write(output: Path, results: "list[SimulationResult]", curve: "list[SimulationResult]") -> None:
     """Write results.jsonl and simulation.png."""
     from shadowtune.evaluation.report import new_figure, png
-    from shadowtune.model.checkpoint import writing_into
-    from shadowtune.serving.simulation.plots import draw
+    from shadowtune.model.files import writing_into
+    from shadowtune.serving.simulation.report import plot_simulation
 
     figure = new_figure(11, 4.5)
-    draw(figure, results, curve)
+    plot_simulation(figure, results, curve)
     lines = [{"kind": "policy", **_cells(result)} for result in results]
     lines += [{"kind": "threshold", **_cells(result)} for result in curve]
     with writing_into(output) as staging:

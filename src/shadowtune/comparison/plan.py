@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from shadowtune.comparison.job import EvaluationRequest, Job, PerplexityRequest, RowDigests
 from shadowtune.comparison.sizes import ParameterCounter, Size, solve_sizes
-from shadowtune.config.baselines import default_rates
 from shadowtune.config.comparison import CompareConfig
 from shadowtune.config.data import DataConfig
-from shadowtune.config.sweep import SweepConfig, beyond
+from shadowtune.config.sweep import SweepConfig, beyond, default_rates
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.dataset import Dataset
 

@@ -54,7 +54,7 @@ class ShadowConfig:
     variant: Literal["paper", "stateless"] = "paper"
     """Computation at a boundary. "paper": Eq. 2-7, from the hidden state h and the shadow state s. "stateless": a
     correction of h computed from h alone, each token normalized, scaled such that an optimizer step changes h equally
-    for every rank, width and depth (``core/injection.py``). The attached model then needs the shadow's backbone only
+    for every rank, width and depth (``core/stateless.py``). The attached model then needs the shadow's backbone only
     for ``logit_interpolation``, the shadow's loss terms and drafts, and does not run it otherwise. Of the settings of a
     boundary, "stateless" uses ``rank``, ``alpha``, ``dropout``, ``dropout_position``, ``depth_sharing``,
     ``inject_first`` and ``channel_scaling``."""

@@ -12,7 +12,7 @@ Shapes: h, s are (..., d); W_down (d, r), W_up (r, d); T and G have the hidden w
 because no update has run before it. An update after the last block would not be used, so it does not exist.
 
 Not in the paper: the variant "stateless" (``stateless.py``), and logit interpolation: outside of training the head
-reads h_L + gamma s0, with gamma = ``config.head_mixing``. Both networks share a linear head, so the logits are
+reads h_L + gamma s0, with gamma = ``config.logit_interpolation``. Both networks share a linear head, so the logits are
 the attached model's plus gamma times the shadow's.
 
 ``reference.py`` computes the same by plain loops in float64; ``kernels/`` has the fast operations.
@@ -179,7 +179,7 @@ class Boundaries(nn.Module):
     @property
     def reads_states(self) -> bool:
         """Whether the attached model's output depends on s0 in the current mode (training or evaluation)."""
-        interpolates = self.config.head_mixing is not None and not self.training
+        interpolates = self.config.logit_interpolation is not None and not self.training
         return self.config.variant == "paper" or interpolates
 
     def final_states(self, hidden_states: Tensor, initial_states: Tensor | None) -> Tensor:
@@ -188,7 +188,7 @@ class Boundaries(nn.Module):
 
     def interpolated(self, hidden_states: Tensor, initial_states: Tensor | None) -> Tensor:
         """Return h_L + gamma s0 in the dtype of h_L, both (..., d); h_L itself without a gamma."""
-        gamma = self.config.head_mixing
+        gamma = self.config.logit_interpolation
         if gamma is None:
             return hidden_states
         assert initial_states is not None

@@ -79,7 +79,7 @@ class AdapterStack:
         self.config = members[0].config
         like = members[0].injection_downs
         self.injection_columns = _own_columns([member.config.rank for member in members], like)
-        gammas = [member.config.head_mixing for member in members]
+        gammas = [member.config.logit_interpolation for member in members]
         self.gammas = like.new_tensor([gamma or 0.0 for gamma in (*gammas, None)]) if any(gammas) else None
         self.update_columns: Tensor | None = None
         self.updates: Tensor | None = None

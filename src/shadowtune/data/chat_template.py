@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from shadowtune.config.templates import parse_template
+from shadowtune.config.data import parse_template
 from shadowtune.data.examples import user_message
 from shadowtune.data.prompt_format import FILE, PromptFormat
 from shadowtune.data.segments import PROBE, begin_tokens

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from shadowtune.config.data import HELD_BACK, DataConfig
+from shadowtune.config.data import HOLD_OUT, DataConfig
 from shadowtune.data.blocks import BlockReport, encode_blocks
 from shadowtune.data.encoding import EncodedPrompt, EncodingReport, encode_classification, encode_prompts, encode_rows
 from shadowtune.data.examples import FieldNames
@@ -107,7 +107,7 @@ class Dataset:
         settings = self.settings
         if self.task is not None:
             rows = self.task.rows("train", settings.directory, settings.limit)
-        elif settings.validation == HELD_BACK:
+        elif settings.validation == HOLD_OUT:
             rows = self._part("train")[: settings.limit]
         else:
             assert settings.train is not None
@@ -124,7 +124,7 @@ class Dataset:
             return None
         if self.task is not None:
             return self.task.rows("validation", settings.directory, settings.validation_limit)
-        if settings.validation == HELD_BACK:
+        if settings.validation == HOLD_OUT:
             return self._part("validation")[: settings.validation_limit]
         return load_rows(settings.validation, settings.validation_split, settings.validation_limit)
 
@@ -141,7 +141,7 @@ class Dataset:
         """
         if self.task is not None:
             return self.task.rows(split, source or self.settings.directory, limit)
-        if source == HELD_BACK:
+        if source == HOLD_OUT:
             return self._part("validation")[:limit]
         if source is None:
             source = self.settings.train

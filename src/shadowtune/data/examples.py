@@ -12,9 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from shadowtune.config.checking import nearest
-from shadowtune.config.data import DataConfig
-from shadowtune.config.templates import parse_template
+from shadowtune.config.data import DataConfig, parse_template
+from shadowtune.config.settings import nearest
 from shadowtune.errors import DataError
 
 ChatMessage = Mapping[str, Any]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.data.collate import left_pad
 from shadowtune.errors import DataError
 

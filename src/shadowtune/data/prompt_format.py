@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from shadowtune.config.checking import from_mapping, nearest
-from shadowtune.config.templates import parse_template
+from shadowtune.config.data import parse_template
+from shadowtune.config.settings import from_mapping, nearest
 from shadowtune.data.encoding import EncodingReport, prompt_ids, segment_ids
 from shadowtune.data.examples import (
     ChatMessage,

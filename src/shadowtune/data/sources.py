@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowtune.config.checking import nearest
+from shadowtune.config.settings import nearest
 from shadowtune.errors import DataError, ShadowtuneError
 
 if TYPE_CHECKING:

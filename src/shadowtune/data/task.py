@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from shadowtune.config.checking import nearest
+from shadowtune.config.data import PARTS, RowSource, TaskConfig
 from shadowtune.config.loading import load_config
-from shadowtune.config.task import PARTS, RowSource, TaskConfig
+from shadowtune.config.settings import nearest
 from shadowtune.data.examples import fill_template, require_field
 from shadowtune.data.sources import Row, check_limit, has_splits, load_rows, row_digest, row_location, split_rows
 from shadowtune.errors import ConfigError, DataError

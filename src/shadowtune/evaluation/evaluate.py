@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data.collate import CausalCollator, left_pad
 from shadowtune.data.generation import Progress, generate_answers

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from shadowtune.config.checking import check_range
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.settings import check_range
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.data.generation import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import DataError

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from shadowtune.compatibility import CACHE, cache_of, pop_cache, set_cache, takes_cache
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.core.draft_head import draft_loss
 from shadowtune.core.kernels.linear_cross_entropy import Head, LogitsTransform
 from shadowtune.core.losses import (
@@ -292,10 +292,10 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         self.config.draft_vocabulary_size = len(tokens)
 
     def set_logit_interpolation(self, gamma: float | None) -> None:
-        """Set and save ``ShadowConfig.head_mixing``: gamma, the weight of the shadow's logits when attached."""
+        """Set and save ``ShadowConfig.logit_interpolation``: gamma, the weight of the shadow's logits when attached."""
         shadow = self.shadow
-        shadow.config = shadow.boundaries.config = replace(shadow.config, head_mixing=gamma)
-        self.config.shadow["head_mixing"] = gamma
+        shadow.config = shadow.boundaries.config = replace(shadow.config, logit_interpolation=gamma)
+        self.config.shadow["logit_interpolation"] = gamma
 
     def detached(self) -> PreTrainedModel:
         """Return the detached shadow as an ordinary transformers model of the backbone's own architecture.

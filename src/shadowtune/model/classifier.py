@@ -74,9 +74,9 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
                 f"distillation_top_k={top_k} is for language models; the distillation of a classifier uses all "
                 "classes: leave it out"
             )
-        if (gamma := self.shadow.config.head_mixing) is not None:
+        if (gamma := self.shadow.config.logit_interpolation) is not None:
             raise ConfigError(
-                f"head_mixing={gamma:g} is for language models, where one head serves both networks; a "
+                f"logit_interpolation={gamma:g} is for language models, where one head serves both networks; a "
                 "classifier has two: leave it out"
             )
         dtype = self.shadow.boundaries.injection_downs.dtype

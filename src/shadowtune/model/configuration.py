@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from shadowtune.compatibility import CACHE_NAMES
-from shadowtune.config.checking import from_mapping
+from shadowtune.config.settings import from_mapping
 from shadowtune.config.shadow import SCHEMA_VERSION, ShadowConfig
 from shadowtune.errors import CheckpointError
 

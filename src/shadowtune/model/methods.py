@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from shadowtune.config.checking import nearest
+from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
 from shadowtune.errors import CheckpointError, ConfigError, ShadowtuneError

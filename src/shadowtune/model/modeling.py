@@ -21,7 +21,7 @@ from shadowtune.attach.architectures import Architecture, architecture_of
 from shadowtune.attach.cache import split_cache
 from shadowtune.attach.forward import begin_call, check_fit, install_hooks
 from shadowtune.compatibility import CACHE_NAMES, set_cache, takes_cache
-from shadowtune.config.checking import nearest
+from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import ShadowState
 from shadowtune.core.losses import JointLoss, LossWeights

@@ -1,6 +1,6 @@
 """Fit the weight gamma of a second model's logits in z = z_large + gamma z_small, a product of experts.
 
-Within a shadow model z_small are the shadow's own logits (``ShadowConfig.head_mixing``); in an ensemble those of a
+Within a shadow model z_small are the shadow's own logits (``ShadowConfig.logit_interpolation``); in an ensemble those of a
 separately trained small model beside LoRA. The weight is chosen on hold-out data: the small model may have memorized
 the training data.
 """
@@ -43,7 +43,7 @@ class WeightFit(NamedTuple):
 def fit_logit_interpolation(
     model: ShadowForCausalLM, examples: Sequence[dict[str, Any]], collate: Collator, batch_size: int
 ) -> WeightFit:
-    """Set the ``head_mixing`` of a shadow model to the weight that fits the labels best, or to None for 0.
+    """Set the ``logit_interpolation`` of a shadow model to the weight that fits the labels best, or to None for 0.
 
     Args:
         model: in mode "attached"; left in eval mode.

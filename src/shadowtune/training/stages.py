@@ -183,17 +183,17 @@ class LogitInterpolationStage:
     name = "logit_interpolation"
 
     def applies(self, config: TrainConfig) -> bool:
-        """Where ``fit_head_mixing`` is set."""
-        return config.fits_head_mixing
+        """Where ``fit_logit_interpolation`` is set."""
+        return config.fits_logit_interpolation
 
     def run(self, context: StageContext) -> dict[str, Any]:
-        """Set ``head_mixing`` of the model; see ``fit_logit_interpolation``."""
+        """Set ``logit_interpolation`` of the model; see ``fit_logit_interpolation``."""
         start = time.perf_counter()
         if context.eval_dataset is None or context.collate is None:
             raise ConfigError("the weight of the shadow's logits is fitted on validation data: give an eval_dataset")
         fit = fit_logit_interpolation(context.model, context.eval_dataset, context.collate, context.batch_size)
         context.report(
-            f"head_mixing {fit.gamma:g}: loss {fit.loss:.4g} on the validation data, {fit.loss_without:.4g} without it"
+            f"logit_interpolation {fit.gamma:g}: loss {fit.loss:.4g} on the validation data, {fit.loss_without:.4g} without it"
         )
         return {"fit_seconds": time.perf_counter() - start}
 
@@ -354,7 +354,7 @@ def shadow_only_settings(config: TrainConfig) -> TrainConfig:
         shadow_epochs=0.0,
         distillation_epochs=0.0,
         drafting_epochs=0.0,
-        fit_head_mixing=False,
+        fit_logit_interpolation=False,
         epochs=config.shadow_epochs,
         max_steps=None,
         optimizer=optimizer,
@@ -383,7 +383,7 @@ def draft_head_settings(config: TrainConfig) -> TrainConfig:
         data=replace(config.data, validation=None),
         distillation_epochs=0.0,
         drafting_epochs=0.0,
-        fit_head_mixing=False,
+        fit_logit_interpolation=False,
     )
 
 

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from shadowtune.compatibility import CACHE, cache_of
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation import decoding
 from shadowtune.model.speculation.verification import Proposal

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shadowtune import ShadowForCausalLM
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.drafters import ShadowDrafter
 from tests.support.shadows import perturbed_model, tokens

@@ -5,7 +5,7 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import TopKLogitsWarper
 
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.core.kernels.linear_cross_entropy import Head
 from shadowtune.model.speculation.drafters import CombinedDrafter, ShadowDrafter
 from shadowtune.model.speculation.verification import Proposal, verify_sequence

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from shadowtune.config.policy import Prices, Weights
+from shadowtune.config.serving import Prices, Weights
 from shadowtune.errors import ShadowtuneError
 from shadowtune.evaluation.report import new_figure, png
 from shadowtune.serving.edge.calibration import (

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shadowtune.config.policy import PolicyConfig, Weights
+from shadowtune.config.serving import PolicyConfig, Weights
 from shadowtune.serving.edge.confidence import (
     NO_SIGNALS,
     Signals,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from shadowtune.config.cloud import CloudConfig
+from shadowtune.config.serving import CloudConfig
 from shadowtune.errors import ConfigError
 from shadowtune.export.runtimes import GgufModel
 from shadowtune.serving.edge.openai_api import RemoteError

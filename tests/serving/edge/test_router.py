@@ -4,9 +4,7 @@ from dataclasses import replace
 import httpx2
 import pytest
 
-from shadowtune.config.cloud import CloudConfig
-from shadowtune.config.policy import CurvePoint, PolicyConfig, Prices
-from shadowtune.config.serving import ServerConfig
+from shadowtune.config.serving import CloudConfig, CurvePoint, PolicyConfig, Prices, ServerConfig
 from shadowtune.errors import ConfigError
 from shadowtune.export.loading import wrap_model
 from shadowtune.serving.edge.local import LocalModel

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shadowtune.config.policy import HIGHEST_THRESHOLD
+from shadowtune.config.serving import HIGHEST_THRESHOLD
 from shadowtune.errors import ShadowtuneError
 from shadowtune.serving.edge.confidence import Signals
 from shadowtune.serving.edge.thresholds import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.verification import Proposal
 from shadowtune.serving.engine import drafting

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.core.prepacked_linear import PrepackedForward
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError, UnsupportedArchitectureError
@@ -89,7 +89,7 @@ def test_stateless_models_share_a_batch_and_run_their_backbones_where_something_
     models = {
         "a": adapter(base, 1, **common),
         "b": adapter(base, 2, **common, rank=7, channel_scaling=True),
-        "c": adapter(base, 3, **common, depth_sharing="full", head_mixing=0.4),
+        "c": adapter(base, 3, **common, depth_sharing="full", logit_interpolation=0.4),
         "paper": adapter(base, 4),
     }
     seen = []

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.serving.engine.sequence import LOGITS_BLOCK, LazyLogits
 from shadowtune.serving.requests import SamplingParams
 from tests.model.speculation.test_sampling import chi_square

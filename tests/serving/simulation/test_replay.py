@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from shadowtune.config.simulation import Arrivals
+from shadowtune.config.serving import Arrivals
 from shadowtune.serving.simulation.simulator import RequestTrace, ServiceStep, replay
 
 ONE = Arrivals(clients=1)

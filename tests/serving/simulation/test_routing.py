@@ -2,8 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from shadowtune.config.policy import PolicyConfig
-from shadowtune.config.simulation import SimulationConfig
+from shadowtune.config.serving import PolicyConfig, SimulationConfig
 from shadowtune.serving.edge.confidence import Signals
 from shadowtune.serving.simulation import routing
 from shadowtune.serving.simulation.records import RecordedAnswer, RequestRecord

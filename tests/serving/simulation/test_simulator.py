@@ -1,6 +1,6 @@
 import pytest
 
-from shadowtune.config.simulation import SimulationConfig
+from shadowtune.config.serving import SimulationConfig
 from shadowtune.errors import DataError
 from shadowtune.serving.simulation.records import RecordedAnswer, RequestRecord
 from shadowtune.serving.simulation.simulator import HEADER_BYTES, Simulator, common_prefix

@@ -54,7 +54,7 @@ SETTINGS: dict[str, Any] = {
     "update_bias": True,
     "activation": "gelu",
     "inject_first": True,
-    "head_mixing": None,
+    "logit_interpolation": None,
     "variant": "paper",
 }
 """The settings that PEFT implements."""

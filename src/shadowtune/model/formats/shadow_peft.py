@@ -54,7 +54,7 @@ SETTINGS: dict[str, Any] = {
     "update_bias": False,
     "activation": "silu",
     "inject_first": False,
-    "head_mixing": None,
+    "logit_interpolation": None,
     "variant": "paper",
 }
 """The settings that shadow-peft implements."""

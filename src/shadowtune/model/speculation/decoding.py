@@ -19,7 +19,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
 
 from shadowtune.compatibility import CACHE, set_cache
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.draft_length import Costs, DraftLength
 from shadowtune.model.speculation.drafters import WARPERS, AdaptiveDrafter, DraftBatch, make_drafter

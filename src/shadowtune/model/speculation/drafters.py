@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.core.draft_head import DraftHead
 from shadowtune.core.kernels.linear_cross_entropy import Head
 from shadowtune.errors import ConfigError

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from shadowtune.config.policy import CurvePoint, PolicyConfig, Prices, SignalName, Weights
+from shadowtune.config.serving import CurvePoint, PolicyConfig, Prices, SignalName, Weights
 from shadowtune.serving.edge.confidence import features, learned_confidence
 from shadowtune.serving.edge.thresholds import (
     ALWAYS,

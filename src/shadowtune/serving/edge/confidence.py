@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shadowtune.config.policy import PolicyConfig, SignalName, Weights
+from shadowtune.config.serving import PolicyConfig, SignalName, Weights
 
 EPSILON = 1e-6
 """Distance from 0 and 1 to which signals are clipped, for finite log-odds."""

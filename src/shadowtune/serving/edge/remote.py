@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import httpx2
 
-from shadowtune.config.cloud import CloudConfig
+from shadowtune.config.serving import CloudConfig
 from shadowtune.errors import ConfigError
 from shadowtune.serving.edge.openai_api import (
     BROKE_OFF,

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from shadowtune.config.policy import PolicyConfig, Prices
+from shadowtune.config.serving import PolicyConfig, Prices
 from shadowtune.errors import ConfigError
 from shadowtune.serving.edge.confidence import PolicyDecision, decide
 from shadowtune.serving.edge.local import LocalModel

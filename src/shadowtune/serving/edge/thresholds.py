@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from shadowtune.config.policy import CurvePoint, SignalName, Weights
+from shadowtune.config.serving import CurvePoint, SignalName, Weights
 from shadowtune.errors import ShadowtuneError
 from shadowtune.serving.edge.confidence import Signals, confidence
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError

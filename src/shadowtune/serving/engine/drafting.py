@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.speculation.decoding import draft_share
 from shadowtune.model.speculation.draft_length import Costs, DraftLength

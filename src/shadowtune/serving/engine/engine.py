@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shadowtune.config.checking import nearest
+from shadowtune.config.settings import nearest
 from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ShadowtuneError

@@ -10,8 +10,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from shadowtune.config.checking import check_range
-from shadowtune.config.speculation import SpeculationConfig
+from shadowtune.config.settings import check_range
+from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.model.speculation.drafters import DraftBatch
 from shadowtune.model.speculation.verification import SpeculationStatistics
 from shadowtune.serving.engine.drafting import BatchDrafter

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from shadowtune.config.checking import nearest
+from shadowtune.config.settings import nearest
 from shadowtune.errors import ShadowtuneError
 from shadowtune.serving.http.protocol import (
     NOT_SUPPORTED,

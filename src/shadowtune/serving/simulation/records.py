@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shadowtune.config.checking import from_mapping
+from shadowtune.config.settings import from_mapping
 from shadowtune.errors import ConfigError, DataError
 from shadowtune.serving.edge.confidence import NO_SIGNALS, Signals
 from shadowtune.serving.edge.local import LocalStream

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from shadowtune.config.policy import CurvePoint, PolicyConfig
+from shadowtune.config.serving import CurvePoint, PolicyConfig
 from shadowtune.serving.edge.confidence import decide, has_tag
 from shadowtune.serving.edge.thresholds import (
     CalibrationExample,

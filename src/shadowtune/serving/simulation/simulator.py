@@ -12,8 +12,7 @@ from typing import Literal
 
 import torch
 
-from shadowtune.config.policy import Prices
-from shadowtune.config.simulation import Arrivals, SimulationConfig
+from shadowtune.config.serving import Arrivals, Prices, SimulationConfig
 from shadowtune.errors import DataError
 from shadowtune.serving.edge.router import response_cost
 from shadowtune.serving.requests import Usage
