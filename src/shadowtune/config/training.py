@@ -162,6 +162,10 @@ class TrainConfig:
     """Number of latest checkpoints that are kept."""
     tensorboard: StrictBool = False
     """Also write TensorBoard files (extra: tensorboard)."""
+    distillation_epochs: NonNegativeFloat = 0.0
+    """Epochs of a stage after the joint one that trains the shadow alone on the attached model's greedy answers to the
+    training prompts, at ``shadow_learning_rate``. Needs ``shadow.variant`` "stateless", whose attached model does not
+    change with the shadow."""
     drafting_epochs: NonNegativeFloat = 0.0
     """Epochs of a last stage that trains the draft head (shadow.draft_rank) on the attached model's own answers to the
     training prompts, and nothing else. Below 1: one epoch, over that fraction of the prompts."""
@@ -210,6 +214,11 @@ class TrainConfig:
         return self.method == "shadow" and self.shadow_epochs > 0
 
     @property
+    def distills_answers(self) -> bool:
+        """Whether a stage trains the shadow on the attached model's own answers."""
+        return self.method == "shadow" and self.distillation_epochs > 0
+
+    @property
     def drafter_last(self) -> bool:
         """Whether the last stage trains the draft head."""
         return self.method == "shadow" and self.drafting_epochs > 0
@@ -243,6 +252,13 @@ class TrainConfig:
             yield (
                 f"drafting_epochs={self.drafting_epochs:g} trains a draft head beside a task: set shadow.draft_rank, "
                 "such as 64, or leave drafting_epochs out"
+            )
+        on_task = (self.stage, self.task, self.shadow.variant) == ("task", "causal_lm", "stateless")
+        if self.distills_answers and not on_task:
+            yield (
+                f"distillation_epochs={self.distillation_epochs:g} trains the shadow of a causal_lm after the joint "
+                "stage, which must leave the attached model as it is: set shadow.variant=stateless and stage=task, or "
+                "leave it out"
             )
         fits = self.fit_logit_interpolation is True
         if self.data.learn_validation and (fits or self.method == "ensemble"):

@@ -1,8 +1,8 @@
 """Fit the weight gamma of a second model's logits in z = z_large + gamma z_small, a product of experts.
 
-Within a shadow model z_small are the shadow's own logits (``ShadowConfig.logit_interpolation``); in an ensemble those of a
-separately trained small model beside LoRA. The weight is chosen on hold-out data: the small model may have memorized
-the training data.
+Within a shadow model z_small are the shadow's own logits (``ShadowConfig.logit_interpolation``); in an ensemble those
+of a separately trained small model beside LoRA. The weight is chosen on hold-out data: the small model may have
+memorized the training data.
 """
 
 import shutil

@@ -193,7 +193,8 @@ class LogitInterpolationStage:
             raise ConfigError("the weight of the shadow's logits is fitted on validation data: give an eval_dataset")
         fit = fit_logit_interpolation(context.model, context.eval_dataset, context.collate, context.batch_size)
         context.report(
-            f"logit_interpolation {fit.gamma:g}: loss {fit.loss:.4g} on the validation data, {fit.loss_without:.4g} without it"
+            f"logit_interpolation {fit.gamma:g}: loss {fit.loss:.4g} on the validation data, "
+            f"{fit.loss_without:.4g} without it"
         )
         return {"fit_seconds": time.perf_counter() - start}
 
