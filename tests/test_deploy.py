@@ -1,11 +1,11 @@
-"""What the container files name is there: files, extras, verbs, options, the path of the health check."""
+"""What the container files name exists: files, extras, commands, options, the path of the health check."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from shadowtune.cli.main import build_parser, commands
+from shadowtune.cli.main import COMMANDS, build_parser
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "deploy").glob("*.Dockerfile"))
@@ -38,12 +38,12 @@ def test_what_is_installed_are_pinned_extras_of_ours(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_it_starts_a_verb_of_ours_as_nobody_in_particular(file):
+def test_it_starts_a_command_of_ours_without_privileges(file):
     found = instructions(file)
     (entry,) = [re.findall(r'"([^"]*)"', rest) for word, rest in found if word == "ENTRYPOINT"]
     assert entry[0] == "shadowtune"
-    (verb,) = [command for command in commands() if command.name == " ".join(entry[1:3])]
-    known = build_parser(verb).format_help()
+    (command,) = [command for command in COMMANDS if command.name == " ".join(entry[1:3])]
+    known = build_parser(command).format_help()
     assert all(option.split("=")[0] in known for option in entry[3:])
     words = [word for word, _ in found]
     assert ("USER", "shadowtune") in found and words.index("USER") < words.index("ENTRYPOINT")

@@ -1,4 +1,4 @@
-"""The storey rule: imports go down, siblings never meet, third-party packages stay behind their fences."""
+"""The layer rule: imports go down, siblings never meet, third-party packages stay behind their fences."""
 
 import ast
 from pathlib import Path
@@ -6,24 +6,24 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "shadowtune"
-STOREYS = [
-    {"errors", "tables", "quiet", "versions"},
+LAYERS = [
+    {"errors", "tables", "versions"},
     {"config"},
     {"core", "provenance", "compatibility"},
     {"attach", "models"},
     {"model", "data"},
     {"export"},
     {"serving"},
-    {"training", "evaluation", "benchmark"},
+    {"training", "evaluation"},
     {"comparison"},
     {"registration"},
     {"__init__"},
     {"cli"},
     {"__main__"},
 ]
-STOREY = {part: number for number, parts in enumerate(STOREYS) for part in parts}
+LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 ALLOWED = {  # third-party package -> parts of ours that may import it
-    "torch": set(STOREY) - {"config", "errors", "tables", "quiet", "versions"},
+    "torch": set(LAYER_OF) - {"config", "errors", "tables", "versions"},
     "transformers": {
         "attach",
         "models",
@@ -31,7 +31,6 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
         "data",
         "training",
         "evaluation",
-        "benchmark",
         "export",
         "comparison",
         "serving",
@@ -40,14 +39,14 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
         "__init__",
     },
     "triton": {"core"},
-    "liger_kernel": {"benchmark"},
+    "liger_kernel": set(),
     "accelerate": {"training"},
-    "peft": {"model", "benchmark"},
-    "shadow_peft": {"benchmark"},
+    "peft": {"model"},
+    "shadow_peft": set(),
     "torchao": {"model"},
     "bitsandbytes": {"model"},
     "datasets": {"data"},
-    "matplotlib": {"evaluation", "benchmark", "comparison", "serving"},
+    "matplotlib": {"evaluation", "comparison", "serving"},
     "rich": {"cli"},
     "tqdm": set(),
     "yaml": {"config"},
@@ -55,7 +54,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "huggingface_hub": {"model"},
     "tokenizers": {"models", "export"},
     "filelock": {"models", "training"},
-    "psutil": set(),
+    "psutil": {"provenance"},
     "trl": set(),
     "lm_eval": {"evaluation"},
     "gguf": {"export"},
@@ -65,8 +64,9 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "fastapi": {"serving"},
     "starlette": {"serving"},
     "uvicorn": {"serving", "cli"},
-    "pydantic": {"serving"},
-    "pydantic_core": {"serving"},
+    "annotated_types": {"config"},
+    "pydantic": {"config", "serving"},
+    "pydantic_core": {"config", "serving"},
     "httpx2": {"serving"},
     "llguidance": {"serving"},
     "prometheus_client": {"serving"},
@@ -95,9 +95,9 @@ def faults(path: Path, text: str) -> list[str]:
         package, *rest = name.split(".")
         where = f"{path.relative_to(SOURCE.parent)}:{line}: "
         if package == "shadowtune":
-            target = rest[0] if rest and rest[0] in STOREY else "__init__"
-            if target != part and STOREY[target] >= STOREY[part]:
-                found.append(f"{where}{part} (storey {STOREY[part]}) imports {target} (storey {STOREY[target]})")
+            target = rest[0] if rest and rest[0] in LAYER_OF else "__init__"
+            if target != part and LAYER_OF[target] >= LAYER_OF[part]:
+                found.append(f"{where}{part} (layer {LAYER_OF[part]}) imports {target} (layer {LAYER_OF[target]})")
         elif package in ALLOWED and part not in ALLOWED[package]:
             found.append(f"{where}{package} is not allowed in {part}")
     return found
@@ -115,8 +115,8 @@ def test_imports_go_down_and_third_parties_stay_behind_their_fences(path):
         ("model/x.py", "import shadowtune.data.sources"),
         ("export/x.py", "from shadowtune.evaluation.run import FinishedRun"),
         ("training/x.py", "from shadowtune.evaluation.run import FinishedRun"),
-        ("benchmark/x.py", "from shadowtune.comparison.job import Job"),
-        ("serving/x.py", "from shadowtune.benchmark.meter import MemoryMeter"),
+        ("evaluation/x.py", "from shadowtune.comparison.job import Job"),
+        ("serving/x.py", "from shadowtune.training.run import train"),
         ("config/x.py", "import torch"),
         ("evaluation/x.py", "def f():\n    import peft"),
     ],
@@ -125,9 +125,9 @@ def test_the_rule_sees_what_breaks_it(place, line):
     assert faults(SOURCE / place, line)
 
 
-def test_every_part_of_the_package_stands_on_a_storey():
+def test_every_part_of_the_package_stands_on_a_layer():
     parts = {part_of(path) for path in SOURCE.rglob("*.py")}
-    assert parts == set(STOREY)
+    assert parts == set(LAYER_OF)
 
 
 def test_nothing_below_the_command_line_prints_or_reads_arguments():
