@@ -41,58 +41,63 @@ class Parrot:
 
 
 @pytest.fixture
-def labelled(tmp_path):
+def evaluation_set(tmp_path):
     file = str(write_rows(tmp_path / "rows.jsonl", ROWS[:4]))
     return read_evaluation_set(data_of_format(PromptFormat(), file), tiny_tokenizer(), file, "test", None)
 
 
+<<<<<<< ours
 def far(backend, words=True):
     return AnswerSource("cloud", "http://fake", lambda: backend, far=words)
+=======
+def remote(answerer, words=True):
+    return AnswerSource("cloud", "http://fake", lambda: answerer, remote=words)
+>>>>>>> theirs
 
 
-def test_answers_are_scored_kept_and_not_asked_for_again(labelled, tmp_path):
+def test_answers_are_scored_kept_and_not_asked_for_again(evaluation_set, tmp_path):
     parrot = Parrot()
-    answers = record_answers(far(parrot), labelled, tmp_path, quiet=True)
+    answers = record_answers(remote(parrot), evaluation_set, tmp_path, quiet=True)
     assert [answered.score for answered in answers] == [0, 0, 1, 0]
     assert len(parrot.asked) == 5  # the first one twice, and the first of these forgotten
     assert parrot.closed
-    assert record_answers(far(None), labelled, tmp_path, quiet=True) == answers
+    assert record_answers(remote(None), evaluation_set, tmp_path, quiet=True) == answers
 
 
-def test_what_an_interruption_left_is_gone_on_with(labelled, tmp_path):
+def test_what_an_interruption_left_is_gone_on_with(evaluation_set, tmp_path):
     failing, second = Parrot(fails_at=4), Parrot()
     with pytest.raises(RequestError, match="no more"):
-        record_answers(far(failing), labelled, tmp_path, quiet=True)
+        record_answers(remote(failing), evaluation_set, tmp_path, quiet=True)
     assert failing.closed
-    assert len(record_answers(far(second), labelled, tmp_path, quiet=True)) == 4
+    assert len(record_answers(remote(second), evaluation_set, tmp_path, quiet=True)) == 4
     assert [request.messages[0]["content"] for request in second.asked] == [
         ROWS[place]["prompt"] for place in (2, 2, 3)
     ]
 
 
-def test_a_far_server_reads_words_and_a_model_of_ours_tokens(labelled, tmp_path):
+def test_a_remote_endpoint_reads_messages_and_a_model_of_ours_tokens(evaluation_set, tmp_path):
     servers = Parrot(), Parrot()
     for number, (parrot, words) in enumerate(zip(servers, (True, False), strict=True)):
         place = tmp_path / str(number)
         place.mkdir()
         record_answers(
-            AnswerSource("edge", str(tmp_path), lambda parrot=parrot: parrot, words), labelled, place, quiet=True
+            AnswerSource("edge", str(tmp_path), lambda parrot=parrot: parrot, words), evaluation_set, place, quiet=True
         )
-    assert (servers[0].asked[1].prompt, servers[0].asked[1].messages) == (None, labelled.requests[0].messages)
-    assert (servers[1].asked[1].prompt, servers[1].asked[1].messages) == (labelled.requests[0].prompt, None)
+    assert (servers[0].asked[1].prompt, servers[0].asked[1].messages) == (None, evaluation_set.requests[0].messages)
+    assert (servers[1].asked[1].prompt, servers[1].asked[1].messages) == (evaluation_set.requests[0].prompt, None)
     assert servers[1].asked[1].sampling.temperature == 0
-    assert servers[1].asked[1].max_tokens == labelled.max_new_tokens
+    assert servers[1].asked[1].max_tokens == evaluation_set.max_new_tokens
 
 
-def test_a_model_that_was_written_anew_is_another(labelled, tmp_path):
+def test_a_model_that_was_written_anew_is_another(evaluation_set, tmp_path):
     model = tmp_path / "edge.gguf"
     model.write_text("old")
     side = AnswerSource("edge", str(model), Parrot)
-    record_answers(side, labelled, tmp_path, quiet=True)
+    record_answers(side, evaluation_set, tmp_path, quiet=True)
     later = model.stat().st_mtime_ns + 10**9
     os.utime(model, ns=(later, later))
     with pytest.raises(DataError, match="recorded with another version of the model"):
-        record_answers(side, labelled, tmp_path, quiet=True)
+        record_answers(side, evaluation_set, tmp_path, quiet=True)
 
 
 def test_a_side_that_is_none_is_refused_before_anything_runs(tmp_path):
@@ -121,13 +126,13 @@ def read(tmp_path, rows, limit=None, **settings):
 
 def test_a_user_sends_the_words_and_the_model_reads_the_prompt_of_training(tmp_path):
     row = {"prompt": "wake me", "completion": "alarm"}
-    labelled = read(tmp_path, [row], template="Do: {prompt}\nNow:", chat_template=False)
-    asked = labelled.requests[0]
+    evaluation_set = read(tmp_path, [row], template="Do: {prompt}\nNow:", chat_template=False)
+    asked = evaluation_set.requests[0]
     assert asked.messages == ({"role": "user", "content": "wake me"},)
     assert asked.text == "Do: wake me\nNow:"
     assert asked.prompt == TOKENIZER("Do: wake me\nNow:")["input_ids"]
     assert asked.references == ["alarm"]
-    assert (labelled.score(0, " Alarm\n"), labelled.score(0, "alarms")) == (1, 0)
+    assert (evaluation_set.score(0, " Alarm\n"), evaluation_set.score(0, "alarms")) == (1, 0)
 
 
 def test_what_the_prompt_format_makes_of_the_words_is_what_is_asked(tmp_path):

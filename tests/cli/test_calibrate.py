@@ -40,7 +40,7 @@ def test_a_run_is_calibrated_against_itself_and_the_policy_can_be_loaded(shadow_
     assert PolicyConfig(threshold=told["policy"]["threshold"]).threshold == policy.threshold
     said = capsys.readouterr()
     assert "promised" in said.out
-    assert "95 % interval, 4 rows" in said.err
+    assert "95 % interval, 4 examples" in said.err
 
 
 def test_a_detached_directory_gives_what_its_run_gives(shadow_run, small, held_out, tmp_path):
@@ -59,7 +59,7 @@ def test_kept_answers_are_not_asked_for_again(shadow_run, held_out, tmp_path, mo
 
     more = ("--cloud-run", shadow_run, "--hand-over", 1, "--answers", tmp_path / "answers")
     assert calibrate(shadow_run, held_out, tmp_path / "a.json", *more) == 0
-    monkeypatch.setattr(answers, "_answer", None)
+    monkeypatch.setattr(answers, "_record", None)
     assert calibrate(shadow_run, held_out, tmp_path / "b.json", *more) == 0
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
 

@@ -33,7 +33,7 @@ def test_a_dry_run_shows_sizes_and_numbers_and_runs_nothing(tmp_path, capsys):
     result = tmp_path / "plan.json"
     assert main(["compare", str(file), "--dry-run", "--json", str(result)]) == 0
     shown = capsys.readouterr().out
-    assert "4 trials on validation rows, then 7 runs with 10 evaluations" in shown
+    assert "4 trials on validation examples, then 7 runs with 10 evaluations" in shown
     assert "lora.rank" in shown
     rows = {row["method"]: row for row in json.loads(result.read_text())["rows"]}
     assert abs(rows["lora"]["trainable_parameters"] / rows["shadow"]["trainable_parameters"] - 1) <= 0.1
@@ -48,7 +48,7 @@ def test_a_plan_says_how_long_it_takes_what_may_come_on_top_and_reads_no_test_ro
     result = tmp_path / "plan.json"
     assert main(["compare", str(file), "--dry-run", "--json", str(result)]) == 0
     shown = capsys.readouterr().out
-    assert "10 trials on validation rows, then 5 runs" in shown
+    assert "10 trials on validation examples, then 5 runs" in shown
     assert "up to 4 trials more" in shown
     assert "up to 4 runs more, at equal time and memory" in shown
     assert "about " in shown.splitlines()[-1]
@@ -70,7 +70,7 @@ def test_a_plan_takes_its_times_from_runs_that_are_done(in_this_process, tmp_pat
 def test_a_plan_whose_rows_cannot_be_read_says_so(tmp_path, capsys):
     file = write_settings(tmp_path, tasks={"gsm8k": None}, methods={"lora": None})
     assert main(["compare", str(file), "--data", str(tmp_path), "--dry-run"]) == 0
-    assert "tasks whose rows cannot be read are not in it" in capsys.readouterr().out
+    assert "tasks whose data cannot be read are not included" in capsys.readouterr().out
 
 
 def test_a_baseline_that_is_not_installed_ends_in_a_line_after_the_others_were_compared(

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -59,3 +60,27 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("shadowtune: error: ")  # torchao, where installed, speaks first
     assert "Traceback" not in result.stderr
+
+
+PROGRAM = """
+import sys
+from shadowtune.cli.main import make_stderr_resilient
+
+make_stderr_resilient()
+for _ in range(3):
+    print("x" * 9000, file=sys.stderr, flush=True)
+print("\\u00e4", file=sys.stderr)
+print(sys.stderr.isatty(), sys.stderr.fileno())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_what_cannot_be_written_is_dropped():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=full, text=True)
+    assert (done.returncode, done.stdout) == (0, "False 2\n")
+
+
+def test_what_can_be_written_is_written():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, encoding="utf-8", check=True)
+    assert done.stderr == ("x" * 9000 + "\n") * 3 + "\u00e4\n"

@@ -102,9 +102,9 @@ class TestSweepOnNamedTasks:
             order.append(split)
             return held_out(dataset, split, source, limit)
 
-        def trained(worker, method, **arguments):
-            order.append(arguments["job"]["stage"])
-            return call(worker, method, **arguments)
+        def trained(worker, function, *arguments):
+            order.append(arguments[0].stage)
+            return call(worker, function, *arguments)
 
         monkeypatch.setattr(Dataset, "held_out", read)
         monkeypatch.setattr(Worker, "call", trained)

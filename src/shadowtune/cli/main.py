@@ -1,7 +1,9 @@
 """Entry point of ``shadowtune COMMAND ...``: exit code 0 on success, 2 with one line on an error, 130 on Ctrl-C."""
 
 import argparse
+import contextlib
 import importlib
+import io
 import itertools
 import logging
 import sys
@@ -127,6 +129,28 @@ def _fail(message: str) -> int:
     return 2
 
 
+class _ResilientStream(io.TextIOWrapper):
+    """Drops what cannot be written, so that a full disk under the log stops neither a server nor a training run."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+def make_stderr_resilient() -> None:
+    """Let this process continue if standard error cannot be written any more."""
+    old = sys.stderr
+    if isinstance(old, io.TextIOWrapper):
+        encoding, errors = old.encoding, old.errors
+        sys.stderr = _ResilientStream(old.detach(), encoding, errors, line_buffering=True)
+
+
 def run() -> NoReturn:
     """Run the console script."""
+    make_stderr_resilient()
     sys.exit(main(sys.argv[1:]))
