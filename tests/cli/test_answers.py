@@ -46,13 +46,8 @@ def evaluation_set(tmp_path):
     return read_evaluation_set(data_of_format(PromptFormat(), file), tiny_tokenizer(), file, "test", None)
 
 
-<<<<<<< ours
-def far(backend, words=True):
-    return AnswerSource("cloud", "http://fake", lambda: backend, far=words)
-=======
-def remote(answerer, words=True):
-    return AnswerSource("cloud", "http://fake", lambda: answerer, remote=words)
->>>>>>> theirs
+def remote(backend, words=True):
+    return AnswerSource("cloud", "http://fake", lambda: backend, remote=words)
 
 
 def test_answers_are_scored_kept_and_not_asked_for_again(evaluation_set, tmp_path):
