@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from shadowtune.cli.main import main
-from shadowtune.config.loading import SHIPPED, _Loader
+from shadowtune.config.loading import SHIPPED, _YamlLoader
 from shadowtune.config.schema import SCHEMAS, json_schema, settings_reference
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def test_the_settings_reference_is_current(capsys):
 def test_the_schema_accepts_our_files_and_nothing_misspelt(name):
     validator = pytest.importorskip("jsonschema_rs").validator_for(json_schema(name))
     for file in FILES[name]:
-        values = yaml.load(re.sub(r"(?<=[ \[]\d)e-", ".0e-", file.read_text()), _Loader)  # as YAML 1.2
+        values = yaml.load(re.sub(r"(?<=[ \[]\d)e-", ".0e-", file.read_text()), _YamlLoader)  # as YAML 1.2
         errors = [error.message for error in validator.iter_errors(values)]
         assert not errors, (file, errors)
         assert not validator.is_valid({**values, "nothing": 1})
@@ -47,10 +47,9 @@ def test_the_schema_accepts_our_files_and_nothing_misspelt(name):
     "file", [file for name in ("train", "compare") for file in FILES[name]], ids=lambda file: file.stem
 )
 def test_every_file_names_its_schema(file):
-    first = file.read_text().splitlines()[0]
-    mark = "# yaml-language-server: $schema="
-    assert first.startswith(mark)
-    assert (file.parent / first.removeprefix(mark)).resolve().is_file()
+    (schema,) = re.findall(r"^# yaml-language-server: \$schema=(.*)$", file.read_text(), re.MULTILINE)
+    kind = "train" if file in FILES["train"] else "compare"
+    assert (file.parent / schema).resolve() == SHIPPED / "schema" / f"{kind}.json"
 
 
 def test_the_reference_has_a_text_for_every_setting_but_documents_no_class_twice():

@@ -29,7 +29,7 @@ EXTRA_TOKENS = 2
 
 
 @dataclass(frozen=True)
-class EvaluationRequest:
+class EvaluationExample:
     """One request with its correct answers."""
 
     prompt: list[int]
@@ -46,7 +46,7 @@ class EvaluationRequest:
 class EvaluationSet:
     """Requests with their common metric, limit and tokenizer."""
 
-    requests: list[EvaluationRequest]
+    requests: list[EvaluationExample]
     metric: str
     """One of ``evaluation.scoring.METRICS``."""
     max_new_tokens: int
@@ -104,7 +104,7 @@ def read_evaluation_set(
     texts = tokenizer.batch_decode([prompt.input_ids for prompt in prompts])
     references = data.references(rows, prompts)
     requests = [
-        EvaluationRequest(prompt.input_ids, text, _messages(data, row), correct)
+        EvaluationExample(prompt.input_ids, text, _messages(data, row), correct)
         for prompt, text, row, correct in zip(prompts, texts, rows, references, strict=True)
     ]
     longest = max(len(tokenizer(prompt.target, add_special_tokens=False)["input_ids"]) for prompt in prompts)
@@ -219,7 +219,7 @@ async def _record(
         await backend.aclose()
 
 
-def _request(request: EvaluationRequest, max_new_tokens: int, remote: bool) -> "GenerationRequest":
+def _request(request: EvaluationExample, max_new_tokens: int, remote: bool) -> "GenerationRequest":
     from shadowtune.serving.requests import GenerationRequest, SamplingParams
 
     words: dict[str, Any] = {"prompt": request.prompt}

@@ -21,7 +21,7 @@ SHIPPED = Path(__file__).parent.parent / "configs"
 _BOOL, _TIMESTAMP = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 
 
-class _Loader(yaml.SafeLoader):
+class _YamlLoader(yaml.SafeLoader):
     """YAML in which off, no and dates are text, as in YAML 1.2, and a repeated key is an error.
 
     The plain loader reads ``gradient_checkpointing: off`` as False, and silently keeps the last of two equal keys.
@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_YamlLoader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]) -> Settings:
@@ -151,7 +151,7 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
 def _parse(text: str, where: str) -> Any:
     """Parse one YAML document; ``where`` names it in errors."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _YamlLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark is not None else ""
