@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo robot test test-slow test-latest test-lowest check fmt types install clean
+.PHONY: demo robot test quick docs test-slow test-latest test-lowest check fmt types install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -23,6 +23,18 @@ robot: install  ## a robot that answers what it can: train, detach, export, cali
 
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+QUICK := tests/config tests/core tests/data tests/attach tests/serving/edge/test_confidence.py \
+	tests/serving/edge/test_thresholds.py tests/serving/edge/test_circuit_breaker.py tests/serving/test_conversation.py \
+	tests/serving/test_detokenizer.py tests/serving/test_sampling.py tests/serving/test_tools.py \
+	tests/serving/simulation/test_routing.py tests/comparison/test_plan.py tests/comparison/test_statistics.py \
+	tests/comparison/test_analysis.py tests/model/test_configuration.py tests/model/test_fingerprint.py \
+	tests/model/speculation/test_draft_length.py tests/test_configs.py tests/test_deploy.py tests/test_language.py \
+	tests/test_layering.py tests/test_tables.py
+
+quick: install  ## two minutes: what needs no trained model, no process of its own, no browser and no download
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not browser and not process and not model and not fresh' \
+		--ignore tests/core/test_triton_boundary.py $(QUICK)
 
 test-slow: install  ## transformers' own model tests on our classes, from the sdist of the installed version
 	$(BIN)/python -m pytest -m slow tests/slow
