@@ -40,6 +40,13 @@ quick: install  ## two minutes: what needs no trained model, no process of its o
 test-slow: install  ## transformers' own model tests on our classes, from the sdist of the installed version
 	$(BIN)/python -m pytest -m slow tests/slow
 
+DOCS := .venv-docs
+
+docs:  ## the documentation site, in site/; reads the sources without importing them
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install -q $$(grep -o '"mkdocs[^"]*"' pyproject.toml | tr -d '"')
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
 LATEST := .venv-latest
 SELECTION := tests/fresh tests/test_compatibility.py tests/attach tests/model/test_generation.py \
 	tests/model/speculation/test_decoding.py
@@ -74,4 +81,4 @@ types: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(LATEST) .venv-lowest .constraints-lowest build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) $(DOCS) site .constraints-torch .venv-lowest .constraints-lowest build dist .pytest_cache .mypy_cache .ruff_cache
