@@ -1,18 +1,19 @@
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo robot test test-slow test-latest test-lowest check fmt types install clean
+.PHONY: demo robot test quick docs test-slow test-latest test-lowest check fmt types install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 demo: install  ## fine-tune SmolLM2-135M with a shadow and with LoRA, compare, look at runs/demo
@@ -24,8 +25,27 @@ robot: install  ## a robot that answers what it can: train, detach, export, cali
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+QUICK := tests/config tests/core tests/data tests/attach tests/serving/edge/test_confidence.py \
+	tests/serving/edge/test_thresholds.py tests/serving/edge/test_circuit_breaker.py tests/serving/test_conversation.py \
+	tests/serving/test_detokenizer.py tests/serving/test_sampling.py tests/serving/test_tools.py \
+	tests/serving/simulation/test_routing.py tests/comparison/test_plan.py tests/comparison/test_statistics.py \
+	tests/comparison/test_analysis.py tests/model/test_configuration.py tests/model/test_fingerprint.py \
+	tests/model/speculation/test_draft_length.py tests/test_configs.py tests/test_deploy.py tests/test_language.py \
+	tests/test_layering.py tests/test_tables.py
+
+quick: install  ## two minutes: what needs no trained model, no process of its own, no browser and no download
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not browser and not process and not model and not fresh' \
+		--ignore tests/core/test_triton_boundary.py $(QUICK)
+
 test-slow: install  ## transformers' own model tests on our classes, from the sdist of the installed version
 	$(BIN)/python -m pytest -m slow tests/slow
+
+DOCS := .venv-docs
+
+docs:  ## the documentation site, in site/; reads the sources without importing them
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install -q $$(grep -o '"mkdocs[^"]*"' pyproject.toml | tr -d '"')
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
 LATEST := .venv-latest
 SELECTION := tests/fresh tests/test_compatibility.py tests/attach tests/model/test_generation.py \
@@ -61,4 +81,4 @@ types: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(LATEST) .venv-lowest .constraints-lowest build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) $(DOCS) site .constraints-torch .venv-lowest .constraints-lowest build dist .pytest_cache .mypy_cache .ruff_cache

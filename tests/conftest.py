@@ -39,6 +39,46 @@ OTHERS = (
 the Shadow tuner of peft 0.21 hand the cache on by its old name."""
 
 
+PROCESSES = (
+    "tests/benchmarks/test_h100.py",
+    "tests/benchmarks/test_projection.py",
+    "tests/cli/test_compare.py",
+    "tests/cli/test_main.py::test_the_module_runs_as_a_program",
+    "tests/cli/test_serve.py",
+    "tests/cli/test_serve_load.py",
+    "tests/cli/test_standard_error.py",
+    "tests/comparison/test_execution.py",
+    "tests/comparison/test_run.py",
+    "tests/comparison/test_worker_process.py",
+    "tests/examples/test_robot.py",
+    "tests/export/test_card.py",
+    "tests/export/test_detaching.py::test_it_loads_without_this_library_and_computes_what_detached_mode_does",
+    "tests/fresh/",
+    "tests/model/test_detached.py::test_saved_it_loads_without_this_library",
+    "tests/model/test_files.py",
+    "tests/model/test_loading.py::test_another_process_needs_only_the_import",
+    "tests/serving/engine/test_failures.py::test_the_process_ends_with_an_error_code",
+    "tests/serving/http/test_clients.py",
+    "tests/serving/http/test_server.py",
+    "tests/test_models.py",
+    "tests/test_provenance.py",
+    "tests/test_public_api.py",
+    "tests/test_quiet.py",
+    "tests/test_readme.py",
+    "tests/test_registration.py",
+    "tests/training/test_distributed.py",
+    "tests/training/test_pretraining.py::test_two_processes_pretrain_like_one_even_if_checkpointed",
+    "tests/training/test_resume.py",
+)
+"""Tests, files and directories that start processes or servers of their own."""
+
+BROWSER = (
+    "tests/serving/page/",
+    "tests/evaluation/test_report.py::test_the_page_fits_the_width_of_a_phone_and_its_tables_scroll_by_themselves",
+)
+"""Tests and directories that open a page in a browser."""
+
+
 def _runs_others(item):
     return bool(set(OTHERS) & set(item.path.parts))
 
@@ -72,8 +112,15 @@ def nothing_deprecated_is_called(request):
     assert not handler.messages, handler.messages
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
+        if item.nodeid.startswith(PROCESSES):
+            item.add_marker("process")
+        if item.nodeid.startswith(BROWSER):
+            item.add_marker("browser")
+        if "smollm2" in item.fixturenames:
+            item.add_marker("model")
         if _runs_others(item):
             item.add_marker(pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"))
