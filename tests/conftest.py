@@ -26,11 +26,10 @@ UPSTREAM = ("'min_new_tokens'",)
 
 
 OTHERS = (
-    "benchmark",
+    "benchmarks",
     "comparison",
     "parity",
     "formats",
-    "test_bench.py",
     "test_convert.py",
     "test_inspection.py",
     "test_adapters.py",
@@ -46,7 +45,6 @@ PROCESSES = (
     "tests/cli/test_main.py::test_the_module_runs_as_a_program",
     "tests/cli/test_serve.py",
     "tests/cli/test_serve_load.py",
-    "tests/cli/test_standard_error.py",
     "tests/comparison/test_execution.py",
     "tests/comparison/test_run.py",
     "tests/comparison/test_worker_process.py",
@@ -63,7 +61,6 @@ PROCESSES = (
     "tests/test_models.py",
     "tests/test_provenance.py",
     "tests/test_public_api.py",
-    "tests/test_quiet.py",
     "tests/test_readme.py",
     "tests/test_registration.py",
     "tests/training/test_distributed.py",

@@ -136,27 +136,14 @@ BATCH_ROWS = re.compile(
 
 # OPEN-BEGIN
 OPEN: dict[str, set[str]] = {
-    "name: alone": {"src/shadowtune/config/presets.py", "src/shadowtune/training/stages.py"},
+    "name: alone": {"src/shadowtune/training/stages.py"},
     "name: draft_fusion": {"src/shadowtune/model/shadow.py"},
-    "name: far": {"src/shadowtune/cli/recording.py"},
-    "name: fault": {"src/shadowtune/config/comparison.py", "src/shadowtune/config/loading.py"},
-    "name: faults": {
-        "src/shadowtune/config/checking.py",
-        "src/shadowtune/config/comparison.py",
-        "src/shadowtune/config/merging.py",
-        "src/shadowtune/config/shadow.py",
-        "src/shadowtune/config/sweep.py",
-    },
     "name: hand_over": {
-        "src/shadowtune/config/policy.py",
+        "src/shadowtune/config/serving.py",
         "src/shadowtune/serving/http/responses.py",
         "src/shadowtune/serving/simulation/report.py",
         "src/shadowtune/serving/simulation/simulator.py",
     },
-    "name: head_mixing": {"src/shadowtune/config/shadow.py", "src/shadowtune/config/training.py"},
-    "name: held_back": {"src/shadowtune/config/data.py"},
-    "name: labelled_set": {"src/shadowtune/cli/labelled.py"},
-    "name: open_trained": {"src/shadowtune/cli/trained.py"},
     "name: owed": {"src/shadowtune/serving/http/server.py"},
     "name: peer": {
         "benchmarks/result_files.py",
@@ -175,47 +162,13 @@ OPEN: dict[str, set[str]] = {
         "benchmarks/training.py",
         "src/shadowtune/comparison/sizes.py",
     },
-    "name: pieces": {"src/shadowtune/cli/labelled.py"},
-    "name: place": {
-        "src/shadowtune/cli/recording.py",
-        "src/shadowtune/config/checking.py",
-        "src/shadowtune/config/comparison.py",
-        "src/shadowtune/config/merging.py",
-        "src/shadowtune/config/sweep.py",
-    },
-    "name: places": {"src/shadowtune/config/comparison.py"},
-    "name: quiet_imports": {"src/shadowtune/quiet.py"},
-    "name: recording": {"src/shadowtune/cli/recording.py"},
-    "name: said": {
-        "src/shadowtune/cli/compare.py",
-        "src/shadowtune/cli/serve_edge.py",
-        "src/shadowtune/cli/server.py",
-        "src/shadowtune/comparison/budgets.py",
-        "src/shadowtune/config/comparison.py",
-    },
-    "name: served": {
-        "benchmarks/serving.py",
-        "src/shadowtune/cli/serve.py",
-        "src/shadowtune/cli/served.py",
-        "src/shadowtune/serving/edge/local.py",
-    },
+    "name: pieces": {"src/shadowtune/cli/answers.py"},
+    "name: recording": {"src/shadowtune/cli/answers.py"},
+    "name: said": {"src/shadowtune/comparison/budgets.py"},
+    "name: served": {"benchmarks/serving.py", "src/shadowtune/serving/edge/local.py"},
     "name: shadow_first": {"src/shadowtune/config/training.py"},
-    "name: standard_error": {"src/shadowtune/cli/standard_error.py"},
-    "name: told": {"src/shadowtune/cli/evaluate.py", "src/shadowtune/cli/simulate.py"},
-    "name: verb": {"src/shadowtune/cli/main.py", "src/shadowtune/cli/train.py"},
     "name: verdict": {"src/shadowtune/cli/simulate.py"},
     "name: verdicts": {"src/shadowtune/cli/simulate.py"},
-    "prose: far server": {
-        "src/shadowtune/cli/cloud_options.py",
-        "src/shadowtune/cli/labelled.py",
-        "src/shadowtune/cli/recording.py",
-    },
-    "prose: fault": {
-        "src/shadowtune/config/checking.py",
-        "src/shadowtune/config/comparison.py",
-        "src/shadowtune/config/shadow.py",
-    },
-    "prose: faults": {"src/shadowtune/config/checking.py", "src/shadowtune/config/shadow.py"},
     "prose: few rows": {"src/shadowtune/core/prepacked_linear.py"},
     "prose: peer": {
         "benchmarks/benchmark.py",
@@ -230,31 +183,9 @@ OPEN: dict[str, set[str]] = {
         "benchmarks/training.py",
     },
     "prose: peers": {"benchmarks/generation.py", "benchmarks/methods.py", "benchmarks/speculation.py"},
-    "prose: place": {"src/shadowtune/config/checking.py", "src/shadowtune/config/sweep.py"},
-    "prose: storey": {"src/shadowtune/cli/__init__.py", "src/shadowtune/config/__init__.py"},
-    "prose: told": {
-        "src/shadowtune/cli/serve.py",
-        "src/shadowtune/cli/serve_edge.py",
-        "src/shadowtune/cli/served.py",
-        "src/shadowtune/cli/server.py",
-    },
-    "prose: verb": {
-        "src/shadowtune/cli/cloud_options.py",
-        "src/shadowtune/cli/command.py",
-        "src/shadowtune/cli/main.py",
-        "src/shadowtune/cli/train.py",
-    },
-    "prose: verbs": {"src/shadowtune/cli/main.py"},
-    "prose: way out": {"src/shadowtune/errors.py"},
-    "prose: world": {"src/shadowtune/config/simulation.py"},
 }
-REPEATED: set[str] = {
-    "_Loader",
-}
-UNDOCUMENTED: set[str] = {
-    "src/shadowtune/cli/__init__.py",
-    "src/shadowtune/config/__init__.py",
-}
+REPEATED: set[str] = set()
+UNDOCUMENTED: set[str] = set()
 # OPEN-END
 
 
