@@ -144,7 +144,6 @@ OPEN: dict[str, set[str]] = {
         "src/shadowtune/serving/simulation/report.py",
         "src/shadowtune/serving/simulation/simulator.py",
     },
-    "name: owed": {"src/shadowtune/serving/http/server.py"},
     "name: peer": {
         "benchmarks/result_files.py",
         "benchmarks/runner.py",
@@ -164,11 +163,7 @@ OPEN: dict[str, set[str]] = {
     },
     "name: pieces": {"src/shadowtune/cli/answers.py"},
     "name: recording": {"src/shadowtune/cli/answers.py"},
-    "name: said": {"src/shadowtune/comparison/budgets.py"},
     "name: served": {"benchmarks/serving.py", "src/shadowtune/serving/edge/local.py"},
-    "name: shadow_first": {"src/shadowtune/config/training.py"},
-    "name: verdict": {"src/shadowtune/cli/simulate.py"},
-    "name: verdicts": {"src/shadowtune/cli/simulate.py"},
     "prose: few rows": {"src/shadowtune/core/prepacked_linear.py"},
     "prose: peer": {
         "benchmarks/benchmark.py",

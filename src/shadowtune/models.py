@@ -44,18 +44,19 @@ class PackagedModel:
     parts: tuple[str, ...]
     """Files that a whole directory has beside the weights."""
     repair: Callable[["PreTrainedTokenizerBase", int], None]
-    """Puts right what the GGUF file does not say about the tokenizer; takes it and the context length in tokens."""
+    """Completes the tokenizer, where the GGUF file is incomplete; takes it and the context length in tokens."""
 
 
 def packaged_model(model: PackagedModel) -> Path:
     """Return a local directory with a model and its tokenizer, made on the first call.
 
     The directory loads with ``AutoModelForCausalLM`` and ``AutoTokenizer`` and needs no network. It lies in
-    ``~/.cache/shadowtune``, or where the environment variable ``SHADOWTUNE_CACHE`` says. Any number of processes may
-    call this at the same time: one makes the directory, which appears under its name only when it is whole.
+    ``~/.cache/shadowtune``, or in the directory of the environment variable ``SHADOWTUNE_CACHE``. Any number of
+    processes may call this at the same time: one makes the directory, which appears under its name only when it is
+    whole.
 
     Raises:
-        ShadowtuneError: if the model cannot be fetched, converted or stored; the message says what to do.
+        ShadowtuneError: if the model cannot be fetched, converted or stored; the message has a hint.
     """
     cache = _cache_directory()
     target = cache / model.directory
@@ -104,7 +105,7 @@ def _cache_directory() -> Path:
 
 
 def _is_whole(directory: Path, parts: tuple[str, ...]) -> bool:
-    """Tell whether every file is there and the weights are as long as their header says."""
+    """Return whether every file exists and the weights are as long as their header declares."""
     if not all((directory / name).is_file() for name in parts):
         return False
     try:
@@ -212,7 +213,7 @@ def _convert(packaged: PackagedModel, source: Path, target: Path) -> None:
 
 
 def _repair_smollm2(tokenizer: "PreTrainedTokenizerBase", context_length: int) -> None:
-    """Give back what the GGUF file does not say, or what transformers does not read from it.
+    """Restore what the GGUF file does not contain, or transformers does not read from it.
 
     Digits are split before words, as SmolLM2 was trained; without it "a  1" gets other ids. Padding is
     <|endoftext|>, which no text contains: <|im_end|> ends each turn, and code that masks padding would mask it too.
@@ -225,7 +226,7 @@ def _repair_smollm2(tokenizer: "PreTrainedTokenizerBase", context_length: int) -
 
 
 def _repair_gemma3(tokenizer: "PreTrainedTokenizerBase", context_length: int) -> None:
-    """Say how long a context may be."""
+    """Set the maximum length of the context."""
     tokenizer.model_max_length = context_length
 
 

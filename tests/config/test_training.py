@@ -137,7 +137,7 @@ def test_the_recommended_recipe_is_that_of_the_class_and_leaves_the_shadow_out_o
     config = read(preset="recommended")
     assert config.shadow == ShadowConfig.recommended(shadow_loss_weight=0.0)
     assert config.shadow.variant == "stateless"
-    assert config.shadow_first
+    assert config.has_shadow_only_stage
     assert ShadowConfig.recommended().shadow_loss_weight > 0
 
 

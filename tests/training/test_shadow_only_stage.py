@@ -148,6 +148,6 @@ def test_only_a_shadow_of_a_language_model_can_go_first(tmp_path, settings):
 
 def test_a_method_without_a_shadow_trains_as_without_the_setting(tmp_path):
     config = config_in(tmp_path, method="full")
-    assert not config.shadow_first
+    assert not config.has_shadow_only_stage
     assert train(config, quiet=True).shadow_seconds is None
     assert not (Path(config.output) / "shadow").exists()

@@ -37,7 +37,7 @@ class LoadedRun:
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """What a run directory or saved shadow tells about its adapter without its weights."""
+    """Facts about the adapter of a run directory or saved shadow, without its weights."""
 
     path: Path
     model: Path

@@ -80,14 +80,14 @@ def run(arguments: argparse.Namespace) -> int:
     with_threshold = (item for item in policies.items() if item[1].kind == "confidence")
     name, plotted = next(with_threshold, (PLAIN_SIGNALS[0], PolicyConfig()))
     routers = {signal: replace(plotted, signal=signal) for signal in PLAIN_SIGNALS} | policies
-    rows, verdicts = [_cells(result) for result in results], _verdicts(results)
+    rows, summaries = [_cells(result) for result in results], _summaries(results)
     areas = [{"router": name, "area": area} for name, area in routing.curve_areas(simulator, routers).items()]
     print_table(f"{len(simulator.records)} requests", [_readable(row) for row in rows])
     print_table("Area under accuracy over the fraction of deferred requests", areas)
-    for line in (*verdicts, *map(_overload, simulator.overloaded())):
+    for line in (*summaries, *map(_overload, simulator.overloaded())):
         print(line)
     _write(Path(arguments.output), results, routing.threshold_sweep(simulator, name, plotted))
-    details = {"settings": asdict(config), "areas": areas, "verdicts": [vars(verdict) for verdict in verdicts]}
+    details = {"settings": asdict(config), "areas": areas, "verdicts": [vars(summary) for summary in summaries]}
     write_json(arguments.json, "simulate", rows, **details)
     return 0
 
@@ -124,7 +124,7 @@ def _cloud(arguments: argparse.Namespace) -> AnswerSource:
     return run_source("cloud", arguments.cloud)
 
 
-def _verdicts(results: "list[SimulationResult]") -> "list[PolicySummary]":
+def _summaries(results: "list[SimulationResult]") -> "list[PolicySummary]":
     """Compare everything but random routers with the cloud alone, on the same requests."""
     import torch
 
@@ -132,13 +132,13 @@ def _verdicts(results: "list[SimulationResult]") -> "list[PolicySummary]":
     from shadowtune.serving.simulation.report import summarize
 
     cloud = next(result for result in results if result.policy == "always-cloud")
-    verdicts = []
+    summaries = []
     for result in results:
         if result is not cloud and not result.policy.startswith("random "):
             both = (bootstrap(torch.tensor([scores])) for scores in (result.scores, cloud.scores))
             estimate = next(both).minus(next(both)).estimate()
-            verdicts.append(summarize(result, cloud, (estimate.low, estimate.high)))
-    return verdicts
+            summaries.append(summarize(result, cloud, (estimate.low, estimate.high)))
+    return summaries
 
 
 def _overload(side: str) -> str:

@@ -127,9 +127,9 @@ class EqualCosts:
         if abs(needs - wanted) <= SAME * wanted:
             return {}
         config, key = self._plan.config, self._plan.config.size_key(method)
-        said = f"{method} needs {needs:,.0f} MB, {theirs['method']} {wanted:,.0f} MB"
+        costs = f"{method} needs {needs:,.0f} MB, {theirs['method']} {wanted:,.0f} MB"
         if key is None:
-            return f"{said}, and {method} has no size to choose"
+            return f"{costs}, and {method} has no size to choose"
         train = self._finals[task, method, config.seeds[0]].config
 
         def count(changes: Mapping[str, Any]) -> int:
@@ -140,12 +140,12 @@ class EqualCosts:
         aim = now + round((wanted - needs) * 2**20 / BYTES[train.trainable_dtype])
         if aim < growth.count(growth.step):
             fewest = needs - (now - growth.count(growth.step)) * BYTES[train.trainable_dtype] / 2**20
-            return f"{said}, and at its smallest size it still needs about {fewest:,.0f} MB"
+            return f"{costs}, and at its smallest size it still needs about {fewest:,.0f} MB"
         changes = changes_for(key, growth.nearest(aim), train)
         try:
             count(changes)
         except ShadowtuneError as error:  # the method does not support this size
-            return f"{said}; {error}"
+            return f"{costs}; {error}"
         return changes
 
 

@@ -159,7 +159,7 @@ def check_choices(values: Any, **choices: tuple[str, ...]) -> None:
 
 
 def describe(hint: Any) -> str:
-    """Say in words what a value of a type annotation must be, without its bounds: "int", "one of linear, cosine"."""
+    """Describe the values of a type annotation, without its bounds: "int", "one of linear, cosine"."""
     hint = _without_none(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
@@ -174,7 +174,7 @@ def describe(hint: Any) -> str:
 
 
 def describe_bounds(hint: Any) -> str:
-    """Say in words which numbers a type annotation allows: "at least 1 and below 65"; "" if all."""
+    """Describe the numbers that a type annotation allows: "at least 1 and below 65"; "" if all."""
     words = {Ge: "at least", Gt: "above", Lt: "below", Le: "at most"}
     parts = [hint, *typing.get_args(hint)]
     bounds = [bound for part in parts for bound in getattr(part, "__metadata__", ()) if type(bound) in words]

@@ -209,7 +209,7 @@ class TrainConfig:
         return self.fits_logit_interpolation or self.method == "ensemble" or self.data.learn_validation
 
     @property
-    def shadow_first(self) -> bool:
+    def has_shadow_only_stage(self) -> bool:
         """Whether a shadow-only stage precedes the joint stage."""
         return self.method == "shadow" and self.shadow_epochs > 0
 
@@ -282,7 +282,7 @@ class TrainConfig:
             )
 
     def _task_stage_conflicts(self) -> Iterator[str]:
-        if self.shadow_first and self.task != "causal_lm":
+        if self.has_shadow_only_stage and self.task != "causal_lm":
             yield self._no_shadow_stage()
         if self.projection_steps:
             yield f"projection_steps={self.projection_steps} needs stage=pretrain: run shadowtune pretrain"
@@ -293,7 +293,7 @@ class TrainConfig:
                 "stage=pretrain trains a shadow as a language model: it needs method=shadow and task=causal_lm, but "
                 f"method is {self.method} and task is {self.task}"
             )
-        if self.shadow_first:
+        if self.has_shadow_only_stage:
             yield self._no_shadow_stage()
         if self.projection_steps and self.gradient_checkpointing == "reentrant":
             yield (

@@ -24,7 +24,7 @@ MAX_SCHEMA = 100_000
 WHITESPACE = r"[ \n]?[ ]{0,16}"
 """White space between JSON tokens is bounded: small models would otherwise fill the output with line breaks."""
 COMBINING = ("allOf", "if", "not", "dependentSchemas", "unevaluatedProperties")
-"""Keywords of schemas that may define an object's properties in another place."""
+"""Keywords of schemas that may define an object's properties elsewhere."""
 PARAM = "response_format"
 
 

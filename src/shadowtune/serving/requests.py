@@ -15,7 +15,7 @@ class RequestError(ShadowtuneError):
     Args:
         message: one line for the client.
         status: the HTTP status, such as 400 invalid, 404 no such model, 429 too many, 500 failed, 503 unavailable.
-        param: the field at fault, as OpenAI's API calls it.
+        param: the wrong field, as OpenAI's API calls it.
     """
 
     def __init__(self, message: str, status: int = 400, param: str | None = None) -> None:
@@ -70,7 +70,7 @@ class GenerationRequest:
     speculate: bool = True
     """Whether the shadow may draft; the output has the same distribution either way."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end generation, whatever ``ignore_eos`` says, and are not part of the output."""
+    """Token ids that end generation, whatever ``ignore_eos`` is, and are not part of the output."""
     min_tokens: int = 0
     """Tokens before which only ``max_tokens`` ends generation."""
     schema: Mapping[str, Any] | None = None

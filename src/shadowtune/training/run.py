@@ -198,7 +198,7 @@ class ModelRun:
         arguments = training_arguments(config, run.checkpoints, options.quiet)
         self.data = load_training_data(config)
         self._report_data()
-        settings = joint_settings(config) if config.shadow_first else config
+        settings = joint_settings(config) if config.has_shadow_only_stage else config
         base = load_run_base(settings, self.data.num_labels)
         digests = InputDigests.of(base, self.data) if options.main else None
         if digests is not None and options.resume:
@@ -250,7 +250,7 @@ class ModelRun:
         before = trainable_parameters(model)
         if on_task and isinstance(model, ShadowPreTrainedModel):
             model.freeze_unused()
-        return before if config.shadow_first else trainable_parameters(model)
+        return before if config.has_shadow_only_stage else trainable_parameters(model)
 
     def _context(self) -> StageContext:
         config, data, report = self.config, self.data, self.options.report

@@ -332,7 +332,7 @@ def preceding_runs(config: TrainConfig) -> dict[str, TrainConfig]:
     """Return the runs that come before the run itself, each in a directory of its own, by their titles."""
     if config.method == "ensemble":
         return {"small model": small_model_settings(config), "LoRA": lora_settings(config)}
-    return {"shadow-only stage": shadow_only_settings(config)} if config.shadow_first else {}
+    return {"shadow-only stage": shadow_only_settings(config)} if config.has_shadow_only_stage else {}
 
 
 def shadow_only_settings(config: TrainConfig) -> TrainConfig:

@@ -111,7 +111,7 @@ class RemoteStream:
             self._reader.result()
 
     async def aclose(self) -> None:
-        """Close the connection, which tells the endpoint to stop."""
+        """Close the connection, at which the endpoint stops."""
         self._reader.cancel()
         await asyncio.wait([self._reader])
         if not self._reader.cancelled():

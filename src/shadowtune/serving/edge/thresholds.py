@@ -109,7 +109,7 @@ def oracle_area(examples: Sequence[CalibrationExample]) -> float:
 def choose_threshold(points: Sequence[CurvePoint], target: CalibrationTarget, count: int) -> CurvePoint:
     """Return the point of a curve that fits a target best.
 
-    A limit on rate or cost is used up, since few examples do not tell which rate within it is best; but not where that
+    A limit on rate or cost is used up, since few examples do not show which rate within it is best; but not where that
     is less accurate than the best by more than a standard error.
 
     Args:

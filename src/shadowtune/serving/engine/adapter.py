@@ -106,6 +106,6 @@ def pad_right(tokens: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Return the number of positions of a network; None if its config does not say."""
+    """Return the number of positions of a network; None if its config does not have it."""
     known = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return known if isinstance(known, int) else None

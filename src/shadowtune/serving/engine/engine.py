@@ -32,7 +32,7 @@ BASE = "base"
 CLOSING = "the server is closing; ask again later"
 POLL_SECONDS = 0.05
 JOIN_SECONDS = 5.0
-"""How long a thread that was told to stop is waited for; a pass that hangs is left behind."""
+"""Seconds to wait for a thread that is stopping; a pass that hangs is left behind."""
 
 
 class EngineStream:

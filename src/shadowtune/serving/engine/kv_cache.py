@@ -1,7 +1,7 @@
 """Key-value cache of sequences with different lengths: a transformers ``Cache`` of preallocated slots, with its masks.
 
-The n cached sequences fill slots 0 to n - 1: when one is removed, the last one moves into its slot. ``inputs`` says
-which sequences a pass runs over and at which positions their new tokens are; the layers write there and return the keys
+The n cached sequences fill slots 0 to n - 1: when one is removed, the last one moves into its slot. ``inputs`` names
+the sequences that a pass runs over and the positions of their new tokens; the layers write there and return the keys
 and values of these sequences, up to the longest. Entries behind the end of a sequence are masked, and overwritten as it
 grows, so dropping tokens costs nothing.
 """

@@ -46,7 +46,7 @@ class Limits:
     """Requests beyond ``max_sequences`` if one owner holds all of these: of owners that hold none, so that nobody waits
     for another client's long outputs."""
     close_seconds: float = 30.0
-    """How long running requests may go on after the engine was told to close."""
+    """How long running requests may go on after the engine began to close."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -113,7 +113,7 @@ def _param(detail: dict[str, Any], body: Any) -> str:
     """The invalid field in OpenAI's notation, ``messages[0].content``.
 
     Pydantic's locations have the names of types between those of fields where a field has alternatives; walking through
-    the body tells fields and indices from these.
+    the body distinguishes fields and indices from these.
     """
     name, value = "", body
     steps = list(detail["loc"][1:])

@@ -184,11 +184,11 @@ class ConnectionGuard:
         """Abort slow connections and excess ones; called several times a second."""
         now, due = self._clock(), dict[Any, tuple[int, float]]()
         for connection in list(connections):
-            owed = _due_of(connection)
-            if owed is None:
+            pending = _due_of(connection)
+            if pending is None:
                 continue
-            before, since = self._due.get(connection, (owed, now))
-            due[connection] = (owed, since if owed == before else now)
+            before, since = self._due.get(connection, (pending, now))
+            due[connection] = (pending, since if pending == before else now)
             if now - due[connection][1] >= self._timeout:
                 connection.transport.abort()
         self._due = due

@@ -27,7 +27,7 @@ from shadowtune.serving.requests import (
 
 LOGGER = logging.getLogger(__name__)
 CLOSE_SECONDS = 10.0
-"""How long a generation stream that was told to stop is waited for."""
+"""Seconds to wait for a generation stream that is stopping."""
 DISCONNECTED = 499
 """Status of a request whose client has disconnected; for logs and metrics."""
 FAILED = 500
@@ -41,7 +41,7 @@ class ResponseStream:
         admission: limits, backend and metrics.
         requests: one for each choice.
         n: choices of each prompt.
-        receive: of the connection, its body read; tells when the client disconnects.
+        receive: of the connection, its body read; it reports when the client disconnects.
     """
 
     def __init__(
@@ -259,7 +259,7 @@ async def respond(
 
 
 def decision_headers(decision: RoutingDecision) -> dict[str, str]:
-    """Return the response headers that say which side answered, and why."""
+    """Return the response headers with the side that answered, and the reason."""
     printable = "".join(letter if " " <= letter <= "~" else "?" for letter in decision.reason)[:200]
     headers = {
         "x-shadowtune-side": decision.side,

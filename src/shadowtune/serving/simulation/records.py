@@ -41,7 +41,7 @@ class RequestRecord:
     edge: RecordedAnswer
     cloud: RecordedAnswer
     lora: RecordedAnswer | None = None
-    """Of another model in the cloud's place."""
+    """Of another model in place of the cloud."""
     request_bytes: int = 0
     """Length of the prompt as UTF-8."""
 
