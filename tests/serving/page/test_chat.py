@@ -17,6 +17,7 @@ def test_an_answer_streams_and_the_request_is_what_the_page_shows(visit, stub):
 
     stub.script = script
     page = visit()
+    expect(page.locator("#model")).to_be_enabled()  # else a slow machine sends before the models are known
     send(page, "Say something")
     expect(last(page)).to_have_text("First words")
     expect(page.locator(".answer")).to_have_attribute("aria-busy", "true")
