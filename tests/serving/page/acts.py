@@ -1,7 +1,13 @@
 """Actions on the page and locators that several tests share."""
 
+import pytest
+
+expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
+
 
 def send(page, text):
+    """Write a message and send it, once no answer is on its way: until then the page keeps what is written."""
+    expect(page.locator("#stop")).to_be_hidden()
     page.locator("#words").fill(text)
     page.locator("#words").press("Enter")
 

@@ -190,7 +190,8 @@ def test_while_an_answer_comes_the_next_message_waits_in_the_box(visit, stub):
     page = visit()
     send(page, "one")
     expect(last(page)).to_have_text("slow")
-    send(page, "two")
+    page.locator("#words").fill("two")
+    page.locator("#words").press("Enter")
     assert page.locator("#words").input_value() == "two"
     assert len(stub.bodies) == 1
     stub.gate.set()
