@@ -257,7 +257,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
 
     def needs_shadow(self, weights: LossWeights) -> bool:
         """Whether the losses of a call with labels need s0: the shadow's terms, or the draft head's."""
-        return weights.shadow > 0 or weights.teach or (self.training and self.shadow.draft_fusion is not None)
+        return weights.shadow > 0 or weights.teach or (self.training and self.shadow.draft_head is not None)
 
     def freeze_unused(self) -> None:
         """Freeze parameters without a gradient in joint training: a backbone that neither boundaries nor losses use.
@@ -267,7 +267,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
         weights, config = self.loss_weights(), self.shadow.config
         if config.variant == "paper" or weights.shadow or weights.teach or config.shadow_loss_weight_end:
             return
-        used = {"shadow.boundaries", "shadow.draft_fusion", "score"}
+        used = {"shadow.boundaries", "shadow.draft_head", "score"}
         parts = {f"shadow.{name}": module for name, module in self.shadow.named_children()}
         parts |= {name: module for name, module in self.trained_modules().items() if name != "shadow"}
         for name, module in parts.items():
