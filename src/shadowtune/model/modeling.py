@@ -20,7 +20,7 @@ from typing_extensions import Self
 from shadowtune.attach.architectures import Architecture, architecture_of
 from shadowtune.attach.cache import split_cache
 from shadowtune.attach.forward import begin_call, check_fit, install_hooks
-from shadowtune.compatibility import CACHE_NAMES, set_cache, takes_cache
+from shadowtune.compatibility import CACHE_NAMES, commit_of, set_cache, takes_cache
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import ShadowState
@@ -94,7 +94,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
             base_config=base.config,
             backbone_config=shadow.backbone.config,
             base_name_or_path=absolute_name(base.config.name_or_path or ""),
-            base_revision=vars(base.config).get("_commit_hash"),  # which transformers 5.24 has not any more
+            base_revision=commit_of(base.config),
             base_fingerprint=base_fingerprint(base),
             base_signature=base_signature(base),
             initialization=asdict(initialization),
