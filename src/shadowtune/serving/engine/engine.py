@@ -170,7 +170,7 @@ class Engine:
             RequestError: if there is no such model, or an id is not in its vocabulary.
         """
         self._adapter_of(model)
-        return await self._tokenizing.run(object(), partial(self._processor.decode, tokens))
+        return await self._tokenizing.run(object(), partial(self._processor.validator.decode, tokens))
 
     def failure(self) -> str | None:
         """Return why the engine can never generate again; None while it can."""
