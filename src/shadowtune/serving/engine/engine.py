@@ -242,7 +242,7 @@ class Engine:
         """Body of the thread; whatever ends it ends all streams."""
         try:
             self._loop()
-        except BaseException as error:
+        except BaseException as error:  # the thread's end: readers of streams would wait for ever
             self._failure = type(error).__name__
             LOG.critical("the engine's thread has ended", exc_info=error)
             self._fail_streams()
