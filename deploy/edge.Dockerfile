@@ -1,4 +1,4 @@
-# The detached model behind OpenAI's API, with a cloud for what it hands over.
+# The detached model behind OpenAI's API, with a cloud for what it defers.
 #   docker build -f deploy/edge.Dockerfile -t shadowtune-edge .
 #   docker run -p 8000:8000 -v ./robot-int8:/model:ro shadowtune-edge /model --cloud http://cloud:8000
 FROM python:3.12-slim

@@ -51,7 +51,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "tqdm": set(),
     "yaml": {"config"},
     "safetensors": {"model", "models", "training"},
-    "huggingface_hub": {"model"},
+    "huggingface_hub": {"model", "compatibility"},
     "tokenizers": {"models", "export"},
     "filelock": {"models", "training"},
     "psutil": {"provenance"},

@@ -189,16 +189,16 @@ def record_answers(
         "version of the model": source.stamp,
         "set of requests": evaluation_set.digest,
     }
-    recording = AnswerFile(directory / f"{source.name}.jsonl", origin)
-    if len(recording.answers) < len(evaluation_set.requests):
+    recorded = AnswerFile(directory / f"{source.name}.jsonl", origin)
+    if len(recorded.answers) < len(evaluation_set.requests):
         with ProgressBar(quiet) as bar:
             show = partial(bar.show, f"{source.name}: {source.source}")
-            asyncio.run(_record(source, evaluation_set, recording, show))
-    return recording.answers
+            asyncio.run(_record(source, evaluation_set, recorded, show))
+    return recorded.answers
 
 
 async def _record(
-    source: AnswerSource, evaluation_set: EvaluationSet, recording: "AnswerFile", show: Callable[[int, int], None]
+    source: AnswerSource, evaluation_set: EvaluationSet, recorded: "AnswerFile", show: Callable[[int, int], None]
 ) -> None:
     """Send the requests without an answer, one after the other."""
     from shadowtune.serving.simulation.records import measure
@@ -211,9 +211,9 @@ async def _record(
         return await measure(backend, request, partial(evaluation_set.score, index), evaluation_set.tokenize)
 
     try:
-        await ask(len(recording.answers))  # warm-up, not recorded
-        for index in range(len(recording.answers), total):
-            recording.add(await ask(index))
+        await ask(len(recorded.answers))  # warm-up, not recorded
+        for index in range(len(recorded.answers), total):
+            recorded.add(await ask(index))
             show(index + 1, total)
     finally:
         await backend.aclose()
@@ -232,8 +232,8 @@ def _messages(data: "Dataset", row: "Row") -> tuple[dict[str, Any], ...] | None:
     """Return a user's text as a chat message, if the example has one field of it."""
     if data.task is not None or row.get("tools") or row.get("chat_template_kwargs"):
         return None
-    pieces = [("", data.fields.prompt or "prompt")] if data.template is None else parse_template(data.template)
-    fields = [name for _, name in pieces if name is not None]
+    template_parts = [("", data.fields.prompt or "prompt")] if data.template is None else parse_template(data.template)
+    fields = [name for _, name in template_parts if name is not None]
     text = row.get(fields[0]) if len(fields) == 1 else None
     return ({"role": "user", "content": text},) if isinstance(text, str) else None
 

@@ -24,8 +24,13 @@ from shadowtune.errors import ConfigError
 
 Settings = TypeVar("Settings")
 
-RENAMED = {"head_mixing": "logit_interpolation", "fit_head_mixing": "fit_logit_interpolation"}
-"""Settings of release 0.1.0 -> their names now. The old names are read, with a warning, until 0.3.0."""
+RENAMED = {
+    "head_mixing": "logit_interpolation",
+    "fit_head_mixing": "fit_logit_interpolation",
+    "hand_over_rate": "deferral_rate",
+}
+"""Settings of release 0.1.0 -> their names now. Until 0.3.0 old ones are read, with a warning where a user writes one.
+"""
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -98,7 +103,9 @@ def raise_errors(errors: Iterable[str]) -> None:
 
 
 def current_names(values: Any, warn: bool = True) -> Any:
-    """Replace the old names of ``RENAMED`` in a mapping, in nested ones, and in dotted keys."""
+    """Replace the old names of ``RENAMED`` in a mapping, in nested ones and lists of them, and in dotted keys."""
+    if isinstance(values, list):
+        return [current_names(value, warn) for value in values]
     if not isinstance(values, Mapping):
         return values
     renamed = {}

@@ -165,7 +165,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             weights = LossWeights(1.0) if teacher is None else weights
             return detached_causal_loss(self.head, s, labels, weights, num_items_in_batch, teacher)
         joint = joint_causal_loss(self.head, h, s, labels, weights, num_items_in_batch)
-        draft_head = self.shadow.draft_fusion
+        draft_head = self.shadow.draft_head
         if draft_head is None or not self.training:
             return joint
         assert s is not None
@@ -186,7 +186,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
     def _output(
         self, output: BaseModelOutputWithPast, logits: Tensor | None, joint: JointLoss | None
     ) -> ShadowCausalLMOutput:
-        drafts = joint is None and self.shadow.draft_fusion is not None
+        drafts = joint is None and self.shadow.draft_head is not None
         result = ShadowCausalLMOutput(
             loss=None if joint is None else joint.total,
             logits=cast(torch.FloatTensor, logits),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from shadowtune.compatibility import commit_of, keep_commit
 from shadowtune.config.settings import nearest
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import find_file, read_tensors, trained_tensors, write_tensors
@@ -108,10 +109,12 @@ def load_base(auto: Any, config: ShadowModelConfig, base: PreTrainedModel | str 
 
 def _load_auto(auto: Any, name: str, **kwargs: Any) -> Any:
     try:
-        return auto.from_pretrained(resolve(name), **{"trust_remote_code": False, **kwargs})
+        model = auto.from_pretrained(resolve(name), **{"trust_remote_code": False, **kwargs})
     except (OSError, RuntimeError, ValueError) as error:  # weights that do not fit, or code of its own
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"cannot load the base {name}: {reason}; pass base=... if it has moved") from None
+    keep_commit(model, kwargs.get("revision"), kwargs.get("cache_dir"))
+    return model
 
 
 def check_base(config: ShadowModelConfig, base: PreTrainedModel, check_weights: bool = True) -> None:
@@ -275,7 +278,7 @@ def _convert_adapter(
     with reading(f"{adapter.source} makes no shadow"):
         config, tensors = adapter.build(loaded.config, backbone)
     config.base_name_or_path = absolute_name(loaded.config.name_or_path or "")
-    config.base_revision = getattr(loaded.config, "_commit_hash", None)  # transformers 5.24 keeps none any more
+    config.base_revision = commit_of(loaded.config)
     config.base_fingerprint = base_fingerprint(loaded)
     config.base_signature = base_signature(loaded)
     return config, tensors, loaded

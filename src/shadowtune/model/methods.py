@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shadowtune.compatibility import keep_commit
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
@@ -67,6 +68,7 @@ def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedM
     with reading(f"cannot load the model {name}"):
         base: PreTrainedModel = AUTO_CLASSES[task].from_pretrained(resolve(name), trust_remote_code=False, **kwargs)
     base.config.name_or_path = name
+    keep_commit(base, kwargs.get("revision"))
     return base
 
 

@@ -20,7 +20,7 @@ from typing_extensions import Self
 from shadowtune.attach.architectures import Architecture, architecture_of
 from shadowtune.attach.cache import split_cache
 from shadowtune.attach.forward import begin_call, check_fit, install_hooks
-from shadowtune.compatibility import CACHE_NAMES, set_cache, takes_cache
+from shadowtune.compatibility import CACHE_NAMES, commit_of, set_cache, takes_cache
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import ShadowState
@@ -94,7 +94,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
             base_config=base.config,
             backbone_config=shadow.backbone.config,
             base_name_or_path=absolute_name(base.config.name_or_path or ""),
-            base_revision=vars(base.config).get("_commit_hash"),  # which transformers 5.24 has not any more
+            base_revision=commit_of(base.config),
             base_fingerprint=base_fingerprint(base),
             base_signature=base_signature(base),
             initialization=asdict(initialization),
@@ -257,7 +257,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
 
     def needs_shadow(self, weights: LossWeights) -> bool:
         """Whether the losses of a call with labels need s0: the shadow's terms, or the draft head's."""
-        return weights.shadow > 0 or weights.teach or (self.training and self.shadow.draft_fusion is not None)
+        return weights.shadow > 0 or weights.teach or (self.training and self.shadow.draft_head is not None)
 
     def freeze_unused(self) -> None:
         """Freeze parameters without a gradient in joint training: a backbone that neither boundaries nor losses use.
@@ -267,7 +267,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
         weights, config = self.loss_weights(), self.shadow.config
         if config.variant == "paper" or weights.shadow or weights.teach or config.shadow_loss_weight_end:
             return
-        used = {"shadow.boundaries", "shadow.draft_fusion", "score"}
+        used = {"shadow.boundaries", "shadow.draft_head", "score"}
         parts = {f"shadow.{name}": module for name, module in self.shadow.named_children()}
         parts |= {name: module for name, module in self.trained_modules().items() if name != "shadow"}
         for name, module in parts.items():

@@ -60,7 +60,7 @@ class Shadow(nn.Module):
                 self.input_projection = nn.Linear(width, shadow_width, bias=False)
         count = text.num_hidden_layers - (0 if config.inject_first else 1)
         self.boundaries = Boundaries(count, width, config)
-        self.draft_fusion = None if config.draft_rank is None else DraftHead(width, config.draft_rank)
+        self.draft_head = None if config.draft_rank is None else DraftHead(width, config.draft_rank)
         self.requires_grad_(True)
         size = draft_vocabulary_size
         self.register_buffer("draft_vocabulary", None if size is None else torch.zeros(size, dtype=torch.long))

@@ -70,7 +70,7 @@ def add_shadow_loss_hooks(model: Any) -> None:
 
 def _offer_slot(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("fused_lm_head") and torch.is_grad_enabled() and model.training and model.mode == "attached":
-        if model.shadow.draft_fusion is not None:
+        if model.shadow.draft_head is not None:
             raise ConfigError(
                 "draft_rank is trained by a loss that this trainer, which computes its own, would drop; leave it out, "
                 "or train with shadowtune train"

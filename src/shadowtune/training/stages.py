@@ -256,8 +256,8 @@ def prepare_shadow_only(model: nn.Module, projection_steps: int = 0) -> ShadowPr
             "hidden_size is the base's; set projection_steps=0, or another shadow.hidden_size"
         )
     model.shadow.boundaries.requires_grad_(False)
-    if model.shadow.draft_fusion is not None:
-        model.shadow.draft_fusion.requires_grad_(False)
+    if model.shadow.draft_head is not None:
+        model.shadow.draft_head.requires_grad_(False)
     return model.set_mode("detached")
 
 
@@ -284,7 +284,7 @@ def shadow_only(model: ShadowPreTrainedModel, distillation: bool = False) -> Ite
 @contextmanager
 def draft_head_only(model: ShadowForCausalLM) -> Iterator[None]:
     """Context in which only the draft head is trainable."""
-    head = model.shadow.draft_fusion
+    head = model.shadow.draft_head
     if head is None:
         raise ConfigError("this shadow has no draft head; set ShadowConfig.draft_rank, such as 64")
     with _restored_requires_grad(model):
@@ -371,8 +371,8 @@ def joint_settings(config: TrainConfig) -> TrainConfig:
 
 def distillation_settings(config: TrainConfig) -> TrainConfig:
     """Return the settings of the distillation stage: those of the shadow-only stage, with its own number of epochs."""
-    alone = shadow_only_settings(replace(config, shadow_epochs=config.distillation_epochs))
-    return replace(alone, data=replace(config.data, validation=None))
+    shadow_only = shadow_only_settings(replace(config, shadow_epochs=config.distillation_epochs))
+    return replace(shadow_only, data=replace(config.data, validation=None))
 
 
 def draft_head_settings(config: TrainConfig) -> TrainConfig:

@@ -401,5 +401,5 @@ def test_counters_report_the_work_done():
     numbers = served.counters()
     assert (numbers["finished"], numbers["prompt_tokens"], numbers["completion_tokens"]) == (2, 11, 24)
     assert (numbers["running"], numbers["waiting"], numbers["failed"]) == (0, 0, 0)
-    assert numbers["judged_draft_tokens"] > 0
+    assert numbers["verified_draft_tokens"] > 0
     assert numbers["tokens_per_pass"] == 24 / numbers["passes"]

@@ -159,7 +159,7 @@ class LocalModel:
         self._thread, self._tokenizing = DaemonThread("edge-model"), SharedWork("edge-prompts")
         self._streams: set[LocalStream] = set()
         self._queue: list[LocalStream] = []
-        self._served: dict[str, int] = {}
+        self._turns: dict[str, int] = {}
         self._longest_token = longest_token(opened.tokenizer)
         self._schemas = SchemaCompiler(opened.tokenizer, opened.vocabulary, opened.ends)
         self._closing = False
@@ -239,10 +239,10 @@ class LocalModel:
         queue = list(self._queue)
         if not queue:
             return
-        stream = min(queue, key=lambda each: self._served.get(each.owner, 0))
+        stream = min(queue, key=lambda each: self._turns.get(each.owner, 0))
         self._queue.remove(stream)
-        self._served = {each.owner: self._served.get(each.owner, 0) for each in queue}
-        self._served[stream.owner] += 1
+        self._turns = {each.owner: self._turns.get(each.owner, 0) for each in queue}
+        self._turns[stream.owner] += 1
         stream.run()
 
     def _record_failure(self, future: "Future[None]") -> None:

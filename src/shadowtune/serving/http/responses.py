@@ -224,7 +224,7 @@ class ThresholdPoint(BaseModel):
 
     threshold: float
     accuracy: float
-    hand_over_rate: float
+    deferral_rate: float
     cost: float
 
 
