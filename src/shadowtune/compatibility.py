@@ -67,9 +67,7 @@ def takes_cache(method: Method) -> Method:
     return wrapper  # type: ignore[return-value]
 
 
-def keep_commit(
-    model: PreTrainedModel, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
-) -> None:
+def keep_commit(model: PreTrainedModel, revision: str | None = None, cache_dir: str | Path | None = None) -> None:
     """Keep in the config of a model that was just loaded which commit of its Hub repository it is.
 
     Args:

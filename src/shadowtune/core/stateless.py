@@ -51,13 +51,13 @@ class StatelessParameters(NamedTuple):
 
 def injection_scale(config: ShadowConfig, boundaries: int, width: int) -> float:
     """Return f for a number of boundaries and a width d."""
-    rank = (REFERENCE.rank / config.rank) ** RANK_EXPONENT
+    rank = float((REFERENCE.rank / config.rank) ** RANK_EXPONENT)
     return config.alpha * rank * (REFERENCE.boundaries / boundaries) * (REFERENCE.width / width)
 
 
 def initial_std(width: int) -> float:
     """Return the initial standard deviation of W_down, at which f x W_down has the same size for every width."""
-    return width**0.5 / REFERENCE.width
+    return float(width**0.5) / REFERENCE.width
 
 
 def apply_stateless_boundary(

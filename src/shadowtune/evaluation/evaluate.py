@@ -100,7 +100,6 @@ def evaluate_generation(
         form: prompt format of the model, which defines the end of an answer.
     """
     longest = max(sum(label != IGNORE_INDEX for label in row["labels"]) for row in encoded)
-    form = form or PromptFormat()
     start = time.perf_counter()
     predictions, answers = generate_answers(
         model,
@@ -110,8 +109,7 @@ def evaluate_generation(
         options.batch_size,
         options.progress,
         options.speculate,
-        form.ends,
-        form.content_mark,
+        form,
     )
     seconds = time.perf_counter() - start
     pad, agreement = tokenizer.pad_token_id, None

@@ -351,7 +351,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
 
     def post_init(self) -> None:
         """Collect both networks' attributes for device placement, sharding and quantization; change no weight."""
-        super().post_init()
+        super().post_init()  # type: ignore[no-untyped-call]
         self._no_split_modules = set(self._no_split_modules or ()) | set(self.shadow.backbone._no_split_modules or ())
         backbone = self.shadow.backbone
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *(backbone._keep_in_fp32_modules or ())}

@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -161,19 +161,12 @@ class DistillationStage:
         Raises:
             ConfigError: without a tokenizer, or if the boundaries read the shadow's state.
         """
-        start = time.perf_counter()
-        if context.tokenizer is None:
-            raise ConfigError("distillation learns the model's own answers, which need a tokenizer")
         if context.model.shadow.config.variant != "stateless":
             raise ConfigError(
                 "distillation trains the shadow after the joint stage, which changes an attached model whose "
                 "boundaries read the shadow's state; set shadow.variant=stateless"
             )
-        context.report(f"distillation: the model answers {len(context.train_dataset)} training prompts")
-        answered = own_answers(context.model, context.tokenizer, context.train_dataset)
-        with shadow_only(context.model):
-            context.fit(self.name, answered)
-        return {"distillation_seconds": time.perf_counter() - start}
+        return {"distillation_seconds": _fit_own_answers(context, self.name, context.train_dataset, shadow_only)}
 
 
 @dataclass(frozen=True)
@@ -220,21 +213,41 @@ class DraftHeadStage:
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Generate the answers and train on them. An interrupted run starts this stage anew."""
-        start = time.perf_counter()
-        if context.tokenizer is None:
-            raise ConfigError("the draft head learns the model's own answers, which need a tokenizer")
         chosen = self.choose(context.train_dataset)
-        context.report(f"draft head: the model answers {len(chosen)} training prompts")
-        answered = own_answers(context.model, context.tokenizer, chosen)
-        with draft_head_only(context.model):
-            context.fit(self.name, answered)
-        return {"drafting_seconds": time.perf_counter() - start}
+        return {"drafting_seconds": _fit_own_answers(context, self.name, chosen, draft_head_only)}
 
     def choose(self, examples: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         """Return the examples whose prompts are answered."""
         if self.epochs >= 1:
             return examples
         return random.Random(self.seed).sample(list(examples), math.ceil(self.epochs * len(examples)))
+
+
+def _fit_own_answers(
+    context: StageContext,
+    stage: str,
+    examples: Sequence[dict[str, Any]],
+    trainable: Callable[[Any], AbstractContextManager[None]],
+) -> float:
+    """Let the attached model answer the prompts of examples, and train on the answers.
+
+    Args:
+        context: of the stage.
+        stage: its name.
+        examples: encoded, with labels.
+        trainable: context of a model in which only what the stage trains is trainable.
+
+    Returns:
+        The seconds that both took.
+    """
+    start, title = time.perf_counter(), stage.replace("_", " ")
+    if context.tokenizer is None:
+        raise ConfigError(f"the {title} stage learns the model's own answers, which need a tokenizer")
+    context.report(f"{title}: the model answers {len(examples)} training prompts")
+    answered = own_answers(context.model, context.tokenizer, examples)
+    with trainable(context.model):
+        context.fit(stage, answered)
+    return time.perf_counter() - start
 
 
 def _training_entries(output: TrainOutput) -> dict[str, Any]:

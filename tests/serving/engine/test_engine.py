@@ -392,7 +392,7 @@ def test_messages_go_through_the_models_own_format():
     served = engine(models)
     served._adapters["a"].prompt_format = PromptFormat("say {word}", chat_template=False)
     messages = [{"role": "user", "content": "tea"}]
-    ids = served._processor._tokenizer("say tea")["input_ids"]
+    ids = served._processor.validator.tokenizer("say tea")["input_ids"]
     assert answers(served, [request(prompt=None, messages=messages)]) == [alone(models["a"], ids)]
 
 

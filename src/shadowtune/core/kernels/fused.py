@@ -71,7 +71,7 @@ def fused_boundary(
     Returns:
         h' in the dtype of h and s' in that of s, (N, d).
     """
-    corrected: tuple[Tensor, Tensor] = _FusedBoundary.apply(
+    corrected: tuple[Tensor, Tensor] = _FusedBoundary.apply(  # type: ignore[no-untyped-call]
         hidden_states, shadow_states, *parameters, alpha, transform_mask, injection_mask
     )
     return corrected
@@ -175,7 +175,7 @@ def fused_stateless_boundary(
     Returns:
         h' (N, d) in the dtype of h.
     """
-    corrected: Tensor = _FusedStatelessBoundary.apply(hidden_states, down, up, channel_scales, size, mask)
+    corrected: Tensor = _FusedStatelessBoundary.apply(hidden_states, down, up, channel_scales, size, mask)  # type: ignore[no-untyped-call]
     return corrected
 
 

@@ -64,7 +64,7 @@ def fused_linear_cross_entropy(
     Returns:
         Scalars, at least float32; None for what was left out. They have no second derivatives.
     """
-    sums: tuple[Tensor, Tensor | None, Tensor | None] = _FusedLinearCrossEntropy.apply(
+    sums: tuple[Tensor, Tensor | None, Tensor | None] = _FusedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         head, h, s, targets, kept, temperature
     )
     return sums
