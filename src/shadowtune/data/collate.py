@@ -86,12 +86,12 @@ class ClassificationCollator:
         """Return "input_ids" and "attention_mask" (0 at padding), both (B, T) int64, and "labels".
 
         The labels are (B,) int64 for one class, (B, C) float32 for several, (B,) float32 for regression. With weights,
-        "label_weights" are those of the labels, (B,) float32.
+        "example_weights" are those of the labels, (B,) float32.
         """
         labels = [example["labels"] for example in examples]
         batch = _pad_right(examples, self.pad_token_id) | {"labels": torch.tensor(labels)}
         if self.class_weights is not None:
-            batch["label_weights"] = torch.tensor([self.class_weights[label] for label in labels])
+            batch["example_weights"] = torch.tensor([self.class_weights[label] for label in labels])
         return batch
 
 

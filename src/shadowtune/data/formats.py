@@ -96,6 +96,14 @@ def unread_fields(row: Mapping[str, Any], fields: FieldNames, classify: bool = F
     return set(map(str, row)) - read
 
 
+def describe_unread(names: Sequence[str]) -> str:
+    """Name fields that nothing reads, the first ten of many, with the setting for one that may be a label."""
+    rest = f" and {len(names) - 10:,} others" if len(names) > 10 else ""
+    like = next((name for name in names if name.lower() in LABEL_LIKE), None)
+    hint = "" if like is None else f" (if it is a label, set data.columns.label={like})"
+    return ", ".join(names[:10]) + rest + hint
+
+
 def read_labelled(row: Mapping[str, Any], fields: FieldNames, where: str) -> tuple[str, Any]:
     """Read the text of a row and its label as it is; raises DataError if one is missing or the text is none."""
     name = fields.label or "label"

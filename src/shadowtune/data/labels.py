@@ -92,16 +92,17 @@ class Labels:
 
     def name(self, number: int) -> str:
         """Return the name of a class, or its number as text."""
-        return str(number) if self.names is None else self.names[number]
+        return self.names[number] if self.names is not None and number < len(self.names) else str(number)
 
-    def model_arguments(self) -> dict[str, Any]:
-        """Return the fields of a classifier's config that record these labels."""
+    def model_arguments(self, num_labels: int) -> dict[str, Any]:
+        """Return the fields of a classifier's config that record these labels; classes without a name are numbered."""
         fields: dict[str, Any] = {}
         if self.problem_type != SINGLE:
             fields["problem_type"] = self.problem_type
         if self.names is not None:
-            fields["id2label"] = dict(enumerate(self.names))
-            fields["label2id"] = {name: number for number, name in enumerate(self.names)}
+            names = [*self.names, *(f"LABEL_{number}" for number in range(len(self.names), num_labels))]
+            fields["id2label"] = dict(enumerate(names))
+            fields["label2id"] = {name: number for number, name in enumerate(names)}
         return fields
 
     def __str__(self) -> str:

@@ -101,7 +101,7 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
         use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         shadow_loss_weight: float | None = None,
-        label_weights: Tensor | None = None,
+        example_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> ShadowClassifierOutput | SequenceClassifierOutputWithPast:
         """Compute class logits (B, C), and with labels the joint loss.
@@ -111,7 +111,7 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
             labels: (B,) classes; (B,) or (B, C) numbers for regression; (B, C) zeros and ones for several classes.
             num_items_in_batch: labels in the whole optimizer step; all loss terms are divided by it.
             shadow_loss_weight: lambda of this call; None takes the config's.
-            label_weights: (B,) factors of the examples' losses, for one class per example.
+            example_weights: (B,) factors of the examples' losses, for one class per example.
 
         Raises:
             TypeError: for an unknown keyword.
@@ -136,7 +136,7 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
         logits = head(states.to(self.score.weight.dtype))[last]
         joint = None
         if labels is not None:
-            targets = (labels, num_items_in_batch, label_weights)
+            targets = (labels, num_items_in_batch, example_weights)
             joint = self._loss(logits, states, state.initial, last, weights, targets)
         result = ShadowClassifierOutput(
             loss=None if joint is None else joint.total,
@@ -158,9 +158,9 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
         targets: tuple[Tensor, Tensor | int | None, Tensor | None],
     ) -> JointLoss:
         """Loss of the current mode, "attached" or "detached"; the targets are labels, their count and their weights."""
-        problem_type, (labels, num_items_in_batch, label_weights) = self.config.problem_type, targets
+        problem_type, (labels, num_items_in_batch, example_weights) = self.config.problem_type, targets
         if self.mode == "detached":
-            loss = classification_loss(logits, labels, problem_type, num_items_in_batch, label_weights)
+            loss = classification_loss(logits, labels, problem_type, num_items_in_batch, example_weights)
             return JointLoss(loss, None, loss)
         s = initial_states
         return joint_classification_loss(
@@ -172,7 +172,7 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
             weights,
             problem_type,
             num_items_in_batch,
-            label_weights,
+            example_weights,
         )
 
     def _base_without_pad(

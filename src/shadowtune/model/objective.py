@@ -48,7 +48,7 @@ def class_objective(
     The model's own ``loss`` is not used: transformers averages it over each micro-batch, whatever the step's count is.
     """
     inputs = dict(inputs)
-    labels, weights = inputs.pop("labels"), inputs.pop("label_weights", None)
+    labels, weights = inputs.pop("labels"), inputs.pop("example_weights", None)
     logits = model(**inputs, use_cache=False).logits
     return {"loss": classification_loss(logits, labels, None, num_items_in_batch, weights)}
 

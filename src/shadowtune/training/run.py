@@ -22,6 +22,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.chat_template import save_tokenizer
+from shadowtune.data.formats import describe_unread
 from shadowtune.data.generation import record_ends
 from shadowtune.data.labels import Labels
 from shadowtune.data.prompt_format import PromptFormat
@@ -73,8 +74,6 @@ from shadowtune.training.training_data import (
     load_training_data,
 )
 
-UNREAD_NAMED = 10
-"""Number of unread columns that a warning names."""
 _ANSWER_STAGES = {
     DistillationStage.name: (DISTILLATION_DIRECTORY, distillation_settings),
     DraftHeadStage.name: (DRAFT_HEAD_DIRECTORY, draft_head_settings),
@@ -242,9 +241,7 @@ class ModelRun:
             report(f"read as {data.formats}")
         report(f"data: {data.report}" + (f"; answers end in {', '.join(ends)}" if ends else ""))
         if data.unread:
-            named, rest = ", ".join(data.unread[:UNREAD_NAMED]), len(data.unread) - UNREAD_NAMED
-            more = f" and {rest:,} others" if rest > 0 else ""
-            report(f"warning: no setting reads {named}{more} of the training rows")
+            report(f"warning: no setting reads {describe_unread(data.unread)} of the training rows")
 
     def _prepare_model(self) -> int:
         """Set the draft vocabulary, report and freeze parameters; return how many some stage trains."""
@@ -379,7 +376,7 @@ def load_run_base(config: TrainConfig, num_labels: int | None = None, labels: La
     if config.revision is not None:
         kwargs["revision"] = config.revision
     if num_labels is not None:
-        named = {} if labels is None else labels.model_arguments()
+        named = {} if labels is None else labels.model_arguments(num_labels)
         kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True, **named}
     set_seed(config.seed)
     return load_base(config.model, config.task, **kwargs)

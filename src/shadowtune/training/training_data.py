@@ -18,7 +18,7 @@ from shadowtune.data.collate import CausalCollator, ClassificationCollator, Pack
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.encoding import EncodingReport, check_encoded, check_tokenizer
 from shadowtune.data.generation import ends_to_record
-from shadowtune.data.labels import Labels, class_weights
+from shadowtune.data.labels import REGRESSION, SINGLE, Labels, class_weights
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ConfigError, DataError, ShadowtuneError
 from shadowtune.model.methods import context_length
@@ -168,14 +168,11 @@ def _check_packing(model: nn.Module) -> None:
 
 
 def _count_classes(examples: list[dict[str, Any]], labels: Labels, num_labels: int | None) -> int:
-    """Return the number of classes; raises DataError if ``num_labels`` is given and the labels have another number."""
+    """Return the number of classes; raises DataError if the labels have more than ``num_labels``."""
     if labels.count is not None:
-        if num_labels not in (None, labels.count):
-            raise DataError(
-                f"num_labels={num_labels}, but the labels are {labels}; leave it out, or name all classes in "
-                "data.label_names"
-            )
-        return labels.count
+        if num_labels is not None and (num_labels < labels.count or labels.problem_type == REGRESSION):
+            raise DataError(f"num_labels={num_labels} does not fit the labels, {labels}; leave it out")
+        return num_labels if num_labels is not None and labels.problem_type == SINGLE else labels.count
     highest = max(examples, key=lambda example: example["labels"])
     if num_labels is not None and highest["labels"] >= num_labels:
         raise DataError(
