@@ -67,7 +67,10 @@ def test_prompt_and_completion_may_be_messages_of_which_only_the_completion_is_l
 
 
 def test_a_row_with_none_of_the_fields_names_those_it_has_and_the_way_out():
-    refuse({"question": "a", "answer": "b"}, r"no format fits the columns 'question', 'answer'; .*data\.columns\.prompt=question data\.columns\.comp")
+    refuse(
+        {"question": "a", "answer": "b"},
+        r"no format fits the columns 'question', 'answer'; .*data\.columns\.prompt=question data\.columns\.comp",
+    )
     refuse({}, "columns no fields; .*data.template")
 
 

@@ -21,8 +21,6 @@ Learned tokens are green; without colour they are between [[ and ]]. Tokens are 
 """
 SHOWN = 240
 """Tokens shown of one example: the first and the last ones."""
-UNREAD = 20
-"""Unread columns that are named."""
 SEPARATOR = "\u00b7"
 
 
@@ -99,14 +97,14 @@ def _token_text(tokenizer: Any, token: int) -> str:
 def _print(source: str, data: "TrainingData", counts: Mapping[str, Any], examples: Sequence[ShownExample]) -> None:
     from rich.console import Console
 
+    from shadowtune.data.formats import describe_unread
+
     console = Console(soft_wrap=True, highlight=False, markup=False, no_color="NO_COLOR" in os.environ or None)
     coloured = console.is_terminal and not console.no_color
     console.print(f"{source}: read as {data.formats}" if data.formats else source)
     console.print(str(data.report))
     if counts["unread"]:
-        console.print(
-            f"no setting reads: {', '.join(counts['unread'][:20])}" + (", ..." * (len(counts["unread"]) > 20))
-        )
+        console.print(f"no setting reads {describe_unread(counts['unread'])}")
     for example in examples:
         learned = sum(example.learned)
         title = f"label: {example.label}" if example.label is not None else f"{learned} learned"
@@ -125,15 +123,15 @@ def _text(example: ShownExample, coloured: bool) -> Any:
     for index, (token, learned) in enumerate(zip(example.tokens, example.learned, strict=True)):
         if index in hidden:
             if index == hidden.start:
-                text.append(f"{']]' if before and not coloured else ''}\n... {len(hidden):,} tokens ...\n", "dim")
+                text.append(f"{']]' if before and not coloured else ''}\n... {len(hidden):,} tokens ...\n")
                 before = False
             continue
         shown = token.replace("\n", "\\n\n") if token.strip("\n") or not token else "\\n" * len(token) + "\n"
         if not coloured and learned != before:
             text.append("[[" if learned else "]]")
         elif index and index - 1 not in hidden:
-            text.append(SEPARATOR, "dim")
-        text.append(shown, "bold green" if learned else None)
+            text.append(SEPARATOR, "dim" if coloured else None)
+        text.append(shown, "bold green" if coloured and learned else None)
         before = learned
     return text.append("]]") if before and not coloured else text
 

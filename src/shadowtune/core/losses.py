@@ -424,8 +424,8 @@ def classification_loss(
         problem_type: "regression", "single_label_classification", "multi_label_classification", or None to derive it
             from C and the dtype of the labels.
         num_items_in_batch: labels (B, or B * C) of the whole optimizer step; by default those of this call.
-        example_weights: (B,) factors of the examples' losses, for one class of C; None weighs all alike. The count stays
-            that of the labels.
+        example_weights: (B,) factors of the examples' losses, for one class of C; None weighs all alike. They do not
+            change the count.
 
     Returns:
         A scalar: the mean over the labels.

@@ -277,7 +277,14 @@ def _read_csv(lines: Iterator[str], where: str, delimiter: str | None) -> Rows:
 
 def _delimiter(header: str) -> str:
     """Return the separator of the most columns of a header: comma, semicolon (of Excel in some languages) or tab."""
-    return max(",;\t", key=lambda each: len(next(csv.reader([header], delimiter=each), [])))
+    return max(",;\t", key=lambda each: _width(header, each))
+
+
+def _width(header: str, delimiter: str) -> int:
+    try:
+        return len(next(csv.reader([header], delimiter=delimiter), []))
+    except csv.Error:  # one cell of more than 128 KB
+        return 1
 
 
 def named_columns(row: Mapping[str, Any]) -> str:
