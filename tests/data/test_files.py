@@ -78,6 +78,9 @@ def test_other_encodings_are_named_with_line_byte_and_the_setting_and_can_be_rea
     path = write(tmp_path / "a.csv", "prompt,completion\nname,Müller\n".encode("latin-1"))
     refuse(path, r"line 2: not UTF-8 text at byte 24 \(0xfc after 'name,M'\); .*data\.encoding=cp1252")
     assert load_rows(str(path), "train", encoding="cp1252")[0]["completion"] == "Müller"
+    refuse(
+        write(tmp_path / "e.csv", b"\xef\xbb\xbfcaf\xe9\n"), r"line 1: not UTF-8 text at byte 6 \(0xe9 after 'caf'\)"
+    )
     path = write(tmp_path / "b.csv", "prompt\tcompletion\nname\tMüller\n".encode("utf-16"))
     refuse(path, r"line 1: not UTF-8 text but UTF-16.*data\.encoding=utf-16")
     assert load_rows(str(path), "train", encoding="utf-16")[0]["completion"] == "Müller"

@@ -162,9 +162,9 @@ def _lines(file: "Traversable", encoding: str) -> Iterator[str]:
         try:
             yield from io.StringIO(raw.decode(encoding).removeprefix("\ufeff"), newline="\n")
         except UnicodeDecodeError as error:
-            line = raw.count(b"\n", 0, error.start) + 1
+            ends = raw.count(b"\n", 0, error.start)
             raise DataError(
-                f"{file}, line {line}: not {encoding} text at byte {error.start}; correct data.encoding"
+                f"{file}, line {ends + 1}: not {encoding} text at byte {error.start:,}; correct data.encoding"
             ) from None
         return
     offset = 0
@@ -173,20 +173,14 @@ def _lines(file: "Traversable", encoding: str) -> Iterator[str]:
             if number == 1:
                 _refuse_utf16(line, str(file))
             yield line.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            column = error.start - (3 if line.startswith(codecs.BOM_UTF8) else 0)
-            start = offset + error.start
+        except UnicodeDecodeError as error:  # of the line without a byte order mark
+            wrong, before = error.object[error.start], error.object[: error.start].decode("utf-8", "replace")
+            start = offset + len(line) - len(error.object) + error.start
             raise DataError(
-                f"{file}, line {number}: not UTF-8 text at byte {start:,} (0x{error.object[error.start]:02x} after "
-                f"{shorten_text(error.object[:column])}); if it comes from Windows or Excel set data.encoding=cp1252, "
-                "or save it as UTF-8"
+                f"{file}, line {number}: not UTF-8 text at byte {start:,} (0x{wrong:02x} after {before[-20:]!r}); if "
+                "it comes from Windows or Excel set data.encoding=cp1252, or save it as UTF-8"
             ) from None
         offset += len(line)
-
-
-def shorten_text(before: bytes) -> str:
-    """Return the last characters of UTF-8 text for a message."""
-    return repr(before.decode("utf-8", "replace")[-20:])
 
 
 def _refuse_utf16(line: bytes, where: str) -> None:

@@ -1,6 +1,7 @@
-"""Recognize the format of a row by its columns, and read it into an example. In all functions ``where`` names the row.
+"""Recognize the format of a row by its columns, and read it into an example.
 
-A template or named fields (``FieldNames``) decide before the columns do.
+In all functions ``where`` names the row in error messages. A template or named fields (``FieldNames``) decide before
+the columns do.
 """
 
 import json
@@ -38,7 +39,7 @@ LABEL_LIKE = frozenset({"label", "labels", "category", "class", "intent", "senti
 
 
 @dataclass(frozen=True)
-class Format:
+class RowFormat:
     """A format of rows, recognized by columns that all are there."""
 
     title: str
@@ -64,7 +65,7 @@ def read_example(row: Mapping[str, Any], fields: FieldNames, where: str) -> Exam
     return found.read(row, fields, where)
 
 
-def recognize(row: Mapping[str, Any], fields: FieldNames) -> Format | None:
+def recognize(row: Mapping[str, Any], fields: FieldNames) -> RowFormat | None:
     """Return the format of a row; None if its columns fit none."""
     if fields.template is not None:
         return _TEMPLATE
@@ -264,17 +265,17 @@ def _chat_arguments(row: Mapping[str, Any], fields: FieldNames, where: str) -> d
 
 
 _CHAT = ("tools", "chat_template_kwargs")
-_TEMPLATE = Format("a template", "examples", ("completion",), _CHAT, _read_template)
-_PAIR = Format("prompt and completion", "examples", ("prompt", "completion"), _CHAT, _read_pair)
-_LABELLED = Format("text and label (learned as answers)", "examples", ("text", "label"), _CHAT, _read_labelled)
-_TEXT = Format("plain text", "texts", ("text",), (), _read_text)
+_TEMPLATE = RowFormat("a template", "examples", ("completion",), _CHAT, _read_template)
+_PAIR = RowFormat("prompt and completion", "examples", ("prompt", "completion"), _CHAT, _read_pair)
+_LABELLED = RowFormat("text and label (learned as answers)", "examples", ("text", "label"), _CHAT, _read_labelled)
+_TEXT = RowFormat("plain text", "texts", ("text",), (), _read_text)
 _PREFERENCE = "preferences, of which the chosen answers are learned (for DPO use TRL)"
 FORMATS = (
-    Format("chat messages", "conversations", ("messages",), ("system", *_CHAT), _read_chat),
-    Format("ShareGPT", "conversations", ("conversations",), ("system", *_CHAT), _read_sharegpt),
-    Format(_PREFERENCE, "pairs", ("chosen", "rejected"), ("prompt", *_CHAT), _read_preference),
+    RowFormat("chat messages", "conversations", ("messages",), ("system", *_CHAT), _read_chat),
+    RowFormat("ShareGPT", "conversations", ("conversations",), ("system", *_CHAT), _read_sharegpt),
+    RowFormat(_PREFERENCE, "pairs", ("chosen", "rejected"), ("prompt", *_CHAT), _read_preference),
     _PAIR,
-    Format("Alpaca", "examples", ("instruction", "output"), ("input", "system", *_CHAT), _read_alpaca),
+    RowFormat("Alpaca", "examples", ("instruction", "output"), ("input", "system", *_CHAT), _read_alpaca),
     _LABELLED,
     _TEXT,
 )

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -64,10 +64,11 @@ class Labels:
     @classmethod
     def of_model(cls, config: PreTrainedConfig) -> "Labels":
         """Return the labels that a classifier's config records."""
-        names = tuple(config.id2label[number] for number in range(config.num_labels))
-        unnamed = names == tuple(f"LABEL_{number}" for number in range(config.num_labels))
-        kind = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
-        return cls(cast(ProblemType, kind), None if unnamed else names, config.num_labels)
+        known: dict[Any, str] = dict(config.id2label or {})
+        names = tuple(known[number] for number in range(len(known)))
+        unnamed = names == tuple(f"LABEL_{number}" for number in range(len(names)))
+        kind = config.problem_type or (REGRESSION if len(names) == 1 else SINGLE)
+        return cls(kind, None if unnamed else names, len(names))
 
     def encode(self, value: Any, where: str) -> int | float | list[float]:
         """Return a class as an int from 0, several as a list of zeros and ones, or a number of regression.

@@ -79,9 +79,10 @@ def load_training_data(config: TrainConfig) -> TrainingData:
         return TrainingData(tokenizer, collate, train, validation, None, report, form, unread, None, formats)
     assert isinstance(report, EncodingReport) and report.labels is not None
     num_labels = _count_classes([*train, *(validation or [])], report.labels, config.num_labels)
-    weights = config.class_weights and class_weights(config.class_weights, report.labels, train, num_labels)
-    collate = ClassificationCollator(pad, weights)
-    return TrainingData(tokenizer, collate, train, validation, num_labels, report, form, unread, report.labels, formats)
+    given = config.class_weights
+    weights = None if given is None else class_weights(given, report.labels, train, num_labels)
+    padded = ClassificationCollator(pad, weights)
+    return TrainingData(tokenizer, padded, train, validation, num_labels, report, form, unread, report.labels, formats)
 
 
 def _describe(config: TrainConfig, report: EncodingReport | BlockReport, validation: int | None) -> str:
