@@ -96,6 +96,9 @@ class TrainConfig:
     """Prediction of the next token, or of a class."""
     num_labels: PositiveInt | None = None
     """Classes in classification; None counts them in the training examples."""
+    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    """Weights of classes in the loss of classification, by name or number, 1 for the others; "balanced" weighs each
+    class by the inverse of its share of the training examples. None weighs all examples alike."""
     stage: Literal["task", "pretrain"] = "task"
     """"task": train a shadow beside its base on a task. "pretrain" (set by ``shadowtune pretrain``): train it as a
     language model by itself, on text (shadow.shadow_loss_weight) and on the base's predictions
@@ -238,6 +241,11 @@ class TrainConfig:
             yield f"shadow.draft_rank needs task=causal_lm, but task is {self.task}; leave it out"
         if self.num_labels is not None and self.task != "classification":
             yield f"num_labels is set to {self.num_labels}, but task is {self.task}; set task=classification"
+        if self.class_weights is not None and (self.task != "classification" or self.method == "peft"):
+            yield (
+                f"class_weights are for task=classification and the methods shadow, lora, dora and full, but task is "
+                f"{self.task} and method is {self.method}; leave them out"
+            )
 
     def _method_conflicts(self) -> Iterator[str]:
         """Errors of settings that need a method, and of methods that need a setting."""

@@ -22,7 +22,9 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.chat_template import save_tokenizer
+from shadowtune.data.formats import describe_unread
 from shadowtune.data.generation import record_ends
+from shadowtune.data.labels import Labels
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import ConfigError
 from shadowtune.export.card import (
@@ -199,7 +201,7 @@ class ModelRun:
         self.data = load_training_data(config)
         self._report_data()
         settings = joint_settings(config) if config.has_shadow_only_stage else config
-        base = load_run_base(settings, self.data.num_labels)
+        base = load_run_base(settings, self.data.num_labels, self.data.labels)
         digests = InputDigests.of(base, self.data) if options.main else None
         if digests is not None and options.resume:
             run.check_inputs(digests)
@@ -235,9 +237,11 @@ class ModelRun:
     def _report_data(self) -> None:
         data, report = self.data, self.options.report
         ends = data.tokenizer.convert_ids_to_tokens(list(data.prompt_format.ends))
+        if data.formats:
+            report(f"read as {data.formats}")
         report(f"data: {data.report}" + (f"; answers end in {', '.join(ends)}" if ends else ""))
         if data.unread:
-            report(f"warning: no setting reads {', '.join(data.unread)} of the training rows")
+            report(f"warning: no setting reads {describe_unread(data.unread)} of the training rows")
 
     def _prepare_model(self) -> int:
         """Set the draft vocabulary, report and freeze parameters; return how many some stage trains."""
@@ -358,15 +362,22 @@ class ModelRun:
         write_card(directory, card, kind, self.run.model.name, chat, summary.trainable_parameters)
 
 
-def load_run_base(config: TrainConfig, num_labels: int | None = None) -> PreTrainedModel:
-    """Load the base of a run, after seeding: a head for other classes is initialized at random."""
+def load_run_base(config: TrainConfig, num_labels: int | None = None, labels: Labels | None = None) -> PreTrainedModel:
+    """Load the base of a run, after seeding: a head for other classes is initialized at random.
+
+    Args:
+        config: the settings of the run.
+        num_labels: number of classes of a classifier.
+        labels: their names and kind, for its config.
+    """
     dtype = vars(torch)[config.base_dtype]
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attention}
     kwargs |= quantization_arguments(config.base_quantization, dtype)
     if config.revision is not None:
         kwargs["revision"] = config.revision
     if num_labels is not None:
-        kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+        named = {} if labels is None else labels.model_arguments(num_labels)
+        kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True, **named}
     set_seed(config.seed)
     return load_base(config.model, config.task, **kwargs)
 
