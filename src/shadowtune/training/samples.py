@@ -81,8 +81,8 @@ class SampleAnswers(TrainerCallback):
         for index, sample in enumerate(self.samples):
             given = {mode: texts[index] for mode, texts in answers.items()}
             lines.append({"step": state.global_step, "prompt": sample.prompt, "expected": sample.expected, **given})
-            told = ", ".join(f"{mode}: {_short(text)}" for mode, text in given.items())
-            self.report(f"sample {_short(sample.prompt)} -> {told} (expected: {_short(sample.expected)})")
+            shown = ", ".join(f"{mode}: {_short(text)}" for mode, text in given.items())
+            self.report(f"sample {_short(sample.prompt)} -> {shown} (expected: {_short(sample.expected)})")
         with self.file.open("a") as handle:
             handle.write("".join(json.dumps(line) + "\n" for line in lines))
 
