@@ -1,13 +1,17 @@
 """Early stopping, the best checkpoint, sample answers and progress lines, also across interruptions."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file
 
 from shadowtune import ShadowConfig
+from shadowtune.config.loading import dump_config
 from shadowtune.config.training import DataConfig, LoraConfig, OptimizerConfig
 from shadowtune.errors import CheckpointError, ConfigError, TrainingError
 from shadowtune.training.run import train
@@ -190,3 +194,56 @@ def test_evaluations_that_are_compared_stay_where_they_were(tmp_path, monkeypatc
     stop_before(4, config, monkeypatch)
     with pytest.raises(ConfigError, match="eval_steps changed"):
         train(replace(config, eval_steps=3), resume=True, quiet=True)
+
+
+FAKE_WANDB = """
+import json, sys, types
+run, log, calls = None, None, []
+class Config(dict): pass
+def init(**settings):
+    global run, config
+    calls.append(("init", settings["name"]))
+    run, config = types.SimpleNamespace(_label=lambda code: None, summary={}), Config()
+def define_metric(*args, **kwargs): pass
+def log(values): calls.append(("log", values))
+def finish():
+    global run
+    calls.append(("finish", None))
+    run = None
+class ConfigError(Exception): pass
+for name in ("wandb.sdk", "wandb.sdk.lib", "wandb.sdk.lib.config_util"):
+    sys.modules[name] = types.SimpleNamespace(ConfigError=ConfigError)
+"""
+
+
+def test_a_tracker_has_a_run_for_each_stage_with_its_metrics(tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = watched_config(tmp_path / "files", report_to=["wandb"], shadow_epochs=1.0, epochs=1.0, samples=0)
+    train(config, quiet=True)
+    calls = sys.modules.pop("wandb").calls
+    assert [(kind, name) for kind, name in calls if kind != "log"] == [
+        ("init", f"{config.output}/shadow"),
+        ("finish", None),
+        ("init", config.output),
+        ("finish", None),
+    ]
+    logged = [values for kind, values in calls if kind == "log"]
+    measured = [values["eval/base_loss"] for values in logged if "eval/base_loss" in values]
+    assert measured == [line["eval_base_loss"] for line in evaluations(tmp_path / "files" / "run")]
+
+
+@pytest.mark.process
+def test_a_log_file_has_whole_lines_and_no_fragments_of_progress_bars(tmp_path):
+    config = watched_config(tmp_path, max_steps=3, shadow_epochs=1.0)
+    dump_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "shadowtune", "train", str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("TQDM_DISABLE", None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for fragment in ("\r", "it/s", "%|"):
+        assert fragment not in done.stdout + done.stderr, done.stderr
+    assert "step 3 of 3 (100%): loss " in done.stderr
+    assert "{'loss'" not in done.stdout
+    assert done.stderr.splitlines()[-1] == f"report: {tmp_path / 'run' / 'report.html'}"
