@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from shadowtune import ShadowConfig
 from shadowtune.config.loading import dump_config
+from shadowtune.config.training import DataConfig
 from shadowtune.training.run import train
-from tests.support.runs import run_config
+from tests.support.runs import rows_file, run_config
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "shadowtune"]
 
@@ -31,6 +32,7 @@ def losses(run: Path):
 
 
 def test_two_processes_give_the_result_of_one(tmp_path):
+    rows = rows_file(tmp_path / "rows.jsonl")
     one = run_config(
         tmp_path,
         shadow=ShadowConfig(rank=4, update_width=3, dropout=0.0),
@@ -41,8 +43,8 @@ def test_two_processes_give_the_result_of_one(tmp_path):
         early_stopping_patience=2,
         load_best_model_at_end=True,
         report_to=["tensorboard"],
+        data=DataConfig(train=rows, validation=rows),
     )
-    one = replace(one, data=replace(one.data, validation=one.data.train))
     alone = train(one, quiet=True)
 
     two = replace(one, batch_size=1, output=str(tmp_path / "two"))
