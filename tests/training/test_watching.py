@@ -142,7 +142,8 @@ def test_a_run_that_was_killed_after_it_stopped_early_takes_no_further_step(fini
 
 
 def test_samples_change_no_weights_and_evaluations_have_the_terms_of_the_loss(tmp_path):
-    config = watched_config(tmp_path, max_steps=5, optimizer=OptimizerConfig(learning_rate=1e-2))
+    uneven = {"batch_size": 3, "padding_free": True}  # four validation examples
+    config = watched_config(tmp_path, max_steps=5, optimizer=OptimizerConfig(learning_rate=1e-2), **uneven)
     train(replace(config, output=str(tmp_path / "shown")), quiet=True)
     train(replace(config, output=str(tmp_path / "hidden"), samples=0), quiet=True)
     assert_equal_weights(tmp_path / "shown" / "model", tmp_path / "hidden" / "model")
@@ -158,6 +159,8 @@ def test_the_shadow_only_stage_has_samples_of_the_detached_model(tmp_path):
     found = lines(tmp_path / "run" / "shadow" / "samples.jsonl")
     assert all(line.keys() == {"step", "prompt", "expected", "detached"} for line in found)
     assert len(found) == 2
+    assert not (tmp_path / "run" / "shadow" / "checkpoints").exists()
+    assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
 def test_a_classifiers_samples_are_classes(tmp_path):

@@ -187,7 +187,10 @@ def _train_preceding(config: TrainConfig, options: RunOptions) -> TrainSummary |
     if options.resume and run.is_finished(config):
         return _read_summary(run, options)
     with _claimed(run, config, options):
-        return ModelRun(config, run, options).train()
+        summary = ModelRun(config, run, options).train()
+        if options.main and config.stage == "pretrain":  # its length may not change, so that nothing resumes from them
+            run.remove_checkpoints()
+        return summary
 
 
 @contextlib.contextmanager
@@ -247,8 +250,9 @@ class ModelRun:
         self._save(summary)
         if not self.options.main:
             return None
-        self.run.finish(self.config.keep_checkpoints)
         _write_summary(self.run, summary)
+        if self.config.keep_checkpoints == 0:
+            self.run.remove_checkpoints()
         return summary
 
     def _report_data(self) -> None:
@@ -341,7 +345,7 @@ class ModelRun:
         return trainer
 
     def _samples(self, run: RunDirectory, report: Callable[[str], None]) -> SampleAnswers:
-        modes = ("model",)
+        modes: tuple[str, ...] = ("model",)
         if isinstance(self.model, ShadowPreTrainedModel):
             modes = ("detached",) if self.config.stage == "pretrain" else ("attached", "detached")
         data = replace(self.data, prompt_format=self.form)

@@ -212,10 +212,9 @@ class RunDirectory:
         """Return the latest checkpoint, or None."""
         return get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None
 
-    def finish(self, keep_checkpoints: int) -> None:
-        """Remove the checkpoints of a finished run if it keeps none."""
-        if keep_checkpoints == 0:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+    def remove_checkpoints(self) -> None:
+        """Remove the checkpoints of a finished run."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def is_finished(self, config: TrainConfig) -> bool:
         """Whether a run with these settings, those in ``REPORTING`` aside, has finished here."""

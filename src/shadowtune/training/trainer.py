@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler, find_batch_size
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from shadowtune.config.training import TrainConfig
@@ -210,9 +210,10 @@ class ShadowTrainer(Trainer):
 
     def _restore_early_stopping(self, state: TrainerState) -> bool:
         """Set the early stopping callback as it was at a checkpoint; returns whether it had stopped the training."""
+        states: Any = state.stateful_callbacks  # in a file by the names of the callbacks
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
-                saved: Any = state.stateful_callbacks[type(callback).__name__]
+                saved = states[type(callback).__name__]
                 callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
                 return bool(callback.early_stopping_patience_counter >= callback.early_stopping_patience)
         return False
@@ -306,7 +307,7 @@ class ShadowTrainer(Trainer):
         result = super().prediction_step(model, inputs, *args, **kwargs)
         for name, term in self._last_terms.items():
             if name != "loss":
-                each = self.accelerator.gather_for_metrics(term.repeat(find_batch_size(inputs)))
+                each = self.accelerator.gather_for_metrics(term.repeat(self.args.eval_batch_size))
                 self._evaluated.setdefault(name, []).append(each.float().cpu())
         return result
 
@@ -394,7 +395,7 @@ class ShadowTrainer(Trainer):
     def _best_checkpoint(self, saving: int | None = None) -> str | None:
         """Return the path of the checkpoint with the best metric, if it was saved or ``saving`` is its step."""
         best = self.state.best_global_step
-        path = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        path = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
         return str(path) if best and (best == saving or path.is_dir()) else None
 
     def _load_best_model(self) -> None:
