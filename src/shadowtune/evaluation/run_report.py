@@ -34,8 +34,8 @@ CURVES = {
 """Colour of each curve, and whether it is of the validation examples."""
 Curve = Sequence[tuple[int, float]]
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 760, 260, 60, 34
-"""Size of a chart in pixels, and of its margins with the labels of the axes."""
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 760, 290, 60, 34, 40
+"""Size of a chart in pixels, and of its margins: labels of the axes, the legend at the top."""
 
 
 def write_run_report(directory: str | Path) -> Path:
@@ -109,15 +109,15 @@ def draw_svg(curves: Mapping[str, Curve], title: str) -> str:
         return LEFT + (WIDTH - LEFT - 12) * step / max(last, 1)
 
     def y(loss: float) -> float:
-        return 10 + (HEIGHT - BOTTOM - 10) * (1 - (scale(loss) - low) / span)
+        return TOP + (HEIGHT - BOTTOM - TOP) * (1 - (scale(loss) - low) / span)
 
     parts = []
     for tick in _ticks(min(values), max(values), logarithmic):
         parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{WIDTH - 12}" stroke="#ddd"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
     for tick in _ticks(0, last, False):
-        parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{tick:.4g}</text>')
-    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 1}" text-anchor="middle">step</text>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 22}" text-anchor="middle">{tick:.4g}</text>')
+    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 5}" text-anchor="middle">step</text>')
     for index, (name, curve) in enumerate(curves.items()):
         color, validation = CURVES[name]
         points = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in curve)
@@ -125,9 +125,9 @@ def draw_svg(curves: Mapping[str, Curve], title: str) -> str:
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.6"{dashes}/>')
         if validation or len(curve) == 1:
             parts += [f'<circle cx="{x(step):.1f}" cy="{y(loss):.1f}" r="3" fill="{color}"/>' for step, loss in curve]
-        top = 20 + 16 * index
-        parts.append(f'<path d="M{WIDTH - 190} {top}h24" stroke="{color}" stroke-width="2"{dashes}/>')
-        parts.append(f'<text x="{WIDTH - 160}" y="{top + 4}">{html.escape(name)}</text>')
+        left = LEFT + 172 * index
+        parts.append(f'<path d="M{left} 10h24" stroke="{color}" stroke-width="2"{dashes}/>')
+        parts.append(f'<text x="{left + 30}" y="14">{html.escape(name)}</text>')
     return (
         f'<svg role="img" aria-label="{html.escape(title)}: losses over steps" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'style="width:100%;font:12px system-ui,sans-serif">{"".join(parts)}</svg>'
@@ -182,7 +182,8 @@ def _sample_tables(run: Path) -> list[str]:
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
         steps = list(dict.fromkeys(line["step"] for line in lines))
         for step in reversed(steps):
-            table = html_table([line for line in lines if line["step"] == step])
+            shown = [line for line in lines if line["step"] == step]
+            table = html_table([{name: line[name] for name in line if name != "step"} for line in shown])
             opened = " open" if step == steps[-1] else ""
             parts.append(f"<details{opened}><summary>{title}, step {step}</summary>{table}</details>")
     return ["<h2>Sample answers</h2>", *parts] if parts else []

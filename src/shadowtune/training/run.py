@@ -342,6 +342,8 @@ class ModelRun:
             keep_checkpoints=config.keep_checkpoints,
         )
         trainer.remove_callback(PrinterCallback)
+        if trainer.is_fsdp_enabled and trainer.pop_callback(SampleAnswers) is not None:
+            report("no sample answers: one process alone cannot generate with a sharded model (FSDP)")
         return trainer
 
     def _samples(self, run: RunDirectory, report: Callable[[str], None]) -> SampleAnswers:

@@ -3,7 +3,7 @@
 config.yaml         the resolved settings           environment.json   commit, versions, hardware, date
 inputs.json         digests of base, tokenizer and data
 metrics.jsonl       one line per log step           checkpoints/       for --resume
-samples.jsonl       sample answers at each evaluation
+samples.jsonl       sample answers of evaluations   report.html        all of it on one page
 model/              the trained model               summary.json       the costs; exists once the run has finished
 tensorboard/        the same metrics for TensorBoard
 shadow/             run directory of the shadow-only stage          lora/    of the LoRA part of an ensemble
@@ -201,7 +201,8 @@ class RunDirectory:
             if self.last_checkpoint() is None:
                 self.metrics_file.unlink(missing_ok=True)
                 self.samples_file.unlink(missing_ok=True)
-            self.summary_file.unlink(missing_ok=True)
+            for file in (self.summary_file, self.path / "report.html"):
+                file.unlink(missing_ok=True)
         except OSError as error:
             raise TrainingError(f"cannot clear the run directory {self.path}: {error}") from None
         dump_config(config, self.config_file)
