@@ -7,7 +7,7 @@ WORKDIR /opt/shadowtune
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src ./src
 # the edge computes on the processor: torch without CUDA is a tenth of the size
-RUN pip install --no-cache-dir -c constraints.txt torch --index-url https://download.pytorch.org/whl/cpu \
+RUN pip install --no-cache-dir -c constraints.txt torch \
     && pip install --no-cache-dir -c constraints.txt '.[serve,export]'
 
 RUN useradd --create-home --uid 1000 shadowtune

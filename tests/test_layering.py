@@ -46,6 +46,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "torchao": {"model"},
     "bitsandbytes": {"model"},
     "datasets": {"data"},
+    "pyarrow": {"data"},
     "matplotlib": {"evaluation", "comparison", "serving"},
     "rich": {"cli"},
     "tqdm": set(),

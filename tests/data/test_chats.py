@@ -253,7 +253,7 @@ def test_fields_that_nothing_reads_are_named_once():
     rows = [{"prompt": "a", "completion": "b", "id": 1}, {"prompt": "a", "completion": "b", "source": "x", "id": 2}]
     assert encoded(rows, CHATML)[2].unread == ("id", "source")
     assert encoded([{"messages": turns("a", "b"), "prompt": "x"}], CHATML)[2].unread == ("prompt",)
-    assert encoded([{"text": "a", "label": 3}], CHATML)[2].unread == ("label",)
+    assert encoded([{"text": "a", "date": 3}], CHATML)[2].unread == ("date",)
     fields = FieldNames(template="{q} {context}", completion="a", optional=("context",))
     rows = [{"q": "x", "a": "y", "answer": "z"}]
     assert encode_rows(rows, chat_tokenizer(None), fields, 99)[1].unread == ("answer",)

@@ -101,7 +101,9 @@ def test_rows_from_files_carry_their_line_and_others_their_number():
 
 
 def test_faults_of_a_row_name_its_file_and_line():
-    refuse([{"text": "a"}, Row({"txt": "a"}, "rows.jsonl", 9)], r"rows\.jsonl, line 9: needs messages.*it has 'txt'")
+    refuse(
+        [{"text": "a"}, Row({"txt": "a"}, "rows.jsonl", 9)], r"rows\.jsonl, line 9: no format fits.* 'txt'; .*text=txt"
+    )
 
 
 def test_an_empty_prompt_is_refused_unless_something_stands_before_the_answer():

@@ -9,10 +9,9 @@ from shadowtune.data.examples import (
     FieldNames,
     PlainText,
     fill_template,
-    read_classification_example,
-    read_example,
     text_field,
 )
+from shadowtune.data.formats import read_example, read_labelled
 from shadowtune.data.sources import Row, row_location
 from shadowtune.errors import DataError
 from tests.support.properties import property_test
@@ -68,8 +67,11 @@ def test_prompt_and_completion_may_be_messages_of_which_only_the_completion_is_l
 
 
 def test_a_row_with_none_of_the_fields_names_those_it_has_and_the_way_out():
-    refuse({"question": "a", "answer": "b"}, r"it has 'question', 'answer'\. .*data\.prompt_field.*data\.template")
-    refuse({}, "it has no fields")
+    refuse(
+        {"question": "a", "answer": "b"},
+        r"no format fits the columns 'question', 'answer'; .*data\.columns\.prompt=question data\.columns\.comp",
+    )
+    refuse({}, "columns no fields; .*data.template")
 
 
 def test_a_missing_named_field_gets_the_nearest():
@@ -120,22 +122,22 @@ def test_the_completion_of_a_list_prompt_must_be_a_list():
 
 def test_classified_rows_are_text_and_class():
     read_row = {"text": "a", "label": 2, "body": "b", "class": 0}
-    assert read_classification_example(read_row, FieldNames(), "") == ("a", 2)
-    assert read_classification_example(read_row, FieldNames(text="body", label="class"), "") == ("b", 0)
-    assert read_classification_example(read_row, FieldNames(template="<{body}>"), "") == ("<b>", 2)
+    assert read_labelled(read_row, FieldNames(), "") == ("a", 2)
+    assert read_labelled(read_row, FieldNames(text="body", label="class"), "") == ("b", 0)
+    assert read_labelled(read_row, FieldNames(template="<{body}>"), "") == ("<b>", 2)
 
 
-@pytest.mark.parametrize("label", [-1, "joy", 1.0, None, True])
-def test_labels_that_are_no_number_of_a_class_are_refused(label):
-    with pytest.raises(DataError, match="here: label must be the number of a class, from 0, got"):
-        read_classification_example({"text": "a", "label": label}, FieldNames(), "here")
+@pytest.mark.parametrize("label", [None, "", float("nan")])
+def test_a_missing_label_is_named(label):
+    with pytest.raises(DataError, match=r"here: the label \(label\) is missing; give every row one"):
+        read_labelled({"text": "a", "label": label}, FieldNames(), "here")
 
 
 def test_missing_text_or_label_is_named():
     with pytest.raises(DataError, match="here: no field 'text'"):
-        read_classification_example({"label": 1}, FieldNames(), "here")
+        read_labelled({"label": 1}, FieldNames(), "here")
     with pytest.raises(DataError, match=r"here: no field 'label' \(did you mean labels\?\)"):
-        read_classification_example({"text": "a", "labels": 1}, FieldNames(), "here")
+        read_labelled({"text": "a", "labels": 1}, FieldNames(), "here")
 
 
 def test_field_names_come_from_the_settings():

@@ -114,9 +114,9 @@ def test_gzip_files_that_are_cut_damaged_or_none_are_refused(tmp_path):
 
 
 def test_other_kinds_of_files_are_refused(tmp_path):
-    path = tmp_path / "rows.csv"
+    path = tmp_path / "rows.xlsx"
     path.write_text("a,b\n")
-    refuse(path, r"cannot read .*rows\.csv: only \.jsonl")
+    refuse(path, r"cannot read .*rows\.xlsx: its name must end in \.jsonl.*; save the sheet as CSV")
 
 
 def test_missing_files_say_what_a_source_can_be(tmp_path):

@@ -78,9 +78,10 @@ def test_without_tensorboard_no_such_files_are_written_and_nothing_is_printed(tm
     train(run_config(tmp_path), report=lines.append, quiet=True)
     assert not (tmp_path / "run" / "tensorboard").exists()
     assert capsys.readouterr().out == ""
-    assert lines[0].startswith("data: 12 examples, 395 tokens (35 labelled)")
-    assert [line.split(":")[1].strip() for line in lines[1:]] == ["base", "shadow backbone", "shadow boundaries"]
-    assert "of which trainable 0" in lines[1]
+    assert lines[0] == "read as prompt and completion: 12 examples"
+    assert lines[1].startswith("data: 12 examples, 395 tokens (35 labelled)")
+    assert [line.split(":")[1].strip() for line in lines[2:]] == ["base", "shadow backbone", "shadow boundaries"]
+    assert "of which trainable 0" in lines[2]
 
 
 def test_full_fine_tuning_of_a_model_with_tied_embeddings(trained, tmp_path):

@@ -6,6 +6,7 @@ import importlib
 import io
 import itertools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ class Entry:
 
 COMMANDS = (
     Entry("demo", "demo:DEMO", "fine-tune with a shadow and with LoRA, compare them, show the result"),
+    Entry("data", "data:DATA", "show a data set as the model will see it, token by token"),
     Entry("train", "train:TRAIN", "fine-tune a model: shadow, lora, dora or full"),
     Entry("pretrain", "train:PRETRAIN", "train a shadow by itself before any task, on plain text"),
     Entry("evaluate", "evaluate:EVALUATE", "measure a trained run on held-out examples"),
@@ -142,6 +144,12 @@ class _ResilientStream(io.TextIOWrapper):
             super().flush()
 
 
+def use_plain_progress() -> None:
+    """Hide the progress bars of libraries, which fill a log with fragments, unless standard error is a terminal."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, also in child processes
+
+
 def make_stderr_resilient() -> None:
     """Let this process continue if standard error cannot be written any more."""
     old = sys.stderr
@@ -153,4 +161,5 @@ def make_stderr_resilient() -> None:
 def run() -> NoReturn:
     """Run the console script."""
     make_stderr_resilient()
+    use_plain_progress()
     sys.exit(main(sys.argv[1:]))

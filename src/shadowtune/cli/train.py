@@ -1,8 +1,10 @@
 """``shadowtune train`` and ``shadowtune pretrain``."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
 
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the output directory")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no sample answers")
     add_json(parser)
 
 
@@ -51,13 +53,27 @@ def _train(command: str, title: str, arguments: argparse.Namespace, settings: Se
     config = load_config(TrainConfig, arguments.config, [*arguments.overrides, *settings])
     from shadowtune.training.run import train
 
-    summary = train(config, arguments.resume, arguments.overwrite, print_status, arguments.quiet)
+    try:
+        summary = train(config, arguments.resume, arguments.overwrite, print_status, arguments.quiet)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":  # the first of the processes of torchrun or accelerate, which writes
+            _report(config.output)
+        raise
     if summary is None:  # not the main process of a distributed run, which reports
         return 0
+    _report(config.output)
     row = {name: value for name, value in asdict(summary).items() if value is not None}
     print_table(f"{title}: {config.output}", [row])
     write_json(arguments.json, command, [{"run": config.output, **row}])
     return 0
+
+
+def _report(output: str) -> None:
+    """Write the report of a run, if there is one, and name its file."""
+    from shadowtune.evaluation.run_report import write_run_report
+
+    if (Path(output) / "config.yaml").is_file():
+        print_status(f"report: {write_run_report(output)}")
 
 
 TRAIN = Command(add_arguments, train, TRAIN_EPILOG)

@@ -1,22 +1,44 @@
 """Settings of data: the examples of a training run (``DataConfig``), a task (``TaskConfig``), prompt templates."""
 
+import re
 import string
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import Annotated, Literal
 
 from annotated_types import Ge
 from pydantic import StrictBool, StrictInt
 
-from shadowtune.config.settings import PositiveInt, raise_errors, settings
+from shadowtune.config.settings import PositiveFloat, PositiveInt, nearest, raise_errors, settings
 from shadowtune.errors import ConfigError
 
 HOLD_OUT = "held_back"
 """Value of ``DataConfig.validation`` that splits the validation examples off the training examples."""
+HOLD_OUT_SHARE = 0.1
+"""Share of the distinct training examples that is then held out."""
+COLUMNS = (
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "instruction",
+    "input",
+    "output",
+    "text",
+    "label",
+    "system",
+    "tools",
+    "chat_template_kwargs",
+)
+"""Columns by which formats of rows are recognized, and what goes with them; ``DataConfig.columns`` maps them."""
 Part = Literal["train", "validation", "test"]
 """Purpose of a task's examples."""
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 Metric = Literal["exact_match", "label", "number", "choice", "squad", "f1"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+"""What a classifier predicts, by transformers' names."""
 Length = Annotated[StrictInt, Ge(2)]
 """A number of tokens."""
 
@@ -30,6 +52,12 @@ _SET_BY_TASKS = (
     "completion_field",
     "text_field",
     "label_field",
+    "label_names",
+    "label_separator",
+    "problem_type",
+    "columns",
+    "weights",
+    "encoding",
     "block_size",
 )
 
@@ -59,19 +87,26 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
 class DataConfig:
     """The examples of a training run, and how they become tokens."""
 
-    train: str | None = None
-    """A JSONL file or one plain text in a .txt file (either may be gzipped), a directory of such files named after
-    splits, a data set that comes with the package ("clinc150-demo") or a Hub data set ("hub:org/name" or
-    "hub:org/name/config")."""
+    train: str | tuple[str, ...] | None = None
+    """A file (.jsonl, .json, .csv, .tsv, .txt, each also with .gz or .zst; .parquet, .arrow), a directory of files
+    named after splits or of ``save_to_disk``, a data set that comes with the package ("clinc150-demo") or a Hub data
+    set ("hub:org/name" or "hub:org/name/config"); or a list of these. ":SPLIT" after one overrides ``train_split``."""
+    weights: tuple[PositiveFloat, ...] | None = None
+    """For a list of data sets, how often an epoch goes over the examples of each: 2 is twice, 0.5 a fixed half. None
+    means once."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of the file's columns for those that formats are recognized by: {prompt: question, completion: answer}."""
+    encoding: str = "utf-8"
+    """Encoding of text files, such as utf-16 or cp1252."""
     task: str | None = None
     """In place of ``train``: a task that comes with the package ("gsm8k"), or a .yaml file with the settings of
     ``TaskConfig``. It defines the data set, template, metric, length and, for classification, classes."""
     directory: str | None = None
     """A directory with a task's data sets; None loads them from the task's own source (the Hub)."""
     validation: str | None = None
-    """Examples whose loss is measured during training, as in ``train``; None measures none. "held_back" holds out a
-    tenth of the training examples, chosen by their contents, and does not train on them. A task has its own validation
-    examples, which "task" and "held_back" select."""
+    """Examples whose loss is measured during training, a data set as in ``train``; None measures none. "held_back"
+    holds out a tenth of the training examples, chosen by their contents, and does not train on them; "5%" another
+    share. A task has its own validation examples, which "task" and "held_back" select."""
     train_split: str = "train"
     """Split to train on; a single file has none."""
     validation_split: str = "validation"
@@ -92,7 +127,15 @@ class DataConfig:
     text_field: str | None = None
     """Field of the text, if not ``text``."""
     label_field: str | None = None
-    """Field of the class in classification, if not ``label``."""
+    """Field of the class or label, if not ``label``."""
+    label_names: tuple[str, ...] | None = None
+    """Names of the classes, in the order of their numbers; None takes those of the data set, else of the training
+    examples, sorted."""
+    problem_type: ProblemType | None = None
+    """What the labels of classification are; None reads it off the training examples: lists are several classes per
+    example, fractions are numbers of regression."""
+    label_separator: str | None = None
+    """Text between the labels of one example, for several classes per example in CSV and other plain cells."""
     max_length: Length | None = None
     """Most tokens of prompt and completion together; None means the task's value, else 512."""
     overlong: Literal["error", "truncate", "drop"] = "truncate"
@@ -106,7 +149,8 @@ class DataConfig:
     """Concatenate plain texts, separated by the end-of-sequence token, and cut the result into blocks of so many
     tokens, all trained on; for causal_lm. ``max_length`` and ``overlong`` are then ignored. None keeps texts apart."""
     limit: PositiveInt | None = None
-    """Most training examples: the first ones; of a task, a fixed random sample."""
+    """Most training examples: the first ones, of a list of data sets those of each; of a task, a fixed random
+    sample."""
     validation_limit: PositiveInt | None = None
     """Most validation examples, likewise."""
     learn_validation: StrictBool = False
@@ -115,31 +159,61 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the template and what contradicts each other."""
-        raise_errors([*self._source_conflicts(), *self._format_conflicts(), *self._template_conflicts()])
+        conflicts = (self._source_conflicts, self._column_conflicts, self._format_conflicts, self._template_conflicts)
+        raise_errors(message for each in conflicts for message in each())
 
     @property
     def source(self) -> str:
         """The task, else the training data set, as the user wrote it."""
-        return self.task or self.train or ""
+        return self.task or ", ".join(self.sources)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The training data sets."""
+        return (self.train,) if isinstance(self.train, str) else self.train or ()
+
+    @property
+    def hold_out_share(self) -> float | None:
+        """Share of the distinct training examples held out for validation; None if that has another source."""
+        if self.validation == HOLD_OUT:
+            return HOLD_OUT_SHARE
+        share = re.fullmatch(r"(\d+(?:\.\d+)?)%", self.validation or "")
+        return None if share is None else float(share[1]) / 100
 
     def _source_conflicts(self) -> Iterator[str]:
         """Check that the examples have one source, which nothing contradicts."""
         if self.task is None:
-            if self.train is None:
+            if not self.sources:
                 yield "has no rows: set train to a file or data set, or task to a task"
+            if self.weights is not None and len(self.weights) != len(self.sources):
+                yield f"weights has {len(self.weights)} numbers for the {len(self.sources)} data sets of train"
+            if (share := self.hold_out_share) is not None and not 0 < share < 1:
+                yield f"validation={self.validation} must be above 0% and below 100%"
             if self.directory is not None:
                 yield f"directory={self.directory} holds the data sets of tasks; set task, or leave it out"
             return
         defined = [
             setting.name
             for setting in fields(self)
-            if setting.name in _SET_BY_TASKS and vars(self)[setting.name] != setting.default
+            if setting.name in _SET_BY_TASKS and vars(self)[setting.name] not in (setting.default, {})
         ]
         if defined:
             yield f"task={self.task} brings its own {', '.join(defined)}; leave out what the task brings"
         if self.validation not in (None, "task", HOLD_OUT):
             given = f"validation={self.validation} does not go with task={self.task}"
             yield f"{given}; set validation=task, or leave it out"
+
+    def _column_conflicts(self) -> Iterator[str]:
+        """Check that every column has one name."""
+        for name in self.columns:
+            if name not in COLUMNS:
+                yield f"columns has {name}{nearest(name, COLUMNS)}; its keys are of {', '.join(COLUMNS)}"
+        for name in ("prompt", "completion", "text", "label"):
+            field_name = vars(self)[f"{name}_field"]
+            if name in self.columns and field_name is not None:
+                yield f"columns.{name} and {name}_field name the same column; set only one of them"
+        if self.label_names is not None and len(set(self.label_names)) < len(self.label_names):
+            yield f"label_names has the same name twice: {', '.join(self.label_names)}"
 
     def _format_conflicts(self) -> Iterator[str]:
         if self.learn_validation and self.validation is None:

@@ -47,13 +47,13 @@ class _YamlLoader(yaml.SafeLoader):
 _YamlLoader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
-def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]) -> Settings:
+def load_config(kind: type[Settings], path: str | Path | None, overrides: Sequence[str]) -> Settings:
     """Read settings from a YAML file and apply overrides.
 
     Args:
         kind: the settings class.
         path: a YAML file with a mapping, or the name of one that comes with the package (``settings_file``). Paths in
-            it are relative to the current directory.
+            it are relative to the current directory. None starts without settings.
         overrides: ``key=value`` arguments with dotted keys and YAML values; the last one wins. An empty value is
             YAML's null, which resets an optional setting.
 
@@ -61,8 +61,9 @@ def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]
         ConfigError: one line with the file and all errors in it.
     """
     try:
-        text = settings_file(path).read_text(encoding="utf-8")
+        text = "{}" if path is None else settings_file(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
+        assert path is not None
         meant = Path(path).is_relative_to("configs") or not Path(path).suffix  # one of the package's
         hint = f"; with the package come {', '.join(shipped_settings())}" if meant else ""
         raise ConfigError(f"cannot read {path}: {error.strerror}{hint}") from None
@@ -81,7 +82,7 @@ def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]
     try:
         return from_mapping(kind, values)
     except ConfigError as error:
-        raise ConfigError(_one_line(f"{path}: {error}")) from None
+        raise ConfigError(_one_line(str(error) if path is None else f"{path}: {error}")) from None
 
 
 def settings_file(path: str | Path) -> Path:

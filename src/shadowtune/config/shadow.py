@@ -57,7 +57,7 @@ class ShadowConfig:
     for every rank, width and depth (``core/stateless.py``). The attached model then needs the shadow's backbone only
     for ``logit_interpolation``, the shadow's loss terms and drafts, and does not run it otherwise. Of the settings of a
     boundary, "stateless" uses ``rank``, ``alpha``, ``dropout``, ``dropout_position``, ``depth_sharing``,
-    ``inject_first`` and ``channel_scaling``."""
+    ``inject_first``, ``injection_start`` and ``channel_scaling``."""
     rank: PositiveInt = 16
     """r, width of the injection's bottleneck (Eq. 3)."""
     update_width: PositiveInt = 8
@@ -130,6 +130,10 @@ class ShadowConfig:
     """Apply dropout to the hidden layer of T too."""
     inject_first: StrictBool = False
     """Inject before the first block as well (as the Shadow tuner of Hugging Face PEFT does)."""
+    injection_start: Fraction = 0.0
+    """Share of the base's blocks, from the first on, that get no injection and run as in the base. No gradient reaches
+    them and training keeps none of their activations; in serving their keys and values are the same for every adapter.
+    0 injects from the block on that ``inject_first`` names."""
     dropout_position: Literal["rank", "hidden"] = "rank"
     """Dropout after W_down, on r numbers (Eq. 3), or before it, on d numbers."""
     channel_scaling: StrictBool = False
@@ -176,6 +180,11 @@ class ShadowConfig:
             yield (
                 f"num_shadow_layers {self.num_shadow_layers} is not the number of init_layers {layers}; leave it out"
             )
+
+    def first_boundary(self, blocks: int) -> int:
+        """Return the index of the first of a base's ``blocks`` blocks that a boundary precedes; at most the last."""
+        start = min(round(self.injection_start * blocks), blocks - 1)
+        return max(start, 0 if self.inject_first else 1)
 
     @classmethod
     def recommended(cls, **changes: Any) -> "ShadowConfig":

@@ -369,6 +369,7 @@ def joint_classification_loss(
     weights: LossWeights,
     problem_type: str | None = None,
     num_items_in_batch: Tensor | int | None = None,
+    example_weights: Tensor | None = None,
 ) -> JointLoss:
     """Joint loss of classification (Eq. 8-9), with distillation from the attached model into the shadow.
 
@@ -383,12 +384,13 @@ def joint_classification_loss(
         weights: of the shadow's terms.
         problem_type: as in ``classification_loss``.
         num_items_in_batch: as there.
+        example_weights: as there; the distillation has no weights.
     """
-    base = classification_loss(logits, labels, problem_type, num_items_in_batch)
+    base = classification_loss(logits, labels, problem_type, num_items_in_batch, example_weights)
     if shadow_logits is None or initial_states is None:
         assert not (weights.shadow or weights.teach)
         return JointLoss(base, base, None)
-    shadow = classification_loss(shadow_logits, labels, problem_type, num_items_in_batch)
+    shadow = classification_loss(shadow_logits, labels, problem_type, num_items_in_batch, example_weights)
     count = labels.numel() if num_items_in_batch is None else num_items_in_batch
     distillation = matching = None
     if weights.distillation:
@@ -408,7 +410,11 @@ def joint_classification_loss(
 
 
 def classification_loss(
-    logits: Tensor, labels: Tensor, problem_type: str | None = None, num_items_in_batch: Tensor | int | None = None
+    logits: Tensor,
+    labels: Tensor,
+    problem_type: str | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    example_weights: Tensor | None = None,
 ) -> Tensor:
     """Loss of (B, C) class logits: squared error, cross-entropy or binary cross-entropy, as transformers chooses.
 
@@ -418,6 +424,8 @@ def classification_loss(
         problem_type: "regression", "single_label_classification", "multi_label_classification", or None to derive it
             from C and the dtype of the labels.
         num_items_in_batch: labels (B, or B * C) of the whole optimizer step; by default those of this call.
+        example_weights: (B,) factors of the examples' losses, for one class of C; None weighs all alike. They do not
+            change the count.
 
     Returns:
         A scalar: the mean over the labels.
@@ -426,7 +434,10 @@ def classification_loss(
     count = labels.numel() if num_items_in_batch is None else num_items_in_batch
     wide = at_least_float32(logits)
     if problem_type == "single_label_classification":
-        total = F.cross_entropy(wide, labels.view(-1), reduction="sum")
+        if example_weights is None:
+            total = F.cross_entropy(wide, labels.view(-1), reduction="sum")
+        else:
+            total = (F.cross_entropy(wide, labels.view(-1), reduction="none") * example_weights).sum()
     elif problem_type == "regression":
         total = F.mse_loss(wide, labels.to(wide.dtype).view_as(wide), reduction="sum")
     else:

@@ -73,15 +73,26 @@ class PackedCollator:
 
 @dataclass(frozen=True)
 class ClassificationCollator:
-    """Pads examples of classification on the right."""
+    """Pads examples of classification on the right.
+
+    Args:
+        class_weights: weight of each class in the loss, in the order of their numbers.
+    """
 
     pad_token_id: int
+    class_weights: tuple[float, ...] | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return "input_ids" and "attention_mask" (0 at padding), both (B, T), and "labels" (B,), all int64."""
-        return _pad_right(examples, self.pad_token_id) | {
-            "labels": torch.tensor([example["labels"] for example in examples])
-        }
+        """Return "input_ids" and "attention_mask" (0 at padding), both (B, T) int64, and "labels".
+
+        The labels are (B,) int64 for one class, (B, C) float32 for several, (B,) float32 for regression. With weights,
+        "example_weights" are those of the labels, (B,) float32.
+        """
+        labels = [example["labels"] for example in examples]
+        batch = _pad_right(examples, self.pad_token_id) | {"labels": torch.tensor(labels)}
+        if self.class_weights is not None:
+            batch["example_weights"] = torch.tensor([self.class_weights[label] for label in labels])
+        return batch
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:

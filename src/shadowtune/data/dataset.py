@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from shadowtune.config.data import HOLD_OUT, DataConfig
+from shadowtune.config.settings import nearest
 from shadowtune.data.blocks import BlockReport, encode_blocks
 from shadowtune.data.encoding import EncodedPrompt, EncodingReport, encode_classification, encode_prompts, encode_rows
 from shadowtune.data.examples import FieldNames
+from shadowtune.data.files import named_columns
+from shadowtune.data.labels import Labels
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.data.sources import Row, has_splits, load_rows, split_rows
+from shadowtune.data.sources import Row, has_splits, load_rows, parse_source, split_rows, weigh_rows
 from shadowtune.data.task import EvaluationTask, load_task
 from shadowtune.errors import ConfigError, DataError
 
@@ -28,6 +32,8 @@ class Dataset:
     task: EvaluationTask | None = None
     form: PromptFormat | None = None
     """The format read off the training data; None before that, or if nothing was trained."""
+    labels: Labels | None = None
+    """How training encoded the labels of classification; None before that."""
 
     @classmethod
     def open(cls, settings: DataConfig) -> "Dataset":
@@ -59,7 +65,10 @@ class Dataset:
     @property
     def fields(self) -> FieldNames:
         """Where a row holds the parts of an example."""
-        return FieldNames.from_config(self.settings) if self.task is None else TASK_FIELDS
+        if self.task is None:
+            return FieldNames.from_config(self.settings)
+        labels = self.task.config.labels
+        return replace(TASK_FIELDS, label_names=None if labels is None else tuple(labels))
 
     @property
     def template(self) -> str | None:
@@ -107,11 +116,12 @@ class Dataset:
         settings = self.settings
         if self.task is not None:
             rows = self.task.rows("train", settings.directory, settings.limit)
-        elif settings.validation == HOLD_OUT:
-            rows = self._part("train")[: settings.limit]
         else:
-            assert settings.train is not None
-            rows = load_rows(settings.train, settings.train_split, settings.limit)
+            parts = [part[: settings.limit] for part in self._training_parts()]
+            weights = settings.weights or (1.0,) * len(parts)
+            rows = [row for part, weight in zip(parts, weights, strict=True) for row in weigh_rows(part, weight)]
+            if not rows:
+                raise DataError(f"data.weights leaves no row of {settings.source}; raise one of them")
         return [*rows, *(self._validation_rows() or [])] if settings.learn_validation else rows
 
     def validation_rows(self) -> list[Row] | None:
@@ -124,9 +134,9 @@ class Dataset:
             return None
         if self.task is not None:
             return self.task.rows("validation", settings.directory, settings.validation_limit)
-        if settings.validation == HOLD_OUT:
-            return self._part("validation")[: settings.validation_limit]
-        return load_rows(settings.validation, settings.validation_split, settings.validation_limit)
+        if settings.hold_out_share is not None:
+            return self._hold_out()[: settings.validation_limit]
+        return self._load([settings.validation], settings.validation_split, settings.validation_limit)[0]
 
     def held_out(self, split: str, source: str | None = None, limit: int | None = None) -> list[Row]:
         """Load rows that were not trained on.
@@ -142,22 +152,56 @@ class Dataset:
         if self.task is not None:
             return self.task.rows(split, source or self.settings.directory, limit)
         if source == HOLD_OUT:
-            return self._part("validation")[:limit]
-        if source is None:
-            source = self.settings.train
-            assert source is not None
-            if not has_splits(source):
-                raise DataError(f"{source} holds the rows that the run was trained on; pass --data with held-out rows")
-        return load_rows(source, split, limit)
+            if self.settings.hold_out_share is None:
+                raise DataError(
+                    f"training held out no row of {self.settings.source} (data.validation is "
+                    f"{self.settings.validation}); pass --data with rows of its own"
+                )
+            return self._hold_out()[:limit]
+        if source is not None:
+            return self._load([source], split, limit)[0]
+        for each in self.settings.sources:
+            if not has_splits(parse_source(each, split)[0]):
+                hint = "" if self.settings.hold_out_share is None else f", or --data {HOLD_OUT}"
+                raise DataError(
+                    f"{each} holds the rows that the run was trained on; pass --data with held-out rows{hint}"
+                )
+        sources = [parse_source(each, split)[0] for each in self.settings.sources]
+        return [row for part in self._load(sources, split, limit) for row in part][:limit]
 
-    def _part(self, part: str) -> list[Row]:
-        """Split the training rows and return "train" or the hold-out, "validation"."""
+    def _load(self, sources: Sequence[str], split: str, limit: int | None = None) -> list[list[Row]]:
+        """Load the rows of each source, with the columns of the settings renamed."""
+        parts = [load_rows(source, split, limit, self.settings.encoding) for source in sources]
+        for name, column in self.settings.columns.items():
+            if not any(column in row for part in parts for row in part):
+                first = parts[0][0]
+                raise DataError(
+                    f"{', '.join(sources)}: no column {column!r}{nearest(column, map(str, first))} for "
+                    f"data.columns.{name}; it has {named_columns(first)}"
+                )
+        return [[_renamed(row, self.settings.columns) for row in part] for part in parts]
+
+    def _training_parts(self) -> list[list[Row]]:
+        """Load the rows of each training source, less those held out."""
         settings = self.settings
-        assert settings.train is not None
-        rows = split_rows(load_rows(settings.train, settings.train_split, None), ["validation"])[part]
-        if not rows:
-            raise DataError(f"{settings.train} has too few rows to hold some back for validation; add rows")
-        return rows
+        if settings.hold_out_share is None:
+            limit = settings.limit
+            return self._load(settings.sources, settings.train_split, limit)
+        held_out = {id(row) for row in self._hold_out()}
+        return [[row for row in part if id(row) not in held_out] for part in self._all_parts]
+
+    @cached_property
+    def _all_parts(self) -> list[list[Row]]:
+        return self._load(self.settings.sources, self.settings.train_split)
+
+    def _hold_out(self) -> list[Row]:
+        """Return the rows that are held out of all training sources; equal rows of any two stay together."""
+        share = self.settings.hold_out_share
+        assert share is not None
+        split = split_rows([row for part in self._all_parts for row in part], ["validation"], share)
+        if not split["train"] or not split["validation"]:
+            raise DataError(f"{self.settings.source} has too few rows to hold some back for validation; add rows")
+        return split["validation"]
 
     def encode(
         self,
@@ -186,7 +230,7 @@ class Dataset:
         if classify:
             if self.task is not None and self.num_labels is None:
                 raise ConfigError(f"task {self.task.config.name} has no classes to predict; set task=causal_lm")
-            return encode_classification(rows, tokenizer, fields, self.max_length, overlong)
+            return encode_classification(rows, tokenizer, fields, self.max_length, overlong, self.labels)
         form = self.prompt_format
         return encode_rows(
             rows,
@@ -212,3 +256,13 @@ class Dataset:
         if self.task is None:
             return [[prompt.target] for prompt in prompts]
         return [row["references"] for row in rows]
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return a row with the columns that the settings name under the names of formats; others stay."""
+    present = {column: name for name, column in columns.items() if column in row}
+    if not present:
+        return row
+    kept = {name: value for name, value in row.items() if name not in present and name not in present.values()}
+    classes = {present.get(column, column): names for column, names in row.classes.items()}
+    return row.with_fields({**kept, **{name: row[column] for column, name in present.items()}}, classes)

@@ -18,10 +18,9 @@ from shadowtune.data.examples import (
     Example,
     FieldNames,
     PlainText,
-    read_classification_example,
-    read_example,
-    unread_fields,
 )
+from shadowtune.data.formats import describe_formats, read_example, read_labelled, unread_fields
+from shadowtune.data.labels import Labels, class_names, label_values
 from shadowtune.data.segments import (
     Renderer,
     Segment,
@@ -71,6 +70,10 @@ class EncodingReport:
     """Whether any row has a prompt and an answer, rather than plain text."""
     unread: tuple[str, ...] = field(default=(), compare=False)
     """Fields of the rows that nothing reads."""
+    formats: str = field(default="", compare=False)
+    """The formats that the rows were read as, with the number of rows in each."""
+    labels: Labels | None = field(default=None, compare=False)
+    """Of classification: how labels became numbers."""
 
     def __str__(self) -> str:
         line = (
@@ -149,6 +152,7 @@ def encode_rows(
         template_kwargs=_common_kwargs(examples),
         answers=not examples or not all(isinstance(example, PlainText) for example in examples),
         unread=_unread(rows, fields),
+        formats=describe_formats(rows, fields),
     )
 
 
@@ -158,21 +162,32 @@ def encode_classification(
     fields: FieldNames,
     max_length: int,
     overlong: Overlong = "truncate",
+    labels: Labels | None = None,
 ) -> tuple[list[dict[str, Any]], EncodingReport]:
     """Encode rows for sequence classification; "truncate" cuts the end of the text.
 
+    Args:
+        rows: as for ``encode_rows``.
+        tokenizer: of the model.
+        fields: where a row holds its text and its label.
+        max_length: limit of tokens per example.
+        overlong: what happens beyond it.
+        labels: as learned from the training examples; None learns them from these.
+
     Returns:
-        For each example "input_ids", "labels" (its class, an integer from 0) and "row", its line or number from 1; and
-        the report.
+        For each example "input_ids", "labels" (its class, an integer from 0; several as a list of zeros and ones; or a
+        number) and "row", its line or number from 1; and the report.
 
     Raises:
         DataError: naming the row, if it cannot be read, has no text or is too long; or if all were dropped.
     """
     locations = [row_location(row, index) for index, row in enumerate(rows)]
-    read = [read_classification_example(row, fields, where) for row, where in zip(rows, locations, strict=True)]
+    read = [read_labelled(row, fields, where) for row, where in zip(rows, locations, strict=True)]
+    values = label_values(rows, [(label, where) for (_, label), where in zip(read, locations, strict=True)], fields)
+    labels = labels or Labels.learned_from(values, class_names(rows, fields), fields.problem_type)
     limit = _Limit(max_length, overlong)
     for index, ids in enumerate(tokenize(tokenizer, [text for text, _ in read], add_special_tokens=True)):
-        text, label = read[index]
+        text, label = read[index][0], labels.encode(*values[index])
         if not ids:
             raise DataError(f"{locations[index]}: the text is empty")
         if len(ids) > max_length:
@@ -181,7 +196,8 @@ def encode_classification(
             ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
         limit.kept.append({"input_ids": ids, "labels": label, "row": row_number(rows[index], index)})
     report = limit.report(labelled=len(limit.kept))
-    return limit.kept, replace(report, unread=_unread(rows, fields, classify=True))
+    formats, unread = describe_formats(rows, fields, classify=True), _unread(rows, fields, classify=True)
+    return limit.kept, replace(report, unread=unread, formats=formats, labels=labels)
 
 
 def encode_prompts(
@@ -280,7 +296,7 @@ def check_encoded(examples: Sequence[Mapping[str, Any]], vocab_size: int, max_po
     """Check that encoded examples fit the model and have labels.
 
     Args:
-        examples: with "input_ids", "labels" (a list, or a class) and "row", its number for errors.
+        examples: with "input_ids", "labels" and "row", its number for errors.
         vocab_size: of the model.
         max_positions: limit of tokens per example; None if the model has none.
 
@@ -306,9 +322,11 @@ def check_encoded(examples: Sequence[Mapping[str, Any]], vocab_size: int, max_po
 
 
 def _has_label(example: Mapping[str, Any]) -> bool:
-    """Whether an example has a class, or a label after its first token, which no token predicts."""
+    """Whether an example has a class, several, a number, or a label after its first token, which no token predicts."""
     labels = example["labels"]
-    return isinstance(labels, int) or any(label != IGNORE_INDEX for label in labels[1:])
+    if isinstance(labels, int | float) or isinstance(labels[0], float):
+        return True
+    return any(label != IGNORE_INDEX for label in labels[1:])
 
 
 class _Limit:

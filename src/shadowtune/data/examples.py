@@ -1,4 +1,4 @@
-"""Read a row into an example: a conversation, a prompt with its completion, plain text, or a text with its class.
+"""Examples: a conversation, a prompt with its completion, or plain text; and how their parts are read.
 
 Message fields are those of OpenAI's API and fine-tuning files: "role", "content", "tool_calls", "weight", and whatever
 else a chat template reads. In all functions ``where`` names the row in error messages.
@@ -12,8 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from shadowtune.config.data import DataConfig, parse_template
+from shadowtune.config.data import DataConfig, ProblemType, parse_template
 from shadowtune.config.settings import nearest
+from shadowtune.data.files import named_columns
 from shadowtune.errors import DataError
 
 ChatMessage = Mapping[str, Any]
@@ -38,12 +39,19 @@ class FieldNames:
     """Fields of the template that a row may lack."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Default arguments of the chat template; those of a row override them."""
+    label_names: tuple[str, ...] | None = None
+    """Names of classes by number; None takes those of the data set."""
+    label_separator: str | None = None
+    """Text between the labels of one row."""
+    problem_type: ProblemType | None = None
+    """Of the labels; None reads it off them."""
 
     @classmethod
     def from_config(cls, data: DataConfig) -> "FieldNames":
         """Take the names from the settings of a run."""
         names = (data.prompt_field, data.completion_field, data.text_field, data.label_field, data.template)
-        return cls(*names, tuple(data.optional_fields))
+        labels: dict[str, Any] = {"label_names": data.label_names, "label_separator": data.label_separator}
+        return cls(*names, tuple(data.optional_fields), problem_type=data.problem_type, **labels)
 
 
 @dataclass(frozen=True)
@@ -78,69 +86,6 @@ class PlainText:
 Example = Conversation | Completion | PlainText
 
 
-def read_example(row: Mapping[str, Any], fields: FieldNames, where: str) -> Example:
-    """Read a row for causal language modelling.
-
-    A template or named fields decide; otherwise the first of these that the row has: ``messages`` (a list of role and
-    content), ``prompt`` and ``completion`` (both text, or both lists of messages), ``text``.
-
-    Raises:
-        DataError: if the row has none of these or they have the wrong type.
-    """
-    extra = _template_arguments(row, fields, where)
-    if fields.template is not None:
-        prompt = fill_template(fields.template, row, where, fields.optional)
-        return Completion(prompt, text_field(row, fields.completion or "completion", where), **extra)
-    if fields.prompt is not None or fields.completion is not None:
-        return _read_completion(row, fields.prompt or "prompt", fields.completion or "completion", where, extra)
-    if fields.text is not None:
-        return PlainText(text_field(row, fields.text, where))
-    if "messages" in row:
-        return Conversation(read_messages(row["messages"], "messages", where), **extra)
-    if "prompt" in row and "completion" in row:
-        return _read_completion(row, "prompt", "completion", where, extra)
-    if "text" in row:
-        return PlainText(text_field(row, "text", where))
-    raise DataError(
-        f"{where}: needs messages, or prompt and completion, or text; it has {_keys(row)}. Name its fields with "
-        "data.prompt_field, data.completion_field and data.text_field, or give a data.template"
-    )
-
-
-def read_classification_example(row: Mapping[str, Any], fields: FieldNames, where: str) -> tuple[str, int]:
-    """Read the text and the class, an integer from 0, of a row; raises DataError naming the invalid field."""
-    if fields.template is not None:
-        text = fill_template(fields.template, row, where, fields.optional)
-    else:
-        text = text_field(row, fields.text or "text", where)
-    name = fields.label or "label"
-    label = require_field(row, name, where)
-    if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-        raise DataError(f"{where}: {name} must be the number of a class, from 0, got {shorten(label)}")
-    return text, label
-
-
-def unread_fields(row: Mapping[str, Any], fields: FieldNames, classify: bool = False) -> set[str]:
-    """Return the names of a row's fields that the two functions above ignore."""
-    return set(map(str, row)) - _read_names(row, fields, classify)
-
-
-def _read_names(row: Mapping[str, Any], fields: FieldNames, classify: bool) -> set[str]:
-    filled = set() if fields.template is None else {name for _, name in parse_template(fields.template) if name}
-    if classify:
-        return (filled or {fields.text or "text"}) | {fields.label or "label"}
-    chat = {"tools", "chat_template_kwargs"}
-    if filled:
-        return filled | {fields.completion or "completion"} | chat
-    if fields.prompt is not None or fields.completion is not None:
-        return {fields.prompt or "prompt", fields.completion or "completion"} | chat
-    if fields.text is not None:
-        return {fields.text}
-    if "messages" in row:
-        return {"messages"} | chat
-    return {"prompt", "completion"} | chat if "prompt" in row and "completion" in row else {"text"}
-
-
 def fill_template(template: str, row: Mapping[str, Any], where: str, optional: Sequence[str] = ()) -> str:
     r"""Put the fields of a row into a template.
 
@@ -160,8 +105,10 @@ def fill_template(template: str, row: Mapping[str, Any], where: str, optional: S
 
 
 def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
-    """Return a field as text (numbers are formatted); raises DataError if it is missing or of another type."""
+    """Return a field as text (numbers are formatted); raises DataError if it is missing, NaN or of another type."""
     value = require_field(row, name, where)
+    if value is None or value != value:  # NaN is what other libraries write for an empty cell
+        raise DataError(f"{where}: {name} must be text, got {value}: the cell is empty; fill it, or leave the row out")
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise DataError(f"{where}: {name} must be text, got {shorten(value)}")
     return str(value)
@@ -170,7 +117,7 @@ def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
 def require_field(row: Mapping[str, Any], name: str, where: str) -> Any:
     """Return a field; raises DataError, listing the row's fields, if it is missing."""
     if name not in row:
-        raise DataError(f"{where}: no field {name!r}{nearest(name, map(str, row))}; it has {_keys(row)}")
+        raise DataError(f"{where}: no field {name!r}{nearest(name, map(str, row))}; it has {named_columns(row)}")
     return row[name]
 
 
@@ -193,12 +140,14 @@ def read_messages(messages: Any, name: str, where: str) -> list[ChatMessage]:
 def _read_message(message: Any, number: int, name: str, where: str) -> ChatMessage:
     if not isinstance(message, Mapping):
         raise DataError(f"{where}: message {number} of {name} must hold role and content, got {shorten(message)}")
+    if isinstance(message.get("content"), list):
+        message = {**message, "content": _join_parts(message["content"], number, where)}
     calls = message.get("tool_calls")
     for key in ("role", "content"):
         if key == "content" and calls and message.get("content") is None:
             continue
         if key not in message:
-            known = f"{nearest(key, map(str, message))}; it has {_keys(message)}"
+            known = f"{nearest(key, map(str, message))}; it has {named_columns(message)}"
             raise DataError(f"{where}, message {number} of {name}: no field {key!r}{known}")
         if not isinstance(message[key], str):
             hint = " (null is for messages with tool_calls)" if message[key] is None else ""
@@ -211,6 +160,16 @@ def _read_message(message: Any, number: int, name: str, where: str) -> ChatMessa
         return message
     calls = json_list(calls, "tool_calls", where)
     return {**message, "tool_calls": [_read_tool_call(call, number, where) for call in calls]}
+
+
+def _join_parts(parts: list[Any], number: int, where: str) -> str:
+    """Return the text of a content in parts, one below the other."""
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"{where}: content of message {number} must be text, or parts of type text, got {shorten(part)}"
+            )
+    return "\n".join(part["text"] for part in parts)
 
 
 def _read_tool_call(call: Any, number: int, where: str) -> Any:
@@ -264,27 +223,3 @@ def shorten(value: Any) -> str:
     """Return the repr of a value, cut to 60 characters."""
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def _template_arguments(row: Mapping[str, Any], fields: FieldNames, where: str) -> dict[str, Any]:
-    tools, given = row.get("tools"), row.get("chat_template_kwargs")
-    own = {} if given is None else read_template_kwargs(given, where)
-    return {
-        "tools": None if tools is None else json_list(tools, "tools", where) or None,
-        "template_kwargs": {**fields.template_kwargs, **own},
-    }
-
-
-def _read_completion(
-    row: Mapping[str, Any], prompt: str, completion: str, where: str, extra: dict[str, Any]
-) -> Example:
-    """Prompt and completion are both text or, as in TRL, both lists of messages."""
-    if not isinstance(require_field(row, prompt, where), list):
-        return Completion(text_field(row, prompt, where), text_field(row, completion, where), **extra)
-    asked = read_messages(row[prompt], prompt, where)
-    answered = read_messages(require_field(row, completion, where), completion, where)
-    return Conversation([*asked, *answered], first_learned=len(asked), **extra)
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, row)) or "no fields"

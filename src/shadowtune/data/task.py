@@ -103,7 +103,7 @@ class EvaluationTask:
             made["references"] = _check_texts(references, config.references, where, empty=False)
         if config.labels is not None:
             made["label"] = fields["label"]
-        return Row(made, row.origin, row.number)
+        return row.with_fields(made)
 
 
 def load_task(name: str) -> EvaluationTask:

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from shadowtune.config.shadow import SpeculationConfig
-from shadowtune.core.losses import IGNORE_INDEX
+from shadowtune.core.losses import IGNORE_INDEX, classification_loss
 from shadowtune.data.collate import CausalCollator, left_pad
 from shadowtune.data.generation import Progress, generate_answers
+from shadowtune.data.labels import MULTI, REGRESSION, SINGLE, Labels
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import DataError
 from shadowtune.evaluation.scoring import mean_interval, score_answers
@@ -42,7 +43,7 @@ class Evaluation:
     """Of each example, between 0 and 1, in the order of the examples."""
     predictions: list[str] = field(repr=False, default_factory=list)
     answers: list[list[int]] = field(repr=False, default_factory=list)
-    """Token ids of the predictions, with the end token; or the class alone."""
+    """Token ids of the predictions, with the end token; or the classes alone."""
 
 
 def _no_progress(done: int, total: int) -> None:
@@ -142,17 +143,22 @@ def evaluate_classes(
     collate: Callable[[Any], Any],
     options: EvaluationOptions = EvaluationOptions(),
 ) -> Evaluation:
-    """Evaluate a classifier: the share of encoded examples whose most likely class is the label, and the mean loss.
+    """Evaluate a classifier: scores of its predictions, and the mean loss per label.
+
+    The score of an example is 1 if the most likely class is its label; of several classes, if all are predicted right
+    (and "f1" is over all labels together); of a number, if the prediction is within one half of it (and there is the
+    "mean_absolute_error").
 
     Raises:
         DataError: naming the first example with a class that the model lacks.
     """
     model.eval()
-    highest = model.config.num_labels - 1
-    for row in rows:
-        if row["labels"] > highest:
+    labels = Labels.of_model(model.config)
+    for row in rows if labels.problem_type == SINGLE else ():
+        if row["labels"] >= model.config.num_labels:
+            highest = model.config.num_labels - 1
             raise DataError(f"row {row['row']} has class {row['labels']}, but the model knows only 0 to {highest}")
-    predictions: dict[int, int] = {}
+    outputs: dict[int, list[float]] = {}
     tokens, total = 0, 0.0
     start = time.perf_counter()
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
@@ -160,25 +166,55 @@ def evaluate_classes(
         chosen = order[begin : begin + options.batch_size]
         batch = collate([rows[index] for index in chosen])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits.float()
-        total += float(torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-        predictions.update(zip(chosen, logits.argmax(-1).tolist(), strict=True))
+        targets = batch.pop("labels")
+        logits = model(**batch).logits.float()
+        total += float(classification_loss(logits, targets, labels.problem_type, num_items_in_batch=1))
+        outputs.update(zip(chosen, logits.tolist(), strict=True))
         tokens += int(batch["attention_mask"].sum())
         options.progress(begin + len(chosen), len(order))
     seconds = time.perf_counter() - start
-    answers = [[predictions[index]] for index in range(len(rows))]
+    made, truth = [outputs[index] for index in range(len(rows))], [row["labels"] for row in rows]
+    answers, scores, others = _score_labels(labels, made, truth)
     agreement = None
     if options.compare_with is not None:
         agreement = sum(map(list.__eq__, answers, map(list, options.compare_with))) / len(rows)
+    several = labels.problem_type == MULTI
     return _evaluation(
-        [float(predictions[index] == int(row["labels"])) for index, row in enumerate(rows)],
-        loss=total / len(rows),
+        scores,
+        loss=total / (len(rows) * (len(truth[0]) if several else 1)),
         evaluate_seconds=seconds,
         tokens_per_second=tokens / seconds,
+        other_scores=others,
         agreement=agreement,
-        predictions=[str(answer[0]) for answer in answers],
+        predictions=[", ".join(labels.name(number) for number in answer) for answer in answers]
+        if labels.problem_type != REGRESSION
+        else [f"{output[0]:g}" for output in made],
         answers=answers,
     )
+
+
+def _score_labels(
+    labels: Labels, outputs: Sequence[Sequence[float]], truth: Sequence[Any]
+) -> tuple[list[list[int]], list[float], dict[str, float]]:
+    """Return predicted classes (of regression the nearest whole number), scores of the examples, and further scores.
+
+    Args:
+        labels: of the model.
+        outputs: logits of each example.
+        truth: its encoded label.
+    """
+    if labels.problem_type == REGRESSION:
+        errors = [abs(output[0] - label) for output, label in zip(outputs, truth, strict=True)]
+        mean = {"mean_absolute_error": sum(errors) / len(errors)}
+        return [[round(output[0])] for output in outputs], [float(error <= 0.5) for error in errors], mean
+    if labels.problem_type == MULTI:
+        answers = [[number for number, logit in enumerate(output) if logit > 0] for output in outputs]
+        correct = [[number for number, value in enumerate(label) if value] for label in truth]
+        both = sum(len({*one} & {*two}) for one, two in zip(answers, correct, strict=True))
+        f1 = 2 * both / max(sum(map(len, answers)) + sum(map(len, correct)), 1)
+        return answers, [float(one == two) for one, two in zip(answers, correct, strict=True)], {"f1": f1}
+    answers = [[max(range(len(output)), key=output.__getitem__)] for output in outputs]
+    return answers, [float(answer[0] == label) for answer, label in zip(answers, truth, strict=True)], {}
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.data.chat_template import has_prompt_format, load_tokenizer_and_format
 from shadowtune.data.collate import CausalCollator, ClassificationCollator
 from shadowtune.data.dataset import Dataset
+from shadowtune.data.labels import Labels
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.evaluation.evaluate import (
@@ -143,7 +144,8 @@ class FinishedRun:
         pad = self.tokenizer.pad_token_id
         with self.mode(mode) as model, prepacked_linear(model):  # no weight changes meanwhile
             if self.config.task == "classification":
-                encoded = data.encode(rows, self.tokenizer, classify=True)[0]
+                known = replace(data, labels=Labels.of_model(model.config))
+                encoded = known.encode(rows, self.tokenizer, classify=True)[0]
                 result = evaluate_classes(model, encoded, ClassificationCollator(pad), chosen)
             else:
                 prompts = data.encode_prompts(rows, self.tokenizer)

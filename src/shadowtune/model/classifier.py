@@ -101,6 +101,7 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
         use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         shadow_loss_weight: float | None = None,
+        example_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> ShadowClassifierOutput | SequenceClassifierOutputWithPast:
         """Compute class logits (B, C), and with labels the joint loss.
@@ -110,6 +111,7 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
             labels: (B,) classes; (B,) or (B, C) numbers for regression; (B, C) zeros and ones for several classes.
             num_items_in_batch: labels in the whole optimizer step; all loss terms are divided by it.
             shadow_loss_weight: lambda of this call; None takes the config's.
+            example_weights: (B,) factors of the examples' losses, for one class per example.
 
         Raises:
             TypeError: for an unknown keyword.
@@ -134,7 +136,8 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
         logits = head(states.to(self.score.weight.dtype))[last]
         joint = None
         if labels is not None:
-            joint = self._loss(logits, states, state.initial, last, labels, weights, num_items_in_batch)
+            targets = (labels, num_items_in_batch, example_weights)
+            joint = self._loss(logits, states, state.initial, last, weights, targets)
         result = ShadowClassifierOutput(
             loss=None if joint is None else joint.total,
             logits=logits,
@@ -151,14 +154,13 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
         states: Tensor,
         initial_states: Tensor | None,
         last: tuple[Tensor, Any],
-        labels: Tensor,
         weights: LossWeights,
-        num_items_in_batch: Tensor | int | None,
+        targets: tuple[Tensor, Tensor | int | None, Tensor | None],
     ) -> JointLoss:
-        """Loss of the current mode, "attached" or "detached"."""
-        problem_type = self.config.problem_type
+        """Loss of the current mode, "attached" or "detached"; the targets are labels, their count and their weights."""
+        problem_type, (labels, num_items_in_batch, example_weights) = self.config.problem_type, targets
         if self.mode == "detached":
-            loss = classification_loss(logits, labels, problem_type, num_items_in_batch)
+            loss = classification_loss(logits, labels, problem_type, num_items_in_batch, example_weights)
             return JointLoss(loss, None, loss)
         s = initial_states
         return joint_classification_loss(
@@ -170,6 +172,7 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
             weights,
             problem_type,
             num_items_in_batch,
+            example_weights,
         )
 
     def _base_without_pad(
@@ -196,4 +199,4 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
 
         Its pad token is this model's ``config.pad_token_id``; without one it takes one text at a time.
         """
-        return detached_classifier(self.base, self.shadow, self.shadow_score, self.config.pad_token_id)
+        return detached_classifier(self.base, self.shadow, self.shadow_score, self.config)

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -62,11 +63,18 @@ def detached_causal_lm(
 
 @torch.no_grad()
 def detached_classifier(
-    base: PreTrainedModel, shadow: Shadow, score: nn.Linear, pad_token_id: int | None
+    base: PreTrainedModel, shadow: Shadow, score: nn.Linear, config: PreTrainedConfig
 ) -> PreTrainedModel:
-    """Build the detached shadow with its head ``score`` (d -> classes) as a sequence classifier."""
-    names = ("problem_type", "id2label", "label2id")
-    settings = {name: copy.deepcopy(getattr(base.config, name)) for name in names} | {"pad_token_id": pad_token_id}
+    """Build the detached shadow with its head ``score`` (d -> classes) as a sequence classifier.
+
+    Args:
+        base: the base.
+        shadow: its shadow.
+        score: the shadow's head.
+        config: of the attached model, with the classes and the pad token.
+    """
+    names = ("problem_type", "id2label", "label2id", "pad_token_id")
+    settings = {name: copy.deepcopy(getattr(config, name)) for name in names}
     plain = _plain(AutoModelForSequenceClassification, base, shadow, **settings)
     cast(nn.Linear, plain.get_submodule("score")).weight.copy_(_folded_head(score, shadow))
     return plain

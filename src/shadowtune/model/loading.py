@@ -104,6 +104,7 @@ def load_base(auto: Any, config: ShadowModelConfig, base: PreTrainedModel | str 
     assert config.base_config is not None
     if auto.__name__ == "AutoModelForSequenceClassification":
         kwargs.setdefault("num_labels", config.base_config.num_labels)
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # a head for other classes, which the shadow's replaces
     return _load_auto(auto, name, **kwargs)
 
 

@@ -344,11 +344,10 @@ class ShadowPreTrainedModel(PreTrainedModel):
         """Do nothing: nothing below the first boundary is trained, and the shadow prepares its own input."""
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """Checkpoint all blocks but the first, which no gradient reaches without ``inject_first``."""
+        """Checkpoint all blocks but those below the first boundary, which no gradient reaches."""
         super()._set_gradient_checkpointing(*args, **kwargs)
-        if not self.shadow.config.inject_first:
-            first: Any = self.architecture.blocks_of(self.base)[0]
-            first.gradient_checkpointing = False
+        for block in self.architecture.blocks_of(self.base)[: self.shadow.boundaries.first]:
+            block.gradient_checkpointing = False
 
     def post_init(self) -> None:
         """Collect both networks' attributes for device placement, sharding and quantization; change no weight."""

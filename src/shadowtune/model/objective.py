@@ -48,9 +48,9 @@ def class_objective(
     The model's own ``loss`` is not used: transformers averages it over each micro-batch, whatever the step's count is.
     """
     inputs = dict(inputs)
-    labels = inputs.pop("labels")
+    labels, weights = inputs.pop("labels"), inputs.pop("example_weights", None)
     logits = model(**inputs, use_cache=False).logits
-    return {"loss": classification_loss(logits, labels, None, num_items_in_batch)}
+    return {"loss": classification_loss(logits, labels, None, num_items_in_batch, weights)}
 
 
 def own_causal_objective(
@@ -67,7 +67,7 @@ def own_class_objective(
     model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
 ) -> dict[str, Tensor]:
     """The classifier's own loss, a mean over this batch, weighted by its fraction of the step's examples."""
-    count = len(inputs["labels"])
+    count = inputs["labels"].numel()
     fraction = count / (count if num_items_in_batch is None else num_items_in_batch)
     return {"loss": model(**inputs, use_cache=False).loss * fraction}
 

@@ -369,6 +369,7 @@ def shadow_only_settings(config: TrainConfig) -> TrainConfig:
         distillation_epochs=0.0,
         drafting_epochs=0.0,
         fit_logit_interpolation=False,
+        metric_for_best_model="loss",
         epochs=config.shadow_epochs,
         max_steps=None,
         optimizer=optimizer,
@@ -382,19 +383,24 @@ def joint_settings(config: TrainConfig) -> TrainConfig:
     return replace(config, shadow=replace(config.shadow, init_layers=None, init_from=start))
 
 
+def without_validation(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """Return settings that evaluate nothing while training, and so compare no evaluations."""
+    data = replace(config.data, validation=None)
+    return replace(config, data=data, early_stopping_patience=None, load_best_model_at_end=False, **changes)
+
+
 def distillation_settings(config: TrainConfig) -> TrainConfig:
     """Return the settings of the distillation stage: those of the shadow-only stage, with its own number of epochs."""
     shadow_only = shadow_only_settings(replace(config, shadow_epochs=config.distillation_epochs))
-    return replace(shadow_only, data=replace(config.data, validation=None))
+    return without_validation(shadow_only)
 
 
 def draft_head_settings(config: TrainConfig) -> TrainConfig:
     """Return the settings of the draft head stage: its own number of epochs, at least one, and no evaluation."""
-    return replace(
+    return without_validation(
         config,
         epochs=max(1.0, config.drafting_epochs),
         max_steps=None,
-        data=replace(config.data, validation=None),
         distillation_epochs=0.0,
         drafting_epochs=0.0,
         fit_logit_interpolation=False,
@@ -405,17 +411,15 @@ def small_model_settings(config: TrainConfig) -> TrainConfig:
     """Return the settings of an ensemble's small model: a shadow-only stage."""
     rate = config.optimizer.backbone_learning_rate or config.optimizer.learning_rate
     optimizer = replace(config.optimizer, learning_rate=rate, lora_plus_ratio=None)
-    data = replace(config.data, validation=None)
-    return shadow_only_settings(replace(config, method="shadow", optimizer=optimizer, data=data))
+    return shadow_only_settings(without_validation(config, method="shadow", optimizer=optimizer))
 
 
 def lora_settings(config: TrainConfig) -> TrainConfig:
     """Return the settings of an ensemble's LoRA."""
-    return replace(
+    return without_validation(
         config,
         method="lora",
         shadow=ShadowConfig(),
         shadow_epochs=0.0,
-        data=replace(config.data, validation=None),
         output=str(Path(config.output) / LORA_DIRECTORY),
     )

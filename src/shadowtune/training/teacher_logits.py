@@ -200,11 +200,12 @@ def _compute_logits(model: ShadowForCausalLM, examples: Any, collate: Collator, 
 
 
 def examples_fingerprint(examples: Sequence[Mapping[str, Any]]) -> str:
-    """Hash the "input_ids" and "labels" of encoded examples, in their order; a label may also be a class."""
+    """Hash "input_ids" and "labels" (tokens, a class, or numbers) of encoded examples, in their order."""
     digest = hashlib.sha256()
     for example in examples:
         for name in ("input_ids", "labels"):
-            values = array("i", [example[name]] if isinstance(example[name], int) else example[name])
+            given = [example[name]] if isinstance(example[name], int | float) else example[name]
+            values = array("d" if isinstance(given[0], float) else "i", given)
             digest.update(f"{len(values)}:".encode())
             digest.update(values.tobytes())
     return digest.hexdigest()[:16]

@@ -18,6 +18,7 @@ from shadowtune.data.collate import CausalCollator, ClassificationCollator, Pack
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.encoding import EncodingReport, check_encoded, check_tokenizer
 from shadowtune.data.generation import ends_to_record
+from shadowtune.data.labels import REGRESSION, SINGLE, Labels, class_weights
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ConfigError, DataError, ShadowtuneError
 from shadowtune.model.methods import context_length
@@ -44,6 +45,10 @@ class TrainingData:
     """As read off the training data; ``ends`` do not include the base's."""
     unread: tuple[str, ...] = ()
     """Fields of the rows that nothing reads."""
+    labels: Labels | None = None
+    """Of classification: how labels became numbers."""
+    formats: str = ""
+    """How the rows were read: the formats, and the number of examples in each and for validation."""
 
 
 def load_training_data(config: TrainConfig) -> TrainingData:
@@ -65,13 +70,28 @@ def load_training_data(config: TrainConfig) -> TrainingData:
     rows = data.validation_rows()
     validation = None
     if rows is not None:
-        validation = replace(data, form=form).encode(rows, tokenizer, classify, training=True)[0]
+        labels = report.labels if isinstance(report, EncodingReport) else None
+        validation = replace(data, form=form, labels=labels).encode(rows, tokenizer, classify, training=True)[0]
+    formats = _describe(config, report, None if rows is None else len(rows))
     if not classify:
         flash = config.attention.startswith("flash")
         collate = PackedCollator(with_bounds=flash) if config.padding_free else CausalCollator(pad)
-        return TrainingData(tokenizer, collate, train, validation, None, report, form, unread)
-    num_labels = _count_classes([*train, *(validation or [])], config.num_labels or data.num_labels)
-    return TrainingData(tokenizer, ClassificationCollator(pad), train, validation, num_labels, report, form, unread)
+        return TrainingData(tokenizer, collate, train, validation, None, report, form, unread, None, formats)
+    assert isinstance(report, EncodingReport) and report.labels is not None
+    num_labels = _count_classes([*train, *(validation or [])], report.labels, config.num_labels)
+    given = config.class_weights
+    weights = None if given is None else class_weights(given, report.labels, train, num_labels)
+    padded = ClassificationCollator(pad, weights)
+    return TrainingData(tokenizer, padded, train, validation, num_labels, report, form, unread, report.labels, formats)
+
+
+def _describe(config: TrainConfig, report: EncodingReport | BlockReport, validation: int | None) -> str:
+    """Say in one line how the rows were read."""
+    if isinstance(report, BlockReport) or config.data.task is not None:
+        return ""
+    held_out = "hold-out" if config.data.hold_out_share is not None else "for validation"
+    classes = "" if report.labels is None else f", {report.labels}"
+    return report.formats + classes + ("" if validation is None else f", {validation:,} {held_out}")
 
 
 def _prompt_format(data: Dataset, report: EncodingReport | BlockReport) -> PromptFormat:
@@ -148,8 +168,12 @@ def _check_packing(model: nn.Module) -> None:
             )
 
 
-def _count_classes(examples: list[dict[str, Any]], num_labels: int | None) -> int:
-    """Return the number of classes; raises DataError if an example has one beyond ``num_labels``."""
+def _count_classes(examples: list[dict[str, Any]], labels: Labels, num_labels: int | None) -> int:
+    """Return the number of classes; raises DataError if the labels have more than ``num_labels``."""
+    if labels.count is not None:
+        if num_labels is not None and (num_labels < labels.count or labels.problem_type == REGRESSION):
+            raise DataError(f"num_labels={num_labels} does not fit the labels, {labels}; leave it out")
+        return num_labels if num_labels is not None and labels.problem_type == SINGLE else labels.count
     highest = max(examples, key=lambda example: example["labels"])
     if num_labels is not None and highest["labels"] >= num_labels:
         raise DataError(

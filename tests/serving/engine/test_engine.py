@@ -110,6 +110,7 @@ def test_models_that_cannot_be_mixed_are_served_side_by_side():
         "b": adapter(base, 2, activation="gelu"),
         "c": adapter(base, 3, inject_first=True),
         "d": adapter(base, 4, update_norm=False),
+        "e": adapter(base, 5, injection_start=0.5),
     }
     requests = [request(model, 4 + index) for index, model in enumerate([*models, *models, "base"])]
     assert answers(engine(models), requests) == expected({**models, "base": base}, requests)

@@ -54,6 +54,7 @@ SETTINGS: dict[str, Any] = {
     "update_bias": True,
     "activation": "gelu",
     "inject_first": True,
+    "injection_start": 0.0,
     "logit_interpolation": None,
     "variant": "paper",
 }
