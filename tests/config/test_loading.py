@@ -163,6 +163,52 @@ def test_no_text_ends_in_anything_but_settings_or_a_config_error(write, text, ov
             load(path, *overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("template=Say: {a}", "Say: {a}"),
+        ("template= # {a}: [b ", " # {a}: [b "),
+        ("template=*{a}", "*{a}"),
+        ('template="{a}\\n"', "{a}\n"),
+        ("template='{a}'", "{a}"),
+        ("template='{a}' or {b}", "'{a}' or {b}"),
+        ("template={a}", "{a}"),
+        ("train=123", "123"),
+        ("train=[x].jsonl", "[x].jsonl"),
+        ("text_field=true", "true"),
+        ("text_field=", None),
+        ("text_field=null", None),
+        ("text_field=~", None),
+    ],
+)
+def test_the_value_of_a_text_setting_needs_no_quotes(write, override, value):
+    path = write(b"data: {train: rows.jsonl}")
+    assert vars(load(path, f"data.{override}").data)[override.partition("=")[0]] == value
+
+
+def test_a_setting_that_may_be_text_or_a_list_is_either(write):
+    path = write(b"data: {train: rows.jsonl}\nmethod: lora")
+    for given, value in (("[q, v]", ["q", "v"]), ("q: v", "q: v"), ("7", "7"), ("all-linear", "all-linear")):
+        assert load(path, f"lora.target_modules={given}").lora.target_modules == value
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("learning_rate=1", "unknown key learning_rate (did you mean optimizer.learning_rate?)"),
+        ("shadow.learning_rate=1", "unknown key shadow.learning_rate (did you mean optimizer.learning_rate?)"),
+        ("rank=4", "unknown key rank (did you mean shadow.rank or lora.rank?)"),
+        ("data.epochs=4", "unknown key data.epochs (did you mean epochs?)"),
+        ("warmup_ration=1", "unknown key warmup_ration (did you mean optimizer.warmup_ratio?)"),
+        ("xyzzy=1", "unknown key xyzzy"),
+    ],
+)
+def test_a_name_without_its_section_is_found(write, override, hint):
+    with pytest.raises(ConfigError) as raised:
+        load(write(b"data: {train: rows.jsonl}"), override)
+    assert str(raised.value).endswith(hint)
+
+
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 rates = st.floats(0, 1e6, allow_nan=False)
 
