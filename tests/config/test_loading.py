@@ -188,8 +188,8 @@ def test_the_value_of_a_text_setting_needs_no_quotes(write, override, value):
 
 def test_a_setting_that_may_be_text_or_a_list_is_either(write):
     path = write(b"data: {train: rows.jsonl}\nmethod: lora")
-    for given, value in (("[q, v]", ["q", "v"]), ("q: v", "q: v"), ("7", "7"), ("all-linear", "all-linear")):
-        assert load(path, f"lora.target_modules={given}").lora.target_modules == value
+    for typed, value in (("[q, v]", ["q", "v"]), ("q: v", "q: v"), ("7", "7"), ("all-linear", "all-linear")):
+        assert load(path, f"lora.target_modules={typed}").lora.target_modules == value
 
 
 @pytest.mark.parametrize(

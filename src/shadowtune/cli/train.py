@@ -1,8 +1,7 @@
-"""``shadowtune train``, ``shadowtune pretrain``, and ``shadowtune init``, which writes the settings file that both read."""
+"""``shadowtune train``, ``shadowtune pretrain``, and ``shadowtune init``, which writes a settings file for them."""
 
 import argparse
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -166,8 +165,9 @@ def fill_recipe(text: str, values: Mapping[str, str | None], file: str) -> str:
     lines[1] = f"#   shadowtune train {file}"
     for name, value in values.items():
         if value is not None:
-            pattern, quoted = re.compile(rf"^( *{name}: )\S+"), json.dumps(value, ensure_ascii=False)
-            lines = [pattern.sub(lambda match: match[1] + quoted, line) for line in lines]
+            number = next(index for index, line in enumerate(lines) if line.strip().startswith(f"{name}: "))
+            before, _, example = lines[number].partition(": ")
+            lines[number] = f"{before}: {json.dumps(value, ensure_ascii=False)}{example[len(example.split()[0]) :]}"
     return "\n".join(lines) + "\n"
 
 
