@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shadowtune.cli.command import ProgressBar
 from shadowtune.cli.loading import is_run
-from shadowtune.cli.source import detached_model, open_source
+from shadowtune.cli.source import detached_model, last_change, open_source
 from shadowtune.config.data import parse_template
 from shadowtune.config.serving import CloudConfig
 from shadowtune.errors import CheckpointError, ConfigError
@@ -86,9 +86,7 @@ class AnswerSource:
         """Latest modification time of its files in nanoseconds; None of a remote endpoint."""
         if self.remote:
             return None
-        path = Path(self.source)
-        files = path / "model" if is_run(path) else path
-        return max((file.stat().st_mtime_ns for file in files.rglob("*")), default=files.stat().st_mtime_ns)
+        return last_change(self.source)
 
 
 def read_evaluation_set(

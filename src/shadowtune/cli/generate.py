@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Answer each prompt, streaming the tokens."""
     check_json_target(arguments.json)
-    fields = _fields(arguments.field)
+    fields = read_fields(arguments.field)
     if fields and arguments.raw:
         raise ConfigError("--raw takes whole prompts, and --field parts of one; leave one of them out")
     prompts: list[str | None] = [*_prompts(arguments, bool(fields))]
@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
             stack.enter_context(prepacked_linear(model))  # nothing trains in this process
         for prompt in prompts:
             text = prompt if arguments.raw and prompt is not None else opened.prompt(prompt, fields)
-            answered = generate_answer(model, opened.tokenizer, text, sampling, stream=_write, prompt_format=form)
-            _write("\n")
+            answered = generate_answer(model, opened.tokenizer, text, sampling, stream=write_text, prompt_format=form)
+            write_text("\n")
             if answered.tokens_per_pass is not None:
                 speed = f"{answered.tokens_per_second:.1f} tokens/s"
                 print_status(f"{answered.new_tokens} tokens, {answered.tokens_per_pass:.2f} a pass, {speed}")
@@ -103,7 +103,7 @@ def read_lines() -> list[str]:
     return lines
 
 
-def _fields(given: list[str]) -> dict[str, str]:
+def read_fields(given: list[str]) -> dict[str, str]:
     """Return fields by their names; raises ConfigError if one is not NAME=VALUE, or is given twice."""
     fields: dict[str, str] = {}
     for pair in given:
@@ -116,7 +116,8 @@ def _fields(given: list[str]) -> dict[str, str]:
     return fields
 
 
-def _write(text: str) -> None:
+def write_text(text: str) -> None:
+    """Write a piece of an answer to standard output at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 

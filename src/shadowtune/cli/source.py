@@ -39,6 +39,13 @@ def source_path(name: str) -> Path:
     return download_model(name)
 
 
+def last_change(name: str) -> int:
+    """Return the latest modification time of a model's files, in nanoseconds; ``name`` as for ``open_source``."""
+    path = source_path(name)
+    files = path / "model" if is_run(path) else path
+    return max((file.stat().st_mtime_ns for file in files.rglob("*")), default=files.stat().st_mtime_ns)
+
+
 def open_source(
     name: str,
     check_base_weights: bool = True,

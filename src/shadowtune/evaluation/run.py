@@ -83,6 +83,11 @@ class FinishedRun(TrainedModel):
         """Prompt format and end of answers, as in training."""
         return self.dataset.prompt_format
 
+    @property
+    def own_data(self) -> Dataset:
+        """The data of the run."""
+        return self.dataset
+
     def examples(self, source: str | None, task: str | None) -> Dataset:
         """Return the data of the run, or of another task."""
         return self.dataset if task is None else self.dataset.of_task(task)

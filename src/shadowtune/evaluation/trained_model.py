@@ -71,6 +71,11 @@ class TrainedModel(ABC):
         """
 
     @property
+    def own_data(self) -> Dataset | None:
+        """The data that it was trained on; None if its files do not say."""
+        return None
+
+    @property
     def modes(self) -> tuple[str, ...]:
         """The modes of this model."""
         return self.source.modes
@@ -87,10 +92,7 @@ class TrainedModel(ABC):
         Raises:
             ConfigError: if it has no such mode.
         """
-        if mode not in self.modes:
-            raise ConfigError(
-                f"{self.source.name} is {self.source.kind} and has no mode {mode!r}; it has {', '.join(self.modes)}"
-            )
+        self.check_mode(mode)
         if isinstance(self.model, ShadowPreTrainedModel):
             before = self.model.mode
             try:
@@ -120,6 +122,13 @@ class TrainedModel(ABC):
             plain = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # with PEFT's layers in it
             with prepacked_linear(plain):
                 yield wrap_model(plain, self.tokenizer, self.prompt_format)
+
+    def check_mode(self, mode: str) -> None:
+        """Raise ConfigError if it has no such mode."""
+        if mode not in self.modes:
+            raise ConfigError(
+                f"{self.source.name} is {self.source.kind} and has no mode {mode!r}; it has {', '.join(self.modes)}"
+            )
 
     def check_generates(self) -> None:
         """Raise ConfigError if it is a classifier."""
