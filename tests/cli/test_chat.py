@@ -106,11 +106,15 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(run, monkeypatch, capsy
     assert answers[1:] == ["red"]
 
 
-def test_a_system_message_begins_anew(run, monkeypatch, capsys):
+@pytest.fixture
+def session(run):
     from shadowtune.cli.source import open_source
     from shadowtune.evaluation.generation import GenerationOptions
 
-    session = chat.ChatSession(open_source(run), "attached", GenerationOptions(6), {})
+    return chat.ChatSession(open_source(run), "attached", GenerationOptions(6), {})
+
+
+def test_a_system_message_begins_anew(run, session, monkeypatch, capsys):
     with session:
         session.answer("hi", lambda text: None)
         assert [turn["content"] for turn in session.turns] == ["hi", "hello"]
@@ -123,10 +127,13 @@ def test_a_system_message_begins_anew(run, monkeypatch, capsys):
     assert answers == ["hello"] and notes == ["the conversation begins anew, without a system message"]
 
 
-def test_a_conversation_that_is_too_long_loses_its_oldest_turns(run, monkeypatch, capsys):
-    answers, notes = talk(run, monkeypatch, capsys, *["one one one one one"] * 9)
-    assert len(answers) == 9
-    assert any("oldest turns left out" in note for note in notes)
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns(run, session, monkeypatch, capsys):
+    turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    session.turns = [{"role": "user", "content": "old"}, turn[1], *turn * 8]
+    with session:
+        assert session.answer("one", lambda text: None) is not None
+    assert 0 < len(session.turns) < 18 and session.turns[:2] == turn
+    assert "its oldest turns are left out: " in capsys.readouterr().err
     _, notes = talk(run, monkeypatch, capsys, "one " * 200, code=2)
     assert "the message has" in notes[-1]
 
