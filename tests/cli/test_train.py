@@ -158,3 +158,19 @@ def test_init_writes_the_settings_of_a_run_without_a_file(tmp_path, monkeypatch,
 def test_what_a_run_without_a_file_lacks_is_one_line(arguments, said, capsys):
     assert main(["train", *arguments]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("data", "output"),
+    [
+        ("data/tickets.csv.gz", "runs/tickets"),
+        ("hub:org/name:train", "runs/name"),
+        ("my rows.v2.jsonl", "runs/my rows"),
+        ("gsm8k", "runs/gsm8k"),
+        ("../..", "runs/train"),
+    ],
+)
+def test_the_run_is_named_after_its_data(data, output):
+    from shadowtune.cli.train import default_output
+
+    assert default_output(data) == output

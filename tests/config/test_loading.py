@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shadowtune import ShadowConfig
 from shadowtune.config.loading import SHIPPED, dump_config, load_config, put, settings_file
-from shadowtune.config.settings import unknown_keys
+from shadowtune.config.settings import settings, unknown_keys
 from shadowtune.config.training import DataConfig, LoraConfig, OptimizerConfig, TrainConfig, merge
 from shadowtune.errors import ConfigError
 from tests.support.properties import property_test
@@ -190,6 +190,15 @@ def test_a_setting_that_may_be_text_or_a_list_is_either(write):
     path = write(b"data: {train: rows.jsonl}\nmethod: lora")
     for typed, value in (("[q, v]", ["q", "v"]), ("q: v", "q: v"), ("7", "7"), ("all-linear", "all-linear")):
         assert load(path, f"lora.target_modules={typed}").lora.target_modules == value
+
+
+def test_text_or_a_tuple_is_written_as_a_list(write):
+    @settings
+    class Sources:
+        train: str | tuple[str, ...] | None = None
+
+    for typed, value in (("[a, b]", ("a", "b")), ("a, b", "a, b"), ("a: b", "a: b"), ("", None)):
+        assert load_config(Sources, write("{}"), [f"train={typed}"]).train == value
 
 
 @pytest.mark.parametrize(

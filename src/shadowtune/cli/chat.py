@@ -74,7 +74,7 @@ class ChatSession:
 
         Args:
             text: the message.
-            write: called with each piece of the answer.
+            write: called with each chunk of the answer.
 
         Raises:
             DataError: if the message does not fit the model, or its chat template refuses the conversation.
@@ -83,11 +83,11 @@ class ChatSession:
 
         message = {"role": "user", "content": text}
         ids, room = self._prompt(message)
-        pieces: list[str] = []
+        chunks: list[str] = []
 
-        def keep(piece: str) -> None:
-            pieces.append(piece)
-            write(piece)
+        def keep(chunk: str) -> None:
+            chunks.append(chunk)
+            write(chunk)
 
         options = replace(self._options, max_new_tokens=min(self._options.max_new_tokens, room))
         answered = None
@@ -95,8 +95,8 @@ class ChatSession:
             answered = stream_answer(self._opened, ids, options, keep)
         except KeyboardInterrupt:
             write(" ...")
-        if self.remembers and pieces:
-            self.turns += [message, {"role": "assistant", "content": "".join(pieces)}]
+        if self.remembers and chunks:
+            self.turns += [message, {"role": "assistant", "content": "".join(chunks)}]
         return answered
 
     def _prompt(self, message: dict[str, str]) -> tuple[list[int], int]:

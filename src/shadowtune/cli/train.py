@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -104,7 +105,8 @@ def _recipe_start(overrides: Sequence[str]) -> list[str]:
 
 def default_output(data: str) -> str:
     """Return the run directory for training examples: "runs/tickets" for data/tickets.csv.gz."""
-    return f"runs/{Path(data).name.partition('.')[0] or 'train'}"
+    name = re.search(r"\w[\w -]*", Path(data).name)
+    return f"runs/{name[0] if name else 'train'}"
 
 
 def train(arguments: argparse.Namespace) -> int:

@@ -221,7 +221,7 @@ def _dotted_keys(kind: Any) -> list[str]:
 
 
 def text_alternatives(kind: type, names: Iterable[str]) -> tuple[type, ...] | None:
-    """Return the types that a setting may have beside text, such as list; None if it may not be text.
+    """Return the types that YAML has for a setting beside text, such as list; None if it may not be text.
 
     Args:
         kind: the settings class.
@@ -232,7 +232,7 @@ def text_alternatives(kind: type, names: Iterable[str]) -> tuple[type, ...] | No
     if str not in options:
         return None
     origins = [typing.get_origin(option) or option for option in options if option is not str]
-    return tuple(origin for origin in origins if isinstance(origin, type))
+    return tuple(list if origin is tuple else origin for origin in origins if isinstance(origin, type))
 
 
 def _wrong_value(key: str, hint: Any, error: ErrorDetails) -> str:

@@ -165,12 +165,12 @@ def stream_answer(
     request = GenerationRequest("", prompt=ids, max_tokens=options.max_new_tokens, sampling=sampling)
     detokenizer, text, count = IncrementalDetokenizer(opened.tokenizer), "", 0
 
-    def add(piece: str) -> None:
+    def add(chunk: str) -> None:
         nonlocal text
-        piece = piece if text else piece.lstrip(" ")
-        text += piece
-        if stream is not None and piece:
-            stream(piece)
+        chunk = chunk if text else chunk.lstrip(" ")
+        text += chunk
+        if stream is not None and chunk:
+            stream(chunk)
 
     start = time.perf_counter()
     with contextlib.closing(decoding_steps(opened, ids, request, options.max_new_tokens)) as steps:

@@ -14,6 +14,8 @@ from shadowtune.model.files import one_line, reading
 
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data")
 """Suffixes of weights that are not downloaded where a repository has safetensors."""
+CONNECTION_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
+"""What calls raise without a connection: the bases are the errors of the HTTP library, which differs by version."""
 REASONS = {
     401: "not logged in, or no such repository; log in with hf auth login, or set HF_TOKEN",
     403: "the token may not do that; use one with access to it, with hf auth login or HF_TOKEN",
@@ -82,7 +84,7 @@ def _files_of(repository: str) -> list[str] | None:
         return list(HfApi().list_repo_files(repository))
     except HfHubHTTPError:
         raise
-    except (OSError, HfHubHTTPError.__bases__[0]):  # no connection: the HTTP library's own error
+    except CONNECTION_ERRORS:
         return None
 
 
