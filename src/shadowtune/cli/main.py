@@ -37,6 +37,7 @@ class Entry:
 
 COMMANDS = (
     Entry("demo", "demo:DEMO", "fine-tune with a shadow and with LoRA, compare them, show the result"),
+    Entry("plan", "plan:PLAN", "parameters, memory and time of a training run before it starts"),
     Entry("train", "train:TRAIN", "fine-tune a model: shadow, lora, dora or full"),
     Entry("pretrain", "train:PRETRAIN", "train a shadow by itself before any task, on plain text"),
     Entry("evaluate", "evaluate:EVALUATE", "measure a trained run on held-out examples"),

@@ -76,12 +76,21 @@ def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]
         raise ConfigError(f"{path} is empty; it must hold settings as key: value lines")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings as key: value lines, not a {type(values).__name__}")
+    return build_config(kind, values, overrides, str(path))
+
+
+def build_config(kind: type[Settings], values: dict[str, Any], overrides: Sequence[str], where: str) -> Settings:
+    """Build settings from a mapping, which is changed, and overrides as in ``load_config``.
+
+    Raises:
+        ConfigError: one line with ``where`` and all errors.
+    """
     for override in overrides:
         _apply(values, override)
     try:
         return from_mapping(kind, values)
     except ConfigError as error:
-        raise ConfigError(_one_line(f"{path}: {error}")) from None
+        raise ConfigError(_one_line(f"{where}: {error}")) from None
 
 
 def settings_file(path: str | Path) -> Path:
