@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.bases import MODEL_HELP, base_config, check_length
 from benchmarks.benchmark import Benchmark, BenchmarkPlan, Case, Settings, check_known, option, words
-from benchmarks.measurement import ModelCandidate
+from benchmarks.measurement import ModelCandidate, map_large_arrays
 from benchmarks.methods import METHODS, OURS, Method
 from benchmarks.training import SteppingCandidate
 from shadowtune.model.budget import shapeless_base
@@ -21,7 +21,6 @@ from shadowtune.model.cost import training_cost
 from shadowtune.model.methods import trainable_parameters
 from shadowtune.model.objective import own_causal_objective
 from shadowtune.model.speed import MeasuredClock, cpu_seconds
-from shadowtune.provenance import map_large_arrays
 
 PLANNED = (OURS, "shadow-recommended")
 """Methods that are planned: those of ``shadowtune train``."""

@@ -1,6 +1,5 @@
 """Provenance of measurements: commit, versions, hardware, date; and the peak memory of this process."""
 
-import ctypes
 import datetime
 import importlib.metadata
 import os
@@ -14,8 +13,6 @@ import torch
 
 PACKAGES = ("shadowtune", "torch", "transformers", "accelerate", "peft", "shadow-peft", "trl")
 """Packages whose versions are recorded, if they are installed."""
-_MMAP_THRESHOLD = -3
-"""M_MMAP_THRESHOLD of glibc's malloc.h."""
 
 
 def provenance() -> dict[str, Any]:
@@ -47,15 +44,6 @@ def peak_memory_mb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def map_large_arrays() -> None:
-    """Let glibc map each array of 256 kB or more by itself, so that its memory is returned when it is freed.
-
-    By default it raises that threshold to 32 MB, and the heap of a training step grows to 1.4 times what is alive.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**18)
 
 
 def _accelerator() -> Any:

@@ -52,6 +52,7 @@ COMMANDS = (
     Entry("export", "export:EXPORT", "write the shadow alone as GGUF, ONNX or smaller safetensors"),
     Entry("convert", "convert:CONVERT", "convert a shadow to or from the format of another library"),
     Entry("info", "info:INFO", "describe a run directory or a saved shadow"),
+    Entry("doctor", "doctor:DOCTOR", "check a run or a saved shadow: masks, ends, base, logits of all its forms"),
     Entry("schema", "schema:SCHEMA", "print the JSON schema of settings files, or the settings reference"),
 )
 """All subcommands, in the order of a user's day."""

@@ -1,20 +1,18 @@
 """``shadowtune plan``: parameters, memory and time of a run before it starts; also ``shadowtune train --dry-run``."""
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowtune.cli.command import Command, add_json, check_json_target, print_table, write_json
-from shadowtune.config.loading import SHIPPED, build_config, load_config, settings_file
+from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
+from shadowtune.config.loading import build_config, load_config, settings_file
 from shadowtune.config.settings import nearest
+from shadowtune.config.shapes import device_table, shapes
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from shadowtune.model.speed import Clock
     from shadowtune.training.planning import Lengths, RunPlan
 
@@ -27,18 +25,7 @@ EPILOG = """examples:
 HERE = "cpu"
 """The device whose times are measured: this machine's processor."""
 GIB = 2**30
-
-
-def shapes() -> dict[str, dict[str, Any]]:
-    """Return the configs of well-known bases by name, which need no download."""
-    found: dict[str, dict[str, Any]] = json.loads((SHIPPED / "shapes.json").read_text())
-    return found
-
-
-def device_table() -> dict[str, dict[str, float]]:
-    """Return memory and highest rates of known devices by name, as their makers state them (dense products)."""
-    found: dict[str, dict[str, float]] = json.loads((SHIPPED / "devices.json").read_text())
-    return found
+_UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, metavar="N", help="with --length, number of training examples")
     add_device(parser)
     add_json(parser)
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``shadowtune train`` that plan: ``--dry-run``, ``--budget`` and ``--minutes``."""
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and time, and do nothing else")
+    parser.add_argument("--budget", metavar="N", help="trained parameters, such as 4.5M: sets rank and backbone")
+    parser.add_argument("--minutes", type=float, metavar="M", help="time of training: sets the passes over the data")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -96,19 +90,75 @@ def run(arguments: argparse.Namespace) -> int:
 _NO_DATA = "none"
 
 
-def _read(run: str, overrides: list[str]) -> "tuple[TrainConfig, PreTrainedConfig | None]":
+def _read(run: str, overrides: list[str]) -> tuple[TrainConfig, Any]:
     """Return the settings of a file, or the recommended ones for a base; and the config of a base known by name."""
     if settings_file(run).suffix in (".yaml", ".yml"):
         config = load_config(TrainConfig, run, overrides)
     else:
         values = {"model": run, "preset": "recommended", "data": {"train": _NO_DATA}}
         config = build_config(TrainConfig, values, overrides, run)
-    known = shapes().get(config.model.lower())
-    if known is None or Path(config.model).exists():
+    if config.model.lower() not in shapes() or Path(config.model).exists():
         return config, None
-    from transformers import AutoConfig
+    from shadowtune.training.planning import named_config
 
-    return config, AutoConfig.for_model(**known)
+    return config, named_config(config.model.lower())
+
+
+def sized(config: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
+    """Apply ``--budget`` and ``--minutes`` to the settings of a run, and print what they set.
+
+    Raises:
+        ConfigError: if they cannot be met.
+    """
+    if arguments.budget is None and arguments.minutes is None:
+        return config
+    from shadowtune.model.speed import machine_clock
+    from shadowtune.training.planning import Planner, measure_lengths
+    from shadowtune.training.sizing import fit_budget, fit_minutes
+
+    planner = Planner(machine_clock())
+    if arguments.budget is not None:
+        config = fit_budget(config, read_count(arguments.budget), planner)
+        sizes = ("rank", "hidden_size", "num_attention_heads", "intermediate_size")
+        chosen = {name: value for name in sizes if (value := vars(config.shadow)[name]) is not None}
+        trained = planner.trained_parameters(config)
+        print_status(f"budget: {trained:,} trained parameters: {', '.join(f'{k} {v}' for k, v in chosen.items())}")
+    if arguments.minutes is not None:
+        if not 0 < arguments.minutes < float("inf"):
+            raise ConfigError(f"--minutes must be above 0, got {arguments.minutes:g}")
+        if has_accelerator():
+            raise ConfigError(
+                "--minutes measures this machine's processor, but its accelerator would train; set epochs"
+            )
+        config = fit_minutes(config, arguments.minutes, measure_lengths(config), planner)
+        print_status(f"minutes: epochs {config.epochs:g}, shadow_epochs {config.shadow_epochs:g}")
+    return config
+
+
+def read_count(text: str) -> int:
+    """Read a number of parameters such as 4500000, 900k, 4.5M or 1B; raises ConfigError if it is none."""
+    number, unit = (text[:-1], text[-1].lower()) if text[-1:].lower() in _UNITS else (text, "")
+    try:
+        count = float(number.replace(",", "").replace("_", "")) * _UNITS.get(unit, 1)
+    except ValueError:
+        count = 0.0
+    if not 1 <= count < 1e15:
+        raise ConfigError(f"--budget takes a number of parameters, such as 4500000 or 4.5M, got {text!r}")
+    return round(count)
+
+
+def dry_run(config: TrainConfig, file: str | None) -> int:
+    """Print the plan of a run of ``shadowtune train`` on this machine."""
+    from shadowtune.training.planning import measure_lengths
+
+    return show(config, measure_lengths(config), argparse.Namespace(device=HERE, devices=1, tflops=None, json=file))
+
+
+def has_accelerator() -> bool:
+    """Whether this machine trains on something else than its processor."""
+    import torch
+
+    return bool(torch.accelerator.is_available())
 
 
 def clock_of(arguments: argparse.Namespace) -> "Clock":
@@ -117,11 +167,11 @@ def clock_of(arguments: argparse.Namespace) -> "Clock":
     Raises:
         ConfigError: if the device is not known.
     """
-    from shadowtune.model.speed import BANDWIDTH_EFFICIENCY, EFFICIENCY, MeasuredClock, Roofline
+    from shadowtune.model.speed import BANDWIDTH_EFFICIENCY, EFFICIENCY, Roofline, machine_clock
 
     name, table = arguments.device.lower(), device_table()
     if name == HERE and arguments.tflops is None:
-        return MeasuredClock()
+        return machine_clock()
     if name not in table:
         known = ", ".join([HERE, *table])
         hint = "; --tflops goes with a device other than cpu" if name == HERE else nearest(name, table)
@@ -138,9 +188,7 @@ def clock_of(arguments: argparse.Namespace) -> "Clock":
     return Roofline(*rates, bandwidth, source)
 
 
-def show(
-    config: TrainConfig, lengths: "Lengths", arguments: argparse.Namespace, base: "PreTrainedConfig | None" = None
-) -> int:
+def show(config: TrainConfig, lengths: "Lengths", arguments: argparse.Namespace, base: Any = None) -> int:
     """Print the plan of a run, and write it to ``--json``."""
     from shadowtune.training.planning import Planner
 
@@ -182,6 +230,8 @@ def print_plan(plan: "RunPlan", config: TrainConfig, lengths: "Lengths", argumen
         fits = "fits" if most.total <= device["gib"] * GIB else "does not fit"
         room = f"the {device['gib']:g} GiB of {arguments.device}"
         print(f"{most.phase}: {most.total / GIB:.1f} GiB{each} {fits} into {room}")
+    if arguments.device == HERE and has_accelerator():
+        print("note: the times are those of the processor; name this machine's accelerator with --device")
     for note in plan.notes:
         print(f"note: {note}")
 

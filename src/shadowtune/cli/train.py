@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
+from shadowtune.cli.plan import add_sizes, dry_run, sized
 
 TRAIN_EPILOG = """examples:
   shadowtune train configs/clinc150.yaml
   shadowtune train configs/clinc150.yaml method=lora lora.rank=8 output=runs/lora
   shadowtune train configs/clinc150.yaml --resume
+  shadowtune train configs/clinc150.yaml --dry-run
+  shadowtune train configs/clinc150.yaml --budget 4.5M --minutes 10
   accelerate launch --num_processes 2 -m shadowtune train configs/clinc150.yaml
 All settings: docs/settings.md, or shadowtune schema reference.
 """
@@ -29,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the output directory")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_sizes(parser)
     add_json(parser)
 
 
@@ -49,6 +53,9 @@ def _train(command: str, title: str, arguments: argparse.Namespace, settings: Se
     from shadowtune.config.training import TrainConfig
 
     config = load_config(TrainConfig, arguments.config, [*arguments.overrides, *settings])
+    config = sized(config, arguments)
+    if arguments.dry_run:
+        return dry_run(config, arguments.json)
     from shadowtune.training.run import train
 
     summary = train(config, arguments.resume, arguments.overwrite, print_status, arguments.quiet)

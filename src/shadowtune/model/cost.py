@@ -196,7 +196,7 @@ def training_cost(model: nn.Module, rows: int, length: int, labelled: float, obj
         batch = _batch(rows, length, objective)
         loss = objective(model, batch, None)
         activations = counter.live
-        loss.pop("loss").backward()
+        torch.autograd.backward(loss.pop("loss"))  # Tensor.backward would leave the modes, which checkpoints need
         left = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
     for parameter in model.parameters():
         parameter.grad = None

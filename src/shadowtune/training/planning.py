@@ -11,9 +11,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
+from shadowtune.config.shapes import shapes
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.dataset import Dataset
 from shadowtune.errors import DataError
@@ -139,6 +140,12 @@ def measure_lengths(config: TrainConfig, sample: int = SAMPLE) -> Lengths:
     return Lengths(total, longest, padded, answer / padded, row, answer, validation)
 
 
+def named_config(name: str) -> PreTrainedConfig:
+    """Return the config of a well-known base (``config/shapes.py``) without a download."""
+    config: PreTrainedConfig = AutoConfig.for_model(**shapes()[name])
+    return config
+
+
 class Planner:
     """Counts the costs of runs.
 
@@ -164,7 +171,10 @@ class Planner:
         whole = self._model(config)
         trained = self.trained_parameters(config)
         memory = [self._training_memory(title, stage, lengths) for title, stage in stages.items()]
-        notes = ["memory of the Python process and its libraries, and what an allocator keeps, come on top"]
+        notes = [
+            "the Python process and its libraries come on top, and what an allocator keeps: glibc's heap up to 40 %, "
+            "unless MALLOC_MMAP_THRESHOLD_=262144 is set"
+        ]
         if config.task == "causal_lm":
             memory += self._inference_memory(config, whole, lengths)
         if config.autocast:
@@ -203,7 +213,8 @@ class Planner:
             return {"shadow-only stage": shadow_only_settings(config), "joint stage": config}
         return {"pretraining" if config.stage == "pretrain" else "training": config}
 
-    def _base_config(self, config: TrainConfig) -> PreTrainedConfig:
+    def base_config(self, config: TrainConfig) -> PreTrainedConfig:
+        """Return the config of a run's base; raises ConfigError if its costs cannot be counted."""
         if self.base is None:
             self.base = load_base_config(config.model)
         check_countable(self.base)
@@ -213,7 +224,7 @@ class Planner:
 
     def _build(self, config: TrainConfig) -> nn.Module:
         """Build the model of a run on the meta device."""
-        base_config = self._base_config(config)
+        base_config = self.base_config(config)
         attention = "eager" if config.attention == "eager" else "sdpa"  # flash attention keeps what sdpa keeps
         dtype, trained = vars(torch)[config.base_dtype], vars(torch)[config.trainable_dtype]
         # the source of a shadow's initial values changes no shape, and there are no values here to copy
@@ -234,7 +245,7 @@ class Planner:
                 model.freeze_unused()
             if config.gradient_checkpointing != "off":
                 reentrant = config.gradient_checkpointing == "reentrant"
-                cast(PreTrainedModel, model).gradient_checkpointing_enable({"use_reentrant": reentrant})
+                cast(PreTrainedModel, model).activation_checkpointing_enable({"use_reentrant": reentrant})
             self._models[key] = model
         return self._models[key]
 
@@ -257,7 +268,7 @@ class Planner:
         if self.devices == 1:
             return total
         base = model.base if isinstance(model, ShadowPreTrainedModel) else model
-        blocks = architecture_of(self._base_config(config)).blocks_of(cast(PreTrainedModel, base))
+        blocks = architecture_of(self.base_config(config)).blocks_of(cast(PreTrainedModel, base))
         gathered = 2 * max(weight_bytes(block, config.base_quantization) for block in blocks)
         return math.ceil(total / self.devices) + gathered
 
