@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -142,16 +141,24 @@ class CostCounter(TorchDispatchMode):
         self.operations[key].count += 1
 
 
-class _CpuAttention(TorchFunctionMode):
-    """Attention as a CPU and a GPU compute it, in one fused operation; the meta device would keep all scores."""
+@contextlib.contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Context in which attention is one fused operation, as on CPU and GPU; the meta device would keep all scores.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(kwargs or {})
-        if func is not scaled_dot_product_attention:
-            return func(*args, **given)
-        given.pop("enable_gqa", None)
-        dropout, causal = given.pop("dropout_p", 0.0), given.pop("is_causal", False)
-        return ATTENTION(*args[:3], dropout, causal, **given)[0]
+    torch's function is replaced meanwhile: a function mode would not be active in what checkpointing recomputes.
+    """
+    original = F.scaled_dot_product_attention
+
+    def fused(*args: Any, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any) -> Tensor:
+        kwargs.pop("enable_gqa", None)  # the operation takes fewer keys than queries
+        attended: Tensor = ATTENTION(*args, dropout_p, is_causal, **kwargs)[0]
+        return attended
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
@@ -170,7 +177,7 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
 
 @contextlib.contextmanager
 def _counting(model: nn.Module, labelled: float = 1.0) -> Iterator[CostCounter]:
-    with META, CostCounter(model, labelled) as counter, _CpuAttention():
+    with META, CostCounter(model, labelled) as counter, _fused_attention():
         yield counter
 
 
@@ -196,7 +203,7 @@ def training_cost(model: nn.Module, rows: int, length: int, labelled: float, obj
         batch = _batch(rows, length, objective)
         loss = objective(model, batch, None)
         activations = counter.live
-        torch.autograd.backward(loss.pop("loss"))  # Tensor.backward would leave the modes, which checkpoints need
+        loss.pop("loss").backward()
         left = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
     for parameter in model.parameters():
         parameter.grad = None
