@@ -5,11 +5,11 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-from benchmarks.__main__ import BENCHMARKS
-from benchmarks.planning import PlanSettings
-from benchmarks.runner import run_benchmark
+from benchmarks.planning import PlanSettings, open_plan, plan_plan
+from benchmarks.runner import open_candidate, prepare
 from shadowtune.cli.main import main
 from shadowtune.cli.plan import read_count
+from shadowtune.comparison.worker_process import WorkerProcess
 from shadowtune.config.shapes import shapes
 from shadowtune.errors import ConfigError
 from shadowtune.model.budget import shapeless_base
@@ -48,7 +48,7 @@ def test_a_dry_run_prints_the_same_and_does_nothing(base, data, tmp_path):
 
 
 def test_a_named_base_needs_no_download_and_is_sharded(tmp_path, capsys, monkeypatch):
-    shape = {**shapes()["llama-3-70b"], "num_hidden_layers": 16}  # its width, and fewer blocks to count
+    shape = {**shapes()["llama-3-70b"], "num_hidden_layers": 4}  # its width, and fewer blocks to count
     monkeypatch.setattr("shadowtune.training.planning.shapes", lambda: {"llama-3-70b": shape})
     common = [
         "llama-3-70b",
@@ -57,18 +57,18 @@ def test_a_named_base_needs_no_download_and_is_sharded(tmp_path, capsys, monkeyp
         "--rows",
         80,
         "--device",
-        "a100-40g",
+        "t4",
         "base_dtype=bfloat16",
         "batch_size=1",
     ]
     one = plan(common, tmp_path)
-    assert "does not fit into the 40 GiB of a100-40g" in capsys.readouterr().out
+    assert "does not fit into the 16 GiB of t4" in capsys.readouterr().out
     eight = plan([*common, "--devices", "8"], tmp_path)
     assert {stage["stage"]: stage["steps"] for stage in one["times"]} == {"shadow-only stage": 480, "joint stage": 80}
     weights = [row["memory"][1]["weights"] for row in (one, eight)]
-    assert weights[0] / 8 < weights[1] < weights[0] / 4  # and two gathered blocks
+    assert weights[0] / 8 < weights[1] < weights[0] / 2  # and two gathered blocks
     quantized = plan([*common, "base_quantization=nf4"], tmp_path)["memory"][1]["weights"]
-    assert 0.3 < quantized / weights[0] < 0.5  # embeddings and head are whole
+    assert 0.5 < quantized / weights[0] < 0.8  # embeddings, head and shadow are whole
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,11 @@ def test_numbers_of_parameters_are_read():
 @pytest.mark.process
 @pytest.mark.model
 def test_the_memory_is_within_a_tenth_of_what_is_measured():
-    settings = PlanSettings(models=("smollm2-135m:4", "smollm2-135m:8"), repeats=1, methods=("shadow",))
-    bench = BENCHMARKS["plan"]
-    rows = [row for case in run_benchmark(bench, settings, bench.plan(settings)) for row in case]
-    assert len(rows) == 2
-    for row in rows:
-        assert 0.9 < row["memory_ratio"] < 1.1, row
-        assert row["trainable_parameters"] == row["peer_trainable_parameters"]
+    settings = PlanSettings(models=("smollm2-135m:4", "smollm2-135m:8"), methods=("shadow",))
+    estimate, cases = open_plan(settings, "estimate"), plan_plan(settings).cases
+    with WorkerProcess("measured", "") as worker:
+        worker.call(open_candidate, open_plan, settings, "measured", {})
+        for case in cases:
+            measured = worker.call(prepare, "measured", dict(case.values))
+            assert estimate.prepare(case.values) == pytest.approx(measured["peak_memory_mb"], rel=0.1)
+            assert estimate.trainable_parameters == measured["trainable_parameters"]
