@@ -40,6 +40,7 @@ COMMANDS = (
     Entry("demo", "demo:DEMO", "fine-tune with a shadow and with LoRA, compare them, show the result"),
     Entry("init", "train:INIT", "write a settings file with the recommended recipe"),
     Entry("data", "data:DATA", "show a data set as the model will see it, token by token"),
+    Entry("plan", "plan:PLAN", "parameters, memory and time of a training run before it starts"),
     Entry("train", "train:TRAIN", "fine-tune a model: shadow, lora, dora or full"),
     Entry("pretrain", "train:PRETRAIN", "train a shadow by itself before any task, on plain text"),
     Entry("evaluate", "evaluate:EVALUATE", "measure a trained run on held-out examples"),
@@ -57,6 +58,7 @@ COMMANDS = (
     Entry("push", "push:PUSH", "upload a trained model with its card to the Hugging Face Hub, private by default"),
     Entry("convert", "convert:CONVERT", "convert a shadow to or from the format of another library"),
     Entry("info", "info:INFO", "describe a run directory or a saved shadow"),
+    Entry("doctor", "doctor:DOCTOR", "check a run or a saved shadow: masks, ends, base, logits of all its forms"),
     Entry("schema", "schema:SCHEMA", "print the JSON schema of settings files, or the settings reference"),
 )
 """All subcommands, in the order of a user's day."""

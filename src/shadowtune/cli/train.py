@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
+from shadowtune.cli.plan import add_sizes, dry_run, sized
 from shadowtune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ TRAIN_EPILOG = """examples:
   shadowtune train --model org/name --data hub:org/name --output runs/mine epochs=3 optimizer.learning_rate=5e-4
   shadowtune train configs/clinc150.yaml method=lora lora.rank=8 output=runs/lora
   shadowtune train runs/lora --resume
+  shadowtune train configs/clinc150.yaml --dry-run
+  shadowtune train configs/clinc150.yaml --budget 4.5M --minutes 10
   accelerate launch --num_processes 2 -m shadowtune train configs/clinc150.yaml
 Without a settings file the recommended recipe is used; shadowtune init writes it. Text needs no quotes of its own:
 'data.template=Request: {text}'. All settings: docs/settings.md, or shadowtune schema reference.
@@ -54,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the output directory")
     parser.add_argument("--quiet", action="store_true", help="no progress and no sample answers")
+    add_sizes(parser)
     add_json(parser)
 
 
@@ -124,6 +128,9 @@ def _train(command: str, title: str, arguments: argparse.Namespace, fixed: Seque
     """Train with the settings of the file, of the arguments, and of the command itself."""
     check_json_target(arguments.json)
     config = read_settings(arguments, fixed)
+    config = sized(config, arguments)
+    if arguments.dry_run:
+        return dry_run(config, arguments.json)
     from shadowtune.training.run import train
 
     try:

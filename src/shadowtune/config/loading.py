@@ -78,12 +78,21 @@ def load_config(kind: type[Settings], path: str | Path | None, overrides: Sequen
         raise ConfigError(f"{path} is empty; it must hold settings as key: value lines")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings as key: value lines, not a {type(values).__name__}")
+    return build_config(kind, values, overrides, None if path is None else str(path))
+
+
+def build_config(kind: type[Settings], values: dict[str, Any], overrides: Sequence[str], where: str | None) -> Settings:
+    """Build settings from a mapping, which is changed, and overrides as in ``load_config``.
+
+    Raises:
+        ConfigError: one line with ``where``, if given, and all errors.
+    """
     for override in overrides:
         _apply(kind, values, override)
     try:
         return from_mapping(kind, values)
     except ConfigError as error:
-        raise ConfigError(_one_line(str(error) if path is None else f"{path}: {error}")) from None
+        raise ConfigError(_one_line(str(error) if where is None else f"{where}: {error}")) from None
 
 
 def settings_file(path: str | Path) -> Path:
