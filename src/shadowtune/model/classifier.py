@@ -17,7 +17,7 @@ from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_classifier
 from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
-from shadowtune.model.trainer_losses import check_labels
+from shadowtune.model.trainer_losses import check_labels, guard_logits
 
 
 @dataclass
@@ -133,6 +133,8 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
         head = self.score if self.mode == "attached" else self.shadow_score
         logits = head(states.to(self.score.weight.dtype))[last]
         joint = None
+        if labels is None and self.training and self.mode == "attached":
+            guard_logits(logits, weights)
         if labels is not None:
             joint = self._loss(logits, states, state.initial, last, labels, weights, num_items_in_batch)
         result = ShadowClassifierOutput(

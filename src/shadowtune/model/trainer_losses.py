@@ -4,7 +4,11 @@ TRL's trainers patch ``forward`` with a fused head: called with ``fused_lm_head=
 computes log-probabilities from its last hidden states, and reduces them to its own loss, without the shadow's term. Two
 hooks on the model add it: one puts an empty list into the call's keywords, in which ``HeadlessModel`` leaves s0; the
 other adds lambda * log p_shadow to the returned log-probabilities, with its value subtracted again. So the values stay
-those of the attached model, and the gradient is that of the joint loss under any reduction.
+those of the attached model, and the gradient is that of the joint loss under any reduction: whatever a trainer credits
+to a token of the attached model (DPO, KTO, GRPO), it credits, times lambda, to the same token of the detached shadow.
+
+Trainers that compute their loss from logits (TRL's Reward, ORPO, CPO, GKD, OnlineDPO) leave no place for the shadow's
+term. A hook on the logits stops the first backward pass through them.
 """
 
 from typing import Any
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from shadowtune.core.losses import IGNORE_INDEX
+from shadowtune.core.losses import IGNORE_INDEX, LossWeights
 from shadowtune.errors import ConfigError
 
 SLOT = "shadow_initial_states"
@@ -45,6 +49,27 @@ def check_labels(labels: Any, shift_labels: Any, num_items_in_batch: Any, loses_
         )
 
 
+def guard_logits(logits: Tensor, weights: LossWeights) -> None:
+    """Make a backward pass that starts at logits of the attached model an error if the joint loss has more terms.
+
+    Args:
+        logits: of a call without labels in training.
+        weights: of the call.
+    """
+    if not logits.requires_grad or not (weights.shadow or weights.teach) or torch.compiler.is_compiling():
+        return
+
+    def refuse(gradient: Tensor) -> None:
+        raise ConfigError(
+            f"a loss was computed from the logits, without the shadow's own terms (shadow_loss_weight="
+            f"{weights.shadow:g}), as TRL's Reward, ORPO, CPO, GKD and OnlineDPO trainers do; use a trainer that passes "
+            "labels (transformers' own, SFT, DPO, KTO, GRPO), or set shadow_loss_weight=0 (in PEFT: "
+            "auxiliary_loss_weight=0) and the distillation weights to 0, which trains the attached model alone"
+        )
+
+    logits.register_hook(refuse)
+
+
 class HeadlessModel(nn.Module):
     """A shadow model without its head, as its ``base_model`` is expected to be."""
 
@@ -68,12 +93,25 @@ def add_shadow_loss_hooks(model: Any) -> None:
     model.register_forward_hook(_add_shadow_gradient, with_kwargs=True)
 
 
+def call_fused(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run TRL's fused head, which patched the ``forward`` of a model's base, on the model in place of its base.
+
+    The patched function finds the layers below the head and the head by the attributes of its first argument.
+    """
+    args, kwargs = _offer_slot(model, args, kwargs) or (args, kwargs)
+    return _add_shadow_gradient(model, args, kwargs, forward.__func__(model, *args, **kwargs))
+
+
 def _offer_slot(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("fused_lm_head") and torch.is_grad_enabled() and model.training and model.mode == "attached":
-        if model.shadow.draft_fusion is not None:
+        config = model.shadow.config
+        dropped = ("distillation_weight", "matching_weight", "shadow_loss_weight_end")
+        names = [name for name in dropped if config.to_dict()[name]]
+        names += [] if model.shadow.draft_fusion is None else ["draft_rank"]
+        if names:
             raise ConfigError(
-                "draft_rank is trained by a loss that this trainer, which computes its own, would drop; leave it out, "
-                "or train with shadowtune train"
+                f"{', '.join(names)}: trained by a loss that this trainer, which computes its own, would drop; leave it "
+                "out, or train with shadowtune train"
             )
         return args, {**kwargs, SLOT: []}
     return None
