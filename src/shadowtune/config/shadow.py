@@ -231,7 +231,8 @@ class ShadowConfig:
             config: a ``peft.ShadowConfig``, or its values as a mapping.
 
         Raises:
-            ConfigError: if it is a config of another method, or adapts some blocks only, trains modules of the base, or has embeddings of its own.
+            ConfigError: if it is of another method, adapts chosen blocks only, trains modules of the base, or has
+                embeddings of its own.
         """
         given = config if isinstance(config, Mapping) else config.to_dict()
         if given.get("peft_type", "SHADOW") != "SHADOW":
@@ -239,7 +240,8 @@ class ShadowConfig:
                 f"peft_type {given['peft_type']!s} is another method; pass a ShadowConfig of PEFT or of ours"
             )
         values = {**PEFT_DEFAULTS, **given}
-        for name, expected in (("layers_to_transform", None), ("modules_to_save", None), ("share_embeddings", True)):
+        absent = dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"))
+        for name, expected in {**absent, "share_embeddings": True}.items():
             if values.get(name, expected) != expected:
                 raise ConfigError(
                     f"{name}={values[name]!r} of PEFT's ShadowConfig has no counterpart here; leave it out"

@@ -229,11 +229,15 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         Args:
             speculate: whether the shadow drafts and the attached model verifies: True or "auto", a number of tokens to
                 draft at a time, or settings. Greedy decoding gives the same tokens, sampling the same distribution.
-                Where it is not possible (beams, a cache that cannot be cropped), a warning is given.
+                Where it is not possible (beams, a cache that cannot be cropped), a warning is given. A trainer that
+                generates takes it from its generation settings (``generation_kwargs={"speculate": True}`` in GRPO).
 
         Raises:
             ConfigError: if ``speculate`` is none of these, or does not go with the mode or other arguments.
         """
+        given = kwargs.get("generation_config")
+        if speculate is False and given is not None and self.mode == "attached":
+            speculate = vars(given).get("speculate", False)
         speculation = SpeculationConfig.of(speculate)
         if speculation is not None:
             conflicts = [name for name in ("assistant_model", "custom_generate") if kwargs.get(name) is not None]

@@ -11,7 +11,7 @@ Trainers that compute their loss from logits (TRL's Reward, ORPO, CPO, GKD, Onli
 term. A hook on the logits stops the first backward pass through them.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ def guard_logits(logits: Tensor, weights: LossWeights) -> None:
     def refuse(gradient: Tensor) -> None:
         raise ConfigError(
             f"a loss was computed from the logits, without the shadow's own terms (shadow_loss_weight="
-            f"{weights.shadow:g}), as TRL's Reward, ORPO, CPO, GKD and OnlineDPO trainers do; use a trainer that passes "
+            f"{weights.shadow:g}), as TRL's Reward, ORPO, CPO, GKD and OnlineDPO trainers do; use one that passes "
             "labels (transformers' own, SFT, DPO, KTO, GRPO), or set shadow_loss_weight=0 (in PEFT: "
             "auxiliary_loss_weight=0) and the distillation weights to 0, which trains the attached model alone"
         )
@@ -78,7 +78,10 @@ class HeadlessModel(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
-        """Return the last hidden states before the head, (B, T, d)."""
+        """Return the last hidden states before the head, (B, T, d); in mode "base" those of the base alone."""
+        if self.model.mode == "base":
+            decoder = self.model.architecture.decoder_of(self.model.base)
+            return cast(BaseModelOutputWithPast, decoder(input_ids=input_ids, **kwargs))
         slot = kwargs.pop(SLOT, None)
         wanted = slot is not None and self.model.shadow.config.shadow_loss_weight > 0
         output, state = self.model.encode(input_ids, run_shadow=wanted, **kwargs)
@@ -110,8 +113,8 @@ def _offer_slot(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         names += [] if model.shadow.draft_fusion is None else ["draft_rank"]
         if names:
             raise ConfigError(
-                f"{', '.join(names)}: trained by a loss that this trainer, which computes its own, would drop; leave it "
-                "out, or train with shadowtune train"
+                f"{', '.join(names)}: trained by a loss that this trainer, which computes its own, would drop; leave "
+                "it out, or train with shadowtune train"
             )
         return args, {**kwargs, SLOT: []}
     return None

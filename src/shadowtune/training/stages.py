@@ -1,7 +1,7 @@
 """Training stages: the steps by which one model is trained, each behind the same interface.
 
-``train`` runs ``stages(config)`` in order. Beside another trainer, plain or from TRL, one call runs the recommended ones
-in place of ``trainer.train()``; the model may be one of this package or of its PEFT method:
+``train`` runs ``stages(config)`` in order. Beside another trainer, plain or from TRL, one call runs the recommended
+ones in place of ``trainer.train()``; the model may be one of this package or of its PEFT method:
 
     trainer = SFTTrainer(model, args=arguments, train_dataset=dataset, eval_dataset=hold_out)
     train_in_stages(trainer)
