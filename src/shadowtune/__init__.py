@@ -32,7 +32,6 @@ __all__ = [
     "attach",
     "get_shadow_model",
     "models",
-    "peft",
     "train_in_stages",
 ]
 

@@ -9,8 +9,10 @@ same base, which stays as it is: no module of it is replaced, and while adapters
 boundaries, caches and speculative decoding are those of the package.
 """
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
@@ -234,6 +236,16 @@ class ShadowtuneModel(BaseTuner):
         model = cast(ShadowForCausalLM, self.active_model)
         model.generation_config = self.model.generation_config
         return model.generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Context of PEFT around each call, which would drop the names otherwise."""
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                "adapter_names: one shadow runs at a time; choose it with set_adapter, or serve several in one batch "
+                "with shadowtune serve cloud"
+            )
+        yield
 
     def train(self, mode: bool = True) -> "ShadowtuneModel":
         """Set training mode in all parts."""

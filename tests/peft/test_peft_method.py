@@ -97,6 +97,18 @@ def test_generation_is_that_of_our_model(options):
     assert torch.equal(theirs.detached()(ids).logits, ours.detached()(ids).logits)
 
 
+def test_an_adapter_for_each_row_is_refused():
+    model, ids = wrapped(perturbed_model(**SETTINGS)), tokens(2, 5)
+    for run in (model, model.generate):
+        with pytest.raises(ConfigError, match="set_adapter"):
+            run(input_ids=ids, adapter_names=["default", "__base__"])
+
+
+def test_weights_on_the_meta_device_are_refused():
+    with pytest.raises(ConfigError, match="low_cpu_mem_usage"):
+        get_peft_model(tiny_base(), ShadowtuneConfig.of(ShadowConfig(**SETTINGS)), low_cpu_mem_usage=True)
+
+
 def test_merging_is_refused_with_the_way_out():
     model = wrapped(perturbed_model(**SETTINGS))
     for merge in (model.merge_and_unload, model.merge_adapter, perturbed_model().merge_and_unload):

@@ -117,9 +117,9 @@ def train_in_stages(
             "classifiers are trained by trainer.train()"
         )
     without_files = {"save_strategy": SaveStrategy.NO, "load_best_model_at_end": False}
-    alone = {"num_train_epochs": shadow_epochs, "learning_rate": shadow_learning_rate, "max_steps": -1}
+    changes = {"num_train_epochs": shadow_epochs, "learning_rate": shadow_learning_rate, "max_steps": -1}
     if shadow_epochs:
-        ShadowOnlyStage().run(StageContext.from_trainer(trainer, **alone, **without_files))
+        ShadowOnlyStage().run(StageContext.from_trainer(trainer, **changes, **without_files))
     config = model.shadow.config
     with _restored_requires_grad(model):
         try:
