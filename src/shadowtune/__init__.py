@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shadowtune.registration import filter_import_warnings, register_when_loaded
 
 if TYPE_CHECKING:
-    from shadowtune import models, peft
+    from shadowtune import models
     from shadowtune.attach import attach
     from shadowtune.config.shadow import ShadowConfig
     from shadowtune.model.causal_lm import ShadowForCausalLM
