@@ -13,7 +13,7 @@ from shadowtune.config.shadow import SCHEMA_VERSION, ShadowConfig
 from shadowtune.errors import CheckpointError
 
 LIBRARY = "shadowtune: pip install shadowtune, and import shadowtune before loading"
-"""A field of ``config.json``, for people who open a shadow without this package, whose type transformers does not know."""
+"""A field of ``config.json``, for people who open a shadow without this package: transformers does not know it."""
 ProjectionStart = Literal["none", "random", "selection", "least_squares", "copied"]
 
 
