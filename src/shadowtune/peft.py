@@ -46,7 +46,7 @@ TASK_MODELS: dict[str, type[ShadowPreTrainedModel]] = {
     "CAUSAL_LM": ShadowForCausalLM,
     "SEQ_CLS": ShadowForSequenceClassification,
 }
-PLAIN_OUTPUTS = {
+PLAIN_OUTPUTS: dict[type, Any] = {
     ShadowCausalLMOutput: CausalLMOutputWithPast,
     ShadowClassifierOutput: SequenceClassifierOutputWithPast,
 }
@@ -76,7 +76,7 @@ _Settings: Any = dataclasses.make_dataclass(
 
 
 @dataclasses.dataclass
-class ShadowtuneConfig(_Settings):  # type: ignore[misc]
+class ShadowtuneConfig(_Settings):
     """Settings of a shadow, as PEFT's methods take them.
 
     The fields are those of ``ShadowConfig``. Where ``peft.ShadowConfig`` has the same setting, they go by its name:
@@ -99,7 +99,7 @@ class ShadowtuneConfig(_Settings):  # type: ignore[misc]
         """Check the settings."""
         super().__post_init__()
         self.peft_type = getattr(PeftType, PEFT_TYPE)
-        self.task_type = self.task_type or "CAUSAL_LM"
+        self.task_type: str = vars(self)["task_type"] or "CAUSAL_LM"
         if self.task_type not in TASK_MODELS:
             raise ConfigError(f"task_type {self.task_type!r}: a shadow is made for {' or '.join(TASK_MODELS)}")
         self.settings  # noqa: B018 - which checks the values
@@ -183,7 +183,10 @@ class ShadowtuneModel(BaseTuner):
             ConfigError: if the base is not one for this task, or ``low_cpu_mem_usage`` is set.
             CheckpointError: if a saved adapter was trained beside another base.
         """
-        config = cast(ShadowtuneConfig, self.peft_config[adapter_name])
+        config, base = cast(ShadowtuneConfig, self.peft_config[adapter_name]), cast(PreTrainedModel, model)
+        on_meta = nn.Linear(1, 1).weight.is_meta  # inside of accelerate's init_empty_weights, as PEFT asks for it
+        if low_cpu_mem_usage or (on_meta and base.device.type != "meta"):
+            raise ConfigError("low_cpu_mem_usage is not for shadows, which start from the base's weights; leave it out")
         twins = [name for name, other in self.peft_config.items() if other is config and name in self.models]
         if twins:  # as TRL copies the trained adapter to "ref"
             source = self.models[twins[0]]
@@ -191,10 +194,7 @@ class ShadowtuneModel(BaseTuner):
             for name, module in made.trained_modules().items():
                 module.load_state_dict(source.trained_modules()[name].state_dict())
         else:
-            made = _model_of(cast(PreTrainedModel, model), config)
-        on_meta = any(parameter.is_meta for parameter in made.shadow.parameters())
-        if low_cpu_mem_usage or (on_meta and made.base.device.type != "meta"):
-            raise ConfigError("low_cpu_mem_usage is not for shadows, which start from the base's weights; leave it out")
+            made = _model_of(base, config)
         self.peft_config[adapter_name] = config.recorded(made.config)
         self.models[adapter_name] = made.train(self.training)
         self.shadowtune.adapters[adapter_name] = nn.ModuleDict(made.trained_modules())
@@ -366,7 +366,7 @@ class ShadowtuneModel(BaseTuner):
 
 def _model_of(base: PreTrainedModel, config: ShadowtuneConfig) -> ShadowPreTrainedModel:
     """Return a model around a base: with a new shadow, or with one whose weights will be loaded."""
-    kind = TASK_MODELS[cast(str, config.task_type)]
+    kind = TASK_MODELS[config.task_type]
     if config.record is None:
         return kind.from_base(base, config.settings)
     saved = model_config(config.to_dict(), "the adapter")

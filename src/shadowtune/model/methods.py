@@ -128,7 +128,7 @@ def get_shadow_model(
         config = ShadowConfig.from_peft(config)
     classifies = base.get_output_embeddings() is None
     kind = ShadowForSequenceClassification if classifies else ShadowForCausalLM
-    return cast(Any, kind).from_base(base, config, dtype=dtype)  # type: ignore[no-any-return]
+    return cast(Any, kind).from_base(base, config, dtype=dtype)
 
 
 def make_trainable(

@@ -7,8 +7,8 @@ other adds lambda * log p_shadow to the returned log-probabilities, with its val
 those of the attached model, and the gradient is that of the joint loss under any reduction: whatever a trainer credits
 to a token of the attached model (DPO, KTO, GRPO), it credits, times lambda, to the same token of the detached shadow.
 
-Trainers that compute their loss from logits (TRL's Reward, ORPO, CPO, GKD, OnlineDPO) leave no place for the shadow's
-term. A hook on the logits stops the first backward pass through them.
+Trainers that compute their loss from logits (TRL's Reward, ORPO, CPO, GKD, OnlineDPO) leave the shadow's
+term out. A hook on the logits stops the first backward pass through them.
 """
 
 from typing import Any, cast

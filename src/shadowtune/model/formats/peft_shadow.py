@@ -169,7 +169,7 @@ def _build(
             f"{source} has a projection between equal widths ({text.hidden_size}), from a projected shadow_model; a "
             "shadow here has none when widths are equal"
         )
-    named = {ours: values[theirs] for theirs, ours in NAMES.items()} | PEFT_COMPUTES | PEFT_DROPOUT
+    named = {ours: values[theirs] for theirs, ours in NAMES.items()} | {**PEFT_COMPUTES, **PEFT_DROPOUT}
     if mirrors:
         named |= {ours: sizes.get(name) for name, ours in MIRROR_SIZES.items()}
     else:
