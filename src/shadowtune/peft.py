@@ -263,15 +263,23 @@ class ShadowtuneModel(BaseTuner):
         """Return the active adapter's shadow as an ordinary transformers model (``ShadowForCausalLM.detached``)."""
         return cast(PreTrainedModel, cast(Any, self.active_model).detached())
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Checkpoint the blocks of base and shadows."""
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Checkpoint the blocks of base and shadows (``PreTrainedModel.activation_checkpointing_enable``)."""
         for model in self.models.values():
-            model.gradient_checkpointing_enable(*args, **kwargs)
+            model.activation_checkpointing_enable(*args, **kwargs)
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Checkpoint no blocks."""
         for model in self.models.values():
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Checkpoint the blocks of base and shadows; the name that TRL and PEFT use."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Checkpoint no blocks; the name that TRL and PEFT use."""
+        self.activation_checkpointing_disable()
 
     def enable_input_require_grads(self) -> None:
         """Do nothing: nothing below the first boundary is trained, and the shadow prepares its own input."""

@@ -3,19 +3,22 @@
 import copy
 import json
 
+import numpy as np
 import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer
 
 import shadowtune
 from shadowtune import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.formats.conversion import convert
 from shadowtune.peft import ShadowtuneConfig
-from tests.support.bases import tiny_base, tiny_classifier
-from tests.support.runs import causal_rows, class_rows
+from tests.support.bases import VOCABULARY, tiny_base, tiny_classifier
+from tests.support.runs import arguments, causal_rows, class_rows, snapshot
 from tests.support.shadows import perturb, perturbed_classifier, perturbed_model, tokens
+from tests.support.tokenizers import tiny_tokenizer
 
 SETTINGS = {"rank": 4, "update_width": 3, "alpha": 0.7, "dropout": 0.0, "shadow_loss_weight": 0.4}
 
@@ -116,6 +119,62 @@ def test_merging_is_refused_with_the_way_out():
             merge()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(reentrant):
+    ours = perturbed_model(**SETTINGS, variant="stateless", inject_first=True)
+    found, batch = [], batch_of(causal_rows(4))
+    for checkpointed in (False, True):
+        theirs = wrapped(ours)
+        if checkpointed:
+            theirs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            theirs.enable_input_require_grads()
+            assert theirs.active_model.shadow.backbone.is_gradient_checkpointing
+        theirs.train()(**batch).loss.backward()
+        found.append(gradients(theirs))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], msg=name)
+
+
+# Trainer
+
+
+def trainer(model, path, **settings):
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in causal_rows()]
+    options = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "prediction_loss_only": False, **settings}
+    return Trainer(
+        model,
+        args=arguments(path, **options),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()),
+        compute_metrics=lambda found: {"shape": np.shape(found.predictions)[-1]},
+    )
+
+
+def test_a_resumed_training_ends_as_one_that_was_not_interrupted(tmp_path):
+    ends = []
+    for resumed in (False, True):
+        model = wrapped(perturbed_model(**SETTINGS))
+        model.base_model.shadowtune.requires_grad_(True)
+        run = trainer(model, tmp_path)
+        run.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2") if resumed else None)
+        ends.append(snapshot(model.base_model.shadowtune))
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_predictions_are_the_logits_alone(tmp_path):
+    run = trainer(wrapped(perturbed_model(**SETTINGS)), tmp_path, save_strategy="no")
+    assert run.evaluate()["eval_shape"] == VOCABULARY
+
+
+def test_a_trainer_that_takes_the_labels_out_or_ignores_the_schedule_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="label_smoothing_factor"):
+        trainer(wrapped(perturbed_model(**SETTINGS)), tmp_path, label_smoothing_factor=0.1).train()
+    with pytest.raises(ConfigError, match="shadow_loss_weight_end"):
+        trainer(wrapped(perturbed_model(**SETTINGS, shadow_loss_weight_end=0.1)), tmp_path).train()
+
+
 # files
 
 
@@ -145,6 +204,8 @@ def test_saved_adapters_load_in_every_way(saved):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     automatic = AutoPeftModelForCausalLM.from_pretrained(path / "adapter")
     assert torch.equal(automatic(input_ids=ids).logits, expected)
+    with pytest.raises(ValueError, match="get_peft_model"):  # transformers injects layers
+        AutoModelForCausalLM.from_pretrained(path / "adapter")
     ours = ShadowForCausalLM.from_pretrained(path / "adapter", base=base)
     assert torch.equal(ours(ids).logits, expected)
     trainable = PeftModel.from_pretrained(base, path / "adapter", is_trainable=True)

@@ -30,7 +30,7 @@ from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
 from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
 from shadowtune.model.speculation.decoding import Speculator
-from shadowtune.model.trainer_losses import add_shadow_loss_hooks, check_labels, guard_logits
+from shadowtune.model.trainer_losses import add_shadow_loss_hooks, check_labels, check_schedule, guard_logits
 
 
 @dataclass
@@ -130,6 +130,8 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             inputs |= {name: value for name, value in given.items() if value is not None}
             cache = {CACHE: past_key_values, "use_cache": use_cache}
             return self.base(**inputs, **cache, labels=labels, logits_to_keep=logits_to_keep)
+        if self.training and self.mode == "attached":
+            check_schedule(self.shadow.config, shadow_loss_weight, num_items_in_batch)
         weights = self.loss_weights(shadow_loss_weight)
         output, state = self.encode(
             **inputs,

@@ -17,7 +17,7 @@ from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_classifier
 from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
-from shadowtune.model.trainer_losses import check_labels, guard_logits
+from shadowtune.model.trainer_losses import check_labels, check_schedule, guard_logits
 
 
 @dataclass
@@ -116,6 +116,8 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
             ConfigError: if a trainer computes the loss itself, from the logits, without the shadow's terms.
         """
         check_keywords(kwargs, self._known_keywords, self)
+        if self.training and self.mode == "attached":
+            check_schedule(self.shadow.config, shadow_loss_weight, num_items_in_batch)
         weights = self.loss_weights(shadow_loss_weight)
         loses_terms = self.training and self.mode == "attached" and (weights.shadow != 0 or weights.teach)
         check_labels(labels, None, num_items_in_batch, loses_terms)

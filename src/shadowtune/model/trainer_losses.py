@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.losses import IGNORE_INDEX, LossWeights
 from shadowtune.errors import ConfigError
 
@@ -46,6 +47,20 @@ def check_labels(labels: Any, shift_labels: Any, num_items_in_batch: Any, loses_
             "the batch has no labels but num_items_in_batch: the trainer took them out to compute the loss itself "
             "(label_smoothing_factor or compute_loss_func), and the shadow's loss would never exist; leave these "
             "options out"
+        )
+
+
+def check_schedule(config: ShadowConfig, shadow_loss_weight: float | None, num_items_in_batch: Any) -> None:
+    """Check that a trainer which counts labels, as transformers' does in training, applies the schedule of lambda.
+
+    Raises:
+        ConfigError: if ``shadow_loss_weight_end`` is set, and the call has no weight of its own.
+    """
+    end = config.shadow_loss_weight_end
+    if end is not None and shadow_loss_weight is None and num_items_in_batch is not None:
+        raise ConfigError(
+            f"shadow_loss_weight_end={end:g} is applied by shadowtune train, and this trainer would keep "
+            f"shadow_loss_weight={config.shadow_loss_weight:g}; leave it out, or pass shadow_loss_weight in each batch"
         )
 
 

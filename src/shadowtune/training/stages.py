@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.config.training import SHADOW_STAGE, TrainConfig
+from shadowtune.config.training import SHADOW_STAGE, OptimizerConfig, TrainConfig
 from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data.generation import generate_answers
 from shadowtune.errors import ConfigError
@@ -94,9 +94,10 @@ def train_in_stages(
 ) -> dict[str, Any]:
     """Train a language model by the recommended recipe, in place of ``trainer.train()``.
 
-    First the shadow learns by itself. Then ``trainer.train()`` trains the boundaries; the shadow's loss is left out and
-    its backbone frozen where the boundaries do not read its state (``variant`` "stateless"), else lambda counts. At the
-    end the weight of the shadow's logits is fitted, if the trainer has an ``eval_dataset``.
+    First the shadow learns by itself, with the recipe's warm-up and weight decay. Then ``trainer.train()`` trains the
+    boundaries; the shadow's loss is left out and its backbone frozen where the boundaries do not read its state
+    (``variant`` "stateless"), else lambda counts. At the end the weight of the shadow's logits is fitted, if the
+    trainer has an ``eval_dataset``.
 
     Args:
         trainer: ``transformers.Trainer`` or TRL's ``SFTTrainer``.
@@ -116,10 +117,18 @@ def train_in_stages(
             f"train_in_stages trains a language model with a shadow, but the trainer has a {type(model).__name__}; "
             "classifiers are trained by trainer.train()"
         )
-    without_files = {"save_strategy": SaveStrategy.NO, "load_best_model_at_end": False}
-    changes = {"num_train_epochs": shadow_epochs, "learning_rate": shadow_learning_rate, "max_steps": -1}
     if shadow_epochs:
-        ShadowOnlyStage().run(StageContext.from_trainer(trainer, **changes, **without_files))
+        recipe = OptimizerConfig()
+        shadow_only_arguments = {
+            "num_train_epochs": shadow_epochs,
+            "max_steps": -1,
+            "learning_rate": shadow_learning_rate,
+            "warmup_steps": recipe.warmup_ratio,  # below 1: a share of the steps
+            "weight_decay": recipe.weight_decay,
+            "save_strategy": SaveStrategy.NO,
+            "load_best_model_at_end": False,
+        }
+        ShadowOnlyStage().run(StageContext.from_trainer(trainer, **shadow_only_arguments))
     config = model.shadow.config
     with _restored_requires_grad(model):
         try:
