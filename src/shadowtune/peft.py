@@ -196,7 +196,7 @@ class ShadowtuneModel(BaseTuner):
         else:
             made = _model_of(base, config)
         self.peft_config[adapter_name] = config.recorded(made.config)
-        self.models[adapter_name] = made.train(self.training)
+        self.models[adapter_name] = made if self.training else made.eval()
         self.shadowtune.adapters[adapter_name] = nn.ModuleDict(made.trained_modules())
         first = len(self.models) == 1
         self.shadowtune.adapters[adapter_name].requires_grad_(first and not config.inference_mode)

@@ -76,7 +76,10 @@ def test_a_classifiers_outputs_and_gradients_are_those_of_ours():
 
 def test_the_base_stays_as_it_is_and_runs_alone_while_adapters_are_disabled():
     ours, ids = perturbed_model(**SETTINGS), tokens(2, 7)
-    theirs, bare = wrapped(ours).eval(), copy.deepcopy(ours.base)
+    theirs, bare = wrapped(ours), copy.deepcopy(ours.base)
+    assert theirs.active_model.training
+    assert not theirs.get_base_model().training
+    theirs.eval()
     expected = bare(ids).logits
     with theirs.disable_adapter():
         assert torch.equal(theirs(input_ids=ids).logits, expected)
