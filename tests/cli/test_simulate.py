@@ -226,7 +226,7 @@ def test_what_cannot_be_simulated_is_one_line(edge, shadow_run, lora_run, data, 
         ([*good, "--policy", str(policy), "--policy", str(twin)], "have one name"),
         ([str(data), "--edge", "nowhere", "--cloud", str(shadow_run)], "nowhere does not exist"),
         ([str(data), "--edge", str(edge), "--cloud", str(tmp_path)], "not a run directory"),
-        ([str(data), "--edge", str(lora_run), "--cloud", str(shadow_run)], "only a shadow runs alone"),
+        ([str(data), "--edge", str(lora_run), "--cloud", str(shadow_run)], "only a shadow runs without its base"),
         (["--edge", str(edge), "--cloud", "http://127.0.0.1:9"], "name a file of requests"),
         (["--edge", str(edge), "--cloud", str(shadow_run)], "held-out rows"),
     ):

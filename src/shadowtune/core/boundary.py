@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.core.kernels.fused import FEW_TOKENS, FusedParameters, fused_boundary, inference_boundary
+from shadowtune.core.kernels.fused import FEW_TOKENS, FusedParameters, autocasts, fused_boundary, inference_boundary
 from shadowtune.core.stateless import (
     StatelessParameters,
     apply_stateless_boundary,
@@ -330,7 +330,7 @@ def _select_operation(
     paper = not config.update_bias and config.activation == "silu" and config.dropout_position == "rank"
     if kernel == "reference" or not paper or p.norm is None or torch.compiler.is_compiling():
         return None
-    if torch.is_autocast_enabled(h.device.type):
+    if autocasts(h.device.type):
         return None
     if kernel == "auto":
         kernel = _fastest(h.device.type)

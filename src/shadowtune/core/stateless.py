@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.core.kernels.fused import FEW_TOKENS, RMS_EPSILON, fused_stateless_boundary
+from shadowtune.core.kernels.fused import FEW_TOKENS, RMS_EPSILON, autocasts, fused_stateless_boundary
 
 
 class ReferenceSizes(NamedTuple):
@@ -101,7 +101,7 @@ def normalized(hidden_states: Tensor, channel_scales: Tensor) -> Tensor:
 
 def _fits_fused(h: Tensor, p: StatelessParameters, config: ShadowConfig, kernel: str, dropped: bool) -> bool:
     """Whether to use the fused operation: in full precision and, by default, for gradients of many tokens."""
-    if kernel in ("reference", "triton") or torch.compiler.is_compiling() or torch.is_autocast_enabled(h.device.type):
+    if kernel in ("reference", "triton") or torch.compiler.is_compiling() or autocasts(h.device.type):
         return False
     if p.down.dtype not in (torch.float32, torch.float64) or (dropped and config.dropout_position == "hidden"):
         return False

@@ -18,8 +18,8 @@ from shadowtune.model.checkpoint import find_file, read_tensors, trained_tensors
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.files import check_numbers, one_line, reading, recover_directory, writing_into
 from shadowtune.model.fingerprint import base_fingerprint, base_signature, has_signature
-from shadowtune.model.formats import peft_shadow, projected, shadow_peft
-from shadowtune.model.formats.third_party import ThirdPartyAdapter
+from shadowtune.model.formats import peft_shadow, peft_shadowtune, projected, shadow_peft
+from shadowtune.model.formats.third_party import ThirdPartyAdapter, read_json
 from shadowtune.model.shadow import Shadow
 from shadowtune.models import NAMED, resolve
 
@@ -243,7 +243,11 @@ def open_third_party(path_or_id: str, **hub: Any) -> ThirdPartyAdapter | None:
     try:
         if find_file(path_or_id, shadow_peft.CONFIG, **hub) is not None:
             return shadow_peft.open_shadow_peft(path_or_id, **hub)
-        if find_file(path_or_id, peft_shadow.CONFIG, **hub) is not None:
+        peft_config = find_file(path_or_id, peft_shadow.CONFIG, **hub)
+        if peft_config is not None:
+            values = read_json(peft_config)
+            if values.get("peft_type") == peft_shadowtune.PEFT_TYPE:
+                return peft_shadowtune.open_shadowtune(path_or_id, values, **hub)
             return peft_shadow.open_peft(path_or_id, **hub)
         is_projected = projected.is_projected(path_or_id, **hub)
     except OSError as error:
@@ -278,6 +282,8 @@ def _convert_adapter(
         loaded = name
     with reading(f"{adapter.source} makes no shadow"):
         config, tensors = adapter.build(loaded.config, backbone)
+    if config.base_signature is not None:  # recorded by our own PEFT method, and checked later
+        return config, tensors, loaded
     config.base_name_or_path = absolute_name(loaded.config.name_or_path or "")
     config.base_revision = commit_of(loaded.config)
     config.base_fingerprint = base_fingerprint(loaded)

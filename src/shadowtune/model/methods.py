@@ -110,6 +110,29 @@ def _nf4(dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
+def get_shadow_model(
+    base: PreTrainedModel, config: Any = None, dtype: torch.dtype = torch.float32
+) -> ShadowForCausalLM | ShadowForSequenceClassification:
+    """Give a base a new shadow, as ``peft.get_peft_model`` gives it an adapter.
+
+    Args:
+        base: a causal language model or a sequence classifier; it is frozen, and otherwise unchanged.
+        config: a ``ShadowConfig``, by default ``ShadowConfig.recommended()``; or a ``peft.ShadowConfig``.
+        dtype: of the shadow's parameters.
+
+    Raises:
+        UnsupportedArchitectureError: if the base's architecture is not in the table.
+        ConfigError: if the config does not fit the base, or describes something else than a shadow.
+    """
+    if config is None:
+        config = ShadowConfig.recommended()
+    elif not isinstance(config, ShadowConfig):
+        config = ShadowConfig.from_peft(config)
+    classifies = base.get_output_embeddings() is None
+    kind = ShadowForSequenceClassification if classifies else ShadowForCausalLM
+    return cast(Any, kind).from_base(base, config, dtype=dtype)
+
+
 def make_trainable(
     base: PreTrainedModel,
     method: Method,

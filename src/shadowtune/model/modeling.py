@@ -1,10 +1,12 @@
 """Base class of the shadow models: a frozen base, its shadow, three modes, and the forward pass of both networks."""
 
+import contextlib
 import copy
 import inspect
 import os
+import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -37,6 +39,12 @@ Mode = Literal["attached", "detached", "base"]
 """What a model computes: base and shadow together, the shadow alone with the base's head, or the base alone."""
 PASSED_ON = ("cache_position", "mm_token_type_ids", "return_dict", "token_type_ids", "tokenizer")
 """Keywords that tokenizers, trainers, ``generate`` and earlier versions of transformers send to every model."""
+
+
+MERGE_ERROR = (
+    "a shadow cannot be merged into its base: its correction depends on the input, so no weights of the base equal it; "
+    "detached() returns the shadow as a plain small model, and a base without its shadow is as it was"
+)
 
 
 class ShadowPreTrainedModel(PreTrainedModel):
@@ -182,6 +190,31 @@ class ShadowPreTrainedModel(PreTrainedModel):
             raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
         self.mode = mode
         return self
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Context in which calls run the base alone, in mode "base", such as the reference model of DPO."""
+        mode = self.mode
+        try:
+            self.set_mode("base")
+            yield
+        finally:
+            self.set_mode(mode)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise ConfigError: the correction depends on the input, so no weights equal it. See ``detached``."""
+        raise ConfigError(MERGE_ERROR)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the numbers of trainable parameters and of all parameters."""
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Write the two numbers to standard output, in the words of PEFT."""
+        trained, every = self.get_nb_trainable_parameters()
+        share = 100 * trained / every
+        sys.stdout.write(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {share:.4f}\n")
 
     @takes_cache
     def encode(

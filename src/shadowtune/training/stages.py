@@ -1,15 +1,17 @@
 """Training stages: the steps by which one model is trained, each behind the same interface.
 
-``train`` runs ``stages(config)`` in order. Beside another trainer, plain or from TRL, they are used like this:
+``train`` runs ``stages(config)`` in order. Beside another trainer, plain or from TRL, one call runs the recommended
+ones in place of ``trainer.train()``; the model may be one of this package or of its PEFT method:
 
     trainer = SFTTrainer(model, args=arguments, train_dataset=dataset, eval_dataset=hold_out)
-    context = StageContext.from_trainer(trainer)
-    for stage in (ShadowOnlyStage(), JointStage(), LogitInterpolationStage()):
-        stage.run(context)
+    train_in_stages(trainer)
+
+or each stage by itself: ``ShadowOnlyStage().run(StageContext.from_trainer(trainer))``.
 
 ``DraftHeadStage`` needs a trainer that takes the model's own loss, as ``transformers.Trainer`` does and TRL's do not.
 """
 
+import copy
 import math
 import random
 import time
@@ -19,12 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.config.training import TrainConfig
+from shadowtune.config.training import SHADOW_STAGE, OptimizerConfig, TrainConfig
 from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data.generation import generate_answers
 from shadowtune.errors import ConfigError
@@ -55,17 +58,25 @@ class StageContext:
     """Called with messages."""
 
     @classmethod
-    def from_trainer(cls, trainer: Trainer) -> "StageContext":
-        """Take model, data and arguments from a trainer; each stage trains with a new trainer of the same class."""
+    def from_trainer(cls, trainer: Trainer, **changes: Any) -> "StageContext":
+        """Take model, data and arguments from a trainer; each stage trains with a new trainer of the same class.
+
+        Args:
+            trainer: of a model of this package, or of a ``PeftModel`` of its PEFT method.
+            **changes: training arguments that replace the trainer's.
+        """
+        arguments = copy.copy(trainer.args)
+        for name, value in changes.items():
+            setattr(arguments, name, value)
         shared: dict[str, Any] = {
             "model": trainer.model,
-            "args": trainer.args,
+            "args": arguments,
             "eval_dataset": trainer.eval_dataset,
             "data_collator": trainer.data_collator,
             "processing_class": trainer.processing_class,
         }
         return cls(
-            trainer.model,
+            _shadow_model(trainer.model),
             trainer.train_dataset,
             lambda stage, dataset: type(trainer)(train_dataset=dataset, **shared).train(),
             trainer.eval_dataset,
@@ -73,6 +84,74 @@ class StageContext:
             trainer.processing_class,
             trainer.args.per_device_eval_batch_size,
         )
+
+
+def train_in_stages(
+    trainer: Trainer,
+    shadow_epochs: float = SHADOW_STAGE["shadow_epochs"],
+    shadow_learning_rate: float = SHADOW_STAGE["shadow_learning_rate"],
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train a language model by the recommended recipe, in place of ``trainer.train()``.
+
+    First the shadow learns by itself, with the recipe's warm-up and weight decay. Then ``trainer.train()`` trains the
+    boundaries; the shadow's loss is left out and its backbone frozen where the boundaries do not read its state
+    (``variant`` "stateless"), else lambda counts. At the end the weight of the shadow's logits is fitted, if the
+    trainer has an ``eval_dataset``.
+
+    Args:
+        trainer: ``transformers.Trainer`` or TRL's ``SFTTrainer``.
+        shadow_epochs: epochs of the first stage, which costs a small part of a joint one.
+        shadow_learning_rate: its peak learning rate.
+        report: called with messages.
+
+    Returns:
+        Entries of ``TrainSummary``: steps and final loss of the joint stage, seconds of the fit.
+
+    Raises:
+        ConfigError: if the trainer's model is not a language model with a shadow.
+    """
+    model = _shadow_model(trainer.model)
+    if not isinstance(model, ShadowForCausalLM):
+        raise ConfigError(
+            f"train_in_stages trains a language model with a shadow, but the trainer has a {type(model).__name__}; "
+            "classifiers are trained by trainer.train()"
+        )
+    if shadow_epochs:
+        recipe = OptimizerConfig()
+        shadow_only_arguments = {
+            "num_train_epochs": shadow_epochs,
+            "max_steps": -1,
+            "learning_rate": shadow_learning_rate,
+            "warmup_steps": recipe.warmup_ratio,  # below 1: a share of the steps
+            "weight_decay": recipe.weight_decay,
+            "save_strategy": SaveStrategy.NO,
+            "load_best_model_at_end": False,
+        }
+        ShadowOnlyStage().run(StageContext.from_trainer(trainer, **shadow_only_arguments))
+    config = model.shadow.config
+    with _restored_requires_grad(model):
+        try:
+            if config.variant == "stateless" and shadow_epochs:
+                model.shadow.config = replace(config, shadow_loss_weight=0.0, shadow_loss_weight_end=None)
+                model.freeze_unused()
+            entries = _training_entries(trainer.train())
+        finally:
+            model.shadow.config = config
+    if trainer.eval_dataset is not None:
+        context = StageContext.from_trainer(trainer)
+        context.report = report
+        entries |= LogitInterpolationStage().run(context)
+    return entries
+
+
+def _shadow_model(model: Any) -> Any:
+    """Return the model of this package inside of a ``PeftModel``; others as they are."""
+    if not is_peft_model(model):
+        return model
+    from shadowtune.peft import shadow_model_of
+
+    return shadow_model_of(model)
 
 
 class Stage(Protocol):

@@ -214,5 +214,10 @@ class _FusedStatelessBoundary(torch.autograd.Function):
         return d_h.to(h.dtype) if ctx.needs_input_grad[0] else None, d_down, d_up, None, None, None
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; the meta device, on which costs are counted, knows none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
