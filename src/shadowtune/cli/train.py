@@ -85,6 +85,8 @@ def read_settings(arguments: argparse.Namespace, fixed: Sequence[str] = ()) -> "
     given = {"model": arguments.model, "data.train": arguments.data, "output": arguments.output}
     named = [f"{key}={value}" for key, value in given.items() if value is not None]
     file = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).exists()) else None
+    if file is None and fixed:  # the recipe is one for tasks
+        raise ConfigError("name a settings file or a run: shadowtune pretrain configs/pretrain.yaml data.train=FILE")
     if file is None:
         file, start = RECIPE, _recipe_start([*named, *words])
         print_status("settings: the recommended recipe; shadowtune init writes it to a file")
