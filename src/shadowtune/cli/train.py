@@ -145,7 +145,8 @@ def _train(command: str, title: str, arguments: argparse.Namespace, fixed: Seque
         return 0
     _report(config.output)
     row = {name: value for name, value in asdict(summary).items() if value is not None}
-    print_table(f"{title}: {config.output}", [row])
+    shown = {name: value for name, value in row.items() if not name.startswith("best_")}  # which has a line of its own
+    print_table(f"{title}: {config.output}", [shown])
     write_json(arguments.json, command, [{"run": config.output, **row}])
     return 0
 
