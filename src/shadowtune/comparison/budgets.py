@@ -29,7 +29,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Unmet:
-    """A method without a run in a column."""
+    """A method without a run at equal time or memory, and the reason."""
 
     column: str
     task: str

@@ -1,4 +1,4 @@
-"""One run of a comparison: what to train, what to evaluate, which examples it reads, and its files."""
+"""One run of a comparison: its training settings, evaluations, examples and files."""
 
 import dataclasses
 import functools

@@ -20,7 +20,7 @@ RESULTS = "results.jsonl"
 
 @dataclass(frozen=True)
 class Results:
-    """Everything known of a comparison."""
+    """Results of a comparison: rows of its runs, and what could not be run or counted."""
 
     rows: list[dict[str, Any]]
     """Result rows of all runs that are done or have failed, trials first."""

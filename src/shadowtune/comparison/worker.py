@@ -50,7 +50,7 @@ class BareBase(FinishedRun):
 
 
 def run(job: Job) -> None:
-    """Do what of a job is not done yet.
+    """Train and evaluate, except for the parts of the job that are done already; write the result row.
 
     Raises:
         ShadowtuneError: if training or an evaluation fails.

@@ -1,7 +1,6 @@
 """Checkpoints: directories that are complete or absent, with costs and digests beside the trainer's own files."""
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from shadowtune.errors import CheckpointError, ShadowtuneError, TrainingError
 from shadowtune.model.files import is_write_error, replace_directory, staging_of, write_reason
+from shadowtune.models import file_sha256
 
 PROGRESS = "progress.json"
 DIGESTS = "files.json"
@@ -94,7 +94,7 @@ def _resume_hint(checkpoints: Path) -> str:
 
 def write_digests(checkpoint: Path) -> None:
     """Write the digests of all files of a checkpoint."""
-    digests = {str(path.relative_to(checkpoint)): _digest(path) for path in _files_of(checkpoint)}
+    digests = {str(path.relative_to(checkpoint)): file_sha256(path) for path in _files_of(checkpoint)}
     (checkpoint / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
 
 
@@ -119,7 +119,7 @@ def check_checkpoint(checkpoint: Path) -> None:
     """
     for name, digest in check_complete(checkpoint).items():
         try:
-            found = _digest(checkpoint / name)
+            found = file_sha256(checkpoint / name)
         except OSError as error:
             raise _damaged(checkpoint / name, checkpoint, error.strerror) from None
         if found != digest:
@@ -145,14 +145,6 @@ def check_complete(checkpoint: Path) -> dict[str, str]:
 
 def _files_of(checkpoint: Path) -> list[Path]:
     return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / DIGESTS)
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while piece := handle.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _damaged(path: Path, checkpoint: Path, error: Any) -> CheckpointError:

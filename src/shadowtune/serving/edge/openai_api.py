@@ -29,7 +29,7 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class RemoteError(RequestError):
-    """A remote endpoint that cannot be reached, refuses a request, or sends something wrong.
+    """A remote endpoint that cannot be reached, refuses a request, or sends an invalid response.
 
     Args:
         reason: a few words, as ``Decision.reason`` reports them.

@@ -165,7 +165,7 @@ class RemoteEndpoint:
         self._predicts = True
 
     def models(self) -> list[ModelCard]:
-        """Return the models that it is asked for, as far as known."""
+        """Return the configured model, else those that the endpoint has listed; none before it was asked."""
         names = [self.config.model] if self.config.model else self._listed or []
         return [ModelCard(name, 0, 0, self.config.url) for name in names]
 

@@ -85,7 +85,7 @@ def response_cost(prices: Prices, usage: Usage) -> float:
 
 
 class Router:
-    """A backend that answers at the edge what its policy keeps there, and defers the rest to the cloud.
+    """A backend that answers requests at the edge, and defers to the cloud those that its policy selects.
 
     If the cloud fails before its first chunk, the edge's own answer is used, with side "fallback" and the reason. The
     cloud is also asked for what the edge cannot answer, such as a prompt that is too long for it. A first byte takes at

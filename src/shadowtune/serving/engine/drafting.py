@@ -15,7 +15,7 @@ from shadowtune.model.speculation.drafters import AdaptiveDrafter, DraftBatch, m
 
 
 class SequenceState(Protocol):
-    """What drafting and the shadow's backbone read of a sequence."""
+    """State of a sequence that drafting and the shadow's backbone read."""
 
     tokens: list[int]
     """Prompt and output so far."""

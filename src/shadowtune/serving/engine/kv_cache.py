@@ -92,7 +92,7 @@ def _unsupported(config: PreTrainedConfig, reason: str) -> UnsupportedArchitectu
 
 
 class CacheIndices(NamedTuple):
-    """Where a pass writes and reads."""
+    """Slots and positions of the cache that a pass writes to and reads from."""
 
     slots: Tensor
     """(B, 1)."""

@@ -1,1 +1,1 @@
-"""OpenAI's HTTP API in front of anything that answers."""
+"""HTTP API, compatible with OpenAI's, in front of any backend."""

@@ -1,4 +1,4 @@
-"""Admission control and metrics: how many requests an app takes on, and the numbers that it reports about them."""
+"""Admission control and metrics: limits on the requests in progress, and Prometheus counters about them."""
 
 import asyncio
 import logging

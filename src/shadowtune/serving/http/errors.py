@@ -52,7 +52,7 @@ FIELDS = {name: field.description for model in reversed(MODELS) for name, field 
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong."""
+    """Message, type, invalid field and code of an error."""
 
     message: str
     type: str

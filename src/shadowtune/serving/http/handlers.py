@@ -90,7 +90,7 @@ class AdapterControl(Protocol):
 
 @dataclass
 class ServerState:
-    """What the handlers of one app share."""
+    """State that the handlers of one app share."""
 
     admission: AdmissionController
     role: Role

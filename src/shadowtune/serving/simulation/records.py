@@ -36,7 +36,7 @@ class RecordedAnswer:
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One request and what each side answered."""
+    """One request with the recorded answer of each side."""
 
     edge: RecordedAnswer
     cloud: RecordedAnswer

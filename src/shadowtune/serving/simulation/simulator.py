@@ -1,4 +1,4 @@
-"""Simulate edge, network and cloud on recorded answers: what each request scores, costs and waits.
+"""Simulate edge, network and cloud on recorded answers: score, cost and latency of each request.
 
 Each side is one server with a first-come-first-served queue; the network adds latency between them.
 """
