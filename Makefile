@@ -16,7 +16,16 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
-demo: install  ## fine-tune SmolLM2-135M with a shadow and with LoRA, compare, look at runs/demo
+DEMO := $(VENV)/.demo
+
+$(DEMO): pyproject.toml $(CONSTRAINTS)
+	test -f $(INSTALLED) || { $(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install -q --upgrade pip && \
+		$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch && \
+		$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo]'; }
+	touch $@
+
+demo: $(DEMO)  ## fine-tune SmolLM2-135M with a shadow and with LoRA, compare, look at runs/demo; installs no more than it needs
 	$(BIN)/shadowtune demo
 
 robot: install  ## a robot that answers what it can: train, detach, export, calibrate, simulate

@@ -10,6 +10,7 @@ from benchmarks.benchmark import Benchmark
 from benchmarks.detached import DETACHED
 from benchmarks.generation import DECODE, EVALUATE
 from benchmarks.operations import BOUNDARY, HEAD
+from benchmarks.planning import PLAN
 from benchmarks.result_files import ResultFiles, readable, title
 from benchmarks.runner import run_benchmark
 from benchmarks.serving import SERVING
@@ -21,7 +22,7 @@ from shadowtune.provenance import provenance
 
 BENCHMARKS: dict[str, Benchmark] = {
     bench.name: bench
-    for bench in (TRAIN, BOUNDARY, HEAD, DECODE, EVALUATE, SPECULATE, PASSES, SERVING, DETACHED, MEMORY, SCALING)
+    for bench in (TRAIN, BOUNDARY, HEAD, DECODE, EVALUATE, SPECULATE, PASSES, SERVING, DETACHED, MEMORY, SCALING, PLAN)
 }
 
 

@@ -1,7 +1,7 @@
 """The definition of a benchmark: its settings, its candidates, its cases, and the interface of a candidate.
 
 A benchmark compares candidates, ours first, in several cases. Each candidate has a process of its own. Samples are
-taken of all candidates in turn, repeatedly, and ours is divided by each peer's sample of the same round. A new
+taken of all candidates in turn, repeatedly, and ours is divided by each baseline's sample of the same round. A new
 benchmark is a module that defines a ``Benchmark``, and a line in ``__main__.py``.
 """
 
@@ -37,10 +37,10 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def check_known(names: Iterable[str], known: Collection[str]) -> None:
-    """Raise ConfigError if a peer is not a known one."""
+    """Raise ConfigError if a baseline is not a known one."""
     for name in names:
         if name not in known:
-            raise ConfigError(f"unknown peer {name!r}{nearest(name, known)}; peers: {', '.join(known)}")
+            raise ConfigError(f"unknown baseline {name!r}{nearest(name, known)}; baselines: {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Benchmark:
     open: Callable[..., Candidate]
     """(settings, name, **arguments of the plan) -> the loaded candidate; called in the candidate's process."""
     facts: tuple[str, ...] = ()
-    """Names, with units, of further columns: ours, and the peer's with the prefix ``peer_``."""
+    """Names, with units, of further columns: ours, and the baseline's with the prefix ``baseline_``."""
     draw: Callable[[Sequence[Mapping[str, Any]], Path], None] | None = None
     """(rows, file): draw a figure of the rows; None if there is none."""
     examples: str = ""

@@ -39,8 +39,8 @@ EXPORTS: dict[str, tuple[str, str]] = {
 }
 """Format and quantization of every detached candidate, by name."""
 MODELS = ("attached", "base")
-"""The peers that are no detached shadow."""
-PEERS = (
+"""The baselines that are no detached shadow."""
+BASELINES = (
     *MODELS,
     "safetensors-f16",
     "safetensors-int8",
@@ -62,7 +62,7 @@ class DetachedSettings(Settings):
     model: str = option("smollm2-135m", MODEL_HELP)
     adapter: str | None = option(None, "a saved shadow of the base, as RUN/model; default: an untrained one")
     candidate: str = option(OURS, f"what is compared: {', '.join(EXPORTS)}")
-    peers: tuple[str, ...] = option(PEERS, f"with what: any of {', '.join((*MODELS, *EXPORTS))}", words)
+    baselines: tuple[str, ...] = option(BASELINES, f"with what: any of {', '.join((*MODELS, *EXPORTS))}", words)
     phases: tuple[str, ...] = option(
         PHASES, "each a case: prefill reads the prompt and chooses a token, decode goes on from there", words
     )
@@ -84,14 +84,14 @@ def plan_detached(settings: DetachedSettings) -> BenchmarkPlan:
     """Check that every candidate can be written and run; one case for each phase.
 
     Raises:
-        ShadowtuneError: if a peer is unknown or a package for it is missing, or the base cannot be
+        ShadowtuneError: if a baseline is unknown or a package for it is missing, or the base cannot be
             found or is too short.
     """
-    if not settings.peers:
-        raise ConfigError(f"no peer to compare with; choose from {', '.join((*MODELS, *EXPORTS))}")
-    if settings.candidate in settings.peers:
-        raise ConfigError(f"{settings.candidate} is compared with itself; leave it out of --peers")
-    names = (settings.candidate, *settings.peers)
+    if not settings.baselines:
+        raise ConfigError(f"no baseline to compare with; choose from {', '.join((*MODELS, *EXPORTS))}")
+    if settings.candidate in settings.baselines:
+        raise ConfigError(f"{settings.candidate} is compared with itself; leave it out of --baselines")
+    names = (settings.candidate, *settings.baselines)
     for name in names:
         _check_candidate(name)
     check_length(base_config(settings.model), settings.prompt + settings.new, settings.model)
@@ -107,7 +107,9 @@ def _check_candidate(name: str) -> None:
     to, quantization = EXPORTS[name]
     check_export(to, quantization)
     if to == "gguf" and importlib.util.find_spec("xllamacpp") is None:  # else torch would run it, and be measured
-        raise ShadowtuneError(f"{name} runs in llama.cpp by xllamacpp, which is not installed; leave it out of --peers")
+        raise ShadowtuneError(
+            f"{name} runs in llama.cpp by xllamacpp, which is not installed; leave it out of --baselines"
+        )
 
 
 class DetachedCandidate(TimedCandidate):
@@ -202,7 +204,7 @@ DETACHED = Benchmark(
     open=DetachedCandidate,
     examples="""examples:
   python -m benchmarks detached --model tiny                                    a random base, to see how it works
-  python -m benchmarks detached --candidate onnx-int8 --peers attached,base       what a phone would run
+  python -m benchmarks detached --candidate onnx-int8 --baselines attached,base       what a phone would run
   python -m benchmarks detached --model smollm2-135m --adapter runs/clinc150/model
 
 the files themselves, of a model that you train:

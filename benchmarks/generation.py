@@ -5,7 +5,7 @@ it has none. Adapters are perturbed. The candidates that end in "-compiled" keep
 one token.
 
 ``evaluate``: tokens per second of answers, the prefill included. Evaluation answers in left-padded batches with a
-cache. The peers do what evaluation scripts often do: one prompt at a time, with a cache ("one-by-one") or reading
+cache. The baselines do what evaluation scripts often do: one prompt at a time, with a cache ("one-by-one") or reading
 everything again for each token ("uncached"). All answer the same random prompts by the same attached model.
 """
 
@@ -65,7 +65,7 @@ class DecodeSettings(Settings):
 
     model: str = option("smollm2-135m", MODEL_HELP)
     candidate: str = option(OURS, f"what is compared: {', '.join(DECODE_CANDIDATES)}")
-    peers: tuple[str, ...] = option(
+    baselines: tuple[str, ...] = option(
         ("base", "lora", "peft-shadow", "shadow-peft"), f"with what: any of {', '.join(DECODERS)}", words
     )
     batch: tuple[int, ...] = option((1, 8), "sequences that are generated at once, each a case", integers)
@@ -86,15 +86,15 @@ def plan_decode(settings: DecodeSettings) -> BenchmarkPlan:
     """Choose sizes that make the budgets equal; one case for each batch size.
 
     Raises:
-        ShadowtuneError: if a peer is unknown or not installed, the base cannot be found or is too
+        ShadowtuneError: if a baseline is unknown or not installed, the base cannot be found or is too
             short, or there are no equal budgets.
     """
-    check_baselines(settings.peers, {name: METHODS[decoder.method] for name, decoder in DECODERS.items()})
-    if settings.candidate in settings.peers:
-        raise ConfigError(f"{settings.candidate} is compared with itself; leave it out of --peers")
+    check_baselines(settings.baselines, {name: METHODS[decoder.method] for name, decoder in DECODERS.items()})
+    if settings.candidate in settings.baselines:
+        raise ConfigError(f"{settings.candidate} is compared with itself; leave it out of --baselines")
     config = base_config(settings.model)
     check_length(config, settings.prompt + settings.new, settings.model)
-    names = (settings.candidate, *settings.peers)
+    names = (settings.candidate, *settings.baselines)
     sizes = equal_budgets(config, [DECODERS[name].method for name in names], settings.parameters)
     candidates = {name: {"size": sizes[DECODERS[name].method]} for name in names}
     cases = tuple(Case(f"batch={batch}", {"batch": batch}) for batch in settings.batch)
@@ -161,7 +161,7 @@ DECODE = Benchmark(
     open=DecodeCandidate,
     examples="""examples:
   python -m benchmarks decode --model tiny           under a minute: a random base, to see how it works
-  python -m benchmarks decode --candidate shadow-compiled --peers base,base-compiled,shadow --batch 1
+  python -m benchmarks decode --candidate shadow-compiled --baselines base,base-compiled,shadow --batch 1
   python -m benchmarks decode --model path/or/hub-id --device cuda --dtype bfloat16 --adapter-dtype bfloat16
 """,
 )
@@ -169,7 +169,7 @@ DECODE = Benchmark(
 
 BATCHED = "batched"
 LOOPS: dict[str, bool] = {"one-by-one": True, "uncached": False}
-"""The peers, which answer one prompt at a time, and whether they keep a cache."""
+"""The baselines, which answer one prompt at a time, and whether they keep a cache."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class EvaluateSettings(Settings):
     """Settings of ``evaluate``."""
 
     model: str = option("smollm2-135m", MODEL_HELP)
-    peers: tuple[str, ...] = option(tuple(LOOPS), f"with what: any of {', '.join(LOOPS)}", words)
+    baselines: tuple[str, ...] = option(tuple(LOOPS), f"with what: any of {', '.join(LOOPS)}", words)
     batch: int = option(32, "prompts that evaluation answers at once", int)
     rows: int = option(32, "prompts of each sample", int)
     prompt: int = option(64, "tokens of the longest prompt; the shortest has a quarter", int)
@@ -190,14 +190,14 @@ def plan_evaluate(settings: EvaluateSettings) -> BenchmarkPlan:
     """Check names and lengths; one case for each length of answers.
 
     Raises:
-        ShadowtuneError: if a peer is unknown, or the base cannot be found or is too short.
+        ShadowtuneError: if a baseline is unknown, or the base cannot be found or is too short.
     """
-    check_known(settings.peers, LOOPS)
-    if not settings.peers:
-        raise ConfigError(f"--peers must name some of {', '.join(LOOPS)}")
+    check_known(settings.baselines, LOOPS)
+    if not settings.baselines:
+        raise ConfigError(f"--baselines must name some of {', '.join(LOOPS)}")
     check_length(base_config(settings.model), settings.prompt + max(settings.new), settings.model)
     return BenchmarkPlan(
-        {name: {} for name in (BATCHED, *settings.peers)},
+        {name: {} for name in (BATCHED, *settings.baselines)},
         tuple(Case(f"new={new}", {"new": new}) for new in settings.new),
     )
 

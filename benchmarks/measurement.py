@@ -20,6 +20,8 @@ from shadowtune.provenance import peak_memory_mb
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of glibc's malloc.h."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Precisions of the command line options."""
 NOISE = 0.01
@@ -63,6 +65,15 @@ class MemoryMeter:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         return _status_mb("VmHWM")
+
+
+def map_large_arrays() -> None:
+    """Let glibc map each array of 256 kB or more by itself, so that its memory is returned when it is freed.
+
+    By default it raises that threshold to 32 MB, and the heap of a training step holds up to 1.4 times what is alive.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**18)
 
 
 def _status_mb(key: str) -> float:

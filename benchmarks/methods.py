@@ -23,7 +23,7 @@ from shadowtune.model.methods import make_trainable
 
 INSTALL = "pip install 'shadowtune[bench]'"
 RANK, UPDATE_WIDTH = 16, 8
-HINT = "pass another --parameters or leave the peer out of --peers"
+HINT = "pass another --parameters or leave the baseline out of --baselines"
 """For errors where budgets cannot be made equal."""
 
 
@@ -79,7 +79,7 @@ def _peft_shadow(base: PreTrainedModel, size: int | None) -> nn.Module:
         from peft import ShadowConfig as PeftShadowConfig
         from peft import get_peft_model
     except ImportError:
-        raise ShadowtuneError(f"peer peft-shadow needs peft 0.21 or later: {INSTALL}") from None
+        raise ShadowtuneError(f"baseline peft-shadow needs peft 0.21 or later: {INSTALL}") from None
     config = PeftShadowConfig(
         task_type="CAUSAL_LM", r=RANK, update_hidden_size=UPDATE_WIDTH, shadow_intermediate_size=size
     )
@@ -114,14 +114,16 @@ METHODS = {OURS: shadow_method(RANK), **BASELINES}
 
 
 def check_baselines(names: Sequence[str], baselines: Mapping[str, Method] = BASELINES) -> None:
-    """Raise ConfigError if a peer is unknown or there is none, ShadowtuneError if its package is not installed."""
+    """Raise ConfigError if a baseline is unknown or there is none, ShadowtuneError if its package is not installed."""
     if not names:
-        raise ConfigError(f"no peer to compare with; choose from {', '.join(baselines)}")
+        raise ConfigError(f"no baseline to compare with; choose from {', '.join(baselines)}")
     check_known(names, baselines)
     for name in names:
         package = baselines[name].package
         if package is not None and importlib.util.find_spec(package) is None:
-            raise ShadowtuneError(f"peer {name} needs {package.replace('_', '-')}, which is not installed: {INSTALL}")
+            raise ShadowtuneError(
+                f"baseline {name} needs {package.replace('_', '-')}, which is not installed: {INSTALL}"
+            )
 
 
 def count_method(name: str, config: PreTrainedConfig, size: int | None, methods: Mapping[str, Method] = METHODS) -> int:
@@ -144,11 +146,11 @@ def equal_budgets(
     parameters: int | None,
     methods: Mapping[str, Method] = METHODS,
 ) -> dict[str, int | None]:
-    """Choose sizes at which ours and each peer train equally many parameters, within 3 %.
+    """Choose sizes at which ours and each baseline train equally many parameters, within 3 %.
 
     Args:
         config: of the base.
-        names: the peers.
+        names: the baselines.
         parameters: the number to aim at; None for that of ours at its default size.
         methods: their definitions, ours among them.
 
@@ -159,7 +161,7 @@ def equal_budgets(
         ShadowtuneError: if a package refuses the architecture, or no such sizes exist.
     """
     wanted = parameters or count_method(OURS, config, None, methods)
-    peers = [name for name in names if name != OURS]
-    growths = {name: growth_of_method(name, config) for name in peers if methods[name].size_name is not None}
+    baselines = [name for name in names if name != OURS]
+    growths = {name: growth_of_method(name, config) for name in baselines if methods[name].size_name is not None}
     sizes = equal_sizes(wanted, OURS, growth_of_method(OURS, config, methods), growths, HINT)
-    return {name: sizes.get(name) for name in (OURS, *peers)}
+    return {name: sizes.get(name) for name in (OURS, *baselines)}

@@ -1,8 +1,9 @@
 r"""Benchmarks of single operations: ``boundary`` (update and injection) and ``head`` (the joint loss of both networks).
 
-``boundary``: one boundary, forward and forward with backward. The peer "reference" is the same module, computed step by
-step. The peer "copy" is the limit of the memory: the least bytes that a boundary has to move, at the speed at which
-this device copies a large tensor; ours over it is the share of that limit. For N tokens of width d the least is
+``boundary``: one boundary, forward and forward with backward. The baseline "reference" is the same module, computed
+step by step. The baseline "copy" is the limit of the memory: the least bytes that a boundary has to move, at the speed
+at which this device copies a large tensor; ours over it is the share of that limit. For N tokens of width d the least
+is
 
     forward                 read h, s; write h', s'
     forward and backward    that, then read h, s, dh', ds'; write dh, ds
@@ -34,7 +35,7 @@ from shadowtune.core.losses import linear_cross_entropy, linear_cross_entropy_re
 from shadowtune.errors import ConfigError, ShadowtuneError
 
 OURS = "shadow"
-BOUNDARY_PEERS = (*(kernel for kernel in get_args(Kernel) if kernel != "auto"), "copy")
+BOUNDARY_BASELINES = (*(kernel for kernel in get_args(Kernel) if kernel != "auto"), "copy")
 FORWARD, BACKWARD = "forward", "forward+backward"
 PASSES = {FORWARD: 4, BACKWARD: 10}
 """Least number of times that N x d numbers are read or written; half in h's precision, half in s's."""
@@ -46,7 +47,9 @@ COPY_BYTES = 2**28
 class BoundarySettings(Settings):
     """Settings of ``boundary``."""
 
-    peers: tuple[str, ...] = option(("reference", "copy"), f"with what: any of {', '.join(BOUNDARY_PEERS)}", words)
+    baselines: tuple[str, ...] = option(
+        ("reference", "copy"), f"with what: any of {', '.join(BOUNDARY_BASELINES)}", words
+    )
     tokens: tuple[int, ...] = option((1024, 4096), "tokens at once, each two cases", integers)
     width: int = option(576, "d, the width of the base", int)
     rank: int = option(16, "r, the width of the injection's bottleneck", int)
@@ -72,17 +75,17 @@ def plan_boundary(settings: BoundarySettings) -> BenchmarkPlan:
     """Plan two cases, forward and forward+backward, for each number of tokens.
 
     Raises:
-        ConfigError: if a peer is unknown, or there is none.
+        ConfigError: if a baseline is unknown, or there is none.
     """
-    check_known(settings.peers, BOUNDARY_PEERS)
-    if not settings.peers:
-        raise ConfigError(f"no peer to compare with; choose from {', '.join(BOUNDARY_PEERS)}")
+    check_known(settings.baselines, BOUNDARY_BASELINES)
+    if not settings.baselines:
+        raise ConfigError(f"no baseline to compare with; choose from {', '.join(BOUNDARY_BASELINES)}")
     cases = [
         Case(f"{direction} tokens={tokens}", {"direction": direction, "tokens": tokens})
         for direction in PASSES
         for tokens in settings.tokens
     ]
-    return BenchmarkPlan({name: {} for name in (OURS, *settings.peers)}, tuple(cases))
+    return BenchmarkPlan({name: {} for name in (OURS, *settings.baselines)}, tuple(cases))
 
 
 def least_bytes(settings: BoundarySettings, direction: str, tokens: int) -> int:
@@ -175,7 +178,7 @@ BOUNDARY = Benchmark(
   python -m benchmarks boundary                      half a minute: against the step-by-step reference, and a plain copy
   python -m benchmarks boundary --tokens 8192 --width 4096 --device cuda --dtype bfloat16 --adapter-dtype bfloat16
 
-The ratio to the peer copy is the share of the device's copy bandwidth that a boundary reaches.
+The ratio to the baseline copy is the share of the device's copy bandwidth that a boundary reaches.
 """,
 )
 
@@ -188,7 +191,7 @@ LAMBDA, MU = 0.05, 0.5
 class HeadSettings(Settings):
     """Settings of ``head``."""
 
-    peers: tuple[str, ...] = option(("all-logits",), "with what: any of all-logits, liger", words)
+    baselines: tuple[str, ...] = option(("all-logits",), "with what: any of all-logits, liger", words)
     rows: tuple[int, ...] = option((32, 1024), "labelled positions of each network, each two cases", integers)
     width: int = option(576, "d, the width of the base", int)
     vocabulary: int = option(49152, "V, tokens of the vocabulary", int)
@@ -200,24 +203,24 @@ def plan_head(settings: HeadSettings) -> BenchmarkPlan:
     """Plan two cases, without and with distillation, for each number of positions.
 
     Raises:
-        ConfigError: if a peer is unknown or cannot run on the device, or there is none.
+        ConfigError: if a baseline is unknown or cannot run on the device, or there is none.
         ShadowtuneError: if liger-kernel is not installed.
     """
-    check_known(settings.peers, LOSSES)
-    if not settings.peers:
-        raise ConfigError(f"no peer to compare with; choose from {', '.join(LOSSES)}")
-    if "liger" in settings.peers:
+    check_known(settings.baselines, LOSSES)
+    if not settings.baselines:
+        raise ConfigError(f"no baseline to compare with; choose from {', '.join(LOSSES)}")
+    if "liger" in settings.baselines:
         if settings.device != "cuda":
-            raise ConfigError("peer liger runs on CUDA devices only; pass --device cuda or leave it out")
+            raise ConfigError("baseline liger runs on CUDA devices only; pass --device cuda or leave it out")
         if importlib.util.find_spec("liger_kernel") is None:
-            raise ShadowtuneError("peer liger needs liger-kernel, which is not installed: pip install liger-kernel")
+            raise ShadowtuneError("baseline liger needs liger-kernel, which is not installed: pip install liger-kernel")
     cases = [
         Case(f"{kind} rows={rows}", {"distilled": kind == "distilled", "rows": rows})
         for kind in ("joint", "distilled")
         for rows in settings.rows
-        if kind == "joint" or "liger" not in settings.peers
+        if kind == "joint" or "liger" not in settings.baselines
     ]
-    return BenchmarkPlan({name: {} for name in (OURS, *settings.peers)}, tuple(cases))
+    return BenchmarkPlan({name: {} for name in (OURS, *settings.baselines)}, tuple(cases))
 
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor]
@@ -248,7 +251,7 @@ def _liger(weight: Tensor, h: Tensor, s: Tensor, targets: Tensor, distilled: boo
 
 
 LOSSES: dict[str, Loss] = {"all-logits": _all_logits, "liger": _liger}
-"""The peers."""
+"""The baselines."""
 
 
 class HeadCandidate(TimedCandidate):
@@ -293,7 +296,7 @@ HEAD = Benchmark(
     open=HeadCandidate,
     examples="""examples:
   python -m benchmarks head                          a minute: SmolLM2's head, with and without distillation
-  python -m benchmarks head --peers all-logits,liger --rows 2048 --width 4096 --vocabulary 151936 --device cuda \\
+  python -m benchmarks head --baselines all-logits,liger --rows 2048 --width 4096 --vocabulary 151936 --device cuda \\
       --dtype bfloat16
 """,
 )

@@ -35,10 +35,10 @@ def measured(file: Path) -> tuple[Time, Time, float]:
     for row in rows:
         tokens = int(row["case"].removeprefix("tokens="))
         passes[tokens] = tokens / float(row["tokens_per_second"])
-        if row["peer"] == "drafting":
-            drafts[tokens] = tokens / float(row["peer_tokens_per_second"])
-        if row["peer"] == "base" and tokens == 1:
-            base = 1 / float(row["peer_tokens_per_second"])
+        if row["baseline"] == "drafting":
+            drafts[tokens] = tokens / float(row["baseline_tokens_per_second"])
+        if row["baseline"] == "base" and tokens == 1:
+            base = 1 / float(row["baseline_tokens_per_second"])
     return timed(passes, passes[1]), timed(drafts, passes[1]), base / passes[1]
 
 

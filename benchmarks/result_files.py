@@ -21,7 +21,7 @@ HARDWARE = ("platform", "processor", "cores", "threads", "devices")
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ours over a peer's, round by round; the drift of the machine affects both of a pair and cancels."""
+    """Ours over a baseline's, round by round; the drift of the machine affects both of a pair and cancels."""
 
     ratio: float
     """Median of the ratios of the rounds."""
@@ -41,9 +41,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
-def pairwise_ratio(ours: Sequence[float], peer: Sequence[float]) -> Ratio:
-    """Divide sample i of ours by sample i of the peer, and describe the ratios."""
-    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+def pairwise_ratio(ours: Sequence[float], baseline: Sequence[float]) -> Ratio:
+    """Divide sample i of ours by sample i of the baseline, and describe the ratios."""
+    ratios = [a / b for a, b in zip(ours, baseline, strict=True)]
     return Ratio(statistics.median(ratios), percentile(ratios, 0.1), percentile(ratios, 0.9), len(ratios))
 
 
@@ -63,30 +63,30 @@ class Measurement:
 
 
 def comparison(
-    bench: Benchmark, case: str, ours: Measurement, peer: Measurement, context: Mapping[str, Any]
+    bench: Benchmark, case: str, ours: Measurement, baseline: Measurement, context: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the row that compares ours with one peer in one case.
+    """Return the row that compares ours with one baseline in one case.
 
-    ``ratio`` is the median over the rounds of ours divided by the peer's, ``ratio_low`` and ``ratio_high`` the 10th and
-    90th percentile, ``n`` the rounds. ``memory_ratio`` is ours over the peer's too, so smaller is better.
+    ``ratio`` is the median over the rounds of ours divided by the baseline's, ``ratio_low`` and ``ratio_high`` the 10th
+    and 90th percentile, ``n`` the rounds. ``memory_ratio`` is ours over the baseline's too, so smaller is better.
     """
-    sides = (("", ours), ("peer_", peer))
+    sides = (("", ours), ("baseline_", baseline))
     return {
         "bench": bench.name,
         "case": case,
-        "subject": ours.name,
-        "peer": peer.name,
-        **asdict(pairwise_ratio(ours.samples, peer.samples)),
+        "candidate": ours.name,
+        "baseline": baseline.name,
+        **asdict(pairwise_ratio(ours.samples, baseline.samples)),
         "unit": bench.unit,
         bench.unit: statistics.median(ours.samples),
-        f"peer_{bench.unit}": statistics.median(peer.samples),
-        "memory_ratio": ours.peak_memory_mb / peer.peak_memory_mb if peer.peak_memory_mb > 0 else None,
+        f"baseline_{bench.unit}": statistics.median(baseline.samples),
+        "memory_ratio": ours.peak_memory_mb / baseline.peak_memory_mb if baseline.peak_memory_mb > 0 else None,
         "peak_memory_mb": ours.peak_memory_mb,
-        "peer_peak_memory_mb": peer.peak_memory_mb,
+        "baseline_peak_memory_mb": baseline.peak_memory_mb,
         "trainable_parameters": ours.trainable_parameters,
-        "peer_trainable_parameters": peer.trainable_parameters,
+        "baseline_trainable_parameters": baseline.trainable_parameters,
         "size": ours.size,
-        "peer_size": peer.size,
+        "baseline_size": baseline.size,
         **{f"{prefix}{name}": side.facts[name] for name in bench.facts for prefix, side in sides},
         **context,
     }
@@ -97,19 +97,19 @@ def readable(bench: Benchmark, rows: Sequence[Mapping[str, Any]]) -> list[dict[s
     return [
         {
             "case": row["case"],
-            "peer": row["peer"],
+            "baseline": row["baseline"],
             "ratio": row["ratio"],
             "10-90 %": f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}",
             "ours": row[bench.unit],
-            "theirs": row[f"peer_{bench.unit}"],
+            "theirs": row[f"baseline_{bench.unit}"],
             "memory ratio": row["memory_ratio"],
             "our MB": row["peak_memory_mb"],
-            "their MB": row["peer_peak_memory_mb"],
-            "they train": row["peer_trainable_parameters"],
+            "their MB": row["baseline_peak_memory_mb"],
+            "they train": row["baseline_trainable_parameters"],
             **{
                 f"{whose} {name.replace('_mb', ' MB')}": row[f"{prefix}{name}"]
                 for name in bench.facts
-                for whose, prefix in (("our", ""), ("their", "peer_"))
+                for whose, prefix in (("our", ""), ("their", "baseline_"))
             },
         }
         for row in rows

@@ -52,7 +52,7 @@ def run_benchmark(
     plan: BenchmarkPlan,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Measure ours against each peer; yield the rows of each case when it is done.
+    """Measure ours against each baseline; yield the rows of each case when it is done.
 
     The candidates take turns - A B C A B C ... - and the others are idle meanwhile.
 
@@ -60,9 +60,9 @@ def run_benchmark(
         ConfigError: if the candidates, once loaded, do not train equally many parameters.
         ShadowtuneError: if a candidate cannot be loaded or measured.
     """
-    ours, *peers = plan.candidates
+    ours, *baselines = plan.candidates
     context = {name: vars(settings)[name] for name in benchmark.context}
-    hint = "try a smaller --batch, or other --peers"
+    hint = "try a smaller --batch, or other --baselines"
     with contextlib.ExitStack() as stack:
         count = _Counter(progress, len(plan.candidates) * (1 + len(plan.cases) * (1 + settings.repeats)))
         workers = {name: stack.enter_context(WorkerProcess(name, hint)) for name in plan.candidates}
@@ -82,7 +82,9 @@ def run_benchmark(
                 for name, worker in workers.items():
                     with count(f"{case.name}: {name}"):
                         measured[name].samples.append(worker.call(measure, name))
-            yield [comparison(benchmark, case.name, measured[ours], measured[peer], context) for peer in peers]
+            yield [
+                comparison(benchmark, case.name, measured[ours], measured[baseline], context) for baseline in baselines
+            ]
 
 
 class _Counter:

@@ -24,8 +24,8 @@ from shadowtune.serving.engine.engine import Engine
 from shadowtune.serving.engine.scheduler import Limits
 from shadowtune.serving.requests import GenerationRequest, SamplingParams
 
-SERVED = ("mixed", "batched", "alone")
-"""The candidates and peers."""
+MODES = ("mixed", "batched", "alone")
+"""The candidates and baselines."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class ServingSettings(Settings):
     """Settings of ``serving``."""
 
     model: str = option("smollm2-135m", MODEL_HELP)
-    candidate: str = option("mixed", f"what is compared: {', '.join(SERVED)}")
-    peers: tuple[str, ...] = option(("batched", "alone"), f"with what: any of {', '.join(SERVED)}", words)
+    candidate: str = option("mixed", f"what is compared: {', '.join(MODES)}")
+    baselines: tuple[str, ...] = option(("batched", "alone"), f"with what: any of {', '.join(MODES)}", words)
     streams: tuple[int, ...] = option((16,), "requests at once, each a case", integers)
     adapters: int = option(4, "adapters that the streams of mixed are spread over", int)
     prompt: int = option(32, "tokens of each prompt", int)
@@ -45,21 +45,21 @@ class ServingSettings(Settings):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        check_choices(self, candidate=SERVED)
+        check_choices(self, candidate=MODES)
 
 
 def plan_serving(settings: ServingSettings) -> BenchmarkPlan:
     """Check names and lengths; one case for each number of streams.
 
     Raises:
-        ConfigError: if a peer is unknown or the candidate itself, or the base has too few positions.
+        ConfigError: if a baseline is unknown or the candidate itself, or the base has too few positions.
     """
-    check_known(settings.peers, SERVED)
-    if not settings.peers or settings.candidate in settings.peers:
-        raise ConfigError(f"--peers must name others than {settings.candidate}: any of {', '.join(SERVED)}")
+    check_known(settings.baselines, MODES)
+    if not settings.baselines or settings.candidate in settings.baselines:
+        raise ConfigError(f"--baselines must name others than {settings.candidate}: any of {', '.join(MODES)}")
     check_length(base_config(settings.model), settings.prompt + settings.new, settings.model)
     cases = tuple(Case(f"streams={streams}", {"streams": streams}) for streams in settings.streams)
-    return BenchmarkPlan({name: {} for name in (settings.candidate, *settings.peers)}, cases)
+    return BenchmarkPlan({name: {} for name in (settings.candidate, *settings.baselines)}, cases)
 
 
 class ServingCandidate(TimedCandidate):
@@ -139,6 +139,6 @@ SERVING = Benchmark(
     examples="""examples:
   python -m benchmarks serving --model tiny                                under a minute: a random base
   python -m benchmarks serving                                             4 adapters in a batch, one, and one at a time
-  python -m benchmarks serving --candidate batched --peers alone --streams 4,16
+  python -m benchmarks serving --candidate batched --baselines alone --streams 4,16
 """,
 )

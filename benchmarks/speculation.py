@@ -3,12 +3,12 @@
 ``speculate``: greedy decoding with drafts and without, in new tokens per second, the prefill included. Prompts are a
 task's test examples, others in each round and the same for every candidate; without a task, random tokens, which no
 shadow can predict. Each candidate that drafts is first checked against plain decoding. Facts: ``tokens_per_pass``, new
-tokens for each pass of the attached model; ``stood``, the share of accepted tokens by position in the draft.
+tokens for each pass of the attached model; ``accepted``, the share of accepted tokens by position in the draft.
 
 ``passes``: one pass over n new tokens behind a cache, in tokens per second. A draft of n - 1 tokens pays if a pass over
-n tokens and n - 1 steps of the drafter take less time than as many passes over one token as tokens are accepted. Peers:
-the bare base; the attached model without prepacked weights ("as-usual"); and n steps of the drafter ("drafting"), which
-are backbone, head and choice.
+n tokens and n - 1 steps of the drafter take less time than as many passes over one token as tokens are accepted.
+Baselines: the bare base; the attached model without prepacked weights ("as-usual"); and n steps of the drafter
+("drafting"), which are backbone, head and choice.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,7 +57,7 @@ class SpeculateSettings(Settings):
     model: str = option("smollm2-135m", MODEL_HELP)
     adapter: str | None = option(None, "a saved shadow of the base, as RUN/model; default: an untrained one")
     candidate: str = option("speculate", f"what is compared: {', '.join(DRAFTING)}")
-    peers: tuple[str, ...] = option(
+    baselines: tuple[str, ...] = option(
         ("attached", "assisted", "base"), f"with what: any of {', '.join((*DRAFTING, *OTHERS))}", words
     )
     task: str | None = option(None, "prompts are this task's test examples; default: random tokens")
@@ -79,16 +79,16 @@ def plan_speculate(settings: SpeculateSettings) -> BenchmarkPlan:
     """Check names, lengths and data; one case for each batch size.
 
     Raises:
-        ShadowtuneError: if a peer is unknown, or the base or the task's examples cannot be found.
+        ShadowtuneError: if a baseline is unknown, or the base or the task's examples cannot be found.
     """
     known = (*DRAFTING, *OTHERS)
-    check_known(settings.peers, known)
-    if not settings.peers or settings.candidate in settings.peers:
-        raise ConfigError(f"--peers must name others than {settings.candidate}: any of {', '.join(known)}")
+    check_known(settings.baselines, known)
+    if not settings.baselines or settings.candidate in settings.baselines:
+        raise ConfigError(f"--baselines must name others than {settings.candidate}: any of {', '.join(known)}")
     check_length(base_config(settings.model), settings.prompt + settings.new, settings.model)
     if settings.task is not None:
         _task_prompts(settings, 1)
-    names = (settings.candidate, *settings.peers)
+    names = (settings.candidate, *settings.baselines)
     cases = tuple(Case(f"batch={batch}", {"batch": batch}) for batch in settings.batch)
     return BenchmarkPlan({name: {} for name in names}, cases)
 
@@ -162,11 +162,11 @@ class SpeculateCandidate(TimedCandidate):
 
     def _facts(self) -> dict[str, float | str]:
         if self.speculator is None:
-            return {"tokens_per_pass": 1.0, "stood": ""}
+            return {"tokens_per_pass": 1.0, "accepted": ""}
         counts = self.speculator.statistics
         return {
             "tokens_per_pass": counts.tokens_per_pass,
-            "stood": " ".join(f"{s:.2f}" for s in counts.acceptance_rates),
+            "accepted": " ".join(f"{s:.2f}" for s in counts.acceptance_rates),
         }
 
     def _load(self) -> Any:
@@ -210,19 +210,19 @@ SPECULATE = Benchmark(
     unit="tokens_per_second",
     settings=SpeculateSettings,
     context=("model", "adapter", "task", "device", "dtype", "rows", "prompt", "new"),
-    facts=("tokens_per_pass", "stood"),
+    facts=("tokens_per_pass", "accepted"),
     plan=plan_speculate,
     open=SpeculateCandidate,
     examples="""examples:
   python -m benchmarks speculate --model tiny                                  a random base, to see how it works
-  python -m benchmarks speculate --adapter runs/gsm8k/model --task gsm8k --data DIR --peers attached,base,assisted
-  python -m benchmarks speculate --adapter runs/gsm8k/model --peers attached   random prompts: the worst case
-  python -m benchmarks speculate --adapter runs/gsm8k/model --task gsm8k --peers shadow,feedback,ngram
+  python -m benchmarks speculate --adapter runs/gsm8k/model --task gsm8k --data DIR --baselines attached,base,assisted
+  python -m benchmarks speculate --adapter runs/gsm8k/model --baselines attached   random prompts: the worst case
+  python -m benchmarks speculate --adapter runs/gsm8k/model --task gsm8k --baselines shadow,feedback,ngram
 """,
 )
 
 
-PASSES_PEERS = ("base", "as-usual", "drafting")
+PASSES_BASELINES = ("base", "as-usual", "drafting")
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class PassesSettings(Settings):
 
     model: str = option("smollm2-135m", MODEL_HELP)
     adapter: str | None = option(None, "a saved shadow of the base, as RUN/model; default: an untrained one")
-    peers: tuple[str, ...] = option(PASSES_PEERS, f"with what: any of {', '.join(PASSES_PEERS)}", words)
+    baselines: tuple[str, ...] = option(PASSES_BASELINES, f"with what: any of {', '.join(PASSES_BASELINES)}", words)
     tokens: tuple[int, ...] = option((1, 2, 3, 4, 6, 8, 16, 32), "new tokens of a pass, each a case", integers)
     past: int = option(128, "tokens in the cache before it", int)
     bounds = {**Settings.bounds, "past": (1, None)}
@@ -242,14 +242,14 @@ def plan_passes(settings: PassesSettings) -> BenchmarkPlan:
     """Check names and lengths; one case for each number of tokens.
 
     Raises:
-        ShadowtuneError: if a peer is unknown, or the base cannot be found or is too short.
+        ShadowtuneError: if a baseline is unknown, or the base cannot be found or is too short.
     """
-    check_known(settings.peers, PASSES_PEERS)
-    if not settings.peers:
-        raise ConfigError(f"--peers must name some of {', '.join(PASSES_PEERS)}")
+    check_known(settings.baselines, PASSES_BASELINES)
+    if not settings.baselines:
+        raise ConfigError(f"--baselines must name some of {', '.join(PASSES_BASELINES)}")
     check_length(base_config(settings.model), settings.past + max(settings.tokens), settings.model)
     cases = tuple(Case(f"tokens={count}", {"tokens": count}) for count in settings.tokens)
-    return BenchmarkPlan({name: {} for name in ("attached", *settings.peers)}, cases)
+    return BenchmarkPlan({name: {} for name in ("attached", *settings.baselines)}, cases)
 
 
 class PassesCandidate(TimedCandidate):

@@ -46,12 +46,12 @@ def main() -> None:
         settings |= {"alpha": ours.alpha, "dropout": ours.dropout}
         weight = {"shadow_loss_weight": ours.shadow_loss_weight}
     base = load_base(config.model)
-    peer = shadow_peft.ShadowForCausalLM(
+    baseline = shadow_peft.ShadowForCausalLM(
         shadow_peft.get_shadow_model(base, shadow_peft.ShadowConfig(**settings)), **weight
     )
     output = Path(config.output)
     trainer = ShadowTrainer(
-        model=peer,
+        model=baseline,
         args=training_arguments(config, output / "checkpoints", quiet=True),
         train_dataset=rows.train,
         data_collator=with_row_numbers(rows.collate),
@@ -60,7 +60,7 @@ def main() -> None:
     )
     trainer.args.save_strategy = "no"
     trainer.train()
-    peer.save_pretrained(output / "model")
+    baseline.save_pretrained(output / "model")
     model = ShadowForCausalLM.from_pretrained(output / "model", base=resolve(config.model))
     finished = FinishedRun(output, config, model, rows.tokenizer)
     attached = finished.evaluate("attached", limit=arguments.limit)
@@ -72,7 +72,7 @@ def main() -> None:
             "accuracy_low": result.accuracy_low,
             "accuracy_high": result.accuracy_high,
             "agreement": result.agreement,
-            "trained": trainable_parameters(peer),
+            "trained": trainable_parameters(baseline),
             "seconds": trainer.progress().seconds,
         }
         for mode, result in (("attached", attached), ("detached", detached))

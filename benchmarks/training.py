@@ -1,8 +1,8 @@
 """Benchmarks of training: ``train`` (speed of a step), ``memory`` (its peak) and ``scaling`` (both over three axes).
 
 A step is forward, backward, AdamW and zero_grad over one random batch. Ours computes logits at labelled positions only;
-each peer runs its own forward pass with labels, as its users would. The peer "base" runs the bare base's forward pass
-with labels and trains nothing: the cost of the model itself. All others train equally many parameters.
+each baseline runs its own forward pass with labels, as its users would. The baseline "base" runs the bare base's
+forward pass with labels and trains nothing: the cost of the model itself. All others train equally many parameters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class TrainSettings(Settings):
     """Settings of ``train``."""
 
     model: str = option("smollm2-135m", MODEL_HELP)
-    peers: tuple[str, ...] = option(tuple(BASELINES), "what ours is compared with", words)
+    baselines: tuple[str, ...] = option(tuple(BASELINES), "what ours is compared with", words)
     labelled: tuple[float, ...] = option(
         (1.0, 0.25, 0.02), "shares of the tokens that have a label, each a case", numbers
     )
@@ -49,7 +49,7 @@ class MemorySettings(Settings):
     """Settings of ``memory``."""
 
     model: str = option("smollm2-135m", MODEL_HELP)
-    peers: tuple[str, ...] = option(tuple(BASELINES), "what ours is compared with", words)
+    baselines: tuple[str, ...] = option(tuple(BASELINES), "what ours is compared with", words)
     phases: tuple[str, ...] = option(PHASES, f"what is measured: any of {', '.join(PHASES)}", words)
     lengths: tuple[int, ...] = option((128, 256, 512), "tokens of a sequence, each a case", integers)
     batch: int = option(4, "sequences of a batch", int)
@@ -72,7 +72,7 @@ class ScalingSettings(Settings):
     """Settings of ``scaling``."""
 
     model: str = option("smollm2-135m", MODEL_HELP)
-    peers: tuple[str, ...] = option(("lora",), f"what ours is compared with: any of {', '.join(BASELINES)}", words)
+    baselines: tuple[str, ...] = option(("lora",), f"what ours is compared with: any of {', '.join(BASELINES)}", words)
     lengths: tuple[int, ...] = option((64, 128, 256, 512), "tokens of a sequence, each a case", integers)
     depths: tuple[int, ...] = option((8, 15, 30), "first blocks of the base, each a case", integers)
     ranks: tuple[int, ...] = option((4, 16, 64), "ranks of our injection, each a case", integers)
@@ -101,10 +101,10 @@ def plan_train(settings: TrainSettings) -> BenchmarkPlan:
     """Choose sizes that make the budgets equal; one case for each share of labelled tokens.
 
     Raises:
-        ShadowtuneError: if a peer is unknown or not installed, the base is missing or too short, or there are no equal
-            budgets.
+        ShadowtuneError: if a baseline is unknown or not installed, the base is missing or too short, or there are no
+            equal budgets.
     """
-    candidates = _equal_candidates(settings.model, settings.peers, settings.length, settings.parameters)
+    candidates = _equal_candidates(settings.model, settings.baselines, settings.length, settings.parameters)
     shape = {"rows": settings.batch, "length": settings.length}
     cases = (Case(f"labelled={share:g}", {**shape, "labelled": share}) for share in settings.labelled)
     return BenchmarkPlan(candidates, tuple(cases))
@@ -112,7 +112,7 @@ def plan_train(settings: TrainSettings) -> BenchmarkPlan:
 
 def plan_memory(settings: MemorySettings) -> BenchmarkPlan:
     """Choose sizes that make the budgets equal; one case for each phase and length. Raises as ``plan_train``."""
-    candidates = _equal_candidates(settings.model, settings.peers, max(settings.lengths), settings.parameters)
+    candidates = _equal_candidates(settings.model, settings.baselines, max(settings.lengths), settings.parameters)
     cases = tuple(
         Case(
             f"{phase}, {settings.batch} x {length} tokens",
@@ -125,17 +125,17 @@ def plan_memory(settings: MemorySettings) -> BenchmarkPlan:
 
 
 def _equal_candidates(
-    model: str, peers: Sequence[str], longest: int, parameters: int | None
+    model: str, baselines: Sequence[str], longest: int, parameters: int | None
 ) -> dict[str, dict[str, int | None]]:
-    check_baselines(peers)
+    check_baselines(baselines)
     config = base_config(model)
     check_length(config, longest, model)
-    return {name: {"size": size} for name, size in equal_budgets(config, peers, parameters).items()}
+    return {name: {"size": size} for name, size in equal_budgets(config, baselines, parameters).items()}
 
 
 def plan_scaling(settings: ScalingSettings) -> BenchmarkPlan:
     """Lay out the cases along the three axes, with the sizes of each. Raises as ``plan_train``."""
-    check_baselines(settings.peers)
+    check_baselines(settings.baselines)
     check_length(base_config(settings.model), max((settings.length, *settings.lengths)), settings.model)
     cases = [
         *(_scaling_case(settings, "tokens", length, length=length) for length in settings.lengths),
@@ -144,13 +144,13 @@ def plan_scaling(settings: ScalingSettings) -> BenchmarkPlan:
     ]
     if not cases:
         raise ConfigError("nothing to measure: give lengths, depths or ranks")
-    return BenchmarkPlan({name: {} for name in (OURS, *settings.peers)}, tuple(cases))
+    return BenchmarkPlan({name: {} for name in (OURS, *settings.baselines)}, tuple(cases))
 
 
 def _scaling_case(settings: ScalingSettings, axis: str, value: int, **change: Any) -> Case:
     values = {"model": settings.model, "rank": settings.rank, "length": settings.length, **change}
     methods = {**METHODS, OURS: shadow_method(values["rank"])}
-    sizes = equal_budgets(base_config(values["model"]), settings.peers, None, methods)
+    sizes = equal_budgets(base_config(values["model"]), settings.baselines, None, methods)
     step = {"rows": settings.batch, "labelled": settings.labelled}
     return Case(f"{axis}={value}", {**values, **step, "sizes": sizes})
 
@@ -271,9 +271,9 @@ def draw_scaling(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     grid = figure.subplots(2, len(axes), squeeze=False)
     for column, axis in enumerate(axes):
         own = [row for row in rows if row["case"].split("=")[0] == axis]
-        for prefix, names in (("", {row["subject"] for row in own}), ("peer_", {row["peer"] for row in own})):
+        for prefix, names in (("", {row["candidate"] for row in own}), ("baseline_", {row["baseline"] for row in own})):
             for name in sorted(names):
-                chosen = [row for row in own if name == row["peer" if prefix else "subject"]]
+                chosen = [row for row in own if name == row["baseline" if prefix else "candidate"]]
                 points = {int(row["case"].split("=")[1]): row for row in chosen}
                 seconds = [1 / row[f"{prefix}steps_per_second"] for row in points.values()]
                 memory = [row[f"{prefix}peak_memory_mb"] for row in points.values()]
@@ -296,9 +296,9 @@ TRAIN = Benchmark(
     open=TrainCandidate,
     examples="""examples:
   python -m benchmarks train --model tiny            under a minute: a random base, to see how it works
-  python -m benchmarks train --peers lora,peft-shadow --labelled 0.02 --json result.json
+  python -m benchmarks train --baselines lora,peft-shadow --labelled 0.02 --json result.json
   python -m benchmarks train --model path/or/hub-id --device cuda --dtype bfloat16
-  python -m benchmarks train --model smollm2-135m:10 --peers lora     its first 10 blocks: how costs grow with the depth
+  python -m benchmarks train --model smollm2-135m:10 --baselines lora   its first 10 blocks: how costs grow with depth
 """,
 )
 MEMORY = Benchmark(
@@ -311,7 +311,7 @@ MEMORY = Benchmark(
     open=MemoryCandidate,
     examples="""examples:
   python -m benchmarks memory --model tiny --lengths 32,64       under a minute: a random base, to see how it works
-  python -m benchmarks memory --phases train --lengths 256,1024 --batch 1 --peers lora,peft-shadow
+  python -m benchmarks memory --phases train --lengths 256,1024 --batch 1 --baselines lora,peft-shadow
 """,
 )
 SCALING = Benchmark(
@@ -325,6 +325,6 @@ SCALING = Benchmark(
     draw=draw_scaling,
     examples="""examples:
   python -m benchmarks scaling --model tiny --lengths 16,32 --depths 2,4 --ranks 4,8     under a minute, a random base
-  python -m benchmarks scaling --peers lora,peft-shadow --depths 8,15,30
+  python -m benchmarks scaling --baselines lora,peft-shadow --depths 8,15,30
 """,
 )

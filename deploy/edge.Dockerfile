@@ -1,4 +1,4 @@
-# The detached model behind OpenAI's API, with a cloud for what it hands over.
+# The detached model behind OpenAI's API, with a cloud for what it defers.
 #   docker build -f deploy/edge.Dockerfile -t shadowtune-edge .
 #   docker run -p 8000:8000 -v ./robot-int8:/model:ro shadowtune-edge /model --cloud http://cloud:8000
 FROM python:3.12-slim
@@ -7,7 +7,7 @@ WORKDIR /opt/shadowtune
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src ./src
 # the edge computes on the processor: torch without CUDA is a tenth of the size
-RUN pip install --no-cache-dir -c constraints.txt torch --index-url https://download.pytorch.org/whl/cpu \
+RUN pip install --no-cache-dir -c constraints.txt torch \
     && pip install --no-cache-dir -c constraints.txt '.[serve,export]'
 
 RUN useradd --create-home --uid 1000 shadowtune

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import tomllib
 import torch
+from huggingface_hub import constants
 from packaging.requirements import Requirement
+from transformers import AutoModelForCausalLM
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import DynamicCache
 
-from shadowtune.compatibility import CACHE, CACHE_NAMES, cache_of, pop_cache
+from shadowtune import ShadowConfig, ShadowForCausalLM
+from shadowtune.compatibility import CACHE, CACHE_NAMES, cache_of, commit_of, pop_cache
+from shadowtune.model.methods import load_base
 from shadowtune.versions import UntestedVersionWarning, untested_versions, warn_of_untested_versions
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturbed_model
@@ -105,3 +109,53 @@ def test_two_different_caches_are_an_error():
     model = perturbed_model("llama")
     with pytest.raises(TypeError, match="two names of one argument"):
         model(torch.tensor([[5]]), cache=DynamicCache(), past_key_values=DynamicCache())
+
+
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Lay out the Hub's cache: commit -> a snapshot of the tiny base, with the refs that name it."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--tester--tiny"
+    (repository / "refs").mkdir(parents=True)
+
+    def add(commit: str, *refs: str, seed: int = 0) -> None:
+        tiny_base(seed=seed).save_pretrained(repository / "snapshots" / commit)
+        for ref in refs:
+            (repository / "refs" / ref).write_text(commit)
+
+    return add
+
+
+def test_a_shadow_names_the_commit_of_its_base_and_loads_that_one(hub, tmp_path):
+    hub(FIRST, "main")
+    base = AutoModelForCausalLM.from_pretrained("tester/tiny")
+    model = ShadowForCausalLM.from_base(base, ShadowConfig())
+    assert (model.config.base_name_or_path, model.config.base_revision) == ("tester/tiny", FIRST)
+    model.save_pretrained(tmp_path / "adapter")
+    hub(SECOND, "main", seed=1)
+    loaded = ShadowForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(loaded.base.lm_head.weight, base.lm_head.weight)
+    assert (commit_of(loaded.base.config), loaded.config.base_revision) == (FIRST, FIRST)
+
+
+def test_of_several_commits_the_one_that_was_asked_for_is_kept(hub):
+    hub(FIRST, "v1")
+    hub(SECOND, "main")
+    foreign = AutoModelForCausalLM.from_pretrained("tester/tiny", revision="v1").config
+    if CACHE == "cache":
+        with pytest.warns(UserWarning, match="2 revisions of tester/tiny are in the cache.*no base_revision is saved"):
+            assert commit_of(foreign) is None
+    else:
+        assert commit_of(foreign) == FIRST
+    assert commit_of(load_base("tester/tiny", revision="v1").config) == FIRST
+    assert commit_of(load_base("tester/tiny").config) == SECOND
+
+
+def test_a_local_or_new_base_has_no_commit(hub, tmp_path):
+    hub(FIRST, "main")
+    assert commit_of(tiny_base().config) is None
+    tiny_base().save_pretrained(tmp_path / "base")
+    assert commit_of(load_base(str(tmp_path / "base")).config) is None

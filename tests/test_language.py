@@ -135,50 +135,7 @@ BATCH_ROWS = re.compile(
 )
 
 # OPEN-BEGIN
-OPEN: dict[str, set[str]] = {
-    "name: alone": {"src/shadowtune/training/stages.py"},
-    "name: draft_fusion": {"src/shadowtune/model/shadow.py"},
-    "name: hand_over": {
-        "src/shadowtune/config/serving.py",
-        "src/shadowtune/serving/http/responses.py",
-        "src/shadowtune/serving/simulation/report.py",
-        "src/shadowtune/serving/simulation/simulator.py",
-    },
-    "name: peer": {
-        "benchmarks/result_files.py",
-        "benchmarks/runner.py",
-        "benchmarks/train_shadow_peft.py",
-        "src/shadowtune/evaluation/inspection.py",
-    },
-    "name: peers": {
-        "benchmarks/detached.py",
-        "benchmarks/generation.py",
-        "benchmarks/methods.py",
-        "benchmarks/operations.py",
-        "benchmarks/runner.py",
-        "benchmarks/serving.py",
-        "benchmarks/speculation.py",
-        "benchmarks/training.py",
-        "src/shadowtune/comparison/sizes.py",
-    },
-    "name: pieces": {"src/shadowtune/cli/answers.py"},
-    "name: recording": {"src/shadowtune/cli/answers.py"},
-    "name: served": {"benchmarks/serving.py", "src/shadowtune/serving/edge/local.py"},
-    "prose: few rows": {"src/shadowtune/core/prepacked_linear.py"},
-    "prose: peer": {
-        "benchmarks/benchmark.py",
-        "benchmarks/detached.py",
-        "benchmarks/generation.py",
-        "benchmarks/methods.py",
-        "benchmarks/operations.py",
-        "benchmarks/result_files.py",
-        "benchmarks/runner.py",
-        "benchmarks/serving.py",
-        "benchmarks/speculation.py",
-        "benchmarks/training.py",
-    },
-    "prose: peers": {"benchmarks/generation.py", "benchmarks/methods.py", "benchmarks/speculation.py"},
-}
+OPEN: dict[str, set[str]] = {}
 REPEATED: set[str] = set()
 UNDOCUMENTED: set[str] = set()
 # OPEN-END

@@ -20,7 +20,7 @@ from shadowtune.cli.main import main as shadowtune
 HERE = Path(__file__).parent
 QUICK = ("data.limit=24", "shadow_epochs=1", "epochs=1", "max_steps=4", "batch_size=8")
 QUICK_EXAMPLES = 24
-TARGET = ("--hand-over", "0.18")
+TARGET = ("--deferral-rate", "0.18")
 """Deferral rate: the 12 % open requests of the calibration split, and half as many that the robot is not sure of."""
 LORA = ("method=lora", "lora.rank=15", "lora.alpha=30.0", "optimizer.learning_rate=1e-3", "shadow_epochs=0")
 """Settings of LoRA with as many trained parameters as the shadow."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from shadowtune.model.causal_lm import ShadowForCausalLM
     from shadowtune.model.classifier import ShadowForSequenceClassification
     from shadowtune.model.configuration import ShadowModelConfig
+    from shadowtune.model.methods import get_shadow_model
+    from shadowtune.training.stages import train_in_stages
 
 __version__ = "0.1.0"
 
@@ -28,7 +30,9 @@ __all__ = [
     "ShadowModelConfig",
     "__version__",
     "attach",
+    "get_shadow_model",
     "models",
+    "train_in_stages",
 ]
 
 _MODULES = {
@@ -37,7 +41,10 @@ _MODULES = {
     "ShadowForSequenceClassification": "shadowtune.model.classifier",
     "ShadowModelConfig": "shadowtune.model.configuration",
     "attach": "shadowtune.attach",
+    "get_shadow_model": "shadowtune.model.methods",
     "models": "shadowtune.models",
+    "peft": "shadowtune.peft",
+    "train_in_stages": "shadowtune.training.stages",
 }
 """Public name -> the module that defines it."""
 
@@ -55,7 +62,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'shadowtune' has no attribute {name!r}")
     with filter_import_warnings():
         module = importlib.import_module(_MODULES[name])
-    return module if name == "models" else getattr(module, name)
+    return module if name in ("models", "peft") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

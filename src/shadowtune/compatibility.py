@@ -3,18 +3,25 @@
 | entry | transformers 5.23 | transformers 5.24 and later |
 |---|---|---|
 | ``CACHE``, the keyword and the output field of the key-value cache | ``past_key_values`` | ``cache`` |
+| ``commit_of``, the commit of a model from the Hub | ``config._commit_hash`` | the Hub's cache |
 
 Our own methods call it ``past_key_values`` and accept either name with any version.
 """
 
 import functools
+import os
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
 from packaging.version import Version
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.utils import CONFIG_NAME, ModelOutput, extract_commit_hash
 
 CACHE: Literal["cache", "past_key_values"] = (
     "cache" if Version(transformers_version).release >= (5, 24) else "past_key_values"
@@ -58,3 +65,37 @@ def takes_cache(method: Method) -> Method:
         return method(self, *args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
+
+
+def keep_commit(model: PreTrainedModel, revision: str | None = None, cache_dir: str | Path | None = None) -> None:
+    """Keep in the config of a model that was just loaded which commit of its Hub repository it is.
+
+    Args:
+        model: the model; one of a local directory is left as it is.
+        revision: that it was loaded with; None for the default branch.
+        cache_dir: that it was loaded with; None for the Hub's own.
+    """
+    name = model.config.name_or_path
+    if name and not os.path.exists(name) and vars(model.config).get("_commit_hash") is None:
+        file = try_to_load_from_cache(name, CONFIG_NAME, cache_dir, revision)
+        model.config._commit_hash = extract_commit_hash(file, None) if isinstance(file, str) else None
+
+
+def commit_of(config: PreTrainedConfig) -> str | None:
+    """Return the commit of the Hub repository that a model's config was loaded from; None for other models.
+
+    If the config keeps none, it is that of the only snapshot in the Hub's cache. Several snapshots give None and a
+    warning, because the one that was loaded is not known.
+    """
+    kept: str | None = vars(config).get("_commit_hash")
+    if kept is not None or not config.name_or_path or os.path.exists(config.name_or_path):
+        return kept
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=config.name_or_path, repo_type="model"))
+    commits = {extract_commit_hash(str(file), None) for file in folder.glob(f"snapshots/*/{CONFIG_NAME}")}
+    if len(commits) > 1:
+        warnings.warn(
+            f"{len(commits)} revisions of {config.name_or_path} are in the cache, and the loaded one is not known: no "
+            "base_revision is saved; set model.config.base_revision to save one",
+            stacklevel=2,
+        )
+    return commits.pop() if len(commits) == 1 else None

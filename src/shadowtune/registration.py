@@ -106,7 +106,7 @@ class _Loader(importlib.abc.Loader):
         self._finder.running += 1
         try:
             self._loader.exec_module(module)
-        except BaseException:
+        except BaseException:  # of any kind; it is raised again
             self._finder.running -= 1
             raise
         self._finder.ended()

@@ -33,3 +33,11 @@ def keep_within(axis: Any, low: float, high: float | None = None) -> None:
 def line_style(points: int, style: str = "-") -> str:
     """Return the matplotlib style of a curve: a marker for a single point, which a line does not show."""
     return "o" if points == 1 else style
+
+
+def duration(seconds: float) -> str:
+    """Format a time, such as "45 s", "12 min" or "3 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

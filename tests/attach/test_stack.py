@@ -14,6 +14,7 @@ VARIANTS = {
     "full_sharing": {"depth_sharing": "full"},
     "projected": {"hidden_size": 16, "num_shadow_layers": 2},
     "peft": {"update_norm": False, "update_bias": True, "activation": "gelu", "inject_first": True},
+    "upper_half": {"injection_start": 0.5, "inject_first": True},
 }
 
 

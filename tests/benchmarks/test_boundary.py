@@ -103,8 +103,8 @@ def test_every_number_of_tokens_is_crossed_forward_and_back():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"peers": ("refrence",)}, "did you mean reference"),
-        ({"peers": ()}, "no peer"),
+        ({"baselines": ("refrence",)}, "did you mean reference"),
+        ({"baselines": ()}, "no baseline"),
         ({"tokens": ()}, "tokens must be"),
         ({"tokens": (0,)}, "tokens must be"),
         ({"width": 0, "dropout": 1.0}, r"width .*dropout"),

@@ -20,7 +20,7 @@ def candidate(name, **settings):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_every_subject_generates_so_many_tokens_for_every_row(name):
+def test_every_candidate_generates_so_many_tokens_for_every_row(name):
     one = candidate(name)
     assert one.prepare({"batch": 2}) >= 0
     assert one.generate().shape == (2, 5 + 3)
@@ -43,7 +43,7 @@ def test_a_sample_counts_the_new_tokens_of_all_rows(monkeypatch):
     assert one.measure() == 2 * 3 / 0.5
 
 
-def test_every_subject_gets_the_same_prompts():
+def test_every_candidate_gets_the_same_prompts():
     first, second = candidate("base"), candidate(OURS)
     for one in (first, second):
         one.prepare({"batch": 2})
@@ -90,16 +90,16 @@ def test_adapters_can_be_decoded_in_another_precision():
     assert {parameter.dtype for parameter in kept.model.shadow.parameters()} == {torch.float32}
 
 
-def test_a_peer_that_stops_early_is_refused(monkeypatch):
+def test_a_baseline_that_stops_early_is_refused(monkeypatch):
     one = candidate("base")
     monkeypatch.setattr(one, "generate", lambda: torch.zeros(2, 7))
     with pytest.raises(ShadowtuneError, match="base generated 2 tokens, not 3"):
         one.prepare({"batch": 2})
 
 
-def test_ours_in_every_guise_and_the_peers_have_equal_budgets():
+def test_ours_in_every_guise_and_the_baselines_have_equal_budgets():
     planned = plan_decode(
-        DecodeSettings(**SMALL, candidate="shadow-compiled", peers=("lora", "base", OURS, "lora-compiled"))
+        DecodeSettings(**SMALL, candidate="shadow-compiled", baselines=("lora", "base", OURS, "lora-compiled"))
     )
     sizes = {name: arguments["size"] for name, arguments in planned.candidates.items()}
     assert list(sizes) == ["shadow-compiled", "lora", "base", OURS, "lora-compiled"]
@@ -111,8 +111,8 @@ def test_ours_in_every_guise_and_the_peers_have_equal_budgets():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"peers": ("base-compild",)}, "did you mean base-compiled"),
-        ({"peers": (OURS, "base")}, "shadow is compared with itself"),
+        ({"baselines": ("base-compild",)}, "did you mean base-compiled"),
+        ({"baselines": (OURS, "base")}, "shadow is compared with itself"),
         ({"candidate": "lora"}, "candidate must be one of shadow, shadow-detached, shadow-compiled"),
         ({"prompt": 2047}, "length 2050 exceeds the 2048 positions of tiny"),
         ({"batch": (0,)}, "batch must be"),

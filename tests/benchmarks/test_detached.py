@@ -12,7 +12,7 @@ from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.export.runtimes import GgufModel, OnnxModel, Runtime, TorchModel
 from tests.support.shadows import perturb
 
-SMALL = {"model": "tiny", "prompt": 5, "new": 3, "warm_up": 0, "peers": ("base",)}
+SMALL = {"model": "tiny", "prompt": 5, "new": 3, "warm_up": 0, "baselines": ("base",)}
 needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs onnxruntime")
 needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs xllamacpp")
 
@@ -48,7 +48,7 @@ class Scripted(Runtime):
         pytest.param("gguf-q4_0", GgufModel, marks=needs_llama_cpp),
     ],
 )
-def test_every_subject_runs_in_its_own_runtime_and_has_a_size(name, runtime):
+def test_every_candidate_runs_in_its_own_runtime_and_has_a_size(name, runtime):
     one = candidate(name)
     assert type(one.runtime) is runtime
     for phase in ("prefill", "decode"):
@@ -125,7 +125,7 @@ def test_a_saved_shadow_takes_the_place_of_the_untrained_one(tmp_path):
     torch.testing.assert_close(torch.tensor(one.runtime.logits(one.prompt)), expected, rtol=0, atol=1e-5)
 
 
-def test_a_subject_that_stops_early_is_refused(monkeypatch):
+def test_a_candidate_that_stops_early_is_refused(monkeypatch):
     one = candidate("base")
     monkeypatch.setattr(one.runtime, "generate", lambda prompt, new: [1])
     one.prepare({"phase": "prefill"})
@@ -134,7 +134,7 @@ def test_a_subject_that_stops_early_is_refused(monkeypatch):
 
 
 def test_ours_comes_first_and_each_phase_is_a_case():
-    planned = plan_detached(DetachedSettings(**{**SMALL, "candidate": "onnx-int8", "peers": ("attached", OURS)}))
+    planned = plan_detached(DetachedSettings(**{**SMALL, "candidate": "onnx-int8", "baselines": ("attached", OURS)}))
     assert list(planned.candidates) == ["onnx-int8", "attached", OURS]
     assert [(case.name, case.values) for case in planned.cases] == [
         ("prefill", {"phase": "prefill"}),
@@ -152,9 +152,9 @@ def test_a_model_is_as_long_as_prompt_and_answer_need():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"peers": ("onnx-int9",)}, "unknown peer 'onnx-int9' .did you mean onnx-int"),
-        ({"peers": (OURS, "base")}, "detached is compared with itself"),
-        ({"peers": ()}, "no peer to compare with"),
+        ({"baselines": ("onnx-int9",)}, "unknown baseline 'onnx-int9' .did you mean onnx-int"),
+        ({"baselines": (OURS, "base")}, "detached is compared with itself"),
+        ({"baselines": ()}, "no baseline to compare with"),
         ({"candidate": "attached"}, "candidate must be one of detached, gguf-f32"),
         ({"phases": ("decod",)}, "phases must be some of prefill, decode"),
         ({"phases": ()}, "phases must be some of prefill, decode"),
@@ -181,9 +181,9 @@ def test_a_missing_runtime_is_no_reason_to_measure_another_one(monkeypatch, miss
     )
     plan_detached(DetachedSettings(**SMALL))
     with pytest.raises(ShadowtuneError, match=said):
-        plan_detached(DetachedSettings(**{**SMALL, "peers": ("gguf-q8_0",)}))
+        plan_detached(DetachedSettings(**{**SMALL, "baselines": ("gguf-q8_0",)}))
 
 
 def test_every_format_that_is_written_can_be_measured():
     assert {"gguf-q4_0", "onnx-int4", "safetensors-int8", OURS} < set(EXPORTS)
-    assert set(detached.PEERS) <= {*EXPORTS, *detached.MODELS}
+    assert set(detached.BASELINES) <= {*EXPORTS, *detached.MODELS}

@@ -31,7 +31,7 @@ def test_all_give_the_same_answers_to_prompts_of_different_lengths():
     assert len({len(prompt) for prompt in one.prompts}) > 2
 
 
-def test_ours_answers_in_batches_and_the_peers_one_by_one_with_and_without_a_cache(monkeypatch):
+def test_ours_answers_in_batches_and_the_baselines_one_by_one_with_and_without_a_cache(monkeypatch):
     seen = {}
     for name in (BATCHED, *LOOPS):
         one, calls = candidate(name), []
@@ -58,8 +58,8 @@ def test_a_sample_counts_the_tokens_of_all_answers(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peers": ("one-by-two",)}, "did you mean"),
-        ({"peers": ()}, "--peers"),
+        ({"baselines": ("one-by-two",)}, "did you mean"),
+        ({"baselines": ()}, "--baselines"),
         ({"model": "tiny", "prompt": 4000}, "positions"),
     ],
 )

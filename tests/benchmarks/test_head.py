@@ -4,7 +4,7 @@ import torch
 from benchmarks.operations import LOSSES, HeadCandidate, HeadSettings, plan_head
 from shadowtune.errors import ConfigError
 
-SMALL = {"rows": (5,), "width": 6, "vocabulary": 40, "peers": ("all-logits",)}
+SMALL = {"rows": (5,), "width": 6, "vocabulary": 40, "baselines": ("all-logits",)}
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -34,9 +34,9 @@ def test_a_case_for_each_kind_and_number_of_rows():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"peers": ("al-logits",)}, "did you mean all-logits"),
-        ({"peers": ()}, "no peer"),
-        ({"peers": ("liger",)}, "liger runs on CUDA devices only"),
+        ({"baselines": ("al-logits",)}, "did you mean all-logits"),
+        ({"baselines": ()}, "no baseline"),
+        ({"baselines": ("liger",)}, "liger runs on CUDA devices only"),
         ({"rows": (0,)}, "rows must be"),
     ],
 )
@@ -45,5 +45,5 @@ def test_what_cannot_be_measured_is_refused(change, said):
         plan_head(HeadSettings(**{**SMALL, **change}))
 
 
-def test_every_peer_has_a_loss():
+def test_every_baseline_has_a_loss():
     assert set(LOSSES) == {"all-logits", "liger"}

@@ -4,7 +4,7 @@ import torch
 from benchmarks.training import MemoryCandidate, MemorySettings, plan_memory
 from shadowtune.errors import ConfigError
 
-SMALL = {"model": "tiny", "batch": 2, "lengths": (8, 16), "peers": ("base",)}
+SMALL = {"model": "tiny", "batch": 2, "lengths": (8, 16), "baselines": ("base",)}
 
 
 def candidate(name="shadow", size=16):

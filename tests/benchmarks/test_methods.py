@@ -41,26 +41,28 @@ def test_counting_leaves_the_config_alone():
     assert config.to_dict() == before
 
 
-def test_an_unknown_peer_is_named_with_the_nearest_known_one():
-    with pytest.raises(ConfigError, match=r"unknown peer 'peft-shadw' \(did you mean peft-shadow\?\); peers: lora, "):
+def test_an_unknown_baseline_is_named_with_the_nearest_known_one():
+    with pytest.raises(
+        ConfigError, match=r"unknown baseline 'peft-shadw' \(did you mean peft-shadow\?\); baselines: lora, "
+    ):
         check_baselines(["lora", "peft-shadw"])
 
 
-def test_there_must_be_a_peer():
-    with pytest.raises(ConfigError, match="no peer"):
+def test_there_must_be_a_baseline():
+    with pytest.raises(ConfigError, match="no baseline"):
         check_baselines([])
 
 
 @pytest.mark.parametrize(
-    ("peer", "package", "name"),
+    ("baseline", "package", "name"),
     [("lora", "peft", "peft"), ("peft-shadow", "peft", "peft"), ("shadow-peft", "shadow_peft", "shadow-peft")],
 )
-def test_a_peer_that_is_not_installed_says_what_to_install(monkeypatch, peer, package, name):
+def test_a_baseline_that_is_not_installed_says_what_to_install(monkeypatch, baseline, package, name):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        ShadowtuneError, match=rf"peer {peer} needs {name}, .* pip install 'shadowtune\[bench\]'"
+        ShadowtuneError, match=rf"baseline {baseline} needs {name}, .* pip install 'shadowtune\[bench\]'"
     ) as said:
-        check_baselines(["base", peer])
+        check_baselines(["base", baseline])
     assert "\n" not in str(said.value)
 
 
@@ -77,5 +79,5 @@ def test_an_architecture_that_a_package_refuses_is_one_line():
         count_method("lora", tiny_config("mixtral"), 1)
 
 
-def test_the_installed_peers_are_known():
+def test_the_installed_baselines_are_known():
     check_baselines(tuple(BASELINES))

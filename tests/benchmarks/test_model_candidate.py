@@ -18,7 +18,7 @@ def test_it_knows_what_it_loaded():
     assert one.vocabulary == 512
 
 
-def test_every_subject_starts_from_the_same_random_base():
+def test_every_candidate_starts_from_the_same_random_base():
     bases = [loaded(name, size).model for name, size in (("base", None), ("base", None))]
     assert torch.equal(bases[0].lm_head.weight, bases[1].lm_head.weight)
     adapted = loaded("shadow", 16).model.base

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from benchmarks.speculation import PASSES_PEERS, PassesCandidate, PassesSettings, plan_passes
+from benchmarks.speculation import PASSES_BASELINES, PassesCandidate, PassesSettings, plan_passes
 from shadowtune.core.prepacked_linear import PrepackedForward
 from shadowtune.errors import ConfigError
 
@@ -21,8 +21,8 @@ def lengths(one):
     return [layer.get_seq_length() for layer in one.cache.layers]
 
 
-@pytest.mark.parametrize("name", ["attached", *PASSES_PEERS])
-def test_every_subject_passes_and_leaves_the_cache_as_it_was(name):
+@pytest.mark.parametrize("name", ["attached", *PASSES_BASELINES])
+def test_every_candidate_passes_and_leaves_the_cache_as_it_was(name):
     one = candidate(name)
     for count in (1, 5):
         assert one.prepare({"tokens": count}) >= 0
@@ -55,7 +55,7 @@ def test_the_draft_is_what_the_detached_shadow_says():
 
 
 def test_a_case_for_each_number_of_tokens():
-    made = plan_passes(PassesSettings(**SMALL, peers=("base",)))
+    made = plan_passes(PassesSettings(**SMALL, baselines=("base",)))
     assert list(made.candidates) == ["attached", "base"]
     assert [case.values for case in made.cases] == [{"tokens": 1}, {"tokens": 5}]
 
@@ -63,8 +63,8 @@ def test_a_case_for_each_number_of_tokens():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"peers": ("bass",)}, "unknown peer 'bass'.*base"),
-        ({"peers": ()}, "--peers must name some"),
+        ({"baselines": ("bass",)}, "unknown baseline 'bass'.*base"),
+        ({"baselines": ()}, "--baselines must name some"),
         ({"past": 10**6}, "length 1000005 exceeds"),
     ],
 )

@@ -34,7 +34,7 @@ def worker(monkeypatch):
     return Worker
 
 
-def test_subjects_take_turns_in_every_round(worker):
+def test_candidates_take_turns_in_every_round(worker):
     list(run_benchmark(BENCHMARKS["train"], SETTINGS, PLAN))
     turns = [name for method, name in worker.log if method == "measure"]
     assert turns == ["shadow", "lora", "base"] * 4
@@ -43,13 +43,13 @@ def test_subjects_take_turns_in_every_round(worker):
     assert worker.log[12:15] == [("prepare", "shadow"), ("prepare", "lora"), ("prepare", "base")]
 
 
-def test_each_case_yields_a_row_for_each_peer_from_its_own_samples(worker):
+def test_each_case_yields_a_row_for_each_baseline_from_its_own_samples(worker):
     first, second = run_benchmark(BENCHMARKS["train"], SETTINGS, PLAN)
-    assert [(row["case"], row["peer"], row["ratio"]) for row in first] == [("a", "lora", 2.5), ("a", "base", 0.75)]
-    assert [(row["case"], row["peer"], row["ratio"]) for row in second] == [("b", "lora", 3.0), ("b", "base", 0.75)]
+    assert [(row["case"], row["baseline"], row["ratio"]) for row in first] == [("a", "lora", 2.5), ("a", "base", 0.75)]
+    assert [(row["case"], row["baseline"], row["ratio"]) for row in second] == [("b", "lora", 3.0), ("b", "base", 0.75)]
     assert [row["n"] for row in first] == [2, 2]
     assert [row["memory_ratio"] for row in first] == [0.5, 3.0]
-    assert (first[0]["trainable_parameters"], first[0]["peer_trainable_parameters"]) == (100, 102)
+    assert (first[0]["trainable_parameters"], first[0]["baseline_trainable_parameters"]) == (100, 102)
     assert (first[0]["model"], first[0]["batch"]) == ("tiny", 4)
 
 

@@ -25,7 +25,7 @@ def test_each_case_changes_one_axis_alone():
     }
 
 
-def test_a_subject_makes_its_model_anew_only_where_the_case_wants_another():
+def test_a_candidate_makes_its_model_anew_only_where_the_case_wants_another():
     one = ScalingCandidate(ScalingSettings(**SMALL), "shadow")
     made = cases()
     one.prepare(made["tokens=8"])
@@ -41,23 +41,23 @@ def test_a_subject_makes_its_model_anew_only_where_the_case_wants_another():
     assert one.measure() > 0
 
 
-def test_a_peer_trains_about_as_much_in_each_case():
-    ours, peer = (ScalingCandidate(ScalingSettings(**SMALL), name) for name in ("shadow", "lora"))
+def test_a_baseline_trains_about_as_much_in_each_case():
+    ours, baseline = (ScalingCandidate(ScalingSettings(**SMALL), name) for name in ("shadow", "lora"))
     for name in ("tokens=8", "rank=64", "depth=2"):
-        for candidate in (ours, peer):
+        for candidate in (ours, baseline):
             candidate.prepare(cases()[name])
-        assert is_equal(ours.trainable_parameters, peer.trainable_parameters), name
+        assert is_equal(ours.trainable_parameters, baseline.trainable_parameters), name
 
 
-def row(case, steps, peer_steps):
+def row(case, steps, baseline_steps):
     return {
         "case": case,
-        "subject": "shadow",
-        "peer": "lora",
+        "candidate": "shadow",
+        "baseline": "lora",
         "steps_per_second": steps,
-        "peer_steps_per_second": peer_steps,
+        "baseline_steps_per_second": baseline_steps,
         "peak_memory_mb": 10.0,
-        "peer_peak_memory_mb": 20.0,
+        "baseline_peak_memory_mb": 20.0,
     }
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.serving import SERVED, ServingCandidate, ServingSettings, plan_serving
+from benchmarks.serving import MODES, ServingCandidate, ServingSettings, plan_serving
 from shadowtune.errors import ConfigError, ShadowtuneError
 
 SMALL = {"model": "tiny", "prompt": 5, "new": 4, "streams": (3,), "repeats": 1, "warm_up": 0}
@@ -11,7 +11,7 @@ def quick(monkeypatch):
     monkeypatch.setattr("benchmarks.measurement.TimedCandidate.sample_seconds", 0.0)
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", MODES)
 def test_every_stream_is_answered(name):
     one = ServingCandidate(ServingSettings(**SMALL), name)
     assert one.prepare({"streams": 3}) >= 0
@@ -42,8 +42,8 @@ def test_an_answer_of_another_length_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"peers": ("mixed",)}, "must name others than mixed"),
-        ({"peers": ("batch",)}, r"unknown peer 'batch' \(did you mean batched\?\)"),
+        ({"baselines": ("mixed",)}, "must name others than mixed"),
+        ({"baselines": ("batch",)}, r"unknown baseline 'batch' \(did you mean batched\?\)"),
         ({"candidate": "many"}, "candidate must be one of mixed"),
         ({"streams": (0,)}, "at least 1"),
         ({"prompt": 3000}, "exceeds the 2048 positions"),

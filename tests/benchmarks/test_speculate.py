@@ -19,16 +19,16 @@ def candidate(name, **settings):
 
 
 @pytest.mark.parametrize("name", [name for name in (*DRAFTING, *OTHERS) if name != "feedback"])
-def test_every_subject_answers_every_prompt(name):
+def test_every_candidate_answers_every_prompt(name):
     one = candidate(name)
     assert one.prepare({"batch": 1}) >= 0
     assert one.measure() > 0
     assert one.new_tokens == 3 * 6
     assert one.facts["tokens_per_pass"] >= 1
-    assert bool(one.facts["stood"]) == (name in DRAFTING and one.speculator.statistics.verified != [])
+    assert bool(one.facts["accepted"]) == (name in DRAFTING and one.speculator.statistics.verified != [])
 
 
-def test_every_round_has_other_prompts_and_every_subject_the_same():
+def test_every_round_has_other_prompts_and_every_candidate_the_same():
     first, second = candidate("attached", repeats=2), candidate("base", repeats=2)
     rounds = [[batch["input_ids"].tolist() for batch in one._next_batches()] for one in (first, first, second)]
     assert rounds[0] != rounds[1]
@@ -71,8 +71,8 @@ def test_answers_are_counted_without_their_padding(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"peers": ("speculate",)}, "must name others than speculate"),
-        ({"peers": ("bas",)}, r"unknown peer 'bas' \(did you mean base\?\)"),
+        ({"baselines": ("speculate",)}, "must name others than speculate"),
+        ({"baselines": ("bas",)}, r"unknown baseline 'bas' \(did you mean base\?\)"),
         ({"candidate": "attached"}, "candidate must be one of speculate"),
         ({"batch": (0,)}, "at least 1"),
     ],

@@ -35,6 +35,6 @@ def test_what_is_loaded_counts_for_no_step():
     assert one.warm() == 0.0
 
 
-def test_a_subject_trains_nothing_until_it_says_so():
+def test_a_candidate_trains_nothing_until_it_says_so():
     one = Counted()
     assert (one.size, one.trainable_parameters, one.device) == (None, 0, torch.device("cpu"))

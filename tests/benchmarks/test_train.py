@@ -59,7 +59,7 @@ def test_the_end_of_each_row_is_labelled(share, labels):
     assert (batch["labels"][:, : 16 - labels] == -100).all()
 
 
-def test_a_peer_computes_logits_at_all_positions_and_ours_sweeps_over_the_labelled_ones(monkeypatch):
+def test_a_baseline_computes_logits_at_all_positions_and_ours_sweeps_over_the_labelled_ones(monkeypatch):
     swept = []
 
     def spy(head, h, s, *rest):
@@ -82,7 +82,7 @@ def test_a_peer_computes_logits_at_all_positions_and_ours_sweeps_over_the_labell
     assert set(swept) == {(2 * 4, 2 * 4)}
 
 
-def test_every_subject_sees_the_same_batch():
+def test_every_candidate_sees_the_same_batch():
     batches = []
     for name in (OURS, "lora", "base"):
         one = candidate(name)
@@ -148,7 +148,7 @@ def test_a_bfloat16_base_keeps_adapters_in_float32_but_in_shadow_peft():
         assert torch.bfloat16 in {p.dtype for p in one.model.parameters() if not p.requires_grad}
 
 
-def test_the_plan_gives_every_subject_the_same_budget():
+def test_the_plan_gives_every_candidate_the_same_budget():
     planned = plan_train(TrainSettings(**SMALL, labelled=(1.0, 0.25)))
     settings = TrainSettings(**SMALL)
     counts = {
@@ -162,7 +162,7 @@ def test_the_plan_gives_every_subject_the_same_budget():
 
 
 def test_the_budget_can_be_chosen():
-    planned = plan_train(TrainSettings(**SMALL, peers=("lora",), parameters=40_000))
+    planned = plan_train(TrainSettings(**SMALL, baselines=("lora",), parameters=40_000))
     one = TrainCandidate(TrainSettings(**SMALL), OURS, **planned.candidates[OURS])
     assert is_equal(40_000, one.trainable_parameters)
     assert one.size == f"intermediate_size {planned.candidates[OURS]['size']}"
@@ -173,7 +173,7 @@ def test_the_budget_can_be_chosen():
     [
         ({"parameters": 10}, ConfigError, "10 trainable parameters: the nearest it comes is 2[0-9],[0-9]{3}"),
         ({"length": 4096}, ConfigError, "length 4096 exceeds the 2048 positions of tiny"),
-        ({"peers": ("lroa",)}, ConfigError, "did you mean lora"),
+        ({"baselines": ("lroa",)}, ConfigError, "did you mean lora"),
         ({"model": "./nowhere"}, CheckpointError, "./nowhere"),
     ],
 )

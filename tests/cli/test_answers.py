@@ -4,7 +4,6 @@ import pytest
 
 from shadowtune.cli.answers import (
     AnswerSource,
-    data_of_format,
     edge_source,
     read_evaluation_set,
     record_answers,
@@ -15,6 +14,7 @@ from shadowtune.config.data import DataConfig
 from shadowtune.data.dataset import Dataset
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ConfigError, DataError
+from shadowtune.evaluation.trained_model import data_of_format
 from shadowtune.serving.requests import OutputChunk, RequestError, RoutingDecision, Usage
 from tests.support.commands import ROWS, write_rows
 from tests.support.tokenizers import tiny_tokenizer

@@ -25,17 +25,17 @@ def calibrate(edge, held_out, out, *more):
 
 def test_a_run_is_calibrated_against_itself_and_the_policy_can_be_loaded(shadow_run, held_out, tmp_path, capsys):
     out, report = tmp_path / "policy.json", tmp_path / "report.json"
-    more = ("--cloud-run", shadow_run, "--hand-over", 0.5, "--price-request", 3, "--json", report)
+    more = ("--cloud-run", shadow_run, "--deferral-rate", 0.5, "--price-request", 3, "--json", report)
     assert calibrate(shadow_run, held_out, out, *more) == 0
     policy = PolicyConfig.load(out)
     assert policy.kind == "confidence"
     assert policy.prices.request == 3
-    assert policy.curve[-1].hand_over_rate == 1
+    assert policy.curve[-1].deferral_rate == 1
     assert policy.curve[-1].cost > 3
     assert (tmp_path / "policy.png").read_bytes().startswith(b"\x89PNG")
     told = json.loads(report.read_text())
     assert [row[""] for row in told["rows"]] == ["edge alone", "promised", "found", "cloud alone"]
-    assert told["rows"][1]["hand over rate"] <= 0.5
+    assert told["rows"][1]["deferral rate"] <= 0.5
     assert {row["router"] for row in told["qualities"]} >= {"logprob", "learned", "random", "oracle"}
     assert PolicyConfig(threshold=told["policy"]["threshold"]).threshold == policy.threshold
     said = capsys.readouterr()
@@ -46,7 +46,7 @@ def test_a_run_is_calibrated_against_itself_and_the_policy_can_be_loaded(shadow_
 def test_a_detached_directory_gives_what_its_run_gives(shadow_run, small, held_out, tmp_path):
     policies = []
     for name, edge in (("a", shadow_run), ("b", small)):
-        more = ("--cloud-run", shadow_run, "--hand-over", 1, "--signal", "entropy")
+        more = ("--cloud-run", shadow_run, "--deferral-rate", 1, "--signal", "entropy")
         assert calibrate(edge, held_out, tmp_path / f"{name}.json", *more) == 0
         policies.append(PolicyConfig.load(tmp_path / f"{name}.json"))
     assert [point.threshold for point in policies[0].curve] == pytest.approx(
@@ -57,7 +57,7 @@ def test_a_detached_directory_gives_what_its_run_gives(shadow_run, small, held_o
 def test_kept_answers_are_not_asked_for_again(shadow_run, held_out, tmp_path, monkeypatch):
     from shadowtune.cli import answers
 
-    more = ("--cloud-run", shadow_run, "--hand-over", 1, "--answers", tmp_path / "answers")
+    more = ("--cloud-run", shadow_run, "--deferral-rate", 1, "--answers", tmp_path / "answers")
     assert calibrate(shadow_run, held_out, tmp_path / "a.json", *more) == 0
     monkeypatch.setattr(answers, "_record", None)
     assert calibrate(shadow_run, held_out, tmp_path / "b.json", *more) == 0
@@ -76,7 +76,7 @@ def test_an_aim_out_of_reach_writes_nothing_and_says_what_can_be_had(shadow_run,
     ("more", "said"),
     [
         (["--accuracy", "1.5"], "--accuracy must be 0 to 1, got 1.5"),
-        (["--hand-over", "-1"], "--hand-over must be 0 to 1"),
+        (["--deferral-rate", "-1"], "--deferral-rate must be 0 to 1"),
         (["--cost", "nan"], "--cost must be at least 0"),
         (["--accuracy", "0.5", "--price-prompt", "-1"], "prompt must be at least 0"),
         (["--accuracy", "0.5", "-o", "DIR"], "must name a file that ends in .json"),
@@ -97,7 +97,7 @@ def test_a_cloud_that_is_not_there_is_one_line(shadow_run, held_out, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    "more", [["--accuracy", "1"], ["--cloud-run", "x"], ["--cloud-run", "x", "--cost", "1", "--hand-over", "1"]]
+    "more", [["--accuracy", "1"], ["--cloud-run", "x"], ["--cloud-run", "x", "--cost", "1", "--deferral-rate", "1"]]
 )
 def test_one_cloud_and_one_aim_must_be_named(more):
     with pytest.raises(SystemExit) as stopped:

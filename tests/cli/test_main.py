@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from shadowtune.cli.main import COMMANDS, main
+from shadowtune.cli.command import ProgressBar
+from shadowtune.cli.main import COMMANDS, main, use_plain_progress
 
 
 def test_every_command_has_help_with_examples(capsys):
@@ -84,3 +85,25 @@ def test_what_cannot_be_written_is_dropped():
 def test_what_can_be_written_is_written():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, encoding="utf-8", check=True)
     assert done.stderr == ("x" * 9000 + "\n") * 3 + "\u00e4\n"
+
+
+def test_without_a_terminal_progress_is_a_line_for_each_tenth(capsys):
+    with ProgressBar() as bar:
+        for done in range(1, 41):
+            bar.show("evaluate run", done, 40)
+    with ProgressBar(quiet=True) as bar:
+        bar.show("evaluate run", 1, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "evaluate run: 1 of 40"
+    assert lines[-1] == "evaluate run: 40 of 40"
+    assert len(lines) == 11
+
+
+def test_bars_of_libraries_are_hidden_unless_there_is_a_terminal(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    monkeypatch.delenv("TQDM_DISABLE")
+    use_plain_progress()
+    assert os.environ.pop("TQDM_DISABLE") == "1"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    use_plain_progress()
+    assert "TQDM_DISABLE" not in os.environ

@@ -55,6 +55,27 @@ def test_a_detached_run_is_served_and_a_missing_cloud_leaves_its_own_answers(sma
         assert streamed.text.endswith("data: [DONE]\n\n")
 
 
+def test_an_edge_without_a_cloud_answers_everything_itself(small, shadow_run, monkeypatch, capsys):
+    built = {}
+    monkeypatch.setattr(serve, "run_server", lambda config, build: built.update(app=build()) or 0)
+    answers = []
+    for source in (small, shadow_run):  # a run is detached
+        assert main(["serve", "edge", str(source), "--name", "small", "--max-length", "40"]) == 0
+        with TestClient(built["app"]) as client:
+            assert client.get("/health").json() == {"status": "ok", "role": "edge"}
+            assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 40
+            answered = client.post("/v1/chat/completions", json={"model": "small", **CHAT})
+            assert answered.headers["x-shadowtune-side"] == "edge"
+            answers.append(answered.json()["choices"])
+            assert client.get("/v1/policy").status_code == 404
+            streamed = client.post("/v1/chat/completions", json={"model": "small", "stream": True, **CHAT})
+            assert streamed.text.endswith("data: [DONE]\n\n")
+    assert answers[0] == answers[1]
+    for options in (["--policy", "p.json"], ["--threshold", "0.5"], ["--price-request", "1"], ["--cloud-model", "m"]):
+        assert main(["serve", "edge", str(small), *options]) == 2
+        assert f"{options[0]}: there is nothing to decide without a cloud" in capsys.readouterr().err
+
+
 def test_the_name_may_be_another(small, monkeypatch):
     with TestClient(served(monkeypatch, small, "--name", "robot")) as client:
         assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["robot"]
@@ -92,7 +113,7 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
         (["--cloud-key-file", "DIR/empty"], "does not hold a key"),
         (["--cloud-deadline", "500"], "leaves no time for the edge"),
         (["--cloud-deadline", "0"], "deadline must be"),
-        (["--port", "0"], "holds no detached model"),
+        (["--port", "0"], "there is no"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, words, said, capsys):

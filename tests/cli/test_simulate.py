@@ -78,14 +78,14 @@ def test_scores_are_those_that_evaluate_gives(simulated, shadow_run, lora_run, d
         assert rows[policy]["accuracy"] == json.loads((tmp_path / "result.json").read_text())["rows"][0]["accuracy"]
 
 
-def test_policies_hand_over_what_they_say(simulated):
+def test_policies_defer_what_they_say(simulated):
     place, _ = simulated
     rows = rows_of(place / "result.json")
     edge = recorded(place, "edge")
     unsure = [answered["signals"]["logprob"] < 0.2 for answered in edge]
-    assert rows["unsure"]["hand_over_rate"] == mean(unsure)
+    assert rows["unsure"]["deferral_rate"] == mean(unsure)
     tagged = [answered["text"].strip().startswith("one") for answered in edge]
-    assert rows["tagged"]["hand_over_rate"] == mean(tagged)
+    assert rows["tagged"]["deferral_rate"] == mean(tagged)
     cloud = recorded(place, "cloud")
     scores = [(there if far else here)["score"] for here, there, far in zip(edge, cloud, unsure, strict=True)]
     assert rows["unsure"]["accuracy"] == mean(scores)
@@ -112,7 +112,7 @@ def test_files_hold_every_policy_every_threshold_and_a_picture(simulated):
     lines = [json.loads(line) for line in (place / "out" / "results.jsonl").read_text().splitlines()]
     curve = [line for line in lines if line["kind"] == "threshold"]
     assert len(lines) - len(curve) == 12
-    assert [point["hand_over_rate"] for point in curve][:: len(curve) - 1] == [0, 1]
+    assert [point["deferral_rate"] for point in curve][:: len(curve) - 1] == [0, 1]
     assert [point["threshold"] for point in curve] == sorted(point["threshold"] for point in curve)
     assert (place / "out" / "simulation.png").read_bytes().startswith(b"\x89PNG")
 
@@ -143,7 +143,7 @@ def test_a_run_can_be_its_own_edge_and_one_request_is_enough(shadow_run, tmp_pat
     run = str(shadow_run)
     command = ["simulate", str(file), "--edge", run, "--cloud", run, "--output", str(tmp_path / "out"), "--quiet"]
     assert main([*command, "--json", str(tmp_path / "result.json")]) == 0
-    assert rows_of(tmp_path / "result.json")["always-cloud"]["hand_over_rate"] == 1
+    assert rows_of(tmp_path / "result.json")["always-cloud"]["deferral_rate"] == 1
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -226,7 +226,7 @@ def test_what_cannot_be_simulated_is_one_line(edge, shadow_run, lora_run, data, 
         ([*good, "--policy", str(policy), "--policy", str(twin)], "have one name"),
         ([str(data), "--edge", "nowhere", "--cloud", str(shadow_run)], "nowhere does not exist"),
         ([str(data), "--edge", str(edge), "--cloud", str(tmp_path)], "not a run directory"),
-        ([str(data), "--edge", str(lora_run), "--cloud", str(shadow_run)], "only a shadow runs alone"),
+        ([str(data), "--edge", str(lora_run), "--cloud", str(shadow_run)], "only a shadow runs without its base"),
         (["--edge", str(edge), "--cloud", "http://127.0.0.1:9"], "name a file of requests"),
         (["--edge", str(edge), "--cloud", str(shadow_run)], "held-out rows"),
     ):

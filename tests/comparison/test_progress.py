@@ -2,8 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from shadowtune.comparison.estimate import TimeLeft, duration
+from shadowtune.comparison.estimate import TimeLeft
 from shadowtune.comparison.execution import describe
+from shadowtune.tables import duration
 from tests.comparison.test_job import job
 from tests.support.comparisons import result_row
 

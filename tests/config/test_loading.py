@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shadowtune import ShadowConfig
 from shadowtune.config.loading import SHIPPED, dump_config, load_config, put, settings_file
-from shadowtune.config.settings import unknown_keys
+from shadowtune.config.settings import settings, unknown_keys
 from shadowtune.config.training import DataConfig, LoraConfig, OptimizerConfig, TrainConfig, merge
 from shadowtune.errors import ConfigError
 from tests.support.properties import property_test
@@ -161,6 +161,61 @@ def test_no_text_ends_in_anything_but_settings_or_a_config_error(write, text, ov
     for overrides in ([], [override], [f"seed={override}"], [f"data.{override}"]):
         with contextlib.suppress(ConfigError):
             load(path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("template=Say: {a}", "Say: {a}"),
+        ("template= # {a}: [b ", " # {a}: [b "),
+        ("template=*{a}", "*{a}"),
+        ('template="{a}\\n"', "{a}\n"),
+        ("template='{a}'", "{a}"),
+        ("template='{a}' or {b}", "'{a}' or {b}"),
+        ("template={a}", "{a}"),
+        ("train=123", "123"),
+        ("train=[x].jsonl", "[x].jsonl"),
+        ("text_field=true", "true"),
+        ("text_field=", None),
+        ("text_field=null", None),
+        ("text_field=~", None),
+    ],
+)
+def test_the_value_of_a_text_setting_needs_no_quotes(write, override, value):
+    path = write(b"data: {train: rows.jsonl}")
+    assert vars(load(path, f"data.{override}").data)[override.partition("=")[0]] == value
+
+
+def test_a_setting_that_may_be_text_or_a_list_is_either(write):
+    path = write(b"data: {train: rows.jsonl}\nmethod: lora")
+    for typed, value in (("[q, v]", ["q", "v"]), ("q: v", "q: v"), ("7", "7"), ("all-linear", "all-linear")):
+        assert load(path, f"lora.target_modules={typed}").lora.target_modules == value
+
+
+def test_text_or_a_tuple_is_written_as_a_list(write):
+    @settings
+    class Sources:
+        train: str | tuple[str, ...] | None = None
+
+    for typed, value in (("[a, b]", ("a", "b")), ("a, b", "a, b"), ("a: b", "a: b"), ("", None)):
+        assert load_config(Sources, write("{}"), [f"train={typed}"]).train == value
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("learning_rate=1", "unknown key learning_rate (did you mean optimizer.learning_rate?)"),
+        ("shadow.learning_rate=1", "unknown key shadow.learning_rate (did you mean optimizer.learning_rate?)"),
+        ("rank=4", "unknown key rank (did you mean shadow.rank or lora.rank?)"),
+        ("data.epochs=4", "unknown key data.epochs (did you mean epochs?)"),
+        ("warmup_ration=1", "unknown key warmup_ration (did you mean optimizer.warmup_ratio?)"),
+        ("xyzzy=1", "unknown key xyzzy"),
+    ],
+)
+def test_a_name_without_its_section_is_found(write, override, hint):
+    with pytest.raises(ConfigError) as raised:
+        load(write(b"data: {train: rows.jsonl}"), override)
+    assert str(raised.value).endswith(hint)
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)

@@ -76,6 +76,16 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert PolicyConfig.load(tmp_path / "policy.json") == policy
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_policy_of_release_0_1_0_is_loaded(tmp_path):
+    point = {"threshold": 0.0, "accuracy": 0.5, "hand_over_rate": 0.25, "cost": 0.0}
+    (tmp_path / "policy.json").write_text(json.dumps({"threshold": 0.7, "curve": [point]}))
+    policy = PolicyConfig.load(tmp_path / "policy.json")
+    assert policy == PolicyConfig(threshold=0.7, curve=(CurvePoint(0.0, 0.5, 0.25, 0.0),))
+    policy.save(tmp_path / "policy.json")
+    assert json.loads((tmp_path / "policy.json").read_text())["curve"][0]["deferral_rate"] == 0.25
+
+
 def test_a_part_of_a_policy_is_one(tmp_path):
     (tmp_path / "policy.json").write_text('{"threshold": 1}')
     assert PolicyConfig.load(tmp_path / "policy.json") == PolicyConfig(threshold=1.0)

@@ -83,6 +83,7 @@ def test_to_dict_and_from_dict_are_inverse_for_every_field():
         activation="gelu",
         transform_dropout=False,
         inject_first=True,
+        injection_start=0.3,
         channel_scaling=True,
         logit_interpolation=0.3,
         dropout_position="hidden",

@@ -31,7 +31,9 @@ DATA = DataConfig(train="rows.jsonl")
         (TrainConfig, "logging_steps", 0, 1),
         (TrainConfig, "save_steps", 0, None),
         (TrainConfig, "eval_steps", 0, None),
-        (TrainConfig, "keep_checkpoints", 0, 1),
+        (TrainConfig, "keep_checkpoints", -1, 0),
+        (TrainConfig, "early_stopping_patience", 0, None),
+        (TrainConfig, "samples", -1, 0),
         (TrainConfig, "projection_steps", -1, 0),
         (TrainConfig, "seed", -1, 0),
         (TrainConfig, "seed", 2**32, 2**32 - 1),
@@ -239,3 +241,42 @@ def test_a_misspelt_setting_beside_a_preset_is_refused():
 def test_each_name_is_a_choice():
     for name in PRESETS:
         assert read(preset=name).preset == name
+
+
+VALIDATED = {"data": {"train": "a.jsonl", "validation": "b.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"data": {"train": "a.jsonl"}, "early_stopping_patience": 2}, "^early_stopping_patience=2 .* set data.valid"),
+        (
+            {"data": {"train": "a.jsonl"}, "load_best_model_at_end": True},
+            "^load_best_model_at_end=true .* set data.val",
+        ),
+        ({"load_best_model_at_end": True, "save_steps": 3, "eval_steps": 2}, "leave save_steps=3 out, or set eval_ste"),
+        ({"load_best_model_at_end": True, "keep_checkpoints": 1}, "set keep_checkpoints to at least 2, or to 0"),
+        (
+            {"early_stopping_patience": 1, "method": "lora", "metric_for_best_model": "base_loss"},
+            "metric_for_best_model=base_loss is a term of a shadow's joint loss",
+        ),
+        (
+            {
+                "early_stopping_patience": 1,
+                "shadow": {"shadow_loss_weight": 0.0},
+                "metric_for_best_model": "shadow_loss",
+            },
+            "shadow_loss is not computed while shadow.shadow_loss_weight is 0",
+        ),
+        ({"report_to": ["wandbb"]}, r"^report_to\[0\] must be one of tensorboard, .* \(did you mean wandb\?\)"),
+    ],
+)
+def test_what_compares_evaluations_needs_them(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        from_mapping(TrainConfig, {**VALIDATED, **settings})
+
+
+def test_trackers_are_named_once_and_a_single_one_needs_no_list():
+    assert from_mapping(TrainConfig, {**VALIDATED, "report_to": "wandb"}).trackers == ["wandb"]
+    both = from_mapping(TrainConfig, {**VALIDATED, "report_to": ["tensorboard", "mlflow"], "tensorboard": True})
+    assert both.trackers == ["tensorboard", "mlflow"]

@@ -47,6 +47,15 @@ def test_inject_first_puts_a_boundary_before_the_first_block_too():
     assert one.boundaries.applied == [0, 1, 2, 3]
 
 
+def test_blocks_below_the_first_boundary_run_as_in_the_base():
+    recorder = Recorder(inject_first=False)
+    recorder.first = 2
+    one = ShadowState(recorder, torch.zeros(1, 1, 2))
+    entered = [one.before_block(depth, torch.zeros(1, 1, 2)).mean().item() for depth in range(BLOCKS)]
+    assert entered == [0, 0, 1, 1]
+    assert recorder.applied == [0, 1]
+
+
 def test_two_hooks_on_one_block_apply_its_boundary_once():
     one = state(inject_first=True)
     for depth in range(BLOCKS):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from shadowtune.data.generation import end_tokens, generate_answers
+from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import DataError
 from tests.support.shadows import perturbed_model, tokens
 from tests.support.tokenizers import tiny_tokenizer
@@ -63,8 +64,8 @@ def test_thoughts_are_no_part_of_the_texts_that_are_compared(model, prompts):
             mark = tokenizer.decode([token])
             if tokenizer(mark, add_special_tokens=False)["input_ids"] != [token]:
                 continue
-            (found,), same = generate_answers(model, tokenizer, [prompt], 6, content_mark=mark)
+            (found,), same = generate_answers(model, tokenizer, [prompt], 6, form=PromptFormat(content_mark=mark))
             last = max(index for index, other in enumerate(answer) if other == token and place <= index)
             assert found == tokenizer.decode(answer[last + 1 :], skip_special_tokens=True).strip()
             assert same == [answer], "the tokens are all of them"
-    assert generate_answers(model, tokenizer, prompts, 6, content_mark="zzz")[0] == whole
+    assert generate_answers(model, tokenizer, prompts, 6, form=PromptFormat(content_mark="zzz"))[0] == whole

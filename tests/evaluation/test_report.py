@@ -126,6 +126,6 @@ def test_a_page_fits_a_phone_and_wide_tables_scroll():
 
 
 def test_markdown_has_a_head_a_rule_and_a_line_for_each_row():
-    assert markdown_table([{"case": "a", "peer": "b", "ratio": 2.0}, {"case": "a", "peer": "c", "ratio": None}]) == (
-        "| case | peer | ratio |\n| --- | --- | --: |\n| a | b | 2.000 |\n| a | c | - |\n"
-    )
+    assert markdown_table(
+        [{"case": "a", "baseline": "b", "ratio": 2.0}, {"case": "a", "baseline": "c", "ratio": None}]
+    ) == ("| case | baseline | ratio |\n| --- | --- | --: |\n| a | b | 2.000 |\n| a | c | - |\n")

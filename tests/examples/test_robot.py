@@ -103,7 +103,7 @@ def test_one_command_trains_detaches_exports_calibrates_and_simulates(robot):
         line["policy"]: line for line in read(place / "simulation" / "results.jsonl") if line["kind"] == "policy"
     }
     assert {"always-edge", "always-cloud", "lora-cloud", "verify", "policy"} <= set(policies)
-    assert policies["always-cloud"]["hand_over_rate"] == 1
+    assert policies["always-cloud"]["deferral_rate"] == 1
     assert (place / "simulation" / "simulation.png").is_file()
     assert "policy: " in said
 

@@ -25,23 +25,23 @@ def test_three_percent_of_ours_is_the_limit_on_either_side():
     assert not is_equal(1_031, 1_000_000)
 
 
-def test_every_peer_gets_the_size_nearest_to_ours():
-    peers = {"lora": Growth(0, 100), "fixed part": Growth(500, 10)}
-    assert equal_sizes(1_000, "shadow", Growth(0, 10), peers) == {"shadow": 100, "lora": 10, "fixed part": 50}
+def test_every_baseline_gets_the_size_nearest_to_ours():
+    baselines = {"lora": Growth(0, 100), "fixed part": Growth(500, 10)}
+    assert equal_sizes(1_000, "shadow", Growth(0, 10), baselines) == {"shadow": 100, "lora": 10, "fixed part": 50}
 
 
 def test_ours_moves_as_little_as_need_be_when_a_rank_is_a_coarse_step():
-    peers = {"lora": Growth(0, 305_280), "dora": Growth(155_520, 305_280)}  # on SmolLM2-135M
+    baselines = {"lora": Growth(0, 305_280), "dora": Growth(155_520, 305_280)}  # on SmolLM2-135M
     ours = Growth(fixed=1_938_240, per_step=13_824, step=8)  # by default 1536 wide, where no rank of DoRA fits
-    sizes = equal_sizes(4_592_448, "shadow", ours, peers)
+    sizes = equal_sizes(4_592_448, "shadow", ours, baselines)
     count = ours.count(sizes["shadow"])
     assert sizes == {"shadow": 1_544, "lora": 15, "dora": 15}
-    assert all(is_equal(count, peers[name].count(sizes[name])) for name in peers)
+    assert all(is_equal(count, baselines[name].count(sizes[name])) for name in baselines)
     for nearer in (1_528, 1_536):
-        assert not is_equal(ours.count(nearer), peers["dora"].count(peers["dora"].nearest(ours.count(nearer))))
+        assert not is_equal(ours.count(nearer), baselines["dora"].count(baselines["dora"].nearest(ours.count(nearer))))
 
 
-def test_peers_that_cannot_come_near_are_refused_with_the_counts():
+def test_baselines_that_cannot_come_near_are_refused_with_the_counts():
     with pytest.raises(ConfigError, match=r"shadow has 1,000 .* lora 2,000; more than 3%"):
         equal_sizes(1_000, "shadow", Growth(0, 10), {"lora": Growth(1_500, 500), "near": Growth(0, 10)})
 
@@ -56,7 +56,7 @@ def test_ours_never_becomes_smaller_than_one_step():
         equal_sizes(1_000, "shadow", Growth(999, 1), {"lora": Growth(800, 169)})
 
 
-def test_loaded_subjects_are_compared_only_when_they_train_equally_much():
+def test_loaded_candidates_are_compared_only_when_they_train_equally_much():
     check_equal("shadow", {"shadow": 1_000, "lora": 1_030, "base": 0})
     with pytest.raises(ConfigError) as refused:
         check_equal("shadow", {"shadow": 1_000, "lora": 1_031, "dora": 1_000, "base": 0})

@@ -57,11 +57,11 @@ def test_measuring_leaves_the_base_as_it_was():
     assert not any(layer._forward_pre_hooks for layer in base.model.layers)
 
 
-@pytest.mark.parametrize("inject_first", [False, True])
-def test_each_boundary_has_the_scales_of_the_block_that_it_leads_into(inject_first):
+@pytest.mark.parametrize(("settings", "first"), [({}, 1), ({"inject_first": True}, 0), ({"injection_start": 0.5}, 2)])
+def test_each_boundary_has_the_scales_of_the_block_that_it_leads_into(settings, first):
     base = with_a_large_channel()
-    model = ShadowForCausalLM.from_base(base, ShadowConfig(**SETTINGS, inject_first=inject_first))
-    expected = measure_channel_scales(base)[0 if inject_first else 1 :]
+    model = ShadowForCausalLM.from_base(base, ShadowConfig(**SETTINGS, **settings))
+    expected = measure_channel_scales(base)[first:]
     assert torch.equal(model.shadow.boundaries.channel_scales, expected)
 
 

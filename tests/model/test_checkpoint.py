@@ -43,6 +43,12 @@ def test_tensors_come_back_with_their_values_and_dtypes(tmp_path, max_shard_size
     assert not list((tmp_path / "new" / "deep").glob(".*"))
 
 
+def test_names_of_release_0_1_0_are_read_as_those_of_today(tmp_path):
+    old = {"shadow.draft_fusion.down.weight": torch.ones(2), "shadow.boundaries.draft_fusion.x": torch.zeros(1)}
+    save(tmp_path, old)
+    assert read_tensors(str(tmp_path)).keys() == {"shadow.draft_head.down.weight", "shadow.boundaries.draft_fusion.x"}
+
+
 @pytest.mark.parametrize(("first", "second"), [(1000, "5GB"), ("5GB", 1000), (500, 1000)])
 def test_a_new_save_replaces_the_old_one_however_both_were_sharded(tmp_path, first, second):
     save(tmp_path, some_tensors(0), max_shard_size=first)

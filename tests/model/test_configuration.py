@@ -122,3 +122,10 @@ def test_a_config_of_before_loads_and_does_not_know_how_it_started(tmp_path):
 def test_copied_layers_survive_the_way_through_a_file(tmp_path):
     made(init_layers=(0, -1)).save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).shadow_config.init_layers == (0, -1)
+
+
+def test_the_file_names_the_package_that_reads_it(tmp_path):
+    made().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert "import shadowtune" in values["library"]
+    assert ShadowModelConfig.from_pretrained(tmp_path).library == values["library"]

@@ -90,7 +90,7 @@ def test_it_is_saved(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["shadow-peft", "peft"])
-def test_no_peer_can_hold_it(tmp_path, format):
+def test_no_third_party_format_can_hold_it(tmp_path, format):
     mixing, _ = mixing_and_not()
     mixing.save_pretrained(tmp_path / "ours")
     mixing.base.save_pretrained(tmp_path / "base")

@@ -120,6 +120,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, reentrant, inject
     assert not model.shadow.backbone.is_activation_checkpointing
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("variant", ["paper", "stateless"])
+def test_blocks_below_the_first_injection_keep_nothing_for_the_backward_pass(variant, checkpointed):
+    model, ids = perturbed_model(variant=variant, injection_start=0.5, dropout=0.0).train(), tokens(2, 9)
+    if checkpointed:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    outputs = []
+    for block in model.base.model.layers:
+        block.register_forward_hook(lambda block, args, output: outputs.append(output.requires_grad))
+    model(ids, labels=ids).loss.backward()
+    assert outputs == [False, True, True, True]  # the second block's output is corrected in a hook before this one
+    assert all(p.grad is not None and p.grad.any() for p in model.shadow.boundaries.parameters())
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_recomputes_blocks_but_never_runs_the_shadows_hooks_again(reentrant, monkeypatch):
     model, ids = perturbed_model().train(), tokens(2, 9)

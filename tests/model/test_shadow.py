@@ -21,9 +21,22 @@ def test_equal_widths_need_no_projection_and_others_get_two():
     assert narrow.input_projection.weight.shape == (16, 32)
 
 
-@pytest.mark.parametrize(("inject_first", "count"), [(False, 3), (True, 4)])
-def test_boundaries_are_as_many_as_the_gaps(inject_first, count):
-    assert made(inject_first=inject_first).boundaries.count == count
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 3),
+        ({"inject_first": True}, 4),
+        ({"injection_start": 0.1}, 3),
+        ({"injection_start": 0.5}, 2),
+        ({"injection_start": 0.5, "inject_first": True}, 2),
+        ({"injection_start": 0.99}, 1),
+    ],
+    ids=str,
+)
+def test_boundaries_are_as_many_as_the_blocks_from_the_first_injection_on(settings, count):
+    boundaries = made(**settings).boundaries
+    assert boundaries.count == count
+    assert boundaries.first == 4 - count
 
 
 @torch.no_grad()

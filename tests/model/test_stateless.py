@@ -107,7 +107,7 @@ def test_what_no_gradient_reaches_is_frozen_on_request(draft_rank):
     model.freeze_unused()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(gradients(model, **batch())[1]) == trained
-    assert {name.split(".")[1] for name in trained} == {"boundaries"} | ({"draft_fusion"} if draft_rank else set())
+    assert {name.split(".")[1] for name in trained} == {"boundaries"} | ({"draft_head"} if draft_rank else set())
 
 
 @pytest.mark.parametrize("settings", [{}, {"shadow_loss_weight": 0.1, **STATELESS}])

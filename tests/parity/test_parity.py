@@ -1,11 +1,11 @@
-"""The same weights in our model and in a peer's (shadow-peft 0.1.1, PEFT's Shadow tuner) give the same numbers."""
+"""The same weights in our model and in shadow-peft 0.1.1's or PEFT's Shadow tuner give the same numbers."""
 
 import pytest
 import torch
 
 from shadowtune.compatibility import CACHE
 from shadowtune.model.formats.third_party import to_third_party
-from tests.parity.peers import Twins, peft_twins, shadow_peft_twins, smaller_model
+from tests.parity.third_party import Twins, peft_twins, shadow_peft_twins, smaller_model
 from tests.support.shadows import tokens
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -38,14 +38,14 @@ def assert_same_loss_and_gradients(twins: Twins, inputs: dict[str, torch.Tensor]
     ours = twins.ours(**inputs)
     ours.loss.backward()
     torch.manual_seed(11)
-    theirs = twins.peer(**inputs)
+    theirs = twins.theirs(**inputs)
     theirs.loss.backward()
     torch.testing.assert_close(ours.loss, theirs.loss, **TOLERANCE)
     expected = gradients(twins.named)
     trained = [entry for entry in twins.entries if entry.ours != "embedding.weight"]
     actual = to_third_party(trained, gradients(twins.ours.shadow))
     for name in expected.keys() - twins.dead:
-        assert expected[name].abs().max() > 1e-5, f"{name} is not tested: the peer's gradient is zero"
+        assert expected[name].abs().max() > 1e-5, f"{name} is not tested: their gradient is zero"
         torch.testing.assert_close(actual[name], expected[name], **TOLERANCE, msg=lambda text, n=name: f"{n}: {text}")
 
 
@@ -66,7 +66,7 @@ def test_attached_logits(twins):
     difference = twins.ours(**inputs).logits - twins.ours.set_mode("base")(**inputs).logits
     assert difference.abs().max() > 0.1
     torch.testing.assert_close(
-        twins.ours.set_mode("attached")(**inputs).logits, twins.peer(**inputs).logits, **TOLERANCE
+        twins.ours.set_mode("attached")(**inputs).logits, twins.theirs(**inputs).logits, **TOLERANCE
     )
 
 
@@ -82,14 +82,14 @@ def test_loss_and_every_gradient(twins):
 
 def test_loss_and_every_gradient_with_the_same_entries_dropped(twins):
     twins.ours.train()
-    twins.peer.train()
+    twins.theirs.train()
     assert_same_loss_and_gradients(twins, batch())
 
 
 def test_left_padding(twins):
     inputs = batch(padding=5)
     kept = inputs["attention_mask"].bool()
-    torch.testing.assert_close(twins.ours(**inputs).logits[kept], twins.peer(**inputs).logits[kept], **TOLERANCE)
+    torch.testing.assert_close(twins.ours(**inputs).logits[kept], twins.theirs(**inputs).logits[kept], **TOLERANCE)
     assert_same_loss_and_gradients(twins, inputs)
 
 
@@ -101,12 +101,12 @@ def test_greedy_generation(twins):
     assert ours.shape == (2, 25)
     assert ours[:, 13:].unique().numel() > 3
     # The Shadow tuner of peft 0.21 loses its cache from transformers 5.24 on, which calls it by another name.
-    theirs = twins.peer.generate(**prompt, **settings, use_cache=CACHE == "past_key_values")
+    theirs = twins.theirs.generate(**prompt, **settings, use_cache=CACHE == "past_key_values")
     assert torch.equal(ours, theirs)
 
 
-def test_the_peers_train_an_update_that_no_gradient_reaches(twins):
-    twins.peer(**batch()).loss.backward()
+def test_the_third_parties_train_an_update_that_no_gradient_reaches(twins):
+    twins.theirs(**batch()).loss.backward()
     found = gradients(twins.named)
     assert twins.dead <= found.keys()
     assert all(found[name] is None for name in twins.dead)

@@ -32,11 +32,11 @@ def test_the_drafter_learns_last_and_alone(tmp_path):
     )
     before, after = saved(plain.output), saved(drafted.output)
     for name, tensor in before.items():
-        assert torch.equal(after[name], tensor) == ("draft_fusion" not in name), name
+        assert torch.equal(after[name], tensor) == ("draft_head" not in name), name
     lines = (Path(drafted.output) / "drafting" / "metrics.jsonl").read_text().splitlines()
     assert "draft_loss" in json.loads(lines[0])
     model = ShadowForCausalLM.from_pretrained(Path(drafted.output) / "model")
-    assert model.shadow.draft_fusion is not None
+    assert model.shadow.draft_head is not None
 
 
 def test_it_learns_what_the_model_answers():
@@ -70,7 +70,7 @@ def test_everything_else_is_free_again_even_if_it_fails():
     context = draft_head_only(model)
     context.__enter__()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name in names if "draft_fusion" in name}
+    assert trained == {name for name in names if "draft_head" in name}
     context.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
     assert names == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 

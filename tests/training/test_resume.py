@@ -155,3 +155,4 @@ def test_ctrl_c_ends_in_one_line_and_keeps_the_last_checkpoint(tmp_path):
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("shadowtune: interrupted; finished checkpoints are kept")
     check_checkpoint(Path(get_last_checkpoint(str(checkpoints))))
+    assert "not finished" in (tmp_path / "run" / "report.html").read_text()

@@ -54,7 +54,7 @@ def test_stages_run_with_any_trainer_and_train_their_part_alone(kind, tmp_path):
         ShadowOnlyStage(): ("shadow.backbone.",),
         JointStage(): ("shadow.",),
         LogitInterpolationStage(): (),
-        DraftHeadStage(0.5): ("shadow.draft_fusion.",),
+        DraftHeadStage(0.5): ("shadow.draft_head.",),
     }
     entries = {}
     for stage, prefixes in parts.items():

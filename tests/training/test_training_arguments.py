@@ -66,3 +66,14 @@ def test_tensorboard_that_is_not_installed_is_said_before_training(tmp_path, mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'shadowtune\[tensorboard\]'"):
         training_arguments(replace(CONFIG, tensorboard=True), tmp_path)
+    for name in ("wandb", "trackio", "mlflow"):
+        with pytest.raises(ConfigError, match=f"^report_to={name} needs the package {name}: pip install {name}$"):
+            training_arguments(replace(CONFIG, report_to=[name]), tmp_path)
+
+
+def test_the_best_checkpoint_is_chosen_among_those_of_the_evaluations(tmp_path):
+    config = replace(CONFIG, data=DataConfig(train="a.jsonl", validation="b.jsonl"), load_best_model_at_end=True)
+    found = training_arguments(replace(config, eval_steps=7), tmp_path)
+    assert (found.save_strategy, found.save_steps, found.eval_steps) == ("steps", 7, 7)
+    assert (found.metric_for_best_model, found.greater_is_better) == ("loss", False)
+    assert training_arguments(config, tmp_path).save_strategy == "epoch"

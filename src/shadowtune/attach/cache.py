@@ -90,7 +90,7 @@ def _counts(layer: CacheLayerMixin) -> bool:
 
 
 def _is_started(cache: Cache) -> bool:
-    return next(layer.is_initialized for layer in cache.layers if isinstance(layer, CacheLayerMixin))
+    return bool(next(layer.is_initialized for layer in cache.layers if isinstance(layer, CacheLayerMixin)))
 
 
 def _full_attention_layer(cache: Cache) -> DynamicLayer | StaticLayer:

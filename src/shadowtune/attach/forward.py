@@ -165,7 +165,7 @@ def check_fit(base: PreTrainedModel, boundaries: Boundaries) -> None:
         raise UnsupportedArchitectureError(
             f"the base's embeddings have width {embedding_width} but its blocks {width}; a shadow needs them equal"
         )
-    depth = boundaries.count + (0 if boundaries.config.inject_first else 1)
+    depth = boundaries.first + boundaries.count
     shadow_width = boundaries.injection_downs.shape[1]
     if (shadow_width, depth) != (width, blocks):
         raise AttachError(

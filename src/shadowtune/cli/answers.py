@@ -4,20 +4,20 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowtune.cli.command import ProgressBar
 from shadowtune.cli.loading import is_run
-from shadowtune.config.data import DataConfig, parse_template
+from shadowtune.cli.source import detached_model, last_change, open_source
+from shadowtune.config.data import parse_template
 from shadowtune.config.serving import CloudConfig
 from shadowtune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from shadowtune.data.dataset import Dataset
-    from shadowtune.data.prompt_format import PromptFormat
     from shadowtune.data.sources import Row
     from shadowtune.serving.requests import Backend, GenerationRequest
     from shadowtune.serving.simulation.records import AnswerFile, RecordedAnswer
@@ -86,9 +86,7 @@ class AnswerSource:
         """Latest modification time of its files in nanoseconds; None of a remote endpoint."""
         if self.remote:
             return None
-        path = Path(self.source)
-        files = path / "model" if is_run(path) else path
-        return max((file.stat().st_mtime_ns for file in files.rglob("*")), default=files.stat().st_mtime_ns)
+        return last_change(self.source)
 
 
 def read_evaluation_set(
@@ -111,25 +109,11 @@ def read_evaluation_set(
     return EvaluationSet(requests, data.metric, data.max_new_tokens or longest + EXTRA_TOKENS, tokenizer)
 
 
-def data_of_format(prompt_format: "PromptFormat", source: str) -> "Dataset":
-    """Return a file of prompts and completions, or of the fields in a prompt format, as a run's data set."""
-    from shadowtune.data.dataset import Dataset
-
-    settings = DataConfig(
-        train=source,
-        template=prompt_format.template,
-        chat_template=prompt_format.chat_template,
-        optional_fields=prompt_format.optional_fields,
-        main_field=None if prompt_format.template is None else prompt_format.main_field,
-    )
-    return replace(Dataset.open(settings), form=prompt_format)
-
-
 def edge_source(path: str) -> AnswerSource:
     """Return the detached model of a run, or files of ``detach`` or ``export``; raises CheckpointError if missing."""
     if not Path(path).exists():
         raise CheckpointError(f"--edge {path} does not exist; name a run, a detached directory or a GGUF file")
-    return AnswerSource("edge", path, partial(_open_edge, Path(path)))
+    return AnswerSource("edge", path, partial(_open_edge, path))
 
 
 def remote_source(name: str, cloud: CloudConfig) -> AnswerSource:
@@ -145,7 +129,7 @@ def run_source(name: str, path: str) -> AnswerSource:
 
     if read_run_config(Path(path)).task != "causal_lm":
         raise ConfigError(f"--{name} {path} is a classification run; it predicts classes and generates no answers")
-    return AnswerSource(name, path, partial(_open_run, Path(path), detached=False))
+    return AnswerSource(name, path, partial(_open_run, path))
 
 
 def evaluation_set_of(
@@ -166,9 +150,9 @@ def evaluation_set_of(
         return read_evaluation_set(data, read_tokenizer(str(run / "model")), source, split, limit)
     if source is None:
         raise ConfigError("neither side is a run with rows of its own; name a file of requests")
-    from shadowtune.export.loading import load_model
+    from shadowtune.evaluation.trained_model import data_of_format
 
-    opened = load_model(Path(edge.source))
+    opened = open_source(edge.source)
     data = data_of_format(opened.prompt_format, source)
     return read_evaluation_set(data, opened.tokenizer, source, split, limit)
 
@@ -189,16 +173,16 @@ def record_answers(
         "version of the model": source.stamp,
         "set of requests": evaluation_set.digest,
     }
-    recording = AnswerFile(directory / f"{source.name}.jsonl", origin)
-    if len(recording.answers) < len(evaluation_set.requests):
+    recorded = AnswerFile(directory / f"{source.name}.jsonl", origin)
+    if len(recorded.answers) < len(evaluation_set.requests):
         with ProgressBar(quiet) as bar:
             show = partial(bar.show, f"{source.name}: {source.source}")
-            asyncio.run(_record(source, evaluation_set, recording, show))
-    return recording.answers
+            asyncio.run(_record(source, evaluation_set, recorded, show))
+    return recorded.answers
 
 
 async def _record(
-    source: AnswerSource, evaluation_set: EvaluationSet, recording: "AnswerFile", show: Callable[[int, int], None]
+    source: AnswerSource, evaluation_set: EvaluationSet, recorded: "AnswerFile", show: Callable[[int, int], None]
 ) -> None:
     """Send the requests without an answer, one after the other."""
     from shadowtune.serving.simulation.records import measure
@@ -211,9 +195,9 @@ async def _record(
         return await measure(backend, request, partial(evaluation_set.score, index), evaluation_set.tokenize)
 
     try:
-        await ask(len(recording.answers))  # warm-up, not recorded
-        for index in range(len(recording.answers), total):
-            recording.add(await ask(index))
+        await ask(len(recorded.answers))  # warm-up, not recorded
+        for index in range(len(recorded.answers), total):
+            recorded.add(await ask(index))
             show(index + 1, total)
     finally:
         await backend.aclose()
@@ -232,31 +216,20 @@ def _messages(data: "Dataset", row: "Row") -> tuple[dict[str, Any], ...] | None:
     """Return a user's text as a chat message, if the example has one field of it."""
     if data.task is not None or row.get("tools") or row.get("chat_template_kwargs"):
         return None
-    pieces = [("", data.fields.prompt or "prompt")] if data.template is None else parse_template(data.template)
-    fields = [name for _, name in pieces if name is not None]
+    template_parts = [("", data.fields.prompt or "prompt")] if data.template is None else parse_template(data.template)
+    fields = [name for _, name in template_parts if name is not None]
     text = row.get(fields[0]) if len(fields) == 1 else None
     return ({"role": "user", "content": text},) if isinstance(text, str) else None
 
 
-def _open_edge(path: Path) -> "Backend":
-    from shadowtune.export.loading import load_model
+def _open_edge(source: str) -> "Backend":
     from shadowtune.serving.edge.local import LocalModel
 
-    return _open_run(path, detached=True) if is_run(path) else LocalModel(load_model(path), NAME)
+    return LocalModel(detached_model(open_source(source)), NAME)
 
 
-def _open_run(path: Path, detached: bool) -> "Backend":
-    from shadowtune.evaluation.run import FinishedRun
-    from shadowtune.export.loading import wrap_model
+def _open_run(path: str) -> "Backend":
     from shadowtune.serving.edge.local import LocalModel
 
-    run = FinishedRun.open(path)
-    if detached:
-        if not run.config.leaves_shadow:
-            raise ConfigError(f"{path} is a {run.config.method} run; only a shadow runs alone at the edge")
-        model = run.model.detached()
-    elif run.config.leaves_shadow or run.config.method == "full":
-        model = run.model
-    else:
-        model = run.model.get_base_model()  # its layers are the adapted ones
-    return LocalModel(wrap_model(model, run.tokenizer, run.prompt_format), NAME)
+    with open_source(path).loaded("attached") as opened:  # the mode in which a model is loaded
+        return LocalModel(opened, NAME)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shadowtune.serving.edge.thresholds import CalibrationExample, CalibrationTarget
 
 EPILOG = """examples:
-  shadowtune calibrate runs/clinc150 --cloud-run runs/clinc150 --hand-over 0.2 -o policy.json
+  shadowtune calibrate runs/clinc150 --cloud-run runs/clinc150 --deferral-rate 0.2 -o policy.json
   shadowtune calibrate robot.gguf --cloud-run runs/robot --accuracy 0.95 --signal auto -o policy.json
   shadowtune calibrate robot-int8 --cloud http://cloud:8000 --data held-out.jsonl --cost 12 -o policy.json
 
@@ -35,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cloud(parser)
     aim = parser.add_mutually_exclusive_group(required=True)
     aim.add_argument("--accuracy", type=float, metavar="A", help="reach this accuracy (0 to 1) at the lowest cost")
-    aim.add_argument("--hand-over", type=float, metavar="H", help="defer at most this fraction of requests (0 to 1)")
+    aim.add_argument(
+        "--deferral-rate",
+        "--hand-over",
+        type=float,
+        metavar="R",
+        help="defer at most this fraction of requests (0 to 1)",
+    )
     aim.add_argument("--cost", type=float, metavar="X", help="spend at most this much per request, on average")
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help="policy.json; a figure is written beside it")
     parser.add_argument("--data", metavar="FILE", help="held-out examples with their answers; default: the run's")
@@ -83,14 +89,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _aim(arguments: argparse.Namespace) -> "CalibrationTarget":
     from shadowtune.serving.edge.thresholds import CalibrationTarget
 
-    for kind, high in (("accuracy", 1.0), ("hand-over", 1.0), ("cost", float("inf"))):
+    for kind, high in (("accuracy", 1.0), ("deferral-rate", 1.0), ("cost", float("inf"))):
         value = vars(arguments)[kind.replace("-", "_")]
         if value is None:
             continue
         if not 0 <= value <= high:
             raise ConfigError(f"--{kind} must be {'0 to 1' if high == 1 else 'at least 0'}, got {value:g}")
         return CalibrationTarget(kind, value)  # type: ignore[arg-type]
-    raise ConfigError("name an aim: --accuracy, --hand-over or --cost")
+    raise ConfigError("name an aim: --accuracy, --deferral-rate or --cost")
 
 
 def _check_out(out: Path) -> None:
@@ -136,7 +142,7 @@ def _points(done: "Calibration") -> list[dict[str, Any]]:
     curve = done.curves[done.policy.signal]
     rows = [("edge alone", curve[0]), ("promised", done.promised), ("found", done.found), ("cloud alone", curve[-1])]
     return [
-        {"": name, "accuracy": point.accuracy, "hand over rate": point.hand_over_rate, "cost, cloud tokens": point.cost}
+        {"": name, "accuracy": point.accuracy, "deferral rate": point.deferral_rate, "cost, cloud tokens": point.cost}
         for name, point in rows
         if point is not None
     ]

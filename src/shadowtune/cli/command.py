@@ -72,7 +72,10 @@ def print_status(line: str) -> None:
 
 
 class ProgressBar:
-    """A progress bar with the remaining time, on standard error; a context manager that removes it at its end."""
+    """A progress bar with the remaining time, on standard error; a context manager that removes it at its end.
+
+    Where standard error is no terminal, it prints whole lines: at the begin, after each tenth, and at the end.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         from rich.console import Console
@@ -87,11 +90,17 @@ class ProgressBar:
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._progress = Progress(*columns, *times, console=Console(stderr=True), disable=quiet)
+        self._lines = not quiet and not sys.stderr.isatty()
+        self._line: tuple[str, int] | None = None
+        self._progress = Progress(*columns, *times, console=Console(stderr=True), disable=quiet or self._lines)
         self._task: Any = None
 
     def show(self, what: str, done: int, total: int) -> None:
         """Show a description, and ``done`` of ``total``."""
+        line = (what, 10 * done // max(total, 1))
+        if self._lines and line != self._line:
+            print_status(f"{what}: {done} of {total}")
+            self._line = line
         if self._task is None:
             self._task = self._progress.add_task(what, total=total)
         self._progress.update(self._task, description=what, completed=done, total=total)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
 from shadowtune.errors import ConfigError, TrainingError
+from shadowtune.tables import duration
 
 if TYPE_CHECKING:
     from shadowtune.comparison.plan import Plan
@@ -92,7 +93,7 @@ def _check_refused(plan: "Plan") -> None:
 
 def _show(plan: "Plan") -> list[dict[str, Any]]:
     """Print the runs and their estimated time; return the table. Test examples are not read."""
-    from shadowtune.comparison.estimate import TimeEstimate, duration
+    from shadowtune.comparison.estimate import TimeEstimate
     from shadowtune.comparison.job import RowDigests
     from shadowtune.comparison.run import rows_on_disk
 

@@ -8,11 +8,13 @@ from typing import Any
 
 from shadowtune.cli.command import Command, ProgressBar, add_json, check_json_target, print_table, write_json
 from shadowtune.cli.options import add_speculation, speculation_of
+from shadowtune.cli.source import SOURCE, open_source
 
 EPILOG = """examples:
   shadowtune evaluate runs/clinc150
   shadowtune evaluate runs/clinc150 --mode all --json result.json
   shadowtune evaluate runs/mine --data held-out.jsonl --predictions answers.jsonl
+  shadowtune evaluate mine-q8_0.gguf --data held-out.jsonl
   shadowtune evaluate runs/gsm8k --split validation --limit 200
   shadowtune evaluate runs/gsm8k --mode attached --speculate --batch-size 1
   shadowtune evaluate runs/gsm8k --task squad_v2 --data directory-of-data-sets
@@ -23,9 +25,9 @@ LISTS = ("scores", "predictions", "answers", "other_scores")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("run", help="run directory of shadowtune train")
+    parser.add_argument("source", help=SOURCE)
     parser.add_argument("--mode", default="all", choices=("attached", "detached", "base", "all"), help="default: all")
-    parser.add_argument("--data", help="test examples; with a task, a directory of data sets; default: the run's")
+    parser.add_argument("--data", help="test examples; with a task, a directory of data sets; default: a run's")
     parser.add_argument("--task", help="a task other than that of training: a name, or a .yaml file")
     parser.add_argument("--split", default="test", help="split of the data set, or part of the task (default: test)")
     parser.add_argument("--limit", type=int, help="most examples: the first ones; of a task, a random sample")
@@ -45,35 +47,38 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate each mode, print one table; the other modes are compared with the attached one."""
     check_json_target(arguments.json)
     check_json_target(arguments.predictions)
-    from shadowtune.evaluation.run import FinishedRun
-
-    finished = FinishedRun.open(arguments.run, not arguments.ignore_base_weights, arguments.quantization)
-    speculate = speculation_of(arguments, finished)
-    modes = finished.modes if arguments.mode == "all" else (arguments.mode,)
+    opened = open_source(arguments.source, not arguments.ignore_base_weights, arguments.quantization)
+    speculate = speculation_of(arguments, opened)
+    modes = opened.modes if arguments.mode == "all" else (arguments.mode,)
     rows: list[dict[str, Any]] = []
     answers: dict[str, list[str]] = {}
     attached = None
     for mode in modes:
-        result = _evaluate(finished, mode, arguments, attached, speculate)
+        result = _evaluate(opened, mode, arguments, attached, speculate)
         answers[mode] = result.predictions
         if mode == "attached":
             attached = result.answers
         kept = ("agreement",) if len(modes) > 1 else ()  # None in the first row
         fields = vars(result).items()
         cells = {name: value for name, value in fields if name not in LISTS and (value is not None or name in kept)}
-        rows.append(
-            {"run": arguments.run, "method": finished.config.method, "mode": mode, **cells, **result.other_scores}
-        )
-    print_table(f"Evaluated: {arguments.run}", rows)
+        rows.append({"run": arguments.source, **_method(opened), "mode": mode, **cells, **result.other_scores})
+    print_table(f"Evaluated: {arguments.source}", rows)
     write_json(arguments.json, "evaluate", rows)
     if arguments.predictions:
         _write_predictions(arguments.predictions, answers)
     return 0
 
 
-def _evaluate(finished: Any, mode: str, arguments: argparse.Namespace, attached: Any, speculate: Any) -> Any:
+def _method(opened: Any) -> dict[str, str]:
+    """Return the method that a run was trained by; files alone do not have it."""
+    from shadowtune.evaluation.run import FinishedRun
+
+    return {"method": opened.config.method} if isinstance(opened, FinishedRun) else {}
+
+
+def _evaluate(opened: Any, mode: str, arguments: argparse.Namespace, attached: Any, speculate: Any) -> Any:
     with ProgressBar(arguments.quiet) as bar:
-        return finished.evaluate(
+        return opened.evaluate(
             mode,
             arguments.data,
             arguments.split,

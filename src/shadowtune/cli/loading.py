@@ -144,7 +144,8 @@ def read_adapter_source(path: Path) -> AdapterSource:
     from shadowtune.data.prompt_format import PromptFormat
 
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory; name a run of shadowtune train or a saved shadow")
+        hint = f"; shadowtune serve edge {path} serves a file" if path.is_file() else ""
+        raise CheckpointError(f"{path} is not a directory; name a run of shadowtune train or a saved shadow{hint}")
     if not is_run(path):
         return AdapterSource(path, path, None, PromptFormat.load(path), {})
     import torch

@@ -6,6 +6,7 @@ import importlib
 import io
 import itertools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -37,21 +38,27 @@ class Entry:
 
 COMMANDS = (
     Entry("demo", "demo:DEMO", "fine-tune with a shadow and with LoRA, compare them, show the result"),
+    Entry("init", "train:INIT", "write a settings file with the recommended recipe"),
     Entry("data", "data:DATA", "show a data set as the model will see it, token by token"),
+    Entry("plan", "plan:PLAN", "parameters, memory and time of a training run before it starts"),
     Entry("train", "train:TRAIN", "fine-tune a model: shadow, lora, dora or full"),
     Entry("pretrain", "train:PRETRAIN", "train a shadow by itself before any task, on plain text"),
     Entry("evaluate", "evaluate:EVALUATE", "measure a trained run on held-out examples"),
     Entry("lm-eval", "lm_eval:LM_EVAL", "measure a trained run by the lm-evaluation-harness"),
     Entry("compare", "compare:COMPARE", "compare methods on tasks: equal budgets, intervals, a report"),
-    Entry("generate", "generate:GENERATE", "answer prompts with a trained run"),
+    Entry("generate", "generate:GENERATE", "answer prompts with a trained run or any other model"),
+    Entry("chat", "chat:CHAT", "talk with a trained run or any other model in the terminal"),
+    Entry("predict", "predict:PREDICT", "label the rows of a file: classes of a classifier, or generated answers"),
     Entry("serve cloud", "serve:CLOUD", "serve attached models over HTTP"),
     Entry("serve edge", "serve:EDGE", "serve a detached model, and defer some requests to a cloud"),
     Entry("calibrate", "calibrate:CALIBRATE", "choose when an edge defers to its cloud"),
     Entry("simulate", "simulate:SIMULATE", "replay recorded answers through edge, cloud and routing policies"),
     Entry("detach", "export:DETACH", "write the shadow alone as a plain transformers model"),
     Entry("export", "export:EXPORT", "write the shadow alone as GGUF, ONNX or smaller safetensors"),
+    Entry("push", "push:PUSH", "upload a trained model with its card to the Hugging Face Hub, private by default"),
     Entry("convert", "convert:CONVERT", "convert a shadow to or from the format of another library"),
     Entry("info", "info:INFO", "describe a run directory or a saved shadow"),
+    Entry("doctor", "doctor:DOCTOR", "check a run or a saved shadow: masks, ends, base, logits of all its forms"),
     Entry("schema", "schema:SCHEMA", "print the JSON schema of settings files, or the settings reference"),
 )
 """All subcommands, in the order of a user's day."""
@@ -143,6 +150,12 @@ class _ResilientStream(io.TextIOWrapper):
             super().flush()
 
 
+def use_plain_progress() -> None:
+    """Hide the progress bars of libraries, which fill a log with fragments, unless standard error is a terminal."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, also in child processes
+
+
 def make_stderr_resilient() -> None:
     """Let this process continue if standard error cannot be written any more."""
     old = sys.stderr
@@ -154,4 +167,5 @@ def make_stderr_resilient() -> None:
 def run() -> NoReturn:
     """Run the console script."""
     make_stderr_resilient()
+    use_plain_progress()
     sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,7 @@ from shadowtune.config.shadow import DrafterName, SpeculationConfig
 from shadowtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shadowtune.evaluation.run import FinishedRun
+    from shadowtune.evaluation.trained_model import TrainedModel
 
 KEY_VARIABLE = "SHADOWTUNE_CLOUD_KEY"
 
@@ -67,18 +67,18 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def speculation_of(arguments: argparse.Namespace, finished: "FinishedRun") -> SpeculationConfig | None:
+def speculation_of(arguments: argparse.Namespace, model: "TrainedModel") -> SpeculationConfig | None:
     """Return the settings of speculative decoding; None without ``--speculate``.
 
     Raises:
-        ConfigError: if it is not a number of tokens, or the run has no shadow.
+        ConfigError: if it is not a number of tokens, or the model has no shadow.
     """
     if arguments.speculate is None:
         return None
-    if not finished.config.leaves_shadow or finished.config.task != "causal_lm":
-        kind = f"{finished.config.method} {finished.config.task}"
+    if not model.drafts:
+        source = model.source
         raise ConfigError(
-            f"--speculate needs a shadow that generates, but {finished.path} is a {kind} run; leave it out"
+            f"--speculate needs a shadow that generates, but {source.name} is {source.kind}; leave it out"
         )
     if arguments.speculate == "auto":
         return SpeculationConfig(drafter=arguments.drafter)

@@ -9,11 +9,13 @@ from shadowtune.cli.command import Command, print_status
 from shadowtune.cli.loading import adapter_paths, check_finite, load_adapter, load_adapters, read_adapter_source
 from shadowtune.cli.options import add_cloud, add_prices, cloud_of, prices_of
 from shadowtune.cli.server import add_server, run_server, server_config
-from shadowtune.config.serving import CloudConfig, PolicyConfig, PolicyKind, ServerConfig, SignalName
+from shadowtune.cli.source import SOURCE, detached_model, open_source, source_path
+from shadowtune.config.serving import CloudConfig, PolicyConfig, PolicyKind, Prices, ServerConfig, SignalName
 from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from shadowtune.serving.edge.local import LocalModel
     from shadowtune.serving.engine.engine import LoadedAdapter
 
 CLOSE_SECONDS = 5.0
@@ -26,9 +28,11 @@ CLOUD_EPILOG = """examples:
 All runs share one base, which is served too, as model "base". SIGTERM and Ctrl-C finish running requests.
 """
 EDGE_EPILOG = """examples:
+  shadowtune serve edge robot.gguf
   shadowtune serve edge robot-int8 --cloud http://cloud:8000 --policy policy.json
   shadowtune serve edge robot.gguf --cloud http://cloud:8000 --policy-kind verify --cloud-key-file key.txt
   shadowtune serve edge robot-int8 --cloud https://vllm:8000/v1 --cloud-model big --threshold 0.8
+Without --cloud the edge answers everything itself, token by token. With a cloud:
 The policy decides on the edge's whole answer, before the first byte is sent. If the cloud fails or is too slow, the
 edge's own answer is sent, marked "fallback". See the response headers x-shadowtune-side, -reason, -confidence, -cost.
 """
@@ -36,7 +40,7 @@ edge's own answer is sent, marked "fallback". See the response headers x-shadowt
 
 def add_cloud_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``serve cloud``."""
-    parser.add_argument("run", nargs="*", help="run directories of shadowtune train, or saved shadows")
+    parser.add_argument("run", nargs="*", help="run directories, saved shadows, or Hub ids of these")
     parser.add_argument(
         "--name",
         action="append",
@@ -73,7 +77,7 @@ def _cloud_app(paths: dict[str, Path], arguments: argparse.Namespace, config: Se
         speculation=None if arguments.no_speculate else SpeculationConfig(),
         close_seconds=CLOSE_SECONDS,
     )
-    loaded = load_adapters(paths, print_status)
+    loaded = load_adapters({name: source_path(str(path)) for name, path in paths.items()}, print_status)
 
     def open_adapter(path: str) -> "LoadedAdapter":
         try:
@@ -90,9 +94,11 @@ def _cloud_app(paths: dict[str, Path], arguments: argparse.Namespace, config: Se
 
 def add_edge_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``serve edge``."""
-    parser.add_argument("edge", help="a detached directory, an exported one, or a GGUF file")
+    parser.add_argument("edge", help=f"{SOURCE}; a shadow is detached")
     parser.add_argument(
-        "--cloud", required=True, metavar="URL", help="a server with OpenAI's API: ours, vLLM, llama.cpp"
+        "--cloud",
+        metavar="URL",
+        help="a server with OpenAI's API, for what the policy defers: ours, vLLM, llama.cpp (default: none)",
     )
     add_cloud(parser)
     defaults = CloudConfig("http://cloud")
@@ -126,6 +132,9 @@ def add_edge_arguments(parser: argparse.ArgumentParser) -> None:
 def serve_edge(arguments: argparse.Namespace) -> int:
     """Serve a detached model with a cloud behind it until the process is terminated."""
     config = server_config(arguments)
+    if arguments.cloud is None:
+        _check_no_policy(arguments)
+        return run_server(config, lambda: _lone_edge_app(arguments, config))
     policy = policy_of(arguments)
     cloud = cloud_of(
         arguments,
@@ -141,6 +150,15 @@ def serve_edge(arguments: argparse.Namespace) -> int:
             f"--cloud-deadline {cloud.deadline:g} leaves no time for the edge; --timeout is {config.timeout:g}"
         )
     return run_server(config, lambda: _edge_app(arguments, config, policy, cloud))
+
+
+def _check_no_policy(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for options that have no effect without a cloud."""
+    prices = [f"price_{name}" for name in vars(Prices())]
+    names = ("policy", "policy_kind", "threshold", "signal", "tag", "cloud_model", "cloud_key_file", *prices)
+    given = [f"--{name.replace('_', '-')}" for name in names if vars(arguments)[name] is not None]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: there is nothing to decide without a cloud; name one with --cloud URL")
 
 
 def policy_of(arguments: argparse.Namespace) -> PolicyConfig:
@@ -159,19 +177,32 @@ def policy_of(arguments: argparse.Namespace) -> PolicyConfig:
 
 def _edge_app(arguments: argparse.Namespace, config: ServerConfig, policy: PolicyConfig, cloud: CloudConfig) -> Any:
     """Load the model and return the HTTP app."""
-    from shadowtune.export.loading import load_model
-    from shadowtune.serving.edge.local import LocalModel
     from shadowtune.serving.edge.remote import RemoteEndpoint
     from shadowtune.serving.edge.router import Router
     from shadowtune.serving.http.app import create_app
 
+    router = Router(_edge(arguments), RemoteEndpoint(cloud), policy, config.timeout - cloud.deadline)
+    return create_app(router, config, "edge", policy=router, counters=router.counters)
+
+
+def _lone_edge_app(arguments: argparse.Namespace, config: ServerConfig) -> Any:
+    """Load the model and return the HTTP app of an edge without a cloud, which streams its answers."""
+    from shadowtune.serving.http.app import create_app
+
+    edge = _edge(arguments)
+    return create_app(edge, config, "edge", counters=edge.counters)
+
+
+def _edge(arguments: argparse.Namespace) -> "LocalModel":
+    from shadowtune.serving.edge.local import LocalModel
+
     path = Path(arguments.edge)
     print_status(f"loading {path}")
-    opened = load_model(path, arguments.max_length)
+    opened = detached_model(open_source(arguments.edge, max_length=arguments.max_length))
+    if arguments.max_length is not None:
+        opened.max_length = min(opened.max_length, arguments.max_length)
     name = path.absolute().stem if path.is_file() else path.absolute().name
-    edge = LocalModel(opened, arguments.name or name, arguments.max_queue)
-    router = Router(edge, RemoteEndpoint(cloud), policy, config.timeout - cloud.deadline)
-    return create_app(router, config, "edge", policy=router, counters=router.counters)
+    return LocalModel(opened, arguments.name or name, arguments.max_queue)
 
 
 CLOUD = Command(add_cloud_arguments, serve_cloud, CLOUD_EPILOG)

@@ -1,14 +1,11 @@
 """Estimates of the time of a comparison: from its own finished runs, else from floating-point operations.
 
 A token costs 2 N floating-point operations forward, N the parameters of the blocks, as many again backward to its
-inputs, and as many again where the weights are trained. The processor's speed is that of a matrix product, measured
-here. Padding, heads, attention and checkpoints are neglected.
+inputs, and as many again where the weights are trained. The processor's speed is that of a matrix product. Padding,
+heads, attention and checkpoints are neglected: a comparison has many runs, and ``shadowtune plan`` counts one exactly.
 """
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,30 +14,18 @@ from shadowtune.comparison.job import Job
 from shadowtune.comparison.plan import Plan
 from shadowtune.comparison.sizes import base_config
 from shadowtune.config.training import TrainConfig
-from shadowtune.data.dataset import Dataset
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.budget import shapeless_base
-from shadowtune.training.training_data import load_tokenizer
+from shadowtune.model.speed import EFFICIENCY, product_speed
+from shadowtune.tables import duration
+from shadowtune.training.planning import Lengths, measure_lengths
 
 SAMPLE = 64
-"""Training examples that are encoded to measure their length."""
-EFFICIENCY = 0.5
-"""Share of a matrix product's speed that a network reaches."""
+"""Training examples that are encoded to measure their lengths."""
 START = 10.0
 """Seconds that a run's process takes to start."""
 TEST_ROWS = 1000
 """Test examples where no limit is set."""
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Mean lengths of the training examples of a task, in tokens."""
-
-    row: float
-    """Of prompt and answer."""
-    answer: float
-    rows: int
-    """Number of training examples."""
 
 
 class TimeEstimate:
@@ -76,22 +61,12 @@ class TimeEstimate:
         operations = self._evaluation(lengths, train, limit or TEST_ROWS, stage == "final")
         if config.kind(method) != "base":
             operations += self._training(lengths, train)
-        return START + operations / (EFFICIENCY * self.speed)
-
-    @cached_property
-    def speed(self) -> float:
-        """Floating-point operations a second of a matrix product in float32, on the threads of this process."""
-        size = 1024
-        a, b = torch.ones(size, size), torch.ones(size, size)
-        a @ b
-        start = time.perf_counter()
-        for _ in range(4):
-            a @ b
-        return 4 * 2 * size**3 / (time.perf_counter() - start)
+        return START + operations / (EFFICIENCY * product_speed())
 
     def _training(self, lengths: Lengths, config: TrainConfig) -> float:
         """Operations of all steps of a run."""
         blocks, share = self._parameters(config)
+        assert lengths.rows is not None  # measured
         passes = config.epochs
         if config.max_steps is not None:
             passes = config.max_steps * config.batch_size * config.gradient_accumulation_steps / lengths.rows
@@ -119,21 +94,10 @@ class TimeEstimate:
     def _lengths_of(self, task: str, config: TrainConfig) -> Lengths | None:
         if task not in self._lengths:
             try:
-                self._lengths[task] = _measure(config)
+                self._lengths[task] = measure_lengths(config, SAMPLE)
             except ShadowtuneError:
                 self._lengths[task] = None
         return self._lengths[task]
-
-
-def _measure(config: TrainConfig) -> Lengths:
-    data = Dataset.open(config.data)
-    rows = data.training_rows()
-    sample = rows[:SAMPLE]
-    classify = config.task == "classification"
-    encoded = data.encode(sample, load_tokenizer(config.model, config.revision), classify, training=True)[0]
-    tokens = sum(len(row["input_ids"]) for row in encoded)
-    answers = 0 if classify else sum(sum(label != -100 for label in row["labels"]) for row in encoded)
-    return Lengths(tokens / len(encoded), answers / len(encoded), len(rows))
 
 
 class TimeLeft:
@@ -175,11 +139,3 @@ class TimeLeft:
         if not self.jobs:
             return "that was the last"
         return f"{len(self.jobs)} left" + ("" if seconds is None else f", about {duration(seconds)}")
-
-
-def duration(seconds: float) -> str:
-    """Format a time, such as "45 s", "12 min" or "3 h 05 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

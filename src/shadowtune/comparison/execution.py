@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from shadowtune.comparison.estimate import TimeLeft, duration
+from shadowtune.comparison.estimate import TimeLeft
 from shadowtune.comparison.job import Job
 from shadowtune.comparison.worker import run
 from shadowtune.comparison.worker_process import WorkerProcess
 from shadowtune.errors import ShadowtuneError
+from shadowtune.tables import duration
 
 Report = Callable[[str], None]
 """Called with lines for the user."""

@@ -146,17 +146,19 @@ def _equal_sizes(
     if budget.like is not None and budget.like in refused:
         raise ConfigError(f"budget.like: {budget.like} cannot be compared: {refused[budget.like]}")
     wanted, ours = _aim(budget, growths, count)
-    peers = {name: growth for name, growth in growths.items() if name != ours}
+    baselines = {name: growth for name, growth in growths.items() if name != ours}
     left_out: dict[str, str] = {}
     while True:
         try:
-            return equal_sizes(wanted, ours, growths[ours], peers, HINT, budget.tolerance), left_out
+            return equal_sizes(wanted, ours, growths[ours], baselines, HINT, budget.tolerance), left_out
         except ConfigError as error:
-            if not peers or not is_equal(wanted, growths[ours].count(growths[ours].nearest(wanted)), budget.tolerance):
+            if not baselines or not is_equal(
+                wanted, growths[ours].count(growths[ours].nearest(wanted)), budget.tolerance
+            ):
                 raise
-            worst = max(peers, key=lambda name: _distance(peers[name], wanted))
+            worst = max(baselines, key=lambda name: _distance(baselines[name], wanted))
             left_out[worst] = str(error)
-            del peers[worst]
+            del baselines[worst]
 
 
 def _distance(growth: Growth, wanted: int) -> int:

@@ -58,7 +58,8 @@ def run(job: Job) -> None:
     start = time.perf_counter()
     summary = None
     if job.trains:
-        summary = train(replace(job.config, output=str(job.path)), resume=True, quiet=True)
+        settings = replace(job.config, output=str(job.path), samples=0)  # they would count as training time
+        summary = train(settings, resume=True, quiet=True)
         for checkpoints in list(job.path.rglob("checkpoints")):  # as large as the model, and no longer needed
             shutil.rmtree(checkpoints, ignore_errors=True)
     evaluations = list(_evaluations(job))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from shadowtune.config.settings import from_mapping
+from shadowtune.config.settings import from_mapping, text_alternatives
 from shadowtune.errors import ConfigError
 
 Settings = TypeVar("Settings")
@@ -54,8 +54,9 @@ def load_config(kind: type[Settings], path: str | Path | None, overrides: Sequen
         kind: the settings class.
         path: a YAML file with a mapping, or the name of one that comes with the package (``settings_file``). Paths in
             it are relative to the current directory. None starts without settings.
-        overrides: ``key=value`` arguments with dotted keys and YAML values; the last one wins. An empty value is
-            YAML's null, which resets an optional setting.
+        overrides: ``key=value`` arguments with dotted keys; the last one wins. The value of a text setting is taken as
+            it is, unless it is in quotes; other values are YAML. An empty value is YAML's null, which resets an
+            optional setting.
 
     Raises:
         ConfigError: one line with the file and all errors in it.
@@ -77,12 +78,21 @@ def load_config(kind: type[Settings], path: str | Path | None, overrides: Sequen
         raise ConfigError(f"{path} is empty; it must hold settings as key: value lines")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings as key: value lines, not a {type(values).__name__}")
+    return build_config(kind, values, overrides, None if path is None else str(path))
+
+
+def build_config(kind: type[Settings], values: dict[str, Any], overrides: Sequence[str], where: str | None) -> Settings:
+    """Build settings from a mapping, which is changed, and overrides as in ``load_config``.
+
+    Raises:
+        ConfigError: one line with ``where``, if given, and all errors.
+    """
     for override in overrides:
-        _apply(values, override)
+        _apply(kind, values, override)
     try:
         return from_mapping(kind, values)
     except ConfigError as error:
-        raise ConfigError(_one_line(str(error) if path is None else f"{path}: {error}")) from None
+        raise ConfigError(_one_line(str(error) if where is None else f"{where}: {error}")) from None
 
 
 def settings_file(path: str | Path) -> Path:
@@ -167,13 +177,34 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(_one_line(f"{where}: a value does not fit its YAML type ({error})")) from None
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Apply an override such as ``optimizer.learning_rate=1e-3``."""
+def _apply(kind: type, values: dict[str, Any], override: str) -> None:
+    """Apply an override such as ``optimizer.learning_rate=1e-3`` to the settings of a class."""
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
         raise ConfigError(f"{override!r} is not of the form key=value, such as optimizer.learning_rate=1e-3")
-    put(values, ".".join(names), _parse(text, f"in {override!r}"))
+    alternatives = text_alternatives(kind, names)
+    where = f"in {override!r}"
+    value = _parse(text, where) if alternatives is None else _parse_text(text, alternatives, where)
+    put(values, ".".join(names), value)
+
+
+def _parse_text(text: str, alternatives: tuple[type, ...], where: str) -> Any:
+    """Return the value of a setting that is text: the characters themselves, so that "a: b" needs no inner quotes.
+
+    Text in quotes, null, and the other types that the setting allows (``alternatives``) are read as YAML.
+    """
+    bare = text.strip()
+    if bare in ("", "~", "null", "Null", "NULL"):
+        return None
+    try:
+        value = _parse(text, where)
+    except ConfigError:
+        if alternatives and bare[0] in "[{":
+            raise
+        return text
+    quoted = bare[0] in "'\"" and isinstance(value, str)
+    return value if quoted or isinstance(value, alternatives) else text
 
 
 def _one_line(message: str) -> str:

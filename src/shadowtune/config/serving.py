@@ -20,6 +20,7 @@ from shadowtune.config.settings import (
     NonNegativeInt,
     PositiveInt,
     Seconds,
+    current_names,
     from_mapping,
     raise_errors,
     settings,
@@ -202,7 +203,7 @@ class CurvePoint:
     """Confidence below which requests were deferred."""
     accuracy: Float
     """Mean score of the answers, the edge's and the cloud's together."""
-    hand_over_rate: Float
+    deferral_rate: Float
     """Fraction of the requests that were deferred to the cloud."""
     cost: Float
     """Mean cost of a request, in units of ``Prices``."""
@@ -254,7 +255,7 @@ class PolicyConfig:
             ConfigError: naming the file and all errors in it.
         """
         try:
-            return from_mapping(cls, json.loads(file.read_text(encoding="utf-8")))
+            return from_mapping(cls, current_names(json.loads(file.read_text(encoding="utf-8")), warn=False))
         except OSError as error:
             raise ConfigError(f"cannot read {file}: {error.strerror}") from None
         except (ValueError, RecursionError, ShadowtuneError) as error:

@@ -24,8 +24,13 @@ from shadowtune.errors import ConfigError
 
 Settings = TypeVar("Settings")
 
-RENAMED = {"head_mixing": "logit_interpolation", "fit_head_mixing": "fit_logit_interpolation"}
-"""Settings of release 0.1.0 -> their names now. The old names are read, with a warning, until 0.3.0."""
+RENAMED = {
+    "head_mixing": "logit_interpolation",
+    "fit_head_mixing": "fit_logit_interpolation",
+    "hand_over_rate": "deferral_rate",
+}
+"""Settings of release 0.1.0 -> their names now. Until 0.3.0 old ones are read, with a warning where a user writes one.
+"""
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -98,7 +103,9 @@ def raise_errors(errors: Iterable[str]) -> None:
 
 
 def current_names(values: Any, warn: bool = True) -> Any:
-    """Replace the old names of ``RENAMED`` in a mapping, in nested ones, and in dotted keys."""
+    """Replace the old names of ``RENAMED`` in a mapping, in nested ones and lists of them, and in dotted keys."""
+    if isinstance(values, list):
+        return [current_names(value, warn) for value in values]
     if not isinstance(values, Mapping):
         return values
     renamed = {}
@@ -188,12 +195,51 @@ def _one_message(kind: type, errors: Iterable[ErrorDetails], where: str) -> str:
         key, hint, owner = _follow(kind, error["loc"], where)
         if error["type"] == "unexpected_keyword_argument":
             known = [field.name for field in dataclasses.fields(owner)]
-            unknown.append(f"unknown key {key}{nearest(error['loc'][-1], known)}")
+            unknown.append(f"unknown key {key}{_known_key(kind, where, str(error['loc'][-1]), known)}")
         elif error["type"] == "missing":
             missing.append(f"missing key {key}")
         elif key not in wrong:  # each alternative of a union has an error of its own
             wrong[key] = _wrong_value(key, hint, error)
     return "; ".join([*unknown, *wrong.values(), *missing])
+
+
+def _known_key(kind: type, where: str, name: str, known: list[str]) -> str:
+    """Return the hint for an unknown key: the same name elsewhere in the settings, a near one beside it, or elsewhere.
+
+    So a name without its section (``learning_rate``) is found (``optimizer.learning_rate``).
+    """
+    prefix = f"{where}." if where else ""
+    keys = [f"{prefix}{key}" for key in _dotted_keys(kind)]
+    same = [key for key in keys if key.rpartition(".")[2] == name]
+    if same:
+        return f" (did you mean {' or '.join(same)}?)"
+    names = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    near = difflib.get_close_matches(name, names, n=1)
+    return nearest(name, known) or (f" (did you mean {names[near[0]]}?)" if near else "")
+
+
+def _dotted_keys(kind: Any) -> list[str]:
+    """Return the dotted keys of a settings class, those of nested classes included."""
+    keys = []
+    for name, hint in typing.get_type_hints(kind).items():
+        inner = _without_none(hint)
+        keys += [f"{name}.{key}" for key in _dotted_keys(inner)] if dataclasses.is_dataclass(inner) else [name]
+    return keys
+
+
+def text_alternatives(kind: type, names: Iterable[str]) -> tuple[type, ...] | None:
+    """Return the types that YAML has for a setting beside text, such as list; None if it may not be text.
+
+    Args:
+        kind: the settings class.
+        names: the parts of the setting's dotted key.
+    """
+    hint = _without_none(_follow(kind, names, "")[1])
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if str not in options:
+        return None
+    origins = [typing.get_origin(option) or option for option in options if option is not str]
+    return tuple(list if origin is tuple else origin for origin in origins if isinstance(origin, type))
 
 
 def _wrong_value(key: str, hint: Any, error: ErrorDetails) -> str:

@@ -40,6 +40,41 @@ RECOMMENDED_SHADOW: Mapping[str, Any] = MappingProxyType(
 )
 """The settings of ``ShadowConfig.recommended()``."""
 
+PEFT_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "r": "rank",
+        "update_hidden_size": "update_width",
+        "shadow_alpha": "alpha",
+        "shadow_dropout": "dropout",
+        "auxiliary_loss_weight": "shadow_loss_weight",
+        "shadow_model": "backbone",
+        "shadow_num_hidden_layers": "num_shadow_layers",
+        "shadow_hidden_size": "hidden_size",
+        "shadow_intermediate_size": "intermediate_size",
+        "shadow_num_attention_heads": "num_attention_heads",
+    }
+)
+"""Names in ``peft.ShadowConfig`` of settings that mean the same."""
+PEFT_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {"r": 8, "shadow_alpha": 0.1, "shadow_dropout": 0.2, "auxiliary_loss_weight": 0.05, "shadow_model": "mirror"}
+)
+PEFT_COMPUTES: Mapping[str, Any] = MappingProxyType(
+    {
+        "update": True,
+        "depth_sharing": "backbone",
+        "update_norm": False,
+        "update_bias": True,
+        "activation": "gelu",
+        "inject_first": True,
+        "injection_start": 0.0,
+        "logit_interpolation": None,
+        "variant": "paper",
+    }
+)
+"""The settings that the Shadow tuner of Hugging Face PEFT implements."""
+PEFT_DROPOUT: Mapping[str, Any] = MappingProxyType({"transform_dropout": False, "dropout_position": "hidden"})
+"""Its dropout settings; they matter in training alone."""
+
 
 @settings
 class ShadowConfig:
@@ -57,7 +92,7 @@ class ShadowConfig:
     for every rank, width and depth (``core/stateless.py``). The attached model then needs the shadow's backbone only
     for ``logit_interpolation``, the shadow's loss terms and drafts, and does not run it otherwise. Of the settings of a
     boundary, "stateless" uses ``rank``, ``alpha``, ``dropout``, ``dropout_position``, ``depth_sharing``,
-    ``inject_first`` and ``channel_scaling``."""
+    ``inject_first``, ``injection_start`` and ``channel_scaling``."""
     rank: PositiveInt = 16
     """r, width of the injection's bottleneck (Eq. 3)."""
     update_width: PositiveInt = 8
@@ -130,6 +165,10 @@ class ShadowConfig:
     """Apply dropout to the hidden layer of T too."""
     inject_first: StrictBool = False
     """Inject before the first block as well (as the Shadow tuner of Hugging Face PEFT does)."""
+    injection_start: Fraction = 0.0
+    """Share of the base's blocks, from the first on, that get no injection and run as in the base. No gradient reaches
+    them and training keeps none of their activations; in serving their keys and values are the same for every adapter.
+    0 injects from the block on that ``inject_first`` names."""
     dropout_position: Literal["rank", "hidden"] = "rank"
     """Dropout after W_down, on r numbers (Eq. 3), or before it, on d numbers."""
     channel_scaling: StrictBool = False
@@ -177,6 +216,11 @@ class ShadowConfig:
                 f"num_shadow_layers {self.num_shadow_layers} is not the number of init_layers {layers}; leave it out"
             )
 
+    def first_boundary(self, blocks: int) -> int:
+        """Return the index of the first of a base's ``blocks`` blocks that a boundary precedes; at most the last."""
+        start = min(round(self.injection_start * blocks), blocks - 1)
+        return max(start, 0 if self.inject_first else 1)
+
     @classmethod
     def recommended(cls, **changes: Any) -> "ShadowConfig":
         """Return the settings that we advise in place of the paper's: one recipe for all tasks (docs/method.md).
@@ -188,6 +232,51 @@ class ShadowConfig:
             **changes: fields that replace the recipe's.
         """
         return cls(**{**recommended_shadow(changes), **changes})
+
+    @classmethod
+    def from_peft(cls, config: Any) -> "ShadowConfig":
+        """Return the settings with which this package computes what a ``peft.ShadowConfig`` describes.
+
+        Args:
+            config: a ``peft.ShadowConfig``, or its values as a mapping.
+
+        Raises:
+            ConfigError: if it is of another method, adapts chosen blocks only, trains modules of the base, or has
+                embeddings of its own.
+        """
+        given = config if isinstance(config, Mapping) else config.to_dict()
+        if given.get("peft_type", "SHADOW") != "SHADOW":
+            raise ConfigError(
+                f"peft_type {given['peft_type']!s} is another method; pass a ShadowConfig of PEFT or of ours"
+            )
+        values = {**PEFT_DEFAULTS, **given}
+        absent = dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"))
+        for name, expected in {**absent, "share_embeddings": True}.items():
+            if values.get(name, expected) != expected:
+                raise ConfigError(
+                    f"{name}={values[name]!r} of PEFT's ShadowConfig has no counterpart here; leave it out"
+                )
+        values["update_hidden_size"] = values.get("update_hidden_size") or values["r"]
+        values["shadow_num_hidden_layers"] = values.get("shadow_num_hidden_layers") or 1
+        named = {ours: values.get(theirs) for theirs, ours in PEFT_NAMES.items()}
+        return cls.from_dict({**named, **PEFT_COMPUTES, **PEFT_DROPOUT})
+
+    def to_peft(self) -> dict[str, Any]:
+        """Return the keywords of the ``peft.ShadowConfig`` that computes the same: ``peft.ShadowConfig(**...)``.
+
+        Raises:
+            ConfigError: naming every setting that PEFT's tuner computes otherwise.
+        """
+        values = self.to_dict()
+        fixed = {**PEFT_COMPUTES, **PEFT_DROPOUT, "num_key_value_heads": None, "head_dim": None}
+        fixed |= {"init_layers": None, "init_from": None, "draft_rank": None, "channel_scaling": False}
+        fixed |= {"distillation_weight": 0.0, "matching_weight": 0.0, "shadow_loss_weight_end": None}
+        other = [
+            f"{name}={values[name]!r} (it has {value!r})" for name, value in fixed.items() if values[name] != value
+        ]
+        if other:
+            raise ConfigError(f"the Shadow tuner of PEFT computes otherwise: {'; '.join(other)}")
+        return {theirs: values[ours] for theirs, ours in PEFT_NAMES.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ShadowConfig":

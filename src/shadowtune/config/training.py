@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
-from pydantic import StrictBool, StrictInt, model_validator
+from pydantic import BeforeValidator, StrictBool, StrictInt, model_validator
 
 from shadowtune.config.data import DataConfig
 from shadowtune.config.loading import merge_mappings
@@ -22,6 +22,9 @@ from shadowtune.config.settings import (
 from shadowtune.config.shadow import ShadowConfig, recommended_shadow
 
 PRESETS = ("paper", "recommended")
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+"""Experiment trackers of transformers' integrations."""
+Trackers = Annotated[list[Tracker], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 SHADOW_STAGE: Mapping[str, Any] = MappingProxyType(
     {
@@ -161,10 +164,27 @@ class TrainConfig:
     """Steps between checkpoints; None saves one after each epoch."""
     eval_steps: PositiveInt | None = None
     """Steps between evaluations on the validation examples; None evaluates after each epoch."""
-    keep_checkpoints: PositiveInt = 2
-    """Number of latest checkpoints that are kept."""
+    keep_checkpoints: NonNegativeInt = 2
+    """Number of latest checkpoints that are kept; with ``load_best_model_at_end`` the best one is among them. 0 keeps
+    one for ``resume`` until the run has finished, and then none."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after this number of evaluations in a row that do not improve ``metric_for_best_model``; None trains to the
+    end. In a shadow-only stage too."""
+    load_best_model_at_end: StrictBool = False
+    """Save a checkpoint at each evaluation, keep the one with the best ``metric_for_best_model``, and end with its
+    weights in place of the last ones."""
+    metric_for_best_model: Literal["loss", "base_loss", "shadow_loss"] = "loss"
+    """Loss on the validation examples that the two settings above compare; lower is better. "loss": the training
+    objective's, for a shadow the attached model's plus shadow.shadow_loss_weight times the detached one's; "base_loss":
+    the attached model's; "shadow_loss": the detached one's. A shadow-only stage compares the detached model's."""
+    samples: NonNegativeInt = 4
+    """Validation examples that the model, a shadow's attached and detached, answers at each evaluation; they are shown
+    and written to samples.jsonl."""
+    report_to: Trackers = field(default_factory=list)
+    """Experiment trackers that receive the metrics as well: tensorboard, wandb, trackio, mlflow. Each needs its
+    package."""
     tensorboard: StrictBool = False
-    """Also write TensorBoard files (extra: tensorboard)."""
+    """Also write TensorBoard files (extra: tensorboard), as "tensorboard" in ``report_to`` does."""
     distillation_epochs: NonNegativeFloat = 0.0
     """Epochs of a stage after the joint one that trains the shadow alone on the attached model's greedy answers to the
     training prompts, at ``shadow_learning_rate``. Needs ``shadow.variant`` "stateless", whose attached model does not
@@ -189,7 +209,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check what contradicts each other."""
         stage = self._pretraining_conflicts if self.stage == "pretrain" else self._task_stage_conflicts
-        raise_errors([*self._cache_conflicts(), *stage(), *self._conflicts(), *self._method_conflicts()])
+        found = (self._cache_conflicts(), stage(), self._conflicts(), self._method_conflicts(), self._best_conflicts())
+        raise_errors([message for messages in found for message in messages])
 
     @property
     def leaves_shadow(self) -> bool:
@@ -209,7 +230,24 @@ class TrainConfig:
     @property
     def reads_validation(self) -> bool:
         """Whether training selects something by the validation examples, or trains on them."""
-        return self.fits_logit_interpolation or self.method == "ensemble" or self.data.learn_validation
+        return any(
+            (self.fits_logit_interpolation, self.method == "ensemble", self.data.learn_validation, self.compares_losses)
+        )
+
+    @property
+    def compares_losses(self) -> bool:
+        """Whether training compares its evaluations, to stop early or to keep the best weights."""
+        return self.early_stopping_patience is not None or self.load_best_model_at_end
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the loss on validation examples is measured while training."""
+        return self.data.validation is not None and not self.data.learn_validation
+
+    @property
+    def trackers(self) -> list[str]:
+        """Experiment trackers of this run, each once."""
+        return list(dict.fromkeys([*self.report_to, *(["tensorboard"] if self.tensorboard else [])]))
 
     @property
     def has_shadow_only_stage(self) -> bool:
@@ -287,6 +325,31 @@ class TrainConfig:
             yield (
                 f"optimizer.lora_plus_ratio={self.optimizer.lora_plus_ratio:g} is for LoRA's two matrices, which "
                 f"method={self.method} does not have; leave it out"
+            )
+
+    def _best_conflicts(self) -> Iterator[str]:
+        """Errors of settings that compare evaluations."""
+        if not self.compares_losses:
+            return
+        name = "load_best_model_at_end=true"
+        if not self.load_best_model_at_end:
+            name = f"early_stopping_patience={self.early_stopping_patience}"
+        if not self.evaluates or self.method == "ensemble":
+            yield (
+                f"{name} compares losses on validation examples while training: set data.validation, without "
+                "data.learn_validation and with another method than ensemble, or leave it out"
+            )
+        if self.load_best_model_at_end and self.save_steps not in (None, self.eval_steps):
+            yield f"{name} saves at each evaluation; leave save_steps={self.save_steps} out, or set eval_steps equal"
+        if self.load_best_model_at_end and self.keep_checkpoints == 1:
+            yield f"{name} keeps the best checkpoint beside the last; set keep_checkpoints to at least 2, or to 0"
+        metric, joint = self.metric_for_best_model, self.method == "shadow" and self.stage == "task"
+        if metric != "loss" and not joint:
+            yield f"metric_for_best_model={metric} is a term of a shadow's joint loss; leave it out"
+        elif metric == "shadow_loss" and not self.shadow.shadow_loss_weight:
+            yield (
+                "metric_for_best_model=shadow_loss is not computed while shadow.shadow_loss_weight is 0; set that "
+                "above 0, or metric_for_best_model=base_loss"
             )
 
     def _task_stage_conflicts(self) -> Iterator[str]:

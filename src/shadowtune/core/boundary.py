@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.core.kernels.fused import FEW_TOKENS, FusedParameters, fused_boundary, inference_boundary
+from shadowtune.core.kernels.fused import FEW_TOKENS, FusedParameters, autocasts, fused_boundary, inference_boundary
 from shadowtune.core.stateless import (
     StatelessParameters,
     apply_stateless_boundary,
@@ -64,6 +64,8 @@ class BoundaryModule(Protocol):
     """What ``ShadowState`` needs: ``Boundaries``, or those of several adapters in one batch (``multi_adapter.py``)."""
 
     config: ShadowConfig
+    first: int
+    """Index of the block that the first boundary precedes."""
 
     def unstack(self) -> list[Any]:
         """Return the parameters of each boundary."""
@@ -81,9 +83,11 @@ class Boundaries(nn.Module):
     """All boundaries of one shadow, their parameters stacked along the first axis.
 
     Args:
-        count: number of boundaries: L - 1, or L with ``config.inject_first``.
+        count: number of boundaries.
         hidden_size: d, the width of the base.
         config: the shadow's settings.
+        first: index of the block that the first boundary precedes; the others follow block by block. By default 1, or
+            0 with ``config.inject_first``.
 
     With ``config.channel_scaling``, row i of a boundary's W_down is multiplied by ``channel_scales[boundary, i]``. The
     variant "stateless" always has these scales, and the typical size of each block's input in ``input_sizes``.
@@ -92,10 +96,11 @@ class Boundaries(nn.Module):
     bfloat16 base with float32 boundaries computes the boundaries in float32. Under autocast torch chooses the dtype.
     """
 
-    def __init__(self, count: int, hidden_size: int, config: ShadowConfig) -> None:
+    def __init__(self, count: int, hidden_size: int, config: ShadowConfig, first: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.count = count
+        self.first = (0 if config.inject_first else 1) if first is None else first
         self.kernel: Kernel = "auto"
         d, r, k = hidden_size, config.rank, config.update_width
         shared = config.depth_sharing == "full"
@@ -325,7 +330,7 @@ def _select_operation(
     paper = not config.update_bias and config.activation == "silu" and config.dropout_position == "rank"
     if kernel == "reference" or not paper or p.norm is None or torch.compiler.is_compiling():
         return None
-    if torch.is_autocast_enabled(h.device.type):
+    if autocasts(h.device.type):
         return None
     if kernel == "auto":
         kernel = _fastest(h.device.type)
@@ -412,10 +417,10 @@ class ShadowState:
                 "to recompute them in the backward pass use model.activation_checkpointing_enable()"
             )
         self.depth = depth
-        index = depth if self.boundaries.config.inject_first else depth - 1
-        if index < 0:
+        if depth < self.boundaries.first:
             return hidden_states
-        hidden_states, self.value = self.boundaries.apply_boundary(self.parameters[index], hidden_states, self.value)
+        parameters = self.parameters[depth - self.boundaries.first]
+        hidden_states, self.value = self.boundaries.apply_boundary(parameters, hidden_states, self.value)
         return hidden_states
 
     def finalize(self, blocks: int, hidden_states: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class StackedStatelessParameters(NamedTuple):
 def batching_key(boundaries: Boundaries) -> Hashable:
     """Return what two adapters of one base must have in common to be applied in one batch."""
     config, downs = boundaries.config, boundaries.injection_downs
-    kind = (config.variant, config.activation, config.inject_first, config.update_norm)
+    kind = (config.variant, config.activation, boundaries.first, config.update_norm)
     return (boundaries.count, downs.dtype, downs.device, *kind)
 
 
@@ -76,7 +76,7 @@ class AdapterStack:
     @torch.no_grad()
     def __init__(self, members: Sequence[Boundaries]) -> None:
         assert len({batching_key(member) for member in members}) == 1
-        self.config = members[0].config
+        self.config, self.first = members[0].config, members[0].first
         like = members[0].injection_downs
         self.injection_columns = _own_columns([member.config.rank for member in members], like)
         gammas = [member.config.logit_interpolation for member in members]
@@ -125,7 +125,7 @@ class BatchedBoundaries:
     """
 
     def __init__(self, stack: AdapterStack, owners: Tensor) -> None:
-        self.config = stack.config
+        self.config, self.first = stack.config, stack.first
         self._parameters, self._owners = stack.parameters, owners
         self._injection_columns = stack.injection_columns[owners]
         self._update_columns = None if stack.update_columns is None else stack.update_columns[owners]

@@ -1,9 +1,9 @@
 """Prepacked linear layers: matrix products of small batches on CPUs, up to three times as fast as ``x W^T``.
 
-A decoding step of a few sequences, or a pass that verifies a draft, multiplies few rows by each weight of the base. MKL
-reorders W in each product of 4 rows or more, which costs more than the product. Within the context ``prepacked_linear``
-a reordered copy of W is kept, made after the layer has computed some small batches. Without a copy, (W x^T)^T still
-reads W more efficiently than x W^T. Results differ by the order of summation alone.
+A decoding step of a few sequences, or a pass that verifies a draft, multiplies an x of some rows by each weight W of
+the base. MKL reorders W in each product of 4 rows or more, which costs more than the product. Within the context
+``prepacked_linear`` a reordered copy of W is kept, made after the layer has computed some small batches. Without a
+copy, (W x^T)^T still reads W more efficiently than x W^T. Results differ by the order of summation alone.
 
 A copy does not follow changes of its weight. The caller guarantees that the weights do not change within the context;
 therefore no library call opens one by itself (``ShadowForCausalLM.generate`` never does).

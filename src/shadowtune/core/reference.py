@@ -87,7 +87,7 @@ def stack(
 ) -> Tensor:
     """The whole attached stack: embeddings and s0 in, output of the last block out."""
     h, s = embedded, initial
-    first = 0 if config.inject_first else 1
+    first = config.first_boundary(len(blocks))
     for depth, block in enumerate(blocks):
         if depth >= first:
             h, s = boundary(depth - first, h, s, p, config)

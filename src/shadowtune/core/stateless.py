@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.core.kernels.fused import FEW_TOKENS, RMS_EPSILON, fused_stateless_boundary
+from shadowtune.core.kernels.fused import FEW_TOKENS, RMS_EPSILON, autocasts, fused_stateless_boundary
 
 
 class ReferenceSizes(NamedTuple):
@@ -51,13 +51,13 @@ class StatelessParameters(NamedTuple):
 
 def injection_scale(config: ShadowConfig, boundaries: int, width: int) -> float:
     """Return f for a number of boundaries and a width d."""
-    rank = (REFERENCE.rank / config.rank) ** RANK_EXPONENT
+    rank = float((REFERENCE.rank / config.rank) ** RANK_EXPONENT)
     return config.alpha * rank * (REFERENCE.boundaries / boundaries) * (REFERENCE.width / width)
 
 
 def initial_std(width: int) -> float:
     """Return the initial standard deviation of W_down, at which f x W_down has the same size for every width."""
-    return width**0.5 / REFERENCE.width
+    return float(width**0.5) / REFERENCE.width
 
 
 def apply_stateless_boundary(
@@ -101,7 +101,7 @@ def normalized(hidden_states: Tensor, channel_scales: Tensor) -> Tensor:
 
 def _fits_fused(h: Tensor, p: StatelessParameters, config: ShadowConfig, kernel: str, dropped: bool) -> bool:
     """Whether to use the fused operation: in full precision and, by default, for gradients of many tokens."""
-    if kernel in ("reference", "triton") or torch.compiler.is_compiling() or torch.is_autocast_enabled(h.device.type):
+    if kernel in ("reference", "triton") or torch.compiler.is_compiling() or autocasts(h.device.type):
         return False
     if p.down.dtype not in (torch.float32, torch.float64) or (dropped and config.dropout_position == "hidden"):
         return False

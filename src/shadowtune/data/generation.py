@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.data.collate import left_pad
+from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import DataError
 
 Progress = Callable[[int, int], None]
@@ -27,8 +28,7 @@ def generate_answers(
     batch_size: int = 32,
     progress: Progress = lambda done, total: None,
     speculate: SpeculationConfig | None = None,
-    recorded_ends: Sequence[int] = (),
-    content_mark: str = "",
+    form: PromptFormat | None = None,
 ) -> tuple[list[str], list[list[int]]]:
     """Answer prompts greedily, each until its end token; prompts of similar length share a batch.
 
@@ -40,8 +40,7 @@ def generate_answers(
         batch_size: prompts per batch.
         progress: called after each batch.
         speculate: settings of speculative decoding, which changes no answer; None decodes token by token.
-        recorded_ends: ``PromptFormat.ends`` of the model.
-        content_mark: ``PromptFormat.content_mark`` of the model; the texts are what follows it.
+        form: prompt format of the model: the ends of an answer, and the mark behind which its text begins.
 
     Returns:
         The answers in the order of the prompts: as text without special tokens, and as token ids up to and including
@@ -53,8 +52,9 @@ def generate_answers(
     if not prompts:
         raise DataError("there are no prompts to answer")
     model.eval()
-    ends = end_tokens(model, tokenizer, recorded_ends)
-    mark = tokenizer(content_mark, add_special_tokens=False)["input_ids"] if content_mark else []
+    form = form or PromptFormat()
+    ends = end_tokens(model, tokenizer, form.ends)
+    mark = tokenizer(form.content_mark, add_special_tokens=False)["input_ids"] if form.content_mark else []
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts, answers = [""] * len(prompts), [[0]] * len(prompts)
     drafting = {} if speculate is None else {"speculate": speculate}

@@ -15,7 +15,9 @@ from shadowtune.data.generation import Progress, generate_answers
 from shadowtune.data.labels import MULTI, REGRESSION, SINGLE, Labels
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import DataError
+from shadowtune.evaluation.generation import GenerationOptions, stream_answer
 from shadowtune.evaluation.scoring import mean_interval, score_answers
+from shadowtune.export.loading import LoadedModel
 from shadowtune.model.objective import causal_loss
 
 
@@ -28,8 +30,8 @@ class Evaluation:
     """Mean of the scores."""
     accuracy_low: float
     accuracy_high: float
-    loss: float
-    """Mean cross-entropy per token of the true answers."""
+    loss: float | None
+    """Mean cross-entropy per token of the true answers; None of an exported model, which only generates."""
     evaluate_seconds: float
     tokens_per_second: float
     """Generated tokens per second, all sequences of a batch together; for classes, tokens read."""
@@ -101,7 +103,6 @@ def evaluate_generation(
         form: prompt format of the model, which defines the end of an answer.
     """
     longest = max(sum(label != IGNORE_INDEX for label in row["labels"]) for row in encoded)
-    form = form or PromptFormat()
     start = time.perf_counter()
     predictions, answers = generate_answers(
         model,
@@ -111,8 +112,7 @@ def evaluate_generation(
         options.batch_size,
         options.progress,
         options.speculate,
-        form.ends,
-        form.content_mark,
+        form,
     )
     seconds = time.perf_counter() - start
     pad, agreement = tokenizer.pad_token_id, None
@@ -130,6 +130,37 @@ def evaluate_generation(
         predictions=predictions,
         answers=answers,
     )
+
+
+def evaluate_exported(
+    opened: LoadedModel,
+    prompts: Sequence[list[int]],
+    references: Sequence[Sequence[str]],
+    encoded: Sequence[dict[str, Any]],
+    metric: str = "exact_match",
+    options: EvaluationOptions = EvaluationOptions(),
+) -> Evaluation:
+    """Score greedy answers of an exported model, one after the other; the loss is not measured.
+
+    Args:
+        opened: the model.
+        prompts, references, encoded, metric: as for ``evaluate_generation``.
+        options: ``speculate`` and ``compare_with`` do not apply.
+    """
+    longest = max(sum(label != IGNORE_INDEX for label in row["labels"]) for row in encoded)
+    limits = GenerationOptions(options.max_new_tokens or longest + 1)
+    predictions, tokens = [], 0
+    start = time.perf_counter()
+    for done, ids in enumerate(prompts, start=1):
+        answered = stream_answer(opened, ids, limits)
+        mark = opened.prompt_format.content_mark
+        predictions.append((answered.answer.rpartition(mark)[2] if mark else answered.answer).strip())
+        tokens += answered.new_tokens
+        options.progress(done, len(prompts))
+    seconds = time.perf_counter() - start
+    scores, others = score_answers(metric, predictions, references)
+    measured = {"evaluate_seconds": seconds, "tokens_per_second": tokens / seconds, "other_scores": others}
+    return _evaluation(scores, loss=None, predictions=predictions, **measured)
 
 
 def _evaluation(scores: list[float], **measured: Any) -> Evaluation:

@@ -1,5 +1,6 @@
 """Generation of one answer to one prompt, whole or streamed."""
 
+import contextlib
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -12,9 +13,13 @@ from shadowtune.config.settings import check_range
 from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.data.generation import end_tokens
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.errors import DataError
+from shadowtune.errors import ConfigError, DataError
+from shadowtune.export.loading import LoadedModel
 from shadowtune.model.methods import context_length
 from shadowtune.model.speculation.decoding import Speculator
+from shadowtune.serving.detokenizer import IncrementalDetokenizer
+from shadowtune.serving.edge.generation import decoding_steps
+from shadowtune.serving.requests import GenerationRequest, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def generate_answer(
     """Answer one prompt.
 
     Args:
-        model: anything with ``generate``.
+        model: anything with ``generate``, or an exported model.
         prompt: the user's text, in the template of the training examples if there was one.
         options: generation options. Penalties of the model's generation config hold as well.
         chat_template: whether the tokenizer's chat template is applied, if it has one.
@@ -94,17 +99,23 @@ def generate_answer(
 
     Raises:
         DataError: if the prompt is empty or longer than the model's positions.
+        ConfigError: if an exported model is to use beams or drafts.
     """
     form = prompt_format or PromptFormat(chat_template=chat_template)
-    ids, ends = form.wrap(prompt, tokenizer), end_tokens(model, tokenizer, form.ends)
+    ids = form.wrap(prompt, tokenizer)
     if not prompt.strip():
         raise DataError("the prompt is empty")
-    positions = context_length(model)
+    positions = model.max_length if isinstance(model, LoadedModel) else context_length(model)
     if positions is not None and len(ids) + options.max_new_tokens > positions:
         raise DataError(
             f"prompt ({len(ids)} tokens) and answer ({options.max_new_tokens}) exceed the model's {positions} "
             "positions; shorten the prompt or lower --max-new-tokens"
         )
+    if isinstance(model, LoadedModel):
+        if options.num_beams > 1 or options.speculate is not None:
+            raise ConfigError("an exported model decodes token by token; leave --num-beams and --speculate out")
+        return stream_answer(model, ids, options, stream)
+    ends = end_tokens(model, tokenizer, form.ends)
     torch.manual_seed(options.seed)
     arguments: dict[str, Any] = {"do_sample": options.temperature > 0, "num_beams": options.num_beams}
     if options.temperature > 0:
@@ -134,3 +145,40 @@ def generate_answer(
         stream(text)
     counted = None if speculator is None or not speculator.statistics.passes else speculator.statistics.tokens_per_pass
     return GeneratedAnswer(text, len(tokens), seconds, len(tokens) / seconds, counted)
+
+
+def stream_answer(
+    opened: LoadedModel,
+    ids: list[int],
+    options: GenerationOptions,
+    stream: Callable[[str], None] | None = None,
+) -> GeneratedAnswer:
+    """Answer one prompt token by token, as the edge's server does.
+
+    Args:
+        opened: the model.
+        ids: token ids of the prompt.
+        options: ``num_beams`` and ``speculate`` do not apply.
+        stream: called with each piece of the answer; what it raises ends the generation.
+    """
+    sampling = SamplingParams(options.temperature, options.top_p, seed=options.seed)
+    request = GenerationRequest("", prompt=ids, max_tokens=options.max_new_tokens, sampling=sampling)
+    detokenizer, text, count = IncrementalDetokenizer(opened.tokenizer), "", 0
+
+    def add(chunk: str) -> None:
+        nonlocal text
+        chunk = chunk if text else chunk.lstrip(" ")
+        text += chunk
+        if stream is not None and chunk:
+            stream(chunk)
+
+    start = time.perf_counter()
+    with contextlib.closing(decoding_steps(opened, ids, request, options.max_new_tokens)) as steps:
+        for step in steps:
+            count = step.count
+            if step.token.id in opened.ends:
+                break
+            add(detokenizer.add(step.token.id) if step.text is None else detokenizer.add_text(step.text))
+    add(detokenizer.flush())
+    seconds = time.perf_counter() - start
+    return GeneratedAnswer(text, count, seconds, count / seconds)

@@ -25,8 +25,8 @@ def describe(directory: str | Path) -> dict[str, Any]:
         return _describe_run(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; name a run of shadowtune train or a saved shadow")
-    if (peer := open_third_party(str(path))) is not None:
-        return _describe_peer(peer)
+    if (adapter := open_third_party(str(path))) is not None:
+        return _describe_third_party(adapter)
     if (path / "config.json").is_file():
         return _describe_shadow(path)
     raise CheckpointError(
@@ -74,15 +74,15 @@ def _describe_shadow(path: Path) -> dict[str, Any]:
     return facts | _describe_tensors(tensors)
 
 
-def _describe_peer(peer: ThirdPartyAdapter) -> dict[str, Any]:
+def _describe_third_party(adapter: ThirdPartyAdapter) -> dict[str, Any]:
     """Describe an adapter of another library by its own settings; the base is not read."""
     facts: dict[str, Any] = {
-        "library": peer.library,
-        "task": "classification" if peer.classifies else "causal_lm",
-        "base": peer.base or "not stored",
+        "library": adapter.library,
+        "task": "classification" if adapter.classifies else "causal_lm",
+        "base": adapter.base or "not stored",
     }
-    settings = {name: value for name, value in sorted(peer.settings.items()) if isinstance(value, int | float | str)}
-    return facts | settings | _describe_tensors(peer.tensors)
+    settings = {name: value for name, value in sorted(adapter.settings.items()) if isinstance(value, int | float | str)}
+    return facts | settings | _describe_tensors(adapter.tensors)
 
 
 def _describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

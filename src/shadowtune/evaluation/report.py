@@ -16,7 +16,7 @@ COLORS = {"base": "#9aa0a6", "lora": "#e8913a", "shadow": "#3b6fd4", "shadow-det
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-p, li, h1, h2, td { overflow-wrap: anywhere } img { max-width: 100%; height: auto }
+p, li, h1, h2, td { overflow-wrap: anywhere } pre { overflow-x: auto } img { max-width: 100%; height: auto }
 .table { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; width: 100% }
 td { min-width: 3.5rem }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right }

@@ -1,7 +1,5 @@
-"""A finished training run: its model in any mode, its tokenizer, and evaluation on held-out examples."""
+"""A finished training run: a trained model with its settings and its data."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,20 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from shadowtune.config.data import DataConfig
 from shadowtune.config.loading import load_config
 from shadowtune.config.training import TrainConfig
-from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.data.chat_template import has_prompt_format, load_tokenizer_and_format
-from shadowtune.data.collate import CausalCollator, ClassificationCollator
+from shadowtune.data.collate import CausalCollator
 from shadowtune.data.dataset import Dataset
-from shadowtune.data.labels import Labels
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.errors import CheckpointError, ConfigError
-from shadowtune.evaluation.evaluate import (
-    Evaluation,
-    EvaluationOptions,
-    answer_loss,
-    evaluate_classes,
-    evaluate_generation,
-)
+from shadowtune.errors import CheckpointError
+from shadowtune.evaluation.evaluate import answer_loss
+from shadowtune.evaluation.trained_model import ModelSource, TrainedModel
 from shadowtune.model.methods import Quantization, load_trained, quantization_arguments
 
 MODES = {
@@ -41,7 +32,7 @@ MODES = {
 
 
 @dataclass
-class FinishedRun:
+class FinishedRun(TrainedModel):
     """A run directory with its model loaded."""
 
     path: Path
@@ -80,90 +71,26 @@ class FinishedRun:
         return run_dataset(self.path, self.config)
 
     @property
-    def modes(self) -> tuple[str, ...]:
-        """The modes of this run's method."""
-        return MODES["shadow" if self.config.leaves_shadow else self.config.method]
-
-    @contextmanager
-    def mode(self, mode: str) -> Iterator[Any]:
-        """Yield the model in one mode, for the length of the context.
-
-        Raises:
-            ConfigError: if the run's method has no such mode.
-        """
-        if mode not in self.modes:
-            raise ConfigError(f"a {self.config.method} run has no mode {mode!r}; it has {', '.join(self.modes)}")
-        if self.config.leaves_shadow:
-            before = self.model.mode
-            try:
-                yield self.model.set_mode(mode)
-            finally:
-                self.model.set_mode(before)
-        elif mode == "base":
-            with self.model.disable_adapter():
-                yield self.model
-        else:
-            yield self.model
+    def source(self) -> ModelSource:
+        """Origin of the model: the run directory, with the modes of the run's method."""
+        config = self.config
+        kind = "a classification run" if config.task == "classification" else f"a {config.method} run"
+        modes = MODES["shadow" if config.leaves_shadow else config.method]
+        return ModelSource(str(self.path), kind, config.task, modes)
 
     @property
     def prompt_format(self) -> PromptFormat:
         """Prompt format and end of answers, as in training."""
         return self.dataset.prompt_format
 
-    def prompt(self, text: str | None, fields: Mapping[str, Any] | None = None) -> str:
-        """Fill the run's template with a user's text, and fields by name."""
-        return self.prompt_format.fill(text, fields)
+    @property
+    def own_data(self) -> Dataset:
+        """The data of the run."""
+        return self.dataset
 
-    def evaluate(
-        self,
-        mode: str,
-        source: str | None = None,
-        split: str = "test",
-        limit: int | None = None,
-        task: str | None = None,
-        **options: Any,
-    ) -> Evaluation:
-        """Evaluate one mode on held-out examples, by default the "test" split of the run's data set or task.
-
-        Args:
-            mode: one of ``modes``.
-            source: a data set as in ``DataConfig.train``; with a task, a directory of data sets.
-            split: of a data set that has splits, or part of the task: "train", "validation" or "test".
-            limit: number of examples: the first ones; of a task, a random sample that is always the same.
-            task: another task than that of training, as in ``DataConfig.task``.
-            options: fields of ``EvaluationOptions``; drafts are used in mode "attached" only.
-
-        Raises:
-            DataError: if the examples cannot be read, would be the training examples, or have classes that the model
-                lacks.
-            ConfigError: if the task is unknown, or has no classes and the model predicts classes.
-        """
-        chosen = EvaluationOptions(**options)
-        data = self.dataset if task is None else self.dataset.of_task(task)
-        rows = data.held_out(split, source, limit)
-        pad = self.tokenizer.pad_token_id
-        with self.mode(mode) as model, prepacked_linear(model):  # no weight changes meanwhile
-            if self.config.task == "classification":
-                known = replace(data, labels=Labels.of_model(model.config))
-                encoded = known.encode(rows, self.tokenizer, classify=True)[0]
-                result = evaluate_classes(model, encoded, ClassificationCollator(pad), chosen)
-            else:
-                prompts = data.encode_prompts(rows, self.tokenizer)
-                result = evaluate_generation(
-                    model,
-                    self.tokenizer,
-                    [prompt.input_ids for prompt in prompts],
-                    data.references(rows, prompts),
-                    data.encode(rows, self.tokenizer, classify=False)[0],
-                    data.metric,
-                    self.prompt_format,
-                    replace(
-                        chosen,
-                        max_new_tokens=chosen.max_new_tokens or data.max_new_tokens,
-                        speculate=chosen.speculate if mode == "attached" else None,
-                    ),
-                )
-        return replace(result, task=data.task_version)
+    def examples(self, source: str | None, task: str | None) -> Dataset:
+        """Return the data of the run, or of another task."""
+        return self.dataset if task is None else self.dataset.of_task(task)
 
     def text_loss(
         self, mode: str, data: DataConfig, limit: int | None = None, batch_size: int = 32

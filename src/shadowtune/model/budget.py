@@ -6,6 +6,7 @@ Parameters are counted on models without weights (meta device), which takes no t
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,9 +42,15 @@ class Growth:
         return size if self.largest is None else min(size, self.largest)
 
 
-def shapeless_base(config: PreTrainedConfig, task: Task = "causal_lm") -> PreTrainedModel:
-    """Build a base with shapes and no weights, to count parameters. Call under ``torch.device("meta")``."""
-    return AUTO_CLASSES[task].from_config(config).requires_grad_(False)
+def shapeless_base(config: PreTrainedConfig, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedModel:
+    """Build a base with shapes and no weights, to count. Call under ``torch.device("meta")``.
+
+    Args:
+        config: of the base.
+        task: of its head.
+        **kwargs: ``dtype`` and ``attn_implementation``.
+    """
+    return AUTO_CLASSES[task].from_config(config, **kwargs).requires_grad_(False)
 
 
 def count_parameters(

@@ -30,7 +30,7 @@ from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
 from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
 from shadowtune.model.speculation.decoding import Speculator
-from shadowtune.model.trainer_losses import add_shadow_loss_hooks, check_labels
+from shadowtune.model.trainer_losses import add_shadow_loss_hooks, check_labels, check_schedule, guard_logits
 
 
 @dataclass
@@ -130,6 +130,8 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             inputs |= {name: value for name, value in given.items() if value is not None}
             cache = {CACHE: past_key_values, "use_cache": use_cache}
             return self.base(**inputs, **cache, labels=labels, logits_to_keep=logits_to_keep)
+        if self.training and self.mode == "attached":
+            check_schedule(self.shadow.config, shadow_loss_weight, num_items_in_batch)
         weights = self.loss_weights(shadow_loss_weight)
         output, state = self.encode(
             **inputs,
@@ -145,6 +147,8 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             joint = self._loss(hidden_states, state.initial, teacher, labels, shift_labels, weights, num_items_in_batch)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = None if labels is not None and self.training else self.logits_of(hidden_states[:, kept])
+        if labels is None and logits is not None and self.training and self.mode == "attached":
+            guard_logits(logits, weights)
         return self._output(output, logits, joint)
 
     def _loss(
@@ -165,7 +169,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             weights = LossWeights(1.0) if teacher is None else weights
             return detached_causal_loss(self.head, s, labels, weights, num_items_in_batch, teacher)
         joint = joint_causal_loss(self.head, h, s, labels, weights, num_items_in_batch)
-        draft_head = self.shadow.draft_fusion
+        draft_head = self.shadow.draft_head
         if draft_head is None or not self.training:
             return joint
         assert s is not None
@@ -186,7 +190,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
     def _output(
         self, output: BaseModelOutputWithPast, logits: Tensor | None, joint: JointLoss | None
     ) -> ShadowCausalLMOutput:
-        drafts = joint is None and self.shadow.draft_fusion is not None
+        drafts = joint is None and self.shadow.draft_head is not None
         result = ShadowCausalLMOutput(
             loss=None if joint is None else joint.total,
             logits=cast(torch.FloatTensor, logits),
@@ -227,11 +231,15 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         Args:
             speculate: whether the shadow drafts and the attached model verifies: True or "auto", a number of tokens to
                 draft at a time, or settings. Greedy decoding gives the same tokens, sampling the same distribution.
-                Where it is not possible (beams, a cache that cannot be cropped), a warning is given.
+                Where it is not possible (beams, a cache that cannot be cropped), a warning is given. A trainer that
+                generates takes it from its generation settings (``generation_kwargs={"speculate": True}`` in GRPO).
 
         Raises:
             ConfigError: if ``speculate`` is none of these, or does not go with the mode or other arguments.
         """
+        given = kwargs.get("generation_config")
+        if speculate is False and given is not None and self.mode == "attached":
+            speculate = vars(given).get("speculate", False)
         speculation = SpeculationConfig.of(speculate)
         if speculation is not None:
             conflicts = [name for name in ("assistant_model", "custom_generate") if kwargs.get(name) is not None]

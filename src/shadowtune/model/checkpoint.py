@@ -24,6 +24,8 @@ from shadowtune.model.files import CONFIG, INDEX, WEIGHTS
 PICKLES = ("pytorch_model.bin", "shadow_adapter.pt", "model.pt")
 CHECKSUM = "sha256"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+RENAMED_TENSORS = {"shadow.draft_fusion.": "shadow.draft_head."}
+"""Beginnings of tensor names in saves of release 0.1.0 -> their names now."""
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_size: str | int = "5GB") -> None:
@@ -67,7 +69,7 @@ def tensor_checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_tensors(path_or_id: str, checked: bool = True, **hub: Any) -> dict[str, Tensor]:
-    """Read all tensors of a directory or Hub repository.
+    """Read all tensors of a directory or Hub repository, those of older saves by their names of today.
 
     Args:
         path_or_id: a local directory or a Hub id.
@@ -87,7 +89,14 @@ def read_tensors(path_or_id: str, checked: bool = True, **hub: Any) -> dict[str,
             hint = f"; {pickles[0]} is a pickle, which is not read because it can run code" if pickles else ""
             raise CheckpointError(f"{path_or_id} has no {name}{hint}; is it a shadow saved by save_pretrained?")
         tensors.update(read_file(file, checked, checksum))
-    return tensors
+    return {_current_name(name): tensor for name, tensor in tensors.items()}
+
+
+def _current_name(name: str) -> str:
+    for old, new in RENAMED_TENSORS.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def find_file(path_or_id: str, name: str, **hub: Any) -> str | None:

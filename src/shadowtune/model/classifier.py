@@ -17,7 +17,7 @@ from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_classifier
 from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
-from shadowtune.model.trainer_losses import check_labels
+from shadowtune.model.trainer_losses import check_labels, check_schedule, guard_logits
 
 
 @dataclass
@@ -118,6 +118,8 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
             ConfigError: if a trainer computes the loss itself, from the logits, without the shadow's terms.
         """
         check_keywords(kwargs, self._known_keywords, self)
+        if self.training and self.mode == "attached":
+            check_schedule(self.shadow.config, shadow_loss_weight, num_items_in_batch)
         weights = self.loss_weights(shadow_loss_weight)
         loses_terms = self.training and self.mode == "attached" and (weights.shadow != 0 or weights.teach)
         check_labels(labels, None, num_items_in_batch, loses_terms)
@@ -135,6 +137,8 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
         head = self.score if self.mode == "attached" else self.shadow_score
         logits = head(states.to(self.score.weight.dtype))[last]
         joint = None
+        if labels is None and self.training and self.mode == "attached":
+            guard_logits(logits, weights)
         if labels is not None:
             targets = (labels, num_items_in_batch, example_weights)
             joint = self._loss(logits, states, state.initial, last, weights, targets)

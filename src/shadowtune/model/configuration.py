@@ -12,6 +12,8 @@ from shadowtune.config.settings import from_mapping
 from shadowtune.config.shadow import SCHEMA_VERSION, ShadowConfig
 from shadowtune.errors import CheckpointError
 
+LIBRARY = "shadowtune: pip install shadowtune, and import shadowtune before loading"
+"""A field of ``config.json``, for people who open a shadow without this package: transformers does not know it."""
 ProjectionStart = Literal["none", "random", "selection", "least_squares", "copied"]
 
 
@@ -107,6 +109,7 @@ class ShadowModelConfig(PreTrainedConfig):
                 kwargs.setdefault(name, getattr(text, name, None))
             for name in ("id2label", "label2id", "problem_type"):
                 kwargs.setdefault(name, getattr(self.base_config, name))
+        self.library = kwargs.pop("library", LIBRARY)
         super().__init__(**kwargs)
 
     @property

@@ -52,7 +52,7 @@ def writing_into(directory: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as staging:
             yield Path(staging)
             _move_files(Path(staging), directory)
-    except Exception as error:
+    except Exception as error:  # of any kind: safetensors and tokenizers have their own for a full disk
         if isinstance(error, CheckpointError) or not is_write_error(error):
             raise
         raise CheckpointError(f"cannot write to {directory}: {write_reason(error)}") from error

@@ -97,7 +97,7 @@ def start_shadow(base: PreTrainedModel, config: ShadowConfig, dtype: torch.dtype
 
 @torch.no_grad()
 def _measure_scales(base: PreTrainedModel, boundaries: Boundaries) -> None:
-    config, first = boundaries.config, 0 if boundaries.config.inject_first else 1
+    config, first = boundaries.config, boundaries.first
     scales = measure_channel_scales(base)[first:] if config.channel_scaling else None
     if boundaries.input_sizes is not None:
         sizes = measure_input_sizes(base)[first:]

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from shadowtune.compatibility import commit_of, keep_commit
 from shadowtune.config.settings import nearest
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import find_file, read_tensors, trained_tensors, write_tensors
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.files import check_numbers, one_line, reading, recover_directory, writing_into
 from shadowtune.model.fingerprint import base_fingerprint, base_signature, has_signature
-from shadowtune.model.formats import peft_shadow, projected, shadow_peft
-from shadowtune.model.formats.third_party import ThirdPartyAdapter
+from shadowtune.model.formats import peft_shadow, peft_shadowtune, projected, shadow_peft
+from shadowtune.model.formats.third_party import ThirdPartyAdapter, read_json
 from shadowtune.model.shadow import Shadow
 from shadowtune.models import NAMED, resolve
 
@@ -109,10 +110,12 @@ def load_base(auto: Any, config: ShadowModelConfig, base: PreTrainedModel | str 
 
 def _load_auto(auto: Any, name: str, **kwargs: Any) -> Any:
     try:
-        return auto.from_pretrained(resolve(name), **{"trust_remote_code": False, **kwargs})
+        model = auto.from_pretrained(resolve(name), **{"trust_remote_code": False, **kwargs})
     except (OSError, RuntimeError, ValueError) as error:  # weights that do not fit, or code of its own
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"cannot load the base {name}: {reason}; pass base=... if it has moved") from None
+    keep_commit(model, kwargs.get("revision"), kwargs.get("cache_dir"))
+    return model
 
 
 def check_base(config: ShadowModelConfig, base: PreTrainedModel, check_weights: bool = True) -> None:
@@ -240,7 +243,11 @@ def open_third_party(path_or_id: str, **hub: Any) -> ThirdPartyAdapter | None:
     try:
         if find_file(path_or_id, shadow_peft.CONFIG, **hub) is not None:
             return shadow_peft.open_shadow_peft(path_or_id, **hub)
-        if find_file(path_or_id, peft_shadow.CONFIG, **hub) is not None:
+        peft_config = find_file(path_or_id, peft_shadow.CONFIG, **hub)
+        if peft_config is not None:
+            values = read_json(peft_config)
+            if values.get("peft_type") == peft_shadowtune.PEFT_TYPE:
+                return peft_shadowtune.open_shadowtune(path_or_id, values, **hub)
             return peft_shadow.open_peft(path_or_id, **hub)
         is_projected = projected.is_projected(path_or_id, **hub)
     except OSError as error:
@@ -275,8 +282,10 @@ def _convert_adapter(
         loaded = name
     with reading(f"{adapter.source} makes no shadow"):
         config, tensors = adapter.build(loaded.config, backbone)
+    if config.base_signature is not None:  # recorded by our own PEFT method, and checked later
+        return config, tensors, loaded
     config.base_name_or_path = absolute_name(loaded.config.name_or_path or "")
-    config.base_revision = getattr(loaded.config, "_commit_hash", None)  # transformers 5.24 keeps none any more
+    config.base_revision = commit_of(loaded.config)
     config.base_fingerprint = base_fingerprint(loaded)
     config.base_signature = base_signature(loaded)
     return config, tensors, loaded

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shadowtune.compatibility import keep_commit
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
@@ -67,6 +68,7 @@ def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedM
     with reading(f"cannot load the model {name}"):
         base: PreTrainedModel = AUTO_CLASSES[task].from_pretrained(resolve(name), trust_remote_code=False, **kwargs)
     base.config.name_or_path = name
+    keep_commit(base, kwargs.get("revision"))
     return base
 
 
@@ -106,6 +108,29 @@ def _nf4(dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def get_shadow_model(
+    base: PreTrainedModel, config: Any = None, dtype: torch.dtype = torch.float32
+) -> ShadowForCausalLM | ShadowForSequenceClassification:
+    """Give a base a new shadow, as ``peft.get_peft_model`` gives it an adapter.
+
+    Args:
+        base: a causal language model or a sequence classifier; it is frozen, and otherwise unchanged.
+        config: a ``ShadowConfig``, by default ``ShadowConfig.recommended()``; or a ``peft.ShadowConfig``.
+        dtype: of the shadow's parameters.
+
+    Raises:
+        UnsupportedArchitectureError: if the base's architecture is not in the table.
+        ConfigError: if the config does not fit the base, or describes something else than a shadow.
+    """
+    if config is None:
+        config = ShadowConfig.recommended()
+    elif not isinstance(config, ShadowConfig):
+        config = ShadowConfig.from_peft(config)
+    classifies = base.get_output_embeddings() is None
+    kind = ShadowForSequenceClassification if classifies else ShadowForCausalLM
+    return cast(Any, kind).from_base(base, config, dtype=dtype)
 
 
 def make_trainable(

@@ -1,10 +1,12 @@
 """Base class of the shadow models: a frozen base, its shadow, three modes, and the forward pass of both networks."""
 
+import contextlib
 import copy
 import inspect
 import os
+import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -20,7 +22,7 @@ from typing_extensions import Self
 from shadowtune.attach.architectures import Architecture, architecture_of
 from shadowtune.attach.cache import split_cache
 from shadowtune.attach.forward import begin_call, check_fit, install_hooks
-from shadowtune.compatibility import CACHE_NAMES, set_cache, takes_cache
+from shadowtune.compatibility import CACHE_NAMES, commit_of, set_cache, takes_cache
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import ShadowState
@@ -37,6 +39,12 @@ Mode = Literal["attached", "detached", "base"]
 """What a model computes: base and shadow together, the shadow alone with the base's head, or the base alone."""
 PASSED_ON = ("cache_position", "mm_token_type_ids", "return_dict", "token_type_ids", "tokenizer")
 """Keywords that tokenizers, trainers, ``generate`` and earlier versions of transformers send to every model."""
+
+
+MERGE_ERROR = (
+    "a shadow cannot be merged into its base: its correction depends on the input, so no weights of the base equal it; "
+    "detached() returns the shadow as a plain small model, and a base without its shadow is as it was"
+)
 
 
 class ShadowPreTrainedModel(PreTrainedModel):
@@ -94,7 +102,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
             base_config=base.config,
             backbone_config=shadow.backbone.config,
             base_name_or_path=absolute_name(base.config.name_or_path or ""),
-            base_revision=vars(base.config).get("_commit_hash"),  # which transformers 5.24 has not any more
+            base_revision=commit_of(base.config),
             base_fingerprint=base_fingerprint(base),
             base_signature=base_signature(base),
             initialization=asdict(initialization),
@@ -183,6 +191,31 @@ class ShadowPreTrainedModel(PreTrainedModel):
         self.mode = mode
         return self
 
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Context in which calls run the base alone, in mode "base", such as the reference model of DPO."""
+        mode = self.mode
+        try:
+            self.set_mode("base")
+            yield
+        finally:
+            self.set_mode(mode)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise ConfigError: the correction depends on the input, so no weights equal it. See ``detached``."""
+        raise ConfigError(MERGE_ERROR)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the numbers of trainable parameters and of all parameters."""
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Write the two numbers to standard output, in the words of PEFT."""
+        trained, every = self.get_nb_trainable_parameters()
+        share = 100 * trained / every
+        sys.stdout.write(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {share:.4f}\n")
+
     @takes_cache
     def encode(
         self,
@@ -257,7 +290,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
 
     def needs_shadow(self, weights: LossWeights) -> bool:
         """Whether the losses of a call with labels need s0: the shadow's terms, or the draft head's."""
-        return weights.shadow > 0 or weights.teach or (self.training and self.shadow.draft_fusion is not None)
+        return weights.shadow > 0 or weights.teach or (self.training and self.shadow.draft_head is not None)
 
     def freeze_unused(self) -> None:
         """Freeze parameters without a gradient in joint training: a backbone that neither boundaries nor losses use.
@@ -267,7 +300,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
         weights, config = self.loss_weights(), self.shadow.config
         if config.variant == "paper" or weights.shadow or weights.teach or config.shadow_loss_weight_end:
             return
-        used = {"shadow.boundaries", "shadow.draft_fusion", "score"}
+        used = {"shadow.boundaries", "shadow.draft_head", "score"}
         parts = {f"shadow.{name}": module for name, module in self.shadow.named_children()}
         parts |= {name: module for name, module in self.trained_modules().items() if name != "shadow"}
         for name, module in parts.items():
@@ -344,15 +377,14 @@ class ShadowPreTrainedModel(PreTrainedModel):
         """Do nothing: nothing below the first boundary is trained, and the shadow prepares its own input."""
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """Checkpoint all blocks but the first, which no gradient reaches without ``inject_first``."""
+        """Checkpoint all blocks but those below the first boundary, which no gradient reaches."""
         super()._set_gradient_checkpointing(*args, **kwargs)
-        if not self.shadow.config.inject_first:
-            first: Any = self.architecture.blocks_of(self.base)[0]
-            first.gradient_checkpointing = False
+        for block in self.architecture.blocks_of(self.base)[: self.shadow.boundaries.first]:
+            block.gradient_checkpointing = False
 
     def post_init(self) -> None:
         """Collect both networks' attributes for device placement, sharding and quantization; change no weight."""
-        super().post_init()
+        super().post_init()  # type: ignore[no-untyped-call]
         self._no_split_modules = set(self._no_split_modules or ()) | set(self.shadow.backbone._no_split_modules or ())
         backbone = self.shadow.backbone
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *(backbone._keep_in_fp32_modules or ())}

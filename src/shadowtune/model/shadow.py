@@ -58,9 +58,9 @@ class Shadow(nn.Module):
             self.projection = nn.Linear(shadow_width, width, bias=False)
             if embedding is None:
                 self.input_projection = nn.Linear(width, shadow_width, bias=False)
-        count = text.num_hidden_layers - (0 if config.inject_first else 1)
-        self.boundaries = Boundaries(count, width, config)
-        self.draft_fusion = None if config.draft_rank is None else DraftHead(width, config.draft_rank)
+        first = config.first_boundary(text.num_hidden_layers)
+        self.boundaries = Boundaries(text.num_hidden_layers - first, width, config, first)
+        self.draft_head = None if config.draft_rank is None else DraftHead(width, config.draft_rank)
         self.requires_grad_(True)
         size = draft_vocabulary_size
         self.register_buffer("draft_vocabulary", None if size is None else torch.zeros(size, dtype=torch.long))

@@ -4,16 +4,21 @@ TRL's trainers patch ``forward`` with a fused head: called with ``fused_lm_head=
 computes log-probabilities from its last hidden states, and reduces them to its own loss, without the shadow's term. Two
 hooks on the model add it: one puts an empty list into the call's keywords, in which ``HeadlessModel`` leaves s0; the
 other adds lambda * log p_shadow to the returned log-probabilities, with its value subtracted again. So the values stay
-those of the attached model, and the gradient is that of the joint loss under any reduction.
+those of the attached model, and the gradient is that of the joint loss under any reduction: whatever a trainer credits
+to a token of the attached model (DPO, KTO, GRPO), it credits, times lambda, to the same token of the detached shadow.
+
+Trainers that compute their loss from logits (TRL's Reward, ORPO, CPO, GKD, OnlineDPO) leave the shadow's
+term out. A hook on the logits stops the first backward pass through them.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from shadowtune.core.losses import IGNORE_INDEX
+from shadowtune.config.shadow import ShadowConfig
+from shadowtune.core.losses import IGNORE_INDEX, LossWeights
 from shadowtune.errors import ConfigError
 
 SLOT = "shadow_initial_states"
@@ -45,6 +50,41 @@ def check_labels(labels: Any, shift_labels: Any, num_items_in_batch: Any, loses_
         )
 
 
+def check_schedule(config: ShadowConfig, shadow_loss_weight: float | None, num_items_in_batch: Any) -> None:
+    """Check that a trainer which counts labels, as transformers' does in training, applies the schedule of lambda.
+
+    Raises:
+        ConfigError: if ``shadow_loss_weight_end`` is set, and the call has no weight of its own.
+    """
+    end = config.shadow_loss_weight_end
+    if end is not None and shadow_loss_weight is None and num_items_in_batch is not None:
+        raise ConfigError(
+            f"shadow_loss_weight_end={end:g} is applied by shadowtune train, and this trainer would keep "
+            f"shadow_loss_weight={config.shadow_loss_weight:g}; leave it out, or pass shadow_loss_weight in each batch"
+        )
+
+
+def guard_logits(logits: Tensor, weights: LossWeights) -> None:
+    """Make a backward pass that starts at logits of the attached model an error if the joint loss has more terms.
+
+    Args:
+        logits: of a call without labels in training.
+        weights: of the call.
+    """
+    if not logits.requires_grad or not (weights.shadow or weights.teach) or torch.compiler.is_compiling():
+        return
+
+    def refuse(gradient: Tensor) -> None:
+        raise ConfigError(
+            f"a loss was computed from the logits, without the shadow's own terms (shadow_loss_weight="
+            f"{weights.shadow:g}), as TRL's Reward, ORPO, CPO, GKD and OnlineDPO trainers do; use one that passes "
+            "labels (transformers' own, SFT, DPO, KTO, GRPO), or set shadow_loss_weight=0 (in PEFT: "
+            "auxiliary_loss_weight=0) and the distillation weights to 0, which trains the attached model alone"
+        )
+
+    logits.register_hook(refuse)
+
+
 class HeadlessModel(nn.Module):
     """A shadow model without its head, as its ``base_model`` is expected to be."""
 
@@ -53,7 +93,10 @@ class HeadlessModel(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
-        """Return the last hidden states before the head, (B, T, d)."""
+        """Return the last hidden states before the head, (B, T, d); in mode "base" those of the base alone."""
+        if self.model.mode == "base":
+            decoder = self.model.architecture.decoder_of(self.model.base)
+            return cast(BaseModelOutputWithPast, decoder(input_ids=input_ids, **kwargs))
         slot = kwargs.pop(SLOT, None)
         wanted = slot is not None and self.model.shadow.config.shadow_loss_weight > 0
         output, state = self.model.encode(input_ids, run_shadow=wanted, **kwargs)
@@ -68,12 +111,25 @@ def add_shadow_loss_hooks(model: Any) -> None:
     model.register_forward_hook(_add_shadow_gradient, with_kwargs=True)
 
 
+def call_fused(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run TRL's fused head, which patched the ``forward`` of a model's base, on the model in place of its base.
+
+    The patched function finds the layers below the head and the head by the attributes of its first argument.
+    """
+    args, kwargs = _offer_slot(model, args, kwargs) or (args, kwargs)
+    return _add_shadow_gradient(model, args, kwargs, forward.__func__(model, *args, **kwargs))
+
+
 def _offer_slot(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("fused_lm_head") and torch.is_grad_enabled() and model.training and model.mode == "attached":
-        if model.shadow.draft_fusion is not None:
+        config = model.shadow.config
+        dropped = ("distillation_weight", "matching_weight", "shadow_loss_weight_end")
+        names = [name for name in dropped if config.to_dict()[name]]
+        names += [] if model.shadow.draft_head is None else ["draft_rank"]
+        if names:
             raise ConfigError(
-                "draft_rank is trained by a loss that this trainer, which computes its own, would drop; leave it out, "
-                "or train with shadowtune train"
+                f"{', '.join(names)}: trained by a loss that this trainer, which computes its own, would drop; leave "
+                "it out, or train with shadowtune train"
             )
         return args, {**kwargs, SLOT: []}
     return None

@@ -1,18 +1,22 @@
-"""Callbacks of ``transformers.Trainer``: metrics file, skipped steps, interruption, projection warm-up."""
+"""Callbacks of ``transformers.Trainer``: metrics, trackers, progress lines, skipped steps, interruption, warm-up."""
 
 import contextlib
+import datetime
+import importlib
 import json
 import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from shadowtune.model.modeling import ShadowPreTrainedModel
 
@@ -27,13 +31,8 @@ class MetricsFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drop the lines after the step that training resumes from, which will be written again."""
-        if not state.is_world_process_zero or not self.path.exists():
-            return
-        lines = self.path.read_text().split("\n")[:-1]  # an incomplete last line of a killed run
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= state.global_step]
-        scratch = self.path.with_name(f".{self.path.name}")
-        scratch.write_text("".join(kept))
-        os.replace(scratch, self.path)
+        if state.is_world_process_zero:
+            drop_later_lines(self.path, state.global_step)
 
     def on_log(
         self,
@@ -48,6 +47,88 @@ class MetricsFile(TrainerCallback):
             values = {name: value if math.isfinite(value) else None for name, value in logs.items()}
             with self.path.open("a") as handle:
                 handle.write(json.dumps({"step": state.global_step, **values}) + "\n")
+
+
+def drop_later_lines(file: Path, step: int) -> None:
+    """Remove the lines of a JSON lines file with a "step" above ``step``, and the incomplete last line of a killed run.
+
+    A run that is resumed from that step writes them again, so that the file of a resumed run is that of a whole one.
+    """
+    if not file.exists():
+        return
+    lines = file.read_text().split("\n")[:-1]
+    scratch = file.with_name(f".{file.name}")
+    scratch.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    os.replace(scratch, file)
+
+
+def tensorboard_callback(directory: Path, checkpoint: str | None) -> TensorBoardCallback:
+    """Return transformers' callback that writes TensorBoard files into a directory.
+
+    Args:
+        directory: of the files.
+        checkpoint: from which the run is resumed; TensorBoard then hides what an earlier part wrote after it.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    resumed = None if checkpoint is None else int(checkpoint.rpartition("-")[2]) + 1
+    return TensorBoardCallback(SummaryWriter(str(directory), purge_step=resumed))
+
+
+class FinishWandb(TrainerCallback):
+    """Ends the Weights & Biases run of a training, so that the next stage, in the same process, has one of its own.
+
+    transformers' integrations of the other trackers do so by themselves.
+    """
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the run; its data are sent by then."""
+        importlib.import_module("wandb").finish()
+
+
+class ProgressLines(TrainerCallback):
+    """Reports the progress of a training in whole lines, where no terminal shows a progress bar.
+
+    Args:
+        report: called with each line.
+    """
+
+    LINES = 50
+    """About so many lines of training losses in a run; every evaluation has a line of its own."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self.report = report
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._begun, self._first = time.perf_counter(), state.global_step
+        self._shown = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Report a line if one is due."""
+        step, last, logs = state.global_step, state.max_steps, logs or {}
+        where = f"step {step} of {last}"
+        if "loss" in logs and (step == last or step - self._shown >= last / self.LINES):
+            seconds = (time.perf_counter() - self._begun) / (step - self._first) * (last - step)
+            left = datetime.timedelta(seconds=round(seconds))
+            self.report(f"{where} ({step / last:.0%}): loss {logs['loss']:.4g}, {left} left")
+            self._shown = step
+        if "eval_loss" in logs:
+            names = {"attached": "eval_base_loss", "detached": "eval_shadow_loss"}
+            terms = [f"{mode} {logs[name]:.4g}" for mode, name in names.items() if name in logs]
+            shown = f" ({', '.join(terms)})" if terms else ""
+            self.report(f"{where}: validation loss {logs['eval_loss']:.4g}{shown}")
 
 
 class SkipNonfiniteSteps(TrainerCallback):

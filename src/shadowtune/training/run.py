@@ -16,8 +16,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from shadowtune.config.training import TrainConfig
@@ -49,10 +55,18 @@ from shadowtune.model.methods import (
 )
 from shadowtune.model.modeling import ShadowPreTrainedModel
 from shadowtune.provenance import peak_memory_mb, provenance
-from shadowtune.training.callbacks import GracefulInterrupt, MetricsFile, ProjectionWarmup
+from shadowtune.training.callbacks import (
+    FinishWandb,
+    GracefulInterrupt,
+    MetricsFile,
+    ProgressLines,
+    ProjectionWarmup,
+    tensorboard_callback,
+)
 from shadowtune.training.checkpoints import TrainingProgress, atomic_directory, convert_write_errors
 from shadowtune.training.interpolation import join_ensemble
 from shadowtune.training.run_directory import DISTILLATION_DIRECTORY, DRAFT_HEAD_DIRECTORY, InputDigests, RunDirectory
+from shadowtune.training.samples import SampleAnswers
 from shadowtune.training.stages import (
     DistillationStage,
     DraftHeadStage,
@@ -109,6 +123,10 @@ class TrainSummary:
     """The part of ``train_seconds`` that the draft head stage took, with its generated answers; None without one."""
     fit_seconds: float | None = None
     """The part of ``train_seconds`` in which a weight of logits was fitted on validation data; None without a fit."""
+    best_step: int | None = None
+    """Step of the best evaluation, by ``metric_for_best_model``; None if evaluations are not compared."""
+    best_metric: float | None = None
+    """That evaluation's loss on the validation examples."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +155,8 @@ def train(
         resume: continue from the last checkpoint in ``config.output``, to the same result as an uninterrupted run;
             start anew if there is none, and do nothing if the run has finished.
         overwrite: replace the run that is there.
-        report: called with messages for the user.
-        quiet: whether to hide the progress bar.
+        report: called with messages for the user; without a terminal also with the progress.
+        quiet: whether to hide progress and sample answers.
 
     Returns:
         The costs; None in all but the first of the processes that torchrun or accelerate started.
@@ -171,7 +189,10 @@ def _train_preceding(config: TrainConfig, options: RunOptions) -> TrainSummary |
     if options.resume and run.is_finished(config):
         return _read_summary(run, options)
     with _claimed(run, config, options):
-        return ModelRun(config, run, options).train()
+        summary = ModelRun(config, run, options).train()
+        if options.main and config.stage == "pretrain":  # its length may not change, so that nothing resumes from them
+            run.remove_checkpoints()
+        return summary
 
 
 @contextlib.contextmanager
@@ -232,6 +253,8 @@ class ModelRun:
         if not self.options.main:
             return None
         _write_summary(self.run, summary)
+        if self.config.keep_checkpoints == 0:
+            self.run.remove_checkpoints()
         return summary
 
     def _report_data(self) -> None:
@@ -272,6 +295,13 @@ class ModelRun:
         self.trainer.train_dataset = dataset
         output: TrainOutput = self.trainer.train(resume_from_checkpoint=self.run.last_checkpoint())
         self.progress = self.trainer.progress()
+        state = self.trainer.state
+        if self.config.compares_losses and state.best_metric is not None:
+            kept = "its" if self.config.load_best_model_at_end else "the last step's"
+            self.options.report(
+                f"best {self.config.metric_for_best_model} on the validation examples: {state.best_metric:.4g} at step "
+                f"{state.best_global_step} of {state.global_step}; {kept} weights are kept"
+            )
         return output
 
     def _answers_trainer(self, stage: str, dataset: Any) -> ShadowTrainer:
@@ -288,12 +318,19 @@ class ModelRun:
         self, config: TrainConfig, run: RunDirectory, arguments: TrainingArguments, data: TrainingData
     ) -> ShadowTrainer:
         callbacks: list[TrainerCallback] = [MetricsFile(run.metrics_file)]
-        if config.tensorboard and arguments.process_index == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            callbacks.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
+        if "tensorboard" in config.trackers and arguments.process_index == 0:
+            callbacks.append(tensorboard_callback(run.tensorboard, run.last_checkpoint()))
+        if "wandb" in config.trackers:
+            callbacks.append(FinishWandb())
         if config.projection_steps:
             callbacks.append(ProjectionWarmup(self.model, config.projection_steps))
+        if config.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+        report = (lambda line: None) if self.options.quiet else self.options.report
+        if arguments.disable_tqdm:
+            callbacks.append(ProgressLines(report))
+        if config.samples and config.evaluates:
+            callbacks.append(self._samples(run, report))
         trainer = ShadowTrainer(
             model=self.model,
             args=arguments,
@@ -309,15 +346,27 @@ class ModelRun:
             keep_checkpoints=config.keep_checkpoints,
         )
         trainer.remove_callback(PrinterCallback)
+        if trainer.is_fsdp_enabled and trainer.pop_callback(SampleAnswers) is not None:
+            report("no sample answers: one process alone cannot generate with a sharded model (FSDP)")
         return trainer
+
+    def _samples(self, run: RunDirectory, report: Callable[[str], None]) -> SampleAnswers:
+        modes: tuple[str, ...] = ("model",)
+        if isinstance(self.model, ShadowPreTrainedModel):
+            modes = ("detached",) if self.config.stage == "pretrain" else ("attached", "detached")
+        data = replace(self.data, prompt_format=self.form)
+        return SampleAnswers(run.samples_file, self.model, data, self.config.samples, modes, report)
 
     def _summary(self, entries: dict[str, Any]) -> TrainSummary:
         """Combine the entries of the stages with the costs that the trainer has counted."""
-        config, progress, log = self.config, self.progress, self.trainer.state.log_history
-        losses, measured = ([line[name] for line in log if name in line] for name in ("loss", "eval_loss"))
+        config, progress, state = self.config, self.progress, self.trainer.state
+        losses, measured = (
+            [line[name] for line in state.log_history if name in line] for name in ("loss", "eval_loss")
+        )
         perplexity = None
         if config.stage == "pretrain" and measured:  # the last one comes after the last step
-            perplexity = math.exp(min(measured[-1], 700.0))  # beyond it a float overflows
+            loss = state.best_metric if config.load_best_model_at_end and state.best_metric else measured[-1]
+            perplexity = math.exp(min(loss, 700.0))  # beyond it a float overflows
         shadow_seconds = None if self.shadow_only is None else self.shadow_only.train_seconds
         later = sum(entries.get(name, 0.0) for name in ("distillation_seconds", "fit_seconds", "drafting_seconds"))
         return TrainSummary(
@@ -329,6 +378,8 @@ class ModelRun:
             skipped_steps=progress.skipped_steps,
             detached_perplexity=perplexity,
             shadow_seconds=shadow_seconds,
+            best_step=state.best_global_step if config.compares_losses else None,
+            best_metric=state.best_metric if config.compares_losses else None,
             **{**entries, "final_loss": losses[-1] if losses else entries["final_loss"]},
         )
 

@@ -3,6 +3,7 @@
 config.yaml         the resolved settings           environment.json   commit, versions, hardware, date
 inputs.json         digests of base, tokenizer and data
 metrics.jsonl       one line per log step           checkpoints/       for --resume
+samples.jsonl       sample answers of evaluations   report.html        all of it on one page
 model/              the trained model               summary.json       the costs; exists once the run has finished
 tensorboard/        the same metrics for TensorBoard
 shadow/             run directory of the shadow-only stage          lora/    of the LoRA part of an ensemble
@@ -39,17 +40,20 @@ LORA_DIRECTORY = "lora"
 DISTILLATION_DIRECTORY = "distillation"
 DRAFT_HEAD_DIRECTORY = "drafting"
 DIGESTS_FILE = "inputs.json"
-MAY_CHANGE = (
+REPORTING = (
     "output",
-    "epochs",
-    "max_steps",
     "logging_steps",
     "save_steps",
     "eval_steps",
     "keep_checkpoints",
+    "samples",
+    "report_to",
     "tensorboard",
 )
-"""Settings of a resumed run that may differ from those of the interrupted one."""
+"""Settings that do not change what a run learns: where it is, what it reports and how often."""
+MAY_CHANGE = (*REPORTING, "epochs", "max_steps")
+"""Settings of a resumed run that may differ from those of the interrupted one; ``eval_steps`` only if no evaluations
+are compared."""
 DESCRIPTIONS = {
     "base": "the base's weights or config",
     "tokenizer": "the tokenizer",
@@ -117,6 +121,7 @@ class RunDirectory:
         self.config_file = self.path / "config.yaml"
         self.environment_file = self.path / "environment.json"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.samples_file = self.path / "samples.jsonl"
         self.summary_file = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
@@ -155,13 +160,19 @@ class RunDirectory:
         if not resume:
             raise TrainingError(f"{self.path} holds a run already; pass --resume, --overwrite or another output=...")
         before, now = vars(self.read_config()), vars(config)
-        changed = [name for name in now if name not in MAY_CHANGE and before[name] != now[name]]
+        fixed = set(now) - set(MAY_CHANGE) | ({"eval_steps"} if config.compares_losses else set())
+        changed = [name for name in now if name in fixed and before[name] != now[name]]
         if changed:
             raise ConfigError(
                 f"cannot resume {self.path} with other settings: {', '.join(changed)} changed; start a new output=..."
             )
         if (last := self.last_checkpoint()) is not None:
             check_checkpoint(Path(last))
+        elif self.summary_file.is_file() and before["keep_checkpoints"] == 0:
+            raise CheckpointError(
+                f"cannot resume {self.path}: it has finished and kept no checkpoint (keep_checkpoints=0); start a new "
+                "output=..."
+            )
 
     def check_inputs(self, digests: InputDigests) -> None:
         """Check that data, base and tokenizer are those that this run, or its shadow-only stage, began with.
@@ -189,7 +200,9 @@ class RunDirectory:
                         shutil.rmtree(directory)
             if self.last_checkpoint() is None:
                 self.metrics_file.unlink(missing_ok=True)
-            self.summary_file.unlink(missing_ok=True)
+                self.samples_file.unlink(missing_ok=True)
+            for file in (self.summary_file, self.path / "report.html"):
+                file.unlink(missing_ok=True)
         except OSError as error:
             raise TrainingError(f"cannot clear the run directory {self.path}: {error}") from None
         dump_config(config, self.config_file)
@@ -200,12 +213,19 @@ class RunDirectory:
         """Return the latest checkpoint, or None."""
         return get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None
 
+    def remove_checkpoints(self) -> None:
+        """Remove the checkpoints of a finished run."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
     def is_finished(self, config: TrainConfig) -> bool:
-        """Whether a run with exactly these settings has finished here."""
+        """Whether a run with these settings, those in ``REPORTING`` aside, has finished here."""
         recover_directory(self.model)
         if not (self.summary_file.is_file() and self.config_file.is_file() and self.model.is_dir()):
             return False
-        return replace(self.read_config(), output=config.output) == config
+        before = self.read_config()
+        if config.compares_losses and before.eval_steps != config.eval_steps:
+            return False
+        return replace(before, **{name: vars(config)[name] for name in REPORTING}) == config
 
     def read_config(self) -> TrainConfig:
         """Return the resolved settings of the run; raises CheckpointError if there is no run here."""

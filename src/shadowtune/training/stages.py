@@ -1,30 +1,33 @@
 """Training stages: the steps by which one model is trained, each behind the same interface.
 
-``train`` runs ``stages(config)`` in order. Beside another trainer, plain or from TRL, they are used like this:
+``train`` runs ``stages(config)`` in order. Beside another trainer, plain or from TRL, one call runs the recommended
+ones in place of ``trainer.train()``; the model may be one of this package or of its PEFT method:
 
     trainer = SFTTrainer(model, args=arguments, train_dataset=dataset, eval_dataset=hold_out)
-    context = StageContext.from_trainer(trainer)
-    for stage in (ShadowOnlyStage(), JointStage(), LogitInterpolationStage()):
-        stage.run(context)
+    train_in_stages(trainer)
+
+or each stage by itself: ``ShadowOnlyStage().run(StageContext.from_trainer(trainer))``.
 
 ``DraftHeadStage`` needs a trainer that takes the model's own loss, as ``transformers.Trainer`` does and TRL's do not.
 """
 
+import copy
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.config.training import TrainConfig
+from shadowtune.config.training import SHADOW_STAGE, OptimizerConfig, TrainConfig
 from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data.generation import generate_answers
 from shadowtune.errors import ConfigError
@@ -55,17 +58,25 @@ class StageContext:
     """Called with messages."""
 
     @classmethod
-    def from_trainer(cls, trainer: Trainer) -> "StageContext":
-        """Take model, data and arguments from a trainer; each stage trains with a new trainer of the same class."""
+    def from_trainer(cls, trainer: Trainer, **changes: Any) -> "StageContext":
+        """Take model, data and arguments from a trainer; each stage trains with a new trainer of the same class.
+
+        Args:
+            trainer: of a model of this package, or of a ``PeftModel`` of its PEFT method.
+            **changes: training arguments that replace the trainer's.
+        """
+        arguments = copy.copy(trainer.args)
+        for name, value in changes.items():
+            setattr(arguments, name, value)
         shared: dict[str, Any] = {
             "model": trainer.model,
-            "args": trainer.args,
+            "args": arguments,
             "eval_dataset": trainer.eval_dataset,
             "data_collator": trainer.data_collator,
             "processing_class": trainer.processing_class,
         }
         return cls(
-            trainer.model,
+            _shadow_model(trainer.model),
             trainer.train_dataset,
             lambda stage, dataset: type(trainer)(train_dataset=dataset, **shared).train(),
             trainer.eval_dataset,
@@ -73,6 +84,74 @@ class StageContext:
             trainer.processing_class,
             trainer.args.per_device_eval_batch_size,
         )
+
+
+def train_in_stages(
+    trainer: Trainer,
+    shadow_epochs: float = SHADOW_STAGE["shadow_epochs"],
+    shadow_learning_rate: float = SHADOW_STAGE["shadow_learning_rate"],
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train a language model by the recommended recipe, in place of ``trainer.train()``.
+
+    First the shadow learns by itself, with the recipe's warm-up and weight decay. Then ``trainer.train()`` trains the
+    boundaries; the shadow's loss is left out and its backbone frozen where the boundaries do not read its state
+    (``variant`` "stateless"), else lambda counts. At the end the weight of the shadow's logits is fitted, if the
+    trainer has an ``eval_dataset``.
+
+    Args:
+        trainer: ``transformers.Trainer`` or TRL's ``SFTTrainer``.
+        shadow_epochs: epochs of the first stage, which costs a small part of a joint one.
+        shadow_learning_rate: its peak learning rate.
+        report: called with messages.
+
+    Returns:
+        Entries of ``TrainSummary``: steps and final loss of the joint stage, seconds of the fit.
+
+    Raises:
+        ConfigError: if the trainer's model is not a language model with a shadow.
+    """
+    model = _shadow_model(trainer.model)
+    if not isinstance(model, ShadowForCausalLM):
+        raise ConfigError(
+            f"train_in_stages trains a language model with a shadow, but the trainer has a {type(model).__name__}; "
+            "classifiers are trained by trainer.train()"
+        )
+    if shadow_epochs:
+        recipe = OptimizerConfig()
+        shadow_only_arguments = {
+            "num_train_epochs": shadow_epochs,
+            "max_steps": -1,
+            "learning_rate": shadow_learning_rate,
+            "warmup_steps": recipe.warmup_ratio,  # below 1: a share of the steps
+            "weight_decay": recipe.weight_decay,
+            "save_strategy": SaveStrategy.NO,
+            "load_best_model_at_end": False,
+        }
+        ShadowOnlyStage().run(StageContext.from_trainer(trainer, **shadow_only_arguments))
+    config = model.shadow.config
+    with _restored_requires_grad(model):
+        try:
+            if config.variant == "stateless" and shadow_epochs:
+                model.shadow.config = replace(config, shadow_loss_weight=0.0, shadow_loss_weight_end=None)
+                model.freeze_unused()
+            entries = _training_entries(trainer.train())
+        finally:
+            model.shadow.config = config
+    if trainer.eval_dataset is not None:
+        context = StageContext.from_trainer(trainer)
+        context.report = report
+        entries |= LogitInterpolationStage().run(context)
+    return entries
+
+
+def _shadow_model(model: Any) -> Any:
+    """Return the model of this package inside of a ``PeftModel``; others as they are."""
+    if not is_peft_model(model):
+        return model
+    from shadowtune.peft import shadow_model_of
+
+    return shadow_model_of(model)
 
 
 class Stage(Protocol):
@@ -161,19 +240,12 @@ class DistillationStage:
         Raises:
             ConfigError: without a tokenizer, or if the boundaries read the shadow's state.
         """
-        start = time.perf_counter()
-        if context.tokenizer is None:
-            raise ConfigError("distillation learns the model's own answers, which need a tokenizer")
         if context.model.shadow.config.variant != "stateless":
             raise ConfigError(
                 "distillation trains the shadow after the joint stage, which changes an attached model whose "
                 "boundaries read the shadow's state; set shadow.variant=stateless"
             )
-        context.report(f"distillation: the model answers {len(context.train_dataset)} training prompts")
-        answered = own_answers(context.model, context.tokenizer, context.train_dataset)
-        with shadow_only(context.model):
-            context.fit(self.name, answered)
-        return {"distillation_seconds": time.perf_counter() - start}
+        return {"distillation_seconds": _fit_own_answers(context, self.name, context.train_dataset, shadow_only)}
 
 
 @dataclass(frozen=True)
@@ -220,21 +292,41 @@ class DraftHeadStage:
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Generate the answers and train on them. An interrupted run starts this stage anew."""
-        start = time.perf_counter()
-        if context.tokenizer is None:
-            raise ConfigError("the draft head learns the model's own answers, which need a tokenizer")
         chosen = self.choose(context.train_dataset)
-        context.report(f"draft head: the model answers {len(chosen)} training prompts")
-        answered = own_answers(context.model, context.tokenizer, chosen)
-        with draft_head_only(context.model):
-            context.fit(self.name, answered)
-        return {"drafting_seconds": time.perf_counter() - start}
+        return {"drafting_seconds": _fit_own_answers(context, self.name, chosen, draft_head_only)}
 
     def choose(self, examples: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         """Return the examples whose prompts are answered."""
         if self.epochs >= 1:
             return examples
         return random.Random(self.seed).sample(list(examples), math.ceil(self.epochs * len(examples)))
+
+
+def _fit_own_answers(
+    context: StageContext,
+    stage: str,
+    examples: Sequence[dict[str, Any]],
+    trainable: Callable[[Any], AbstractContextManager[None]],
+) -> float:
+    """Let the attached model answer the prompts of examples, and train on the answers.
+
+    Args:
+        context: of the stage.
+        stage: its name.
+        examples: encoded, with labels.
+        trainable: context of a model in which only what the stage trains is trainable.
+
+    Returns:
+        The seconds that both took.
+    """
+    start, title = time.perf_counter(), stage.replace("_", " ")
+    if context.tokenizer is None:
+        raise ConfigError(f"the {title} stage learns the model's own answers, which need a tokenizer")
+    context.report(f"{title}: the model answers {len(examples)} training prompts")
+    answered = own_answers(context.model, context.tokenizer, examples)
+    with trainable(context.model):
+        context.fit(stage, answered)
+    return time.perf_counter() - start
 
 
 def _training_entries(output: TrainOutput) -> dict[str, Any]:
@@ -256,8 +348,8 @@ def prepare_shadow_only(model: nn.Module, projection_steps: int = 0) -> ShadowPr
             "hidden_size is the base's; set projection_steps=0, or another shadow.hidden_size"
         )
     model.shadow.boundaries.requires_grad_(False)
-    if model.shadow.draft_fusion is not None:
-        model.shadow.draft_fusion.requires_grad_(False)
+    if model.shadow.draft_head is not None:
+        model.shadow.draft_head.requires_grad_(False)
     return model.set_mode("detached")
 
 
@@ -284,7 +376,7 @@ def shadow_only(model: ShadowPreTrainedModel, distillation: bool = False) -> Ite
 @contextmanager
 def draft_head_only(model: ShadowForCausalLM) -> Iterator[None]:
     """Context in which only the draft head is trainable."""
-    head = model.shadow.draft_fusion
+    head = model.shadow.draft_head
     if head is None:
         raise ConfigError("this shadow has no draft head; set ShadowConfig.draft_rank, such as 64")
     with _restored_requires_grad(model):
@@ -356,6 +448,7 @@ def shadow_only_settings(config: TrainConfig) -> TrainConfig:
         distillation_epochs=0.0,
         drafting_epochs=0.0,
         fit_logit_interpolation=False,
+        metric_for_best_model="loss",
         epochs=config.shadow_epochs,
         max_steps=None,
         optimizer=optimizer,
@@ -369,19 +462,24 @@ def joint_settings(config: TrainConfig) -> TrainConfig:
     return replace(config, shadow=replace(config.shadow, init_layers=None, init_from=start))
 
 
+def without_validation(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """Return settings that evaluate nothing while training, and so compare no evaluations."""
+    data = replace(config.data, validation=None)
+    return replace(config, data=data, early_stopping_patience=None, load_best_model_at_end=False, **changes)
+
+
 def distillation_settings(config: TrainConfig) -> TrainConfig:
     """Return the settings of the distillation stage: those of the shadow-only stage, with its own number of epochs."""
-    alone = shadow_only_settings(replace(config, shadow_epochs=config.distillation_epochs))
-    return replace(alone, data=replace(config.data, validation=None))
+    shadow_only = shadow_only_settings(replace(config, shadow_epochs=config.distillation_epochs))
+    return without_validation(shadow_only)
 
 
 def draft_head_settings(config: TrainConfig) -> TrainConfig:
     """Return the settings of the draft head stage: its own number of epochs, at least one, and no evaluation."""
-    return replace(
+    return without_validation(
         config,
         epochs=max(1.0, config.drafting_epochs),
         max_steps=None,
-        data=replace(config.data, validation=None),
         distillation_epochs=0.0,
         drafting_epochs=0.0,
         fit_logit_interpolation=False,
@@ -392,17 +490,15 @@ def small_model_settings(config: TrainConfig) -> TrainConfig:
     """Return the settings of an ensemble's small model: a shadow-only stage."""
     rate = config.optimizer.backbone_learning_rate or config.optimizer.learning_rate
     optimizer = replace(config.optimizer, learning_rate=rate, lora_plus_ratio=None)
-    data = replace(config.data, validation=None)
-    return shadow_only_settings(replace(config, method="shadow", optimizer=optimizer, data=data))
+    return shadow_only_settings(without_validation(config, method="shadow", optimizer=optimizer))
 
 
 def lora_settings(config: TrainConfig) -> TrainConfig:
     """Return the settings of an ensemble's LoRA."""
-    return replace(
+    return without_validation(
         config,
         method="lora",
         shadow=ShadowConfig(),
         shadow_epochs=0.0,
-        data=replace(config.data, validation=None),
         output=str(Path(config.output) / LORA_DIRECTORY),
     )

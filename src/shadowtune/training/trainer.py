@@ -1,10 +1,11 @@
 """``transformers.Trainer`` with the objectives of this package, and its arguments from the settings of a run.
 
-Added: two learning rates, checkpoints that are complete or absent, a stop or skip at losses that are NaN, and a data
-order that survives a resumption.
+Added: two learning rates, checkpoints that are complete or absent, a stop or skip at losses that are NaN, a data order
+that survives a resumption, as do early stopping and the best checkpoint, and the terms of the loss in evaluations.
 """
 
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
@@ -45,15 +46,14 @@ def training_arguments(config: TrainConfig, checkpoints: Path, quiet: bool = Fal
     Args:
         config: the settings.
         checkpoints: directory of the checkpoints.
-        quiet: whether to hide the progress bar.
+        quiet: whether to hide the progress bar, which only a terminal shows.
 
     Raises:
         ConfigError: if the hardware or an installed package does not support a setting.
     """
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("tensorboard=true needs the package tensorboard: pip install 'shadowtune[tensorboard]'")
+    _check_trackers(config.trackers)
     optimizer, checkpointing = config.optimizer, config.gradient_checkpointing
-    measured = config.data.validation is not None and not config.data.learn_validation
+    save_steps = config.eval_steps if config.load_best_model_at_end else config.save_steps
     try:
         arguments = TrainingArguments(
             output_dir=str(checkpoints),
@@ -75,24 +75,35 @@ def training_arguments(config: TrainConfig, checkpoints: Path, quiet: bool = Fal
             torch_compile=config.compile,
             logging_steps=config.logging_steps,
             logging_nan_inf_filter=False,
-            save_strategy="steps" if config.save_steps else "epoch",
-            save_steps=config.save_steps or 500,
-            eval_strategy="no" if not measured else "steps" if config.eval_steps else "epoch",
+            save_strategy="steps" if save_steps else "epoch",
+            save_steps=save_steps or 500,
+            eval_strategy="no" if not config.evaluates else "steps" if config.eval_steps else "epoch",
             eval_steps=config.eval_steps,
             prediction_loss_only=True,
-            report_to=[],
+            load_best_model_at_end=config.load_best_model_at_end,
+            metric_for_best_model=config.metric_for_best_model if config.compares_losses else None,
+            report_to=[name for name in config.trackers if name != "tensorboard"],  # that has a writer of its own
+            run_name=str(checkpoints.parent),
             remove_unused_columns=False,
             use_cache=True,  # False would be written into the config that is saved; objectives ask for no cache
             ddp_find_unused_parameters=True if config.projection_steps else None,  # the backbone, while it is frozen
             ddp_broadcast_buffers=False,  # none changes, and a pretrained backbone's embedding is one
             dataloader_pin_memory=torch.cuda.is_available(),
-            disable_tqdm=quiet,
+            disable_tqdm=quiet or not sys.stderr.isatty(),
             use_cpu=not torch.accelerator.is_available(),
         )
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from None
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one device per process; torchrun starts one for each
     return arguments
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Raise ConfigError for the first experiment tracker whose package is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            package = "'shadowtune[tensorboard]'" if name == "tensorboard" else name
+            raise ConfigError(f"report_to={name} needs the package {name}: pip install {package}")
 
 
 class EpochSampler(Sampler[int]):
@@ -131,7 +142,7 @@ class ShadowTrainer(Trainer):
         backbone_learning_rate: of the shadow's backbone and projections; None means the common one.
         lora_plus_ratio: learning rate of LoRA's B over the common one (LoRA+); None means the common one.
         skip_nonfinite: whether a step with a NaN or infinite gradient is skipped and counted, instead of an error.
-        keep_checkpoints: number of the latest checkpoints to keep.
+        keep_checkpoints: number of the latest checkpoints to keep, the best among them if it will be loaded.
         **kwargs: as for ``transformers.Trainer``. Batches may hold "rows" (B,), the numbers of their rows, for errors.
             Evaluation measures the loss only.
 
@@ -170,23 +181,42 @@ class ShadowTrainer(Trainer):
         self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
         self._terms: dict[str, Tensor] = {}
         self._terms_since = 0
+        self._last_terms: dict[str, Tensor] = {}
+        self._evaluated: dict[str, list[Tensor]] = {}
         self._staging: Path | None = None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as ``transformers.Trainer`` does.
 
-        From a checkpoint of the last step, weights are loaded and no step is taken; transformers would take one.
+        From a checkpoint of the last step, or of an early stop, weights are loaded and no step is taken; transformers
+        would take one.
         """
         self._started = time.perf_counter()
         if isinstance(resume_from_checkpoint, str):
             check_complete(Path(resume_from_checkpoint))  # transformers goes on without the optimizer's state
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             losses = [line["loss"] for line in state.log_history if "loss" in line]
-            if losses and state.global_step >= self._total_steps():
+            stopped = self._restore_early_stopping(state)
+            if losses and (stopped or state.global_step >= self._total_steps()):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
+                if self.args.load_best_model_at_end:
+                    self._load_best_model()
                 return TrainOutput(state.global_step, losses[-1], {})
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.args.load_best_model_at_end and self.state.best_global_step and not self.state.best_model_checkpoint:
+            self._load_best_model()  # whose error says what is missing
+        return output
+
+    def _restore_early_stopping(self, state: TrainerState) -> bool:
+        """Set the early stopping callback as it was at a checkpoint; returns whether it had stopped the training."""
+        states: Any = state.stateful_callbacks  # in a file by the names of the callbacks
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                saved = states[type(callback).__name__]
+                callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+                return bool(callback.early_stopping_patience_counter >= callback.early_stopping_patience)
+        return False
 
     def _total_steps(self) -> int:
         return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
@@ -257,6 +287,8 @@ class ShadowTrainer(Trainer):
             mask = inputs.get("attention_mask")
             self._tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
             self._accumulate(terms)
+        else:
+            self._last_terms = terms
         return (terms["loss"], terms) if return_outputs else terms["loss"]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -266,11 +298,23 @@ class ShadowTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without changing the state of the random number generators."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
+        self._evaluated = {}
         with torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Measure the loss of one batch, and keep its terms, weighted as transformers weighs the loss."""
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        for name, term in self._last_terms.items():
+            if name != "loss":
+                each = self.accelerator.gather_for_metrics(term.repeat(self.args.eval_batch_size))
+                self._evaluated.setdefault(name, []).append(each.float().cpu())
+        return result
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the terms of the joint loss to each training log line, as means over the steps since the last one."""
+        """Add the terms of the joint loss to each line: of training, means over the steps since the last line."""
+        if "eval_loss" in logs:
+            logs |= {f"eval_{name}": float(torch.cat(parts).mean()) for name, parts in self._evaluated.items()}
         if "loss" in logs:
             steps = self.state.global_step - self._terms_since
             for name, total in self._terms.items():
@@ -337,13 +381,35 @@ class ShadowTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
+            self.state.best_model_checkpoint = self._best_checkpoint(step)
             if self.args.should_save:
+                self.state.save_to_json(str(staging / TRAINER_STATE_NAME))  # transformers wrote the staging path
                 write_progress(staging, progress)
             self.accelerator.wait_for_everyone()  # other processes write their random states
             if self.args.should_save:
                 write_digests(staging)
         if self.args.should_save:
-            rotate_checkpoints(output_dir=str(directory), save_total_limit=self.keep_checkpoints)
+            best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+            rotate_checkpoints(str(directory), max(1, self.keep_checkpoints), best)
+
+    def _best_checkpoint(self, saving: int | None = None) -> str | None:
+        """Return the path of the checkpoint with the best metric, if it was saved or ``saving`` is its step."""
+        best = self.state.best_global_step
+        path = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        return str(path) if best and (best == saving or path.is_dir()) else None
+
+    def _load_best_model(self) -> None:
+        best = self._best_checkpoint()
+        if best is None:
+            raise TrainingError(
+                f"the best checkpoint, of step {self.state.best_global_step}, is gone from {self.args.output_dir}; "
+                "start anew, or set load_best_model_at_end=false for the last weights"
+            )
+        check_complete(Path(best))
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_weights(best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._before = read_progress(Path(resume_from_checkpoint))
@@ -353,10 +419,13 @@ class ShadowTrainer(Trainer):
                 f"{resume_from_checkpoint} was written by {before} process(es) and cannot be resumed with {now}: every "
                 f"step would see other rows; start {before}"
             )
+        self._load_weights(resume_from_checkpoint, model)
+
+    def _load_weights(self, checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, ShadowPreTrainedModel) and not self.is_fsdp_enabled:
-            load_tensors(self.model.trained_modules(), read_tensors(resume_from_checkpoint), resume_from_checkpoint)
+            load_tensors(self.model.trained_modules(), read_tensors(checkpoint), checkpoint)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(checkpoint, model)
 
 
 def with_row_numbers(collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:

@@ -23,9 +23,9 @@ def test_the_draft_loss_changes_neither_network():
             plain = output.loss
         else:
             torch.testing.assert_close(output.loss, plain + output.draft_loss)
-    fusion = {name for name in grads[4] if "draft_fusion" in name}
-    assert len(fusion) == 2
-    assert grads[4].keys() - fusion == grads[None].keys()
+    draft_head = {name for name in grads[4] if "draft_head" in name}
+    assert len(draft_head) == 2
+    assert grads[4].keys() - draft_head == grads[None].keys()
     for name, gradient in grads[None].items():
         torch.testing.assert_close(grads[4][name], gradient)
 
@@ -34,11 +34,11 @@ def test_training_makes_it_a_better_drafter_than_the_shadow():
     model = perturbed_model(draft_rank=16, shadow_loss_weight=0.0, dropout=0.0).train()
     ids = tokens(4, 24, seed=3)
     model.requires_grad_(False)
-    model.shadow.draft_fusion.requires_grad_(True)
+    model.shadow.draft_head.requires_grad_(True)
     with torch.no_grad():
         said = model.eval()(input_ids=ids).logits.argmax(-1)
     labels = torch.cat([ids[:, :1], said[:, :-1]], 1)  # what the attached model would say next
-    optimizer = torch.optim.Adam(model.shadow.draft_fusion.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.shadow.draft_head.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
         output = model.train()(input_ids=ids, labels=labels)

@@ -39,7 +39,7 @@ def mixed(count=600, seed=0):
     return found
 
 
-def made(data, target=("hand-over", 0.3), signal="auto"):
+def made(data, target=("deferral-rate", 0.3), signal="auto"):
     return calibrate(data, CalibrationTarget(*target), signal, "[REMOTE]", Prices())
 
 
@@ -50,8 +50,8 @@ def test_the_signal_that_tells_most_is_found_and_the_threshold_holds_on_the_othe
     for name in ("logprob", "entropy", "first", "random"):
         assert quality["margin"].checked > quality[name].checked + 0.05
     assert quality["oracle"].checked >= quality["margin"].checked
-    assert done.promised.hand_over_rate <= 0.3
-    assert done.found.hand_over_rate == pytest.approx(done.promised.hand_over_rate, abs=0.1)
+    assert done.promised.deferral_rate <= 0.3
+    assert done.found.deferral_rate == pytest.approx(done.promised.deferral_rate, abs=0.1)
     assert done.found.accuracy == pytest.approx(done.promised.accuracy, abs=0.1)
     assert len(done.scores) == 200
     assert sum(done.scores) / 200 == pytest.approx(done.found.accuracy)
@@ -80,7 +80,7 @@ def test_the_same_rows_give_the_same_policy():
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_rows_are_enough(count):
     done = made([CalibrationExample(Signals(0.5, 0.5, 0.5, 0.5, 1), False, 0.0, 1.0, 1.0)] * count, ("accuracy", 1.0))
-    assert done.promised.hand_over_rate == 1
+    assert done.promised.deferral_rate == 1
     assert (done.found is None) == (count == 1)
 
 
@@ -88,17 +88,17 @@ def test_few_rows_are_enough(count):
 def test_an_edge_that_is_always_or_never_right_is_learned(right):
     data = [CalibrationExample(row.signals, False, right, 1.0, 1.0) for row in rows(40)]
     done = made(data, ("accuracy", 1.0), "learned")
-    assert done.promised.hand_over_rate == 1 - right
+    assert done.promised.deferral_rate == 1 - right
     assert all((sure > 0.5) == bool(right) for sure in out_of_fold_confidences(data))
 
 
-def test_the_tag_is_always_handed_over_and_teaches_nothing():
+def test_the_tag_is_always_deferred_and_teaches_nothing():
     data = rows(tagged=0.5)
     assert fit_learned_router(data) == fit_learned_router([row for row in data if not row.tagged])
     assert fit_learned_router([row for row in data if row.tagged]) == Weights(0, 0, 0, 0, 0, 0)
     with pytest.raises(ShadowtuneError, match="tag alone"):
-        made(data, ("hand-over", 0.1))
-    assert made(data, ("hand-over", 0.7)).found.hand_over_rate == pytest.approx(0.7, abs=0.1)
+        made(data, ("deferral-rate", 0.1))
+    assert made(data, ("deferral-rate", 0.7)).found.deferral_rate == pytest.approx(0.7, abs=0.1)
 
 
 def test_held_out_confidences_do_not_know_their_own_row():

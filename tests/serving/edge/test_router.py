@@ -147,7 +147,7 @@ def test_verify_predicts_the_edges_answer_and_says_what_became_of_it(said, reaso
 def test_what_is_too_long_for_the_edge_the_cloud_is_asked_for():
     pieces, before, *_ = routed(answer("cloud"), max_length=7, **SURE)
     assert (text(pieces), before.side, before.reason, before.confidence) == ("cloud", "cloud", "edge could not", None)
-    with pytest.raises(RequestError, match="does not fit") as caught:
+    with pytest.raises(RequestError, match="more than the 7 tokens") as caught:
         routed(refusal(500), max_length=7, **SURE)
     assert caught.value.status == 400
 
@@ -205,7 +205,7 @@ def test_the_threshold_changes_while_it_runs():
     assert (first, second) == ("edge", "cloud")
     assert told["threshold"] == 1.0
     assert (told["kind"], told["signal"]) == ("confidence", "logprob")
-    assert told["curve"] == [{"threshold": 0.0, "accuracy": 0.5, "hand_over_rate": 0.0, "cost": 0.0}]
+    assert told["curve"] == [{"threshold": 0.0, "accuracy": 0.5, "deferral_rate": 0.0, "cost": 0.0}]
 
 
 def test_a_policy_without_a_threshold_has_none_to_change():

@@ -48,7 +48,7 @@ def test_accepted_drafts_save_passes_in_every_sequence(monkeypatch, wrong, lengt
     passes = served.counters()["passes"]
     if wrong == 1000:  # a pass for each prompt, and as many until the last has joined; from there on 5 tokens a pass
         assert passes <= 2 * len(lengths) - 1 + -(-23 // 5)
-        assert served.counters()["accepted_draft_tokens"] == served.counters()["judged_draft_tokens"]
+        assert served.counters()["accepted_draft_tokens"] == served.counters()["verified_draft_tokens"]
     assert passes < 24
 
 

@@ -110,6 +110,7 @@ def test_models_that_cannot_be_mixed_are_served_side_by_side():
         "b": adapter(base, 2, activation="gelu"),
         "c": adapter(base, 3, inject_first=True),
         "d": adapter(base, 4, update_norm=False),
+        "e": adapter(base, 5, injection_start=0.5),
     }
     requests = [request(model, 4 + index) for index, model in enumerate([*models, *models, "base"])]
     assert answers(engine(models), requests) == expected({**models, "base": base}, requests)
@@ -391,7 +392,7 @@ def test_messages_go_through_the_models_own_format():
     served = engine(models)
     served._adapters["a"].prompt_format = PromptFormat("say {word}", chat_template=False)
     messages = [{"role": "user", "content": "tea"}]
-    ids = served._processor._tokenizer("say tea")["input_ids"]
+    ids = served._processor.validator.tokenizer("say tea")["input_ids"]
     assert answers(served, [request(prompt=None, messages=messages)]) == [alone(models["a"], ids)]
 
 
@@ -401,5 +402,5 @@ def test_counters_report_the_work_done():
     numbers = served.counters()
     assert (numbers["finished"], numbers["prompt_tokens"], numbers["completion_tokens"]) == (2, 11, 24)
     assert (numbers["running"], numbers["waiting"], numbers["failed"]) == (0, 0, 0)
-    assert numbers["judged_draft_tokens"] > 0
+    assert numbers["verified_draft_tokens"] > 0
     assert numbers["tokens_per_pass"] == 24 / numbers["passes"]

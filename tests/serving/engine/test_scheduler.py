@@ -147,6 +147,6 @@ def test_statistics_are_plain_numbers_with_draft_acceptance():
     numbers = counters.numbers()
     assert numbers["running"] == 2
     assert numbers["tokens_per_pass"] == 1.5
-    assert (numbers["judged_draft_tokens"], numbers["accepted_draft_tokens"]) == (4, 2)
+    assert (numbers["verified_draft_tokens"], numbers["accepted_draft_tokens"]) == (4, 2)
     assert all(isinstance(value, int | float) for value in numbers.values())
     assert EngineStatistics().numbers()["tokens_per_pass"] == 0

@@ -115,7 +115,7 @@ class FakePolicy:
     threshold: float = 0.5
 
     def describe(self) -> Mapping[str, Any]:
-        point = {"threshold": 0.5, "accuracy": 0.9, "hand_over_rate": 0.2, "cost": 3.0}
+        point = {"threshold": 0.5, "accuracy": 0.9, "deferral_rate": 0.2, "cost": 3.0}
         return {"kind": "confidence", "threshold": self.threshold, "signal": "logprob", "curve": [point]}
 
     def set_threshold(self, threshold: float) -> None:

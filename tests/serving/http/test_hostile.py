@@ -103,8 +103,8 @@ class Watched:
 
 
 def watched(served):
-    served._processor._tokenizer = Watched(served._processor._tokenizer)
-    return served._processor._tokenizer
+    served._processor.validator.tokenizer = Watched(served._processor.validator.tokenizer)
+    return served._processor.validator.tokenizer
 
 
 def test_a_prompt_of_many_answers_is_tokenized_once_and_in_another_thread():
@@ -150,7 +150,7 @@ def test_health_answers_while_a_prompt_is_tokenized():
             assert answered.wait(60), "the event loop stood still"
             return tokenize(*arguments, **settings)
 
-    served._processor._tokenizer = Slow(tokenize)
+    served._processor.validator.tokenizer = Slow(tokenize)
     app = create_app(served, ServerConfig(), "cloud", counters=served.counters)
 
     async def work(each):

@@ -16,11 +16,11 @@ import shadowtune.serving
 
 PAGE = Path(shadowtune.serving.__file__).parent / "page" / "index.html"
 CURVE = [
-    {"threshold": 0.0, "accuracy": 0.90, "hand_over_rate": 0.0, "cost": 0.0},
-    {"threshold": 0.5, "accuracy": 0.93, "hand_over_rate": 0.1, "cost": 2.0},
-    {"threshold": 0.7, "accuracy": 0.96, "hand_over_rate": 0.25, "cost": 5.0},
-    {"threshold": 0.9, "accuracy": 0.97, "hand_over_rate": 0.6, "cost": 12.0},
-    {"threshold": 1.0, "accuracy": 0.975, "hand_over_rate": 1.0, "cost": 20.0},
+    {"threshold": 0.0, "accuracy": 0.90, "deferral_rate": 0.0, "cost": 0.0},
+    {"threshold": 0.5, "accuracy": 0.93, "deferral_rate": 0.1, "cost": 2.0},
+    {"threshold": 0.7, "accuracy": 0.96, "deferral_rate": 0.25, "cost": 5.0},
+    {"threshold": 0.9, "accuracy": 0.97, "deferral_rate": 0.6, "cost": 12.0},
+    {"threshold": 1.0, "accuracy": 0.975, "deferral_rate": 1.0, "cost": 20.0},
 ]
 CLOUD = {"side": "cloud", "reason": "attached", "confidence": None, "cost": 12.0}
 EDGE = {"side": "edge", "reason": "confident", "confidence": 0.93, "cost": 0.0}

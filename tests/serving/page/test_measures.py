@@ -34,7 +34,7 @@ def test_the_curve_marks_the_threshold_and_says_what_it_promises(visit, stub):
     page = visit()
     expect(page.locator("#threshold")).to_have_text("0.700")
     expect(page.locator("#promise")).to_have_text(
-        "At 0.700, 96.0 % of the answers should be right, with 25 % handed over and a cost of 5 cloud tokens a request."
+        "At 0.700, 96.0 % of the answers should be right, with 25 % deferred and a cost of 5 cloud tokens a request."
     )
     line = page.locator("#curve path.curve").get_attribute("d")
     places = [tuple(map(float, pair.split())) for pair in line[1:].split("L")]
@@ -123,7 +123,7 @@ def test_without_a_measured_curve_the_slider_works_and_the_page_says_how_to_meas
 
 def test_points_that_make_no_sense_are_left_out(visit, stub):
     broken = [
-        {"threshold": None, "accuracy": 1, "hand_over_rate": 1, "cost": 1},
+        {"threshold": None, "accuracy": 1, "deferral_rate": 1, "cost": 1},
         None,
         {"threshold": "0.3"},
         stubs.CURVE[0],
@@ -139,7 +139,7 @@ def test_points_that_make_no_sense_are_left_out(visit, stub):
     [
         ("always-edge", "The edge answers everything."),
         ("always-cloud", "The cloud answers everything"),
-        ("tag", "hands over what its model marks"),
+        ("tag", "defers what its model marks"),
         ("verify", "The edge drafts every answer"),
         ("new", "The policy is new."),
     ],

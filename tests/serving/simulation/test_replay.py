@@ -34,7 +34,7 @@ def test_the_two_sides_work_at_the_same_time():
     assert timing.seconds == 5.75
 
 
-def test_a_request_handed_over_leaves_the_edge_free_and_queues_in_the_cloud():
+def test_a_deferred_request_leaves_the_edge_free_and_queues_in_the_cloud():
     both = RequestTrace((ServiceStep("edge", 1), ServiceStep("cloud", 4, 0.5)), 0.5)
     timing = replay([both, both], Arrivals(clients=2))
     # the second leaves the edge at 2, reaches the cloud at 2.5, which is busy until 5.5, and has its answer at 10

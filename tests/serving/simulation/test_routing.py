@@ -24,8 +24,8 @@ def simulator():
 
 def test_fixed_sides_have_their_own_accuracy(simulator):
     edge, cloud = simulator.run("always-edge", simulator.at_edge), simulator.run("always-cloud", simulator.at_cloud)
-    assert (edge.policy, edge.accuracy, edge.hand_over_rate, edge.cost) == ("always-edge", 0.4, 0, 0)
-    assert (cloud.policy, cloud.accuracy, cloud.hand_over_rate, cloud.cost) == ("always-cloud", 0.6, 1, 10)
+    assert (edge.policy, edge.accuracy, edge.deferral_rate, edge.cost) == ("always-edge", 0.4, 0, 0)
+    assert (cloud.policy, cloud.accuracy, cloud.deferral_rate, cloud.cost) == ("always-cloud", 0.6, 1, 10)
     assert (edge.p50, cloud.p50) == (pytest.approx(0.1), pytest.approx(1.1))
     assert edge.scores == [1, 1, 0, 0, 0]
 
@@ -35,7 +35,7 @@ def test_routed_requests_alone_have_the_clouds_score_time_and_cost(simulator):
     assert (result.policy, result.threshold) == ("mine", 0.5)
     assert result.scores == [1, 0, 1, 0, 0]
     assert result.accuracy == pytest.approx(0.4)
-    assert result.hand_over_rate == pytest.approx(0.6)
+    assert result.deferral_rate == pytest.approx(0.6)
     assert result.cost == pytest.approx(6)
     assert result.p50 == pytest.approx(1.2)
     assert result.seconds == pytest.approx(3 * 1.2 + 2 * 0.1)
@@ -43,7 +43,7 @@ def test_routed_requests_alone_have_the_clouds_score_time_and_cost(simulator):
 
 def test_the_oracle_hands_over_what_the_cloud_alone_gets_right(simulator):
     result = routing.oracle(simulator)
-    assert (result.accuracy, result.hand_over_rate) == (0.8, 0.4)
+    assert (result.accuracy, result.deferral_rate) == (0.8, 0.4)
 
 
 def test_a_random_router_lies_on_the_line_between_the_sides(simulator):
@@ -51,7 +51,7 @@ def test_a_random_router_lies_on_the_line_between_the_sides(simulator):
     assert result.policy == "random 30%"
     assert result.accuracy == pytest.approx(0.7 * 0.4 + 0.3 * 0.6)
     assert result.cost == pytest.approx(3)
-    assert result.hand_over_rate == pytest.approx(0.3)
+    assert result.deferral_rate == pytest.approx(0.3)
 
 
 def test_a_random_router_waits_for_one_side_only(simulator):
@@ -111,7 +111,7 @@ def unsure_simulator():
 )
 def test_a_policy_hands_over_as_the_router_would(policy, accuracy, rate):
     result = routing.apply_policy(unsure_simulator(), "mine", policy)
-    assert (result.policy, result.accuracy, result.hand_over_rate) == ("mine", pytest.approx(accuracy), rate)
+    assert (result.policy, result.accuracy, result.deferral_rate) == ("mine", pytest.approx(accuracy), rate)
 
 
 def test_always_cloud_and_verify_differ_in_who_begins():
@@ -125,7 +125,7 @@ def test_always_cloud_and_verify_differ_in_who_begins():
 
 def test_every_threshold_goes_from_the_tags_alone_to_everything():
     curve = routing.threshold_sweep(unsure_simulator(), "logprob", PolicyConfig())
-    assert [point.hand_over_rate for point in curve] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+    assert [point.deferral_rate for point in curve] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
     assert [point.accuracy for point in curve] == pytest.approx([0.8, 1, 1, 1, 1])
     for point in curve:
         policy = PolicyConfig(threshold=point.threshold)
@@ -134,7 +134,7 @@ def test_every_threshold_goes_from_the_tags_alone_to_everything():
 
 def test_a_long_curve_is_thinned_and_keeps_its_ends():
     curve = routing.threshold_sweep(unsure_simulator(), "logprob", PolicyConfig(tag=None), count=4)
-    assert (curve[0].hand_over_rate, curve[-1].hand_over_rate) == (0, 1)
+    assert (curve[0].deferral_rate, curve[-1].deferral_rate) == (0, 1)
     assert len(curve) <= 4
 
 

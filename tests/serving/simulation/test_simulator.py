@@ -20,7 +20,7 @@ def record(edge=None, cloud=None, **others):
 def test_an_answer_of_the_edge_costs_its_own_time_and_nothing_else():
     simulator = Simulator([record(answered(score=0.5, seconds=0.25))], STILL)
     result = simulator.run("edge", simulator.at_edge)
-    assert (result.cost, result.hand_over_rate, result.accuracy) == (0, 0, 0.5)
+    assert (result.cost, result.deferral_rate, result.accuracy) == (0, 0, 0.5)
     assert (result.p50, result.p90, result.p99, result.seconds) == (0.25, 0.25, 0.25, 0.25)
 
 
@@ -29,10 +29,10 @@ def test_an_answer_of_the_cloud_takes_the_way_there_and_back_and_is_paid_by_the_
     result = simulator.run("cloud", simulator.at_cloud)
     assert result.p50 == pytest.approx(0.05 + 1.0 + 0.05)
     assert result.cost == pytest.approx(1000 * 25 / 1000 * 2)
-    assert result.hand_over_rate == 1
+    assert result.deferral_rate == 1
 
 
-def test_a_request_handed_over_takes_the_time_of_both_and_has_the_answer_of_the_cloud():
+def test_a_deferred_request_takes_the_time_of_both_and_has_the_answer_of_the_cloud():
     simulator = Simulator([record(answered(0.0, 0.3), answered(0.75, 1.0))], STILL)
     result = simulator.run("both", simulator.deferred)
     assert result.p50 == pytest.approx(0.3 + 0.05 + 1.0 + 0.05)
@@ -64,7 +64,7 @@ def test_a_checked_draft_costs_one_pass_and_the_tokens_that_it_did_not_foresee(e
     reading = 0.4 * (20 + len(edge)) / 20
     assert result.p50 == pytest.approx(0.1 + 0.05 + reading + tokens_left * each + 0.05)
     assert result.cost == pytest.approx(2 * (20 + len(cloud) + len(edge) - stand))
-    assert (result.accuracy, result.hand_over_rate) == (1, 1)
+    assert (result.accuracy, result.deferral_rate) == (1, 1)
 
 
 def test_speeds_divide_each_sides_seconds():

@@ -71,7 +71,7 @@ def fused_boundary(
     Returns:
         h' in the dtype of h and s' in that of s, (N, d).
     """
-    corrected: tuple[Tensor, Tensor] = _FusedBoundary.apply(
+    corrected: tuple[Tensor, Tensor] = _FusedBoundary.apply(  # type: ignore[no-untyped-call]
         hidden_states, shadow_states, *parameters, alpha, transform_mask, injection_mask
     )
     return corrected
@@ -175,7 +175,7 @@ def fused_stateless_boundary(
     Returns:
         h' (N, d) in the dtype of h.
     """
-    corrected: Tensor = _FusedStatelessBoundary.apply(hidden_states, down, up, channel_scales, size, mask)
+    corrected: Tensor = _FusedStatelessBoundary.apply(hidden_states, down, up, channel_scales, size, mask)  # type: ignore[no-untyped-call]
     return corrected
 
 
@@ -212,6 +212,11 @@ class _FusedStatelessBoundary(torch.autograd.Function):
             d_h = torch.addmm(d_h, d_u, (scales.unsqueeze(1) * down).t())
             d_h.addcmul_(wide * (scales * scales / wide.shape[1]), slope)
         return d_h.to(h.dtype) if ctx.needs_input_grad[0] else None, d_down, d_up, None, None, None
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; the meta device, on which costs are counted, knows none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

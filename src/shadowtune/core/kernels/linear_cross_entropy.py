@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shadowtune.core.kernels.fused import autocasts
+
 TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Logits of a tile: 32 MB of float32 fit a CPU's cache, a GPU needs larger products."""
 NARROWEST_TILE = 512
@@ -45,7 +47,7 @@ def product_dtype(head: Head) -> torch.dtype:
     """Return the dtype of products with the head's weight, which must be known: autocast's, or that of the weight."""
     assert head.weight is not None
     device = head.weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    return torch.get_autocast_dtype(device) if autocasts(device) else head.weight.dtype
 
 
 def fused_linear_cross_entropy(
@@ -64,7 +66,7 @@ def fused_linear_cross_entropy(
     Returns:
         Scalars, at least float32; None for what was left out. They have no second derivatives.
     """
-    sums: tuple[Tensor, Tensor | None, Tensor | None] = _FusedLinearCrossEntropy.apply(
+    sums: tuple[Tensor, Tensor | None, Tensor | None] = _FusedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         head, h, s, targets, kept, temperature
     )
     return sums

@@ -38,7 +38,7 @@ def triton_boundary(
     injection_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Apply a boundary on a CUDA device; arguments and results as for ``fused_boundary``."""
-    corrected: tuple[Tensor, Tensor] = _TritonBoundary.apply(
+    corrected: tuple[Tensor, Tensor] = _TritonBoundary.apply(  # type: ignore[no-untyped-call]
         hidden_states, shadow_states, *parameters, alpha, transform_mask, injection_mask
     )
     return corrected

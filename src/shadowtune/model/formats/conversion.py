@@ -12,12 +12,13 @@ from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.classifier import ShadowForSequenceClassification
 from shadowtune.model.files import writing_into
 from shadowtune.model.formats.peft_shadow import write_peft
+from shadowtune.model.formats.peft_shadowtune import write_shadowtune
 from shadowtune.model.formats.projected import is_projected, plain_of, read_projected
 from shadowtune.model.formats.shadow_peft import write_shadow_peft
 from shadowtune.model.loading import open_third_party, read_config
 
-Format = Literal["shadowtune", "shadow-peft", "peft", "plain"]
-WRITERS = {"shadow-peft": write_shadow_peft, "peft": write_peft}
+Format = Literal["shadowtune", "shadowtune-peft", "shadow-peft", "peft", "plain"]
+WRITERS = {"shadowtune-peft": write_shadowtune, "shadow-peft": write_shadow_peft, "peft": write_peft}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def convert(
     Args:
         source: directory or Hub id.
         target: a new or empty directory.
-        format: "shadowtune", "shadow-peft", "peft", or "plain", the detached shadow as an ordinary model.
+        format: "shadowtune", "shadowtune-peft" (the PEFT method of this package), "shadow-peft", "peft" (PEFT's own
+            Shadow tuner), or "plain", the detached shadow as an ordinary model.
         base: the base, where the source does not name it.
         backbone: config of an explicit backbone, where the source does not store it.
         task: by default the source's.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from shadowtune.attach.architectures import architecture_of
-from shadowtune.config.shadow import ShadowConfig
+from shadowtune.config.shadow import PEFT_COMPUTES, PEFT_DEFAULTS, PEFT_DROPOUT, PEFT_NAMES, ShadowConfig
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import find_file, read_file
 from shadowtune.model.configuration import ShadowModelConfig
@@ -47,27 +47,6 @@ TASKS = {"CAUSAL_LM": False, "SEQ_CLS": True}
 """Task types of PEFT, and whether they classify."""
 HEADS = {"score": "base_model.model.score", "shadow_score": "base_model.shadow_head.default"}
 """Keys of the classification heads: ours, and those of PEFT."""
-SETTINGS: dict[str, Any] = {
-    "update": True,
-    "depth_sharing": "backbone",
-    "update_norm": False,
-    "update_bias": True,
-    "activation": "gelu",
-    "inject_first": True,
-    "logit_interpolation": None,
-    "variant": "paper",
-}
-"""The settings that PEFT implements."""
-TRAINING: dict[str, Any] = {"transform_dropout": False, "dropout_position": "hidden"}
-"""The dropout settings that it implements; they matter in training alone."""
-NAMES = {
-    "r": "rank",
-    "update_hidden_size": "update_width",
-    "shadow_alpha": "alpha",
-    "shadow_dropout": "dropout",
-    "auxiliary_loss_weight": "shadow_loss_weight",
-}
-DEFAULTS = {"r": 8, "shadow_alpha": 0.1, "shadow_dropout": 0.2, "auxiliary_loss_weight": 0.05}
 SIZES = {
     "num_hidden_layers": "shadow_num_hidden_layers",
     "hidden_size": "shadow_hidden_size",
@@ -75,6 +54,7 @@ SIZES = {
     "num_attention_heads": "shadow_num_attention_heads",
 }
 """Sizes of a mirror in a config of transformers, and in ``adapter_config.json``."""
+NAMES = {theirs: ours for theirs, ours in PEFT_NAMES.items() if theirs not in ("shadow_model", *SIZES.values())}
 BACKBONE, PROJECTION = "base_model.shadow_backbone.default.", "base_model.shadow_projection.default.weight"
 INJECTION = {"injection_downs": "shadow_down.{}.weight", "injection_ups": "shadow_up.{}.weight"}
 UPDATE = {
@@ -176,7 +156,7 @@ def _build(
 ) -> Built:
     text = base.get_text_config(decoder=True)
     _check_blocks(source, config, tensors, base)
-    values = {**DEFAULTS, **config}
+    values = {**PEFT_DEFAULTS, **config}
     values["update_hidden_size"] = values.get("update_hidden_size") or values["r"]
     sizes = {name: values.get(theirs) for name, theirs in SIZES.items()}
     sizes["num_hidden_layers"] = sizes["num_hidden_layers"] or 1
@@ -189,7 +169,7 @@ def _build(
             f"{source} has a projection between equal widths ({text.hidden_size}), from a projected shadow_model; a "
             "shadow here has none when widths are equal"
         )
-    named = {ours: values[theirs] for theirs, ours in NAMES.items()} | SETTINGS | TRAINING
+    named = {ours: values[theirs] for theirs, ours in NAMES.items()} | {**PEFT_COMPUTES, **PEFT_DROPOUT}
     if mirrors:
         named |= {ours: sizes.get(name) for name, ours in MIRROR_SIZES.items()}
     else:
@@ -251,7 +231,7 @@ def write_peft(model: Any, staging: Path) -> list[str]:
     )
     mirrors = not differences
     narrow = projection_conflicts(shadow)
-    conflicts = setting_conflicts(config, SETTINGS) + narrow
+    conflicts = setting_conflicts(config, PEFT_COMPUTES) + narrow
     if not narrow and shadow.embedding is None:
         conflicts += [f"backbone {difference}" for difference in differences]
     if conflicts:
@@ -278,7 +258,7 @@ def write_peft(model: Any, staging: Path) -> list[str]:
     keys = backbone_keys(backbone, nested=not mirrors)
     write_file(staging / ADAPTER, _tensors(shadow, block_paths(base), keys, heads))
     notes = []
-    lost = lost_settings(config, TRAINING)
+    lost = lost_settings(config, PEFT_DROPOUT)
     if lost:
         notes.append(f"not stored by PEFT, outputs unchanged: {', '.join(lost)}")
     if not mirrors:

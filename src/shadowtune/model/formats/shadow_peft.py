@@ -54,6 +54,7 @@ SETTINGS: dict[str, Any] = {
     "update_bias": False,
     "activation": "silu",
     "inject_first": False,
+    "injection_start": 0.0,
     "logit_interpolation": None,
     "variant": "paper",
 }

@@ -57,7 +57,7 @@ class ShadowDrafter:
         head: the base's.
         vocabulary: (K,) tokens to choose from; None chooses from all, as does a head whose weight is not known.
         warpers: processors of the scores when sampling; None drafts the likeliest token.
-        fusion: draft head that joins s0 with the attached model's last hidden state; None drafts from s0 alone.
+        draft_head: draft head that joins s0 with the attached model's last hidden state; None drafts from s0 alone.
     """
 
     reads_states = True
@@ -67,9 +67,9 @@ class ShadowDrafter:
         head: Head,
         vocabulary: Tensor | None,
         warpers: LogitsProcessorList | None,
-        fusion: DraftHead | None = None,
+        draft_head: DraftHead | None = None,
     ) -> None:
-        self._head, self._fusion = head, fusion
+        self._head, self._draft_head = head, draft_head
         self._previous: Tensor | None = None
         self._warpers: Callable[[Any, Tensor], Tensor] | None = warpers
         self._vocabulary = None if head.weight is None else vocabulary
@@ -81,8 +81,8 @@ class ShadowDrafter:
     def propose(self, texts: Callable[[], Sequence[list[int]]], states: Tensor | None) -> Proposal:
         """Propose a token from s0."""
         assert states is not None
-        if self._fusion is not None and self._previous is not None:
-            states = self._previous = self._fusion(states, self._previous)
+        if self._draft_head is not None and self._previous is not None:
+            states = self._previous = self._draft_head(states, self._previous)
         scores = self._scores(states).float()
         if self._warpers is None:
             top = scores.max(-1)
@@ -168,10 +168,10 @@ def make_drafter(config: SpeculationConfig, model: Any, processors: LogitsProces
         return NgramDrafter()
     warpers = LogitsProcessorList(each for each in processors if isinstance(each, WARPERS)) if sample else None
     vocabulary = model.draft_vocabulary if config.draft_vocabulary else None
-    fusion = None if config.drafter == "shadow" else model.shadow.draft_fusion
-    if config.drafter == "feedback" and fusion is None:
+    draft_head = None if config.drafter == "shadow" else model.shadow.draft_head
+    if config.drafter == "feedback" and draft_head is None:
         raise ConfigError("drafter feedback needs a shadow that was trained with draft_rank; choose shadow")
-    shadow = ShadowDrafter(model.head, vocabulary, warpers, fusion)
+    shadow = ShadowDrafter(model.head, vocabulary, warpers, draft_head)
     return CombinedDrafter(shadow) if config.drafter == "combined" else shadow
 
 

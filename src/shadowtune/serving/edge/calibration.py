@@ -164,7 +164,7 @@ def plot_calibration(figure: Any, calibration: Calibration) -> None:
         style = {"linewidth": 2.2 if chosen else 1.0, "alpha": 1.0 if chosen else 0.6, "label": name}
         heights = [100 * point.accuracy for point in points]
         line = line_style(len(points))
-        rates.plot([100 * point.hand_over_rate for point in points], heights, line, **style)
+        rates.plot([100 * point.deferral_rate for point in points], heights, line, **style)
         costs.plot([point.cost for point in points], heights, line, **style)
     points = calibration.curves[calibration.policy.signal]
     ends = [100 * points[0].accuracy, 100 * points[-1].accuracy]
@@ -172,7 +172,7 @@ def plot_calibration(figure: Any, calibration: Calibration) -> None:
         axes.plot([0, end], ends, ":", color="#888888", label="random")
     for point, marker, label in ((calibration.promised, "o", "chosen"), (calibration.found, "x", "checked")):
         if point is not None:
-            rates.plot([100 * point.hand_over_rate], [100 * point.accuracy], marker, color="black", label=label)
+            rates.plot([100 * point.deferral_rate], [100 * point.accuracy], marker, color="black", label=label)
             costs.plot([point.cost], [100 * point.accuracy], marker, color="black")
     rates.set(title="accuracy over deferral rate", xlabel="requests deferred to the cloud, %", ylabel="accuracy, %")
     costs.set(title="accuracy over cost", xlabel="cost of a request, in cloud tokens")

@@ -4,17 +4,14 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import Future
 from functools import partial
 
-from shadowtune.data.encoding import prompt_ids
-from shadowtune.errors import DataError
 from shadowtune.export.loading import LoadedModel
 from shadowtune.export.runtimes import GgufModel
 from shadowtune.serving.background import DaemonThread, SharedWork
 from shadowtune.serving.constrained import SchemaCompiler, SchemaMatcher
-from shadowtune.serving.conversation import chat_token_ids, check_characters, longest_token
 from shadowtune.serving.detokenizer import IncrementalDetokenizer
 from shadowtune.serving.edge.confidence import NO_SIGNALS, Signals, TokenStatistics, signals_of
 from shadowtune.serving.edge.generation import decoding_steps
@@ -28,6 +25,7 @@ from shadowtune.serving.requests import (
     RoutingDecision,
     Usage,
 )
+from shadowtune.serving.validation import RequestValidator
 
 LOGGER = logging.getLogger(__name__)
 CLOSE_SECONDS = 10.0
@@ -159,8 +157,8 @@ class LocalModel:
         self._thread, self._tokenizing = DaemonThread("edge-model"), SharedWork("edge-prompts")
         self._streams: set[LocalStream] = set()
         self._queue: list[LocalStream] = []
-        self._served: dict[str, int] = {}
-        self._longest_token = longest_token(opened.tokenizer)
+        self._turns: dict[str, int] = {}
+        self._validator = RequestValidator(opened.tokenizer, opened.vocabulary)
         self._schemas = SchemaCompiler(opened.tokenizer, opened.vocabulary, opened.ends)
         self._closing = False
         self._failure: str | None = None
@@ -189,11 +187,8 @@ class LocalModel:
                 if the model is closing or has failed.
         """
         self._check_available(request)
-        self._check_tokens("logit_bias", request.sampling.logit_bias)
-        self._check_tokens("stop_token_ids", request.stop_token_ids)
-        check_characters(request, self._opened.max_length, self._longest_token)
-        ids = await self._tokenizing.run(request.prompt_key, partial(self._encode, request))
-        limit = self._answer_limit(request, len(ids))
+        ids = await self._tokenize(request)
+        limit = self._validator.max_new_tokens(request, len(ids), self._opened.max_length)
         matcher = None
         if request.schema is not None and not isinstance(self._opened.runtime, GgufModel):
             matcher = await self._tokenizing.run(object(), partial(self._schemas.compile, request.schema))
@@ -205,17 +200,14 @@ class LocalModel:
         return stream
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
-        """Return the token ids of a request's prompt; raises RequestError as ``answer`` does."""
+        """Return the token ids of a request's prompt; raises RequestError as ``generate`` does."""
         self._check_name(request.model)
-        check_characters(request, self._opened.max_length, self._longest_token)
-        return await self._tokenizing.run(request.prompt_key, partial(self._encode, request))
+        return await self._tokenize(request)
 
     async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included; raises RequestError for invalid ids."""
         self._check_name(model)
-        self._check_tokens("tokens", tokens)
-        decode = partial(self._opened.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(await self._tokenizing.run(object(), partial(decode, list(tokens))))
+        return await self._tokenizing.run(object(), partial(self._validator.decode, tokens))
 
     async def aclose(self) -> None:
         """Refuse new requests, let the others finish as far as time allows, and end the threads."""
@@ -239,10 +231,10 @@ class LocalModel:
         queue = list(self._queue)
         if not queue:
             return
-        stream = min(queue, key=lambda each: self._served.get(each.owner, 0))
+        stream = min(queue, key=lambda each: self._turns.get(each.owner, 0))
         self._queue.remove(stream)
-        self._served = {each.owner: self._served.get(each.owner, 0) for each in queue}
-        self._served[stream.owner] += 1
+        self._turns = {each.owner: self._turns.get(each.owner, 0) for each in queue}
+        self._turns[stream.owner] += 1
         stream.run()
 
     def _record_failure(self, future: "Future[None]") -> None:
@@ -271,38 +263,8 @@ class LocalModel:
         if len(self._active()) > self._max_queue:
             raise RequestError(f"{self._max_queue} requests wait already; ask again later", 429)
 
-    def _encode(self, request: GenerationRequest) -> list[int]:
-        opened, field = self._opened, "prompt" if request.messages is None else "messages"
-        try:
-            if request.messages is not None:
-                return chat_token_ids(request, opened.prompt_format, opened.tokenizer)
-            prompt = request.prompt or ()
-            ids = prompt_ids(prompt, opened.tokenizer, False) if isinstance(prompt, str) else list(prompt)
-        except DataError as error:
-            raise RequestError(str(error), param=field) from None
-        if not ids:
-            raise RequestError("the prompt is empty", param="prompt")
-        self._check_tokens("prompt", ids)
-        return ids
-
-    def _check_tokens(self, field: str, ids: Iterable[int]) -> None:
-        last = self._opened.vocabulary - 1
-        if not all(0 <= token <= last for token in ids):
-            raise RequestError(f"{field} has token ids outside 0 to {last}", param=field)
-
-    def _answer_limit(self, request: GenerationRequest, prompt: int) -> int:
-        """Return the most tokens that the answer may have after a prompt of so many."""
-        room = self._opened.max_length - prompt
-        wanted = request.max_new_tokens(room)
-        if room < 1 or wanted > room:
-            asked = f"{prompt} tokens" + ("" if request.max_tokens is None else f" and an answer of {wanted}")
-            raise RequestError(
-                f"a prompt of {asked} does not fit the model's {self._opened.max_length} positions; shorten it",
-                param="messages" if request.prompt is None else "prompt",
-            )
-        if wanted < 1:
-            raise RequestError(f"max_tokens must be at least 1, got {wanted}", param="max_tokens")
-        if request.min_tokens > wanted:
-            message = f"min_tokens {request.min_tokens} is more than the {wanted} tokens that the answer may have"
-            raise RequestError(message, param="min_tokens")
-        return wanted
+    async def _tokenize(self, request: GenerationRequest) -> list[int]:
+        longest = self._opened.max_length
+        self._validator.check(request, longest)
+        encode = partial(self._validator.prompt, request, self._opened.prompt_format, longest)
+        return await self._tokenizing.run(request.prompt_key, encode)

@@ -42,7 +42,7 @@ class CalibrationExample:
 class CalibrationTarget:
     """The target of a threshold: an accuracy at the least cost, or the best accuracy within a deferral rate or cost."""
 
-    kind: Literal["accuracy", "hand-over", "cost"]
+    kind: Literal["accuracy", "deferral-rate", "cost"]
     value: float
 
 
@@ -93,7 +93,7 @@ def _threshold(levels: np.ndarray, start: int) -> float:
 def area(points: Sequence[CurvePoint]) -> float:
     """Return the area under accuracy over deferral rate from 0 to 1: the mean accuracy of all rates."""
     pairs = itertools.pairwise(points)
-    return sum((b.hand_over_rate - a.hand_over_rate) * (a.accuracy + b.accuracy) / 2 for a, b in pairs)
+    return sum((b.deferral_rate - a.deferral_rate) * (a.accuracy + b.accuracy) / 2 for a, b in pairs)
 
 
 def random_area(examples: Sequence[CalibrationExample]) -> float:
@@ -124,18 +124,18 @@ def choose_threshold(points: Sequence[CurvePoint], target: CalibrationTarget, co
     if target.kind == "accuracy":
         good = [point for point in able if point.accuracy >= target.value - 1e-12]
         if good:
-            return min(good, key=lambda point: (point.cost, point.hand_over_rate))
-        best = max(able, key=lambda point: (point.accuracy, -point.hand_over_rate))
+            return min(good, key=lambda point: (point.cost, point.deferral_rate))
+        best = max(able, key=lambda point: (point.accuracy, -point.deferral_rate))
         raise ShadowtuneError(
             f"no threshold reaches accuracy {target.value:g}: the best is {best.accuracy:.4f}, deferring "
-            f"{best.hand_over_rate:.1%}; ask for less, or train a better edge or cloud"
+            f"{best.deferral_rate:.1%}; ask for less, or train a better edge or cloud"
         )
-    spent = {id(point): point.hand_over_rate if target.kind == "hand-over" else point.cost for point in able}
+    spent = {id(point): point.deferral_rate if target.kind == "deferral-rate" else point.cost for point in able}
     good = [point for point in able if spent[id(point)] <= target.value + 1e-12]
     if good:
         most = max(point.accuracy for point in good)
         error = math.sqrt(most * (1 - most) / count)
-        return max((p for p in good if p.accuracy >= most - error), key=lambda p: (p.hand_over_rate, p.accuracy))
+        return max((p for p in good if p.accuracy >= most - error), key=lambda p: (p.deferral_rate, p.accuracy))
     raise ShadowtuneError(
         f"no threshold keeps {target.kind} to {target.value:g}: the edge's tag alone comes to "
         f"{min(spent.values()):.4g}; allow that much"

@@ -55,7 +55,7 @@ class Adapter:
         backbone = model.shadow.backbone
         self.cache = KVCache(backbone.config, backbone.dtype, base.device)
         self.drafter = None if speculation is None else BatchDrafter(model, speculation)
-        self.needs_last_hidden = model.shadow.draft_fusion is not None
+        self.needs_last_hidden = model.shadow.draft_head is not None
         self.max_positions = max_positions(backbone.config)
         self._contexts = ExitStack()
         self._contexts.enter_context(prepacked_linear(model.shadow))

@@ -170,7 +170,7 @@ class Engine:
             RequestError: if there is no such model, or an id is not in its vocabulary.
         """
         self._adapter_of(model)
-        return await self._tokenizing.run(object(), partial(self._processor.decode, tokens))
+        return await self._tokenizing.run(object(), partial(self._processor.validator.decode, tokens))
 
     def failure(self) -> str | None:
         """Return why the engine can never generate again; None while it can."""
@@ -242,7 +242,7 @@ class Engine:
         """Body of the thread; whatever ends it ends all streams."""
         try:
             self._loop()
-        except BaseException as error:
+        except BaseException as error:  # the thread's end: readers of streams would wait for ever
             self._failure = type(error).__name__
             LOG.critical("the engine's thread has ended", exc_info=error)
             self._fail_streams()

@@ -85,7 +85,10 @@ class EngineStatistics:
     def numbers(self) -> dict[str, float]:
         """Return all of them by name, with ``tokens_per_pass`` and the sums of verified and accepted drafts."""
         own = {name: float(value) for name, value in vars(self).items() if name != "drafts"}
-        drafts = {"judged_draft_tokens": sum(self.drafts.verified), "accepted_draft_tokens": sum(self.drafts.accepted)}
+        drafts = {
+            "verified_draft_tokens": sum(self.drafts.verified),
+            "accepted_draft_tokens": sum(self.drafts.accepted),
+        }
         return {**own, **drafts, "tokens_per_pass": self.tokens_per_pass}
 
 

@@ -59,7 +59,7 @@ class PolicyControl(Protocol):
     def describe(self) -> Mapping[str, Any]:
         """Return ``kind``, ``threshold``, ``signal`` and ``curve``: None, None and an empty list where it has none.
 
-        A point of the curve has threshold, accuracy, hand_over_rate and cost.
+        A point of the curve has threshold, accuracy, deferral_rate and cost.
         """
 
     def set_threshold(self, threshold: float) -> None:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from shadowtune.config.serving import CurvePoint
 from shadowtune.serving.requests import FinishReason, ModelCard
 
 
@@ -219,22 +220,13 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
-class ThresholdPoint(BaseModel):
-    """What a threshold gave on held-out examples."""
-
-    threshold: float
-    accuracy: float
-    hand_over_rate: float
-    cost: float
-
-
 class PolicyResponse(BaseModel):
     """The current routing policy."""
 
     kind: str
     threshold: float | None
     signal: str | None
-    curve: list[ThresholdPoint]
+    curve: list[CurvePoint]
 
 
 class RecentRequest(BaseModel):

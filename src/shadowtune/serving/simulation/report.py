@@ -22,7 +22,7 @@ class PolicySummary:
     low: float
     """Ends of its 95 % interval."""
     high: float
-    hand_over_rate: float
+    deferral_rate: float
     latency_ratio: float
     """Median latency divided by that of the cloud alone."""
     cost_ratio: float
@@ -37,7 +37,7 @@ class PolicySummary:
             words = "as often right as the cloud alone, as far as these requests tell"
         return (
             f"{self.policy}: {words} ({self.points:+.1f} points, 95 % interval {self.low:+.1f} to {self.high:+.1f}), "
-            f"defers {self.hand_over_rate:.1%}, has {self.latency_ratio:.2f} of its median latency and "
+            f"defers {self.deferral_rate:.1%}, has {self.latency_ratio:.2f} of its median latency and "
             f"{self.cost_ratio:.2f} of its cost"
         )
 
@@ -55,7 +55,7 @@ def summarize(result: SimulationResult, cloud: SimulationResult, interval: tuple
         100 * (result.accuracy - cloud.accuracy),
         100 * interval[0],
         100 * interval[1],
-        result.hand_over_rate,
+        result.deferral_rate,
         _ratio(result.p50, cloud.p50),
         _ratio(result.cost, cloud.cost),
     )

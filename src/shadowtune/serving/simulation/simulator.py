@@ -122,7 +122,7 @@ class SimulationResult:
     policy: str
     accuracy: float
     """Mean of the scores."""
-    hand_over_rate: float
+    deferral_rate: float
     """Share of the requests that the cloud was asked."""
     cost: float
     """Of a thousand requests."""
@@ -208,7 +208,7 @@ class Simulator:
         return SimulationResult(
             policy,
             accuracy=statistics.fmean(each.score for each in ended),
-            hand_over_rate=statistics.fmean(each.deferred for each in ended),
+            deferral_rate=statistics.fmean(each.deferred for each in ended),
             cost=1000 * statistics.fmean(each.cost for each in ended),
             p50=p50,
             p90=p90,

@@ -1,4 +1,4 @@
-"""Our model and a peer's with the same weights, beside equal bases."""
+"""Our model and a third party's with the same weights, beside equal bases."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ RANK, UPDATE_WIDTH, ALPHA, DROPOUT, WEIGHT = 4, 3, 0.7, 0.2, 0.3
 @dataclass
 class Twins:
     ours: ShadowForCausalLM
-    peer: Any
+    theirs: Any
     named: torch.nn.Module
-    """The part of the peer that the entries' keys belong to."""
+    """The part of the third party's model that the entries' keys belong to."""
     entries: list[TensorEntry]
     dead: set[str]
     detached_logits: Callable[..., torch.Tensor]
-    """Logits of the peer's shadow alone."""
+    """Logits of the third party's shadow alone."""
 
 
 def smaller_model(path: Path) -> str:
@@ -47,14 +47,14 @@ def shadow_peft_twins(pretrained: str | None) -> Twins:
         backbone = shadow_peft.AutoModelForCausalLM.from_pretrained(pretrained).model
         backbone.get_input_embeddings().requires_grad_(False)
     inner = shadow_peft.get_shadow_model(tiny_base(), config, shadow_model=backbone)
-    peer = shadow_peft.ShadowForCausalLM(inner, shadow_loss_weight=WEIGHT)
+    theirs = shadow_peft.ShadowForCausalLM(inner, shadow_loss_weight=WEIGHT)
     boundaries = BLOCKS - 1
     entries = shadow_peft_entries(boundaries, ours.shadow.state_dict())
 
     def detached_logits(**inputs: torch.Tensor) -> torch.Tensor:
-        return peer(**inputs).shadow_logits
+        return theirs(**inputs).shadow_logits
 
-    return _copied(Twins(ours, peer, inner, entries, shadow_peft_unused(boundaries), detached_logits))
+    return _copied(Twins(ours, theirs, inner, entries, shadow_peft_unused(boundaries), detached_logits))
 
 
 def peft_twins(pretrained: str | None) -> Twins:
@@ -76,14 +76,14 @@ def peft_twins(pretrained: str | None) -> Twins:
         auxiliary_loss_weight=WEIGHT,
         shadow_model=pretrained or "mirror",
     )
-    peer = peft.get_peft_model(tiny_base(), config)
+    theirs = peft.get_peft_model(tiny_base(), config)
     blocks = [f"model.layers.{block}" for block in range(BLOCKS)]
     entries = peft_entries(blocks, ours.shadow.state_dict())
 
     def detached_logits(**inputs: torch.Tensor) -> torch.Tensor:
-        return peer.base_model.unload_shadow()(**inputs).logits
+        return theirs.base_model.unload_shadow()(**inputs).logits
 
-    return _copied(Twins(ours, peer, peer, entries, peft_unused(blocks), detached_logits))
+    return _copied(Twins(ours, theirs, theirs, entries, peft_unused(blocks), detached_logits))
 
 
 def _ours(pretrained: str | None, **settings: Any) -> ShadowForCausalLM:
@@ -107,5 +107,5 @@ def _copied(twins: Twins) -> Twins:
         for name, weight in to_third_party(twins.entries, twins.ours.shadow.state_dict()).items():
             assert targets[name].shape == weight.shape, name
             targets[name].copy_(weight)
-    twins.peer.eval()
+    twins.theirs.eval()
     return twins
