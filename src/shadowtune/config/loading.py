@@ -200,7 +200,7 @@ def _parse_text(text: str, alternatives: tuple[type, ...], where: str) -> Any:
     try:
         value = _parse(text, where)
     except ConfigError:
-        if alternatives and bare[0] in "[{":
+        if alternatives and bare[0] + bare[-1] in ("[]", "{}"):  # a list or mapping, and a wrong one
             raise
         return text
     quoted = bare[0] in "'\"" and isinstance(value, str)

@@ -128,8 +128,8 @@ class Predictor:
     def _answers(self, prompts: list[list[int]], progress: Progress) -> list[str]:
         form, model = self.trained.prompt_format, self.model
         if not isinstance(model, LoadedModel):
-            generating = (self.max_new_tokens, self.batch_size, progress, None, form.ends, form.content_mark)
-            return generate_answers(model, self.trained.tokenizer, prompts, *generating)[0]
+            size = (self.max_new_tokens, self.batch_size)
+            return generate_answers(model, self.trained.tokenizer, prompts, *size, progress, form=form)[0]
         answers, options = [], GenerationOptions(self.max_new_tokens)
         for ids in prompts:
             answer = stream_answer(model, ids, options).answer

@@ -379,7 +379,8 @@ class ShadowPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         """Checkpoint all blocks but those below the first boundary, which no gradient reaches."""
         super()._set_gradient_checkpointing(*args, **kwargs)
-        for block in self.architecture.blocks_of(self.base)[: self.shadow.boundaries.first]:
+        blocks: Any = self.architecture.blocks_of(self.base)
+        for block in blocks[: self.shadow.boundaries.first]:
             block.gradient_checkpointing = False
 
     def post_init(self) -> None:

@@ -108,8 +108,7 @@ class SampleAnswers(TrainerCallback):
             self.data.tokenizer,
             [sample.prompt_ids for sample in self.samples],
             max(sample.max_new_tokens for sample in self.samples),
-            recorded_ends=self.data.prompt_format.ends,
-            content_mark=self.data.prompt_format.content_mark,
+            form=self.data.prompt_format,
         )
         return texts
 
