@@ -16,7 +16,6 @@ TINY = {
     '"train")[:1500]': '"train")[:60]',
     "smollm2-135m": "tiny",
     "shadowtune train tickets.yaml": "shadowtune train tickets.yaml max_steps=2 shadow_epochs=1 logging_steps=1",
-    "tickets.jsonl --hand-over": "tickets.jsonl --limit 4 --hand-over",
 }
 """Text of the tutorial -> what the test puts in its place, so that it takes seconds."""
 SERVERS = ("shadowtune serve cloud", "shadowtune serve edge")

@@ -24,6 +24,28 @@ def test_prompts_come_from_standard_input(shadow_run, monkeypatch, tmp_path):
     assert (row["prompt"], row["mode"]) == ("say red", "detached")
 
 
+@pytest.mark.parametrize(("options", "prompts"), [(["-"], ["say one\nsay ten"]), (["--lines"], ["say one", "say ten"])])
+def test_standard_input_is_one_prompt_or_lines(options, prompts, shadow_run, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", io.StringIO("say one\nsay ten" + "\n\n" * ("--lines" in options)))
+    command = ["generate", str(shadow_run), *options, "--max-new-tokens", "3"]
+    assert main([*command, "--json", str(tmp_path / "r.json")]) == 0
+    assert [row["prompt"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]] == prompts
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lines", "hi"], "--lines reads prompts from standard input"),
+        (["--lines"], "standard input has no lines"),
+        (["-", "hi"], "- reads one prompt from standard input"),
+    ],
+)
+def test_standard_input_and_prompts_do_not_mix(options, said, shadow_run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert main(["generate", str(shadow_run), *options]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_sampling_repeats_with_its_seed(shadow_run, tmp_path):
     answers = []
     for seed in ("1", "1", "2"):

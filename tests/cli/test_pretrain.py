@@ -80,6 +80,11 @@ def test_projections_first_is_no_setting_of_a_task(config, capsys):
     assert "run shadowtune pretrain" in last_line(capsys)
 
 
+def test_a_pretraining_needs_its_settings(capsys):
+    assert main(["pretrain", "--data", "corpus.txt"]) == 2
+    assert "shadowtune pretrain configs/pretrain.yaml data.train=FILE" in capsys.readouterr().err
+
+
 def test_a_pretraining_is_not_resumed_as_a_task(config, tmp_path, capsys):
     assert main(["pretrain", str(config), "--quiet"]) == 0
     assert main(["train", str(config), "--quiet", "--resume"]) == 2

@@ -64,6 +64,7 @@ def test_empty_cells_are_missing_and_the_index_column_of_pandas_gets_a_name(tmp_
         ("a,b\n", "holds no rows"),
         ("a,b\n1,2\n1,2,3\n", "line 3: 3 cells, but the first line names 2 columns; put quotes around"),
         ("a,b\n1\n", "line 2: 1 cells"),
+        ("a,b\r1,2\r", "line 1: no table .*line ends LF or CRLF"),
         ("a,a\n1,2\n", "line 1: the column 'a' comes twice; rename one"),
         ('a,b\n1,2\n"x,3\n4,5\n', "line 3: no table .*a quote that is not closed begins there"),
         ("a\n" + "x" * 200_000 + "\n", "line 2: no table .*too large: write it as JSONL"),
@@ -107,6 +108,7 @@ def test_an_array_of_objects_in_any_packing(tmp_path, pack):
             r"not JSON \(Expecting ':' delimiter, line 2, column 7\); the file must",
         ),
         ("[]", "holds no rows"),
+        ('{\n "a": 1}', "line 1: not JSON .*a line must hold one object, or the file one array"),
     ],
 )
 def test_an_array_that_is_none_is_named(tmp_path, text, message):

@@ -85,9 +85,11 @@ def test_the_reference_is_the_base_itself(kind, tmp_path):
     assert len(bases) == len({id(p) for p in tiny_base().parameters() if p.shape == torch.Size([97, 32])})
 
 
-def test_the_gradient_of_sft_is_that_of_the_joint_loss(tmp_path):
+@pytest.mark.parametrize("mode", ["attached", "detached"])
+def test_the_gradient_of_sft_is_that_of_the_models_own_loss(mode, tmp_path):
     trainer = make("sft", tmp_path, gradient_checkpointing=False)
     model = trainer.model.train()
+    model.set_mode(mode)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "injection_ups" in name:

@@ -115,6 +115,19 @@ def test_without_a_terminal_progress_is_whole_lines(finished):
     assert len(measured) == len(evaluations(path / "run"))
 
 
+def test_in_a_terminal_the_same_lines_are_above_the_bar_and_none_is_a_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    config = watched_config(tmp_path, max_steps=2)
+    reported = []
+    train(config, report=reported.append)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "step 2 of 2 (100%): loss " in shown.err
+    assert "sample " in shown.err
+    assert "2/2" in shown.err
+    assert not any(line.startswith(("step ", "sample ")) for line in reported)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_stops_where_the_whole_one_stopped(method, tmp_path, monkeypatch):
     settings = {"method": method, "early_stopping_patience": 2, "load_best_model_at_end": True}

@@ -85,6 +85,8 @@ def read_settings(arguments: argparse.Namespace, fixed: Sequence[str] = ()) -> "
     given = {"model": arguments.model, "data.train": arguments.data, "output": arguments.output}
     named = [f"{key}={value}" for key, value in given.items() if value is not None]
     file = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).exists()) else None
+    if file is None and fixed:  # the recipe is one for tasks
+        raise ConfigError("name a settings file or a run: shadowtune pretrain configs/pretrain.yaml data.train=FILE")
     if file is None:
         file, start = RECIPE, _recipe_start([*named, *words])
         print_status("settings: the recommended recipe; shadowtune init writes it to a file")
@@ -143,7 +145,8 @@ def _train(command: str, title: str, arguments: argparse.Namespace, fixed: Seque
         return 0
     _report(config.output)
     row = {name: value for name, value in asdict(summary).items() if value is not None}
-    print_table(f"{title}: {config.output}", [row])
+    shown = {name: value for name, value in row.items() if not name.startswith("best_")}  # which has a line of its own
+    print_table(f"{title}: {config.output}", [shown])
     write_json(arguments.json, command, [{"run": config.output, **row}])
     return 0
 

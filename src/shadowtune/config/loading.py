@@ -200,7 +200,8 @@ def _parse_text(text: str, alternatives: tuple[type, ...], where: str) -> Any:
     try:
         value = _parse(text, where)
     except ConfigError:
-        if alternatives and bare[0] + bare[-1] in ("[]", "{}"):  # a list or mapping, and a wrong one
+        closing = {"[": "]", "{": "}"}.get(bare[0])
+        if alternatives and closing is not None and closing not in bare[:-1]:  # no name such as "[x].jsonl"
             raise
         return text
     quoted = bare[0] in "'\"" and isinstance(value, str)

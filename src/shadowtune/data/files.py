@@ -205,14 +205,16 @@ def _read_text(lines: Iterator[str]) -> Rows:
 
 def _read_json(lines: Iterator[str], where: str) -> Rows:
     """Yield (line, object) of each line that is not blank, or the objects of one array, counted from 1."""
+    first = True
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        if number == 1 and line.lstrip().startswith("["):
+        first, begins = False, first
+        if begins and line.lstrip().startswith("["):
             yield from _read_array(line + "".join(lines), where)
             return
         here = f"{where}, line {number}"
-        yield number, _object(_parse(line, here, "a line must hold one object"), here)
+        yield number, _object(_parse(line, here, "a line must hold one object, or the file one array"), here)
 
 
 def _read_array(text: str, where: str) -> Rows:
@@ -266,6 +268,8 @@ def _read_csv(lines: Iterator[str], where: str, delimiter: str | None) -> Rows:
             yield line, {name: cell or None for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
         hint = "a quote that is not closed begins there, or the cell is too large: write it as JSONL"
+        if "new-line" in str(error):
+            hint = "its lines end in CR alone: save it with line ends LF or CRLF"
         raise DataError(f"{where}, line {begin}: no table ({error}); {hint}") from None
 
 

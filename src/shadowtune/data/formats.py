@@ -82,7 +82,8 @@ def describe_formats(rows: Sequence[Mapping[str, Any]], fields: FieldNames, clas
     """Say how rows are read: "ShareGPT: 4,000 conversations"; several formats with the count of each."""
     if classify:
         return f"texts with labels: {len(rows):,} examples"
-    counts = Counter(found for found in (recognize(row, fields) for row in rows) if found is not None)
+    kinds = {tuple(row): recognize(row, fields) for row in {tuple(row): row for row in rows}.values()}
+    counts = Counter(found for found in (kinds[tuple(row)] for row in rows) if found is not None)
     return "; ".join(f"{found.title}: {count:,} {found.unit}" for found, count in counts.most_common())
 
 

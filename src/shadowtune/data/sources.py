@@ -86,7 +86,10 @@ def load_rows(source: str, split: str, limit: int | None = None, encoding: str =
     """
     check_limit(limit)
     check_encoding(encoding)
-    loaded = list(islice(_rows(*parse_source(source, split), encoding), limit))
+    try:
+        loaded = list(islice(_rows(*parse_source(source, split), encoding), limit))
+    except OSError as error:  # no permission, a name that is too long
+        raise DataError(f"cannot read {source}: {error.strerror}") from None
     if not loaded:
         raise DataError(f"{source} holds no rows; it needs at least one example")
     return loaded
@@ -174,13 +177,9 @@ def _find_files(source: str, split: str) -> "list[Traversable]":
     path = _path(source)
     if source in SHIPPED:
         return _find_split(source, resources.files("shadowtune.data").joinpath(SHIPPED[source]), split)
-    try:
-        if path.is_dir():
-            return _find_split(source, path, split)
-        exists = path.exists()
-    except OSError as error:  # no permission, a name that is too long
-        raise DataError(f"cannot read {source}: {error.strerror}") from None
-    if not exists:
+    if path.is_dir():
+        return _find_split(source, path, split)
+    if not path.exists():
         raise DataError(
             f"there is no data at {source}: it is no file, no directory, and none of the data sets in this package "
             f"({', '.join(SHIPPED)}){nearest(source, SHIPPED)}; a data set on the Hub is written hub:org/name"

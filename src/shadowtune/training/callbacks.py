@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from shadowtune.model.modeling import ShadowPreTrainedModel
@@ -88,8 +89,30 @@ class FinishWandb(TrainerCallback):
         importlib.import_module("wandb").finish()
 
 
+class TerminalProgress(ProgressCallback):
+    """transformers' progress bar, which prints no logs of its own, so that standard output has results only.
+
+    Args:
+        report: called with lines while there is no bar.
+    """
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        super().__init__()
+        self.report = report
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Print nothing; ``ProgressLines`` does."""
+
+    def write(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self.training_bar is None:
+            self.report(line)
+        else:
+            self.training_bar.write(line, file=sys.stderr)
+
+
 class ProgressLines(TrainerCallback):
-    """Reports the progress of a training in whole lines, where no terminal shows a progress bar.
+    """Reports the progress of a training in whole lines.
 
     Args:
         report: called with each line.

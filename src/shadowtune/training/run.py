@@ -20,6 +20,7 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
+    ProgressCallback,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -61,6 +62,7 @@ from shadowtune.training.callbacks import (
     MetricsFile,
     ProgressLines,
     ProjectionWarmup,
+    TerminalProgress,
     tensorboard_callback,
 )
 from shadowtune.training.checkpoints import TrainingProgress, atomic_directory, convert_write_errors
@@ -327,8 +329,9 @@ class ModelRun:
         if config.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
         report = (lambda line: None) if self.options.quiet else self.options.report
-        if arguments.disable_tqdm:
-            callbacks.append(ProgressLines(report))
+        bar = None if arguments.disable_tqdm else TerminalProgress(report)
+        report = report if bar is None else bar.write
+        callbacks.append(ProgressLines(report))
         if config.samples and config.evaluates:
             callbacks.append(self._samples(run, report))
         trainer = ShadowTrainer(
@@ -345,7 +348,9 @@ class ModelRun:
             skip_nonfinite=config.nonfinite_loss == "skip",
             keep_checkpoints=config.keep_checkpoints,
         )
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(PrinterCallback if bar is None else ProgressCallback)
+        if bar is not None:
+            trainer.add_callback(bar)
         if trainer.is_fsdp_enabled and trainer.pop_callback(SampleAnswers) is not None:
             report("no sample answers: one process alone cannot generate with a sharded model (FSDP)")
         return trainer
