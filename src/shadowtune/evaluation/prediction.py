@@ -8,6 +8,7 @@ import torch
 
 from shadowtune.data.collate import ClassificationCollator
 from shadowtune.data.examples import fill_template, read_messages, require_field, text_field
+from shadowtune.data.formats import alpaca_prompt
 from shadowtune.data.generation import Progress, generate_answers
 from shadowtune.data.sources import row_location
 from shadowtune.errors import DataError
@@ -37,8 +38,9 @@ def usual_column(trained: TrainedModel) -> str | None:
     form, data = trained.prompt_format, trained.own_data
     if form.template is not None or data is None:
         return form.text_field
-    fields = data.fields
-    return fields.text if trained.source.task == "classification" else fields.prompt or fields.text
+    fields, columns = data.fields, data.settings.columns
+    text = fields.text or columns.get("text")
+    return text if trained.source.task == "classification" else fields.prompt or columns.get("prompt") or text
 
 
 class Predictor:
@@ -118,6 +120,8 @@ class Predictor:
     def _prompt_of(self, row: Mapping[str, Any], where: str) -> Any:
         """Return a text or a list of messages."""
         named = self.column or usual_column(self.trained)
+        if named is None and "instruction" in row:
+            return alpaca_prompt(row, where)
         found = named or next((name for name in PROMPTS if name in row), None)
         if found is None:
             known = ", ".join(map(repr, row)) or "no columns"
