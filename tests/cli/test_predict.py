@@ -75,14 +75,44 @@ def test_texts_come_from_standard_input(shadow_run, monkeypatch, tmp_path, capsy
         assert found == [{"text": t, "prediction": e} for t, e in zip(texts, expected, strict=False)]
 
 
-def test_conversations_are_answered_after_their_last_question(shadow_run, tmp_path):
-    asked = [{"role": "user", "content": "say one"}]
-    rows = [{"messages": asked}, {"messages": [*asked, {"role": "assistant", "content": "known"}]}]
+ASKED = [{"role": "user", "content": "say one"}]
+FORMATS = {
+    "messages.jsonl": [{"messages": ASKED}, {"messages": [*ASKED, {"role": "assistant", "content": "known"}]}],
+    "prompt.jsonl": [{"prompt": ASKED}, {"prompt": "say one", "completion": "known"}],
+    "sharegpt.jsonl": [{"conversations": [{"from": "human", "value": "say one"}]}],
+    "alpaca.jsonl": [{"instruction": "say one"}, {"instruction": "say one", "input": "", "output": "known"}],
+    "text.jsonl": [{"text": "say one", "label": 7}],
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_of_any_format_are_answered_after_their_question(name, shadow_run, tmp_path):
     out = tmp_path / "out.jsonl"
-    file = str(write_rows(tmp_path / "rows.jsonl", rows))
-    assert main(["predict", str(shadow_run), file, "--out", str(out), "--max-new-tokens", "4", "--quiet"]) == 0
-    first, second = lines(out)
-    assert first["prediction"] == second["prediction"] == generated(shadow_run, "attached", tmp_path, ["say one"])[0]
+    file = write_rows(tmp_path / name, FORMATS[name])
+    assert main(["predict", str(shadow_run), str(file), "--out", str(out), "--max-new-tokens", "4", "--quiet"]) == 0
+    expected = generated(shadow_run, "attached", tmp_path, ["say one"])[0]
+    assert lines(out) == [{**row, "prediction": expected} for row in FORMATS[name]]
+
+
+def test_tables_are_labelled_by_the_column_that_is_named(shadow_run, tmp_path):
+    (tmp_path / "t.csv").write_text("id,question\n1,say one\n2,say ten\n")
+    out = tmp_path / "out.jsonl"
+    command = ["predict", str(shadow_run), str(tmp_path / "t.csv"), "--column", "question", "--max-new-tokens", "4"]
+    assert main([*command, "--out", str(out), "--quiet"]) == 0
+    answers = generated(shadow_run, "attached", tmp_path, ["say one", "say ten"])
+    assert [(row["id"], row["prediction"]) for row in lines(out)] == [("1", answers[0]), ("2", answers[1])]
+
+
+def test_columns_and_class_names_of_training_hold_for_unlabelled_tables(base, tmp_path):
+    (tmp_path / "t.csv").write_text("ticket,team\none two,sales\nred sea,support\nsun,sales\nice,support\n")
+    (tmp_path / "new.csv").write_text("ticket\none\nred\n")
+    command = ["train", "--model", str(base), "--data", str(tmp_path / "t.csv"), "--output", str(tmp_path / "run")]
+    columns = ["data.columns.text=ticket", "data.columns.label=team", "task=classification", "data.validation="]
+    assert main([*command, *columns, "shadow.rank=4", "max_steps=1", "--quiet"]) == 0
+    out = tmp_path / "out.jsonl"
+    assert main(["predict", str(tmp_path / "run"), str(tmp_path / "new.csv"), "--out", str(out), "--quiet"]) == 0
+    assert [row["ticket"] for row in lines(out)] == ["one", "red"]
+    assert {row["prediction"] for row in lines(out)} <= {"sales", "support"}
 
 
 def test_instructions_are_asked_as_in_training(shadow_run, tmp_path):
@@ -145,7 +175,7 @@ def test_names_of_classes_and_kinds_of_labels_come_from_the_config(problem, clas
 @pytest.mark.parametrize(
     ("rows", "options", "said"),
     [
-        ([{"question": "a"}], [], "line 1: needs messages or prompt or text, and has 'question'; name its column"),
+        ([{"question": "a"}], [], "line 1: no format fits the columns 'question'; name the prompt's with --column"),
         ([{"prompt": " "}], [], "line 1: the prompt is empty"),
         ([{"prompt": "a"}, {"prompt": None}], [], "line 2: prompt must be text"),
         ([{"prompt": "a"}, {"prompt": "say one " * 40}], [], "line 2: prompt ("),

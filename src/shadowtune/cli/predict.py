@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EPILOG = """examples:
   shadowtune predict runs/spam mails.jsonl --out labelled.jsonl
-  shadowtune predict runs/tickets tickets.jsonl --out answers.jsonl --mode detached --max-new-tokens 16
+  shadowtune predict runs/tickets tickets.csv --out answers.jsonl --mode detached --max-new-tokens 16
   shadowtune predict spam-small mails.jsonl --column body --as spam --out labelled.jsonl
   shadowtune predict runs/spam --lines < subjects.txt
 Each line of the output is a row of the input with the prediction, and of a classifier its probability. If it is
@@ -98,7 +98,9 @@ def _rows(arguments: argparse.Namespace, trained: "TrainedModel") -> "list[Row]"
     if arguments.file != "-":
         if arguments.lines:
             raise ConfigError(f"--lines reads standard input; leave it or {arguments.file} out")
-        return load_rows(arguments.file, arguments.split, arguments.limit)
+        data = trained.own_data
+        encoding = "utf-8" if data is None else data.settings.encoding
+        return load_rows(arguments.file, arguments.split, arguments.limit, encoding)
     texts = read_lines() if arguments.lines else [sys.stdin.read()]
     column = arguments.column or usual_column(trained)
     if column is None and trained.prompt_format.fields:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shadowtune.config.training import TrainConfig
 
 TRAIN_EPILOG = """examples:
-  shadowtune train --model smollm2-135m --data tickets.jsonl
+  shadowtune train --model smollm2-135m --data tickets.csv
   shadowtune train --model org/name --data hub:org/name --output runs/mine epochs=3 optimizer.learning_rate=5e-4
   shadowtune train configs/clinc150.yaml method=lora lora.rank=8 output=runs/lora
   shadowtune train runs/lora --resume
@@ -36,7 +36,7 @@ PRETRAIN_EPILOG = """examples:
 """
 INIT_EPILOG = """examples:
   shadowtune init
-  shadowtune init --model org/name --data tickets.jsonl --out tickets.yaml
+  shadowtune init --model org/name --data tickets.csv --out tickets.yaml
   shadowtune train tickets.yaml
 """
 RECIPE = "configs/recommended.yaml"

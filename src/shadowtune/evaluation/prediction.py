@@ -1,14 +1,25 @@
 """Predictions for rows without answers: classes or numbers of a classifier, generated answers of a language model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from shadowtune.data.collate import ClassificationCollator
-from shadowtune.data.examples import fill_template, read_messages, require_field, text_field
-from shadowtune.data.formats import alpaca_prompt
+from shadowtune.data.examples import (
+    Completion,
+    Conversation,
+    Example,
+    FieldNames,
+    PlainText,
+    fill_template,
+    read_messages,
+    require_field,
+    text_field,
+)
+from shadowtune.data.files import named_columns
+from shadowtune.data.formats import read_example, recognize
 from shadowtune.data.generation import Progress, generate_answers
 from shadowtune.data.sources import row_location
 from shadowtune.errors import DataError
@@ -17,8 +28,6 @@ from shadowtune.evaluation.trained_model import TrainedModel
 from shadowtune.export.loading import LoadedModel
 from shadowtune.model.methods import context_length
 
-PROMPTS = ("messages", "prompt", "text")
-"""Columns with the prompt of a language model, if no template or column is named; the first that a row has is read."""
 MAX_LENGTH = 512
 """Tokens of a text to classify, unless the run set another limit; longer texts are cut at their end, as in training."""
 
@@ -38,9 +47,8 @@ def usual_column(trained: TrainedModel) -> str | None:
     form, data = trained.prompt_format, trained.own_data
     if form.template is not None or data is None:
         return form.text_field
-    fields, columns = data.fields, data.settings.columns
-    text = fields.text or columns.get("text")
-    return text if trained.source.task == "classification" else fields.prompt or columns.get("prompt") or text
+    fields = data.fields
+    return fields.text if trained.source.task == "classification" else fields.prompt or fields.text
 
 
 class Predictor:
@@ -49,7 +57,7 @@ class Predictor:
     Args:
         trained: the model.
         model: what ``trained.mode`` yields.
-        column: of the text or prompt; None takes the model's prompt template, else the usual columns.
+        column: of the text or prompt; None reads rows as in training, in any format without its answer.
         max_new_tokens: of an answer.
         batch_size: rows at a time.
     """
@@ -86,7 +94,7 @@ class Predictor:
         if form.template is not None and self.column is None:
             text = fill_template(form.template, row, where, form.optional_fields)
         else:
-            text = text_field(row, self.column or usual_column(self.trained) or "text", where)
+            text = text_field(self._renamed(row), self.column or usual_column(self.trained) or "text", where)
         limit = MAX_LENGTH if self._data is None else self._data.max_length
         ids: list[int] = self.trained.tokenizer(text, truncation=True, max_length=limit)["input_ids"]
         if not ids:
@@ -95,19 +103,19 @@ class Predictor:
 
     def _prompt_ids(self, row: Mapping[str, Any], where: str) -> list[int]:
         """Return the token ids of a row's prompt, as in training."""
-        form, tokenizer = self.trained.prompt_format, self.trained.tokenizer
-        if form.template is not None and self.column is None:
-            text: Any = fill_template(form.template, row, where, form.optional_fields)
+        form, tokenizer, example = self.trained.prompt_format, self.trained.tokenizer, self._example(row, where)
+        if isinstance(example, Conversation):
+            messages = example.messages
+            asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            ids = form.encode(asked, tokenizer, example.tools, example.template_kwargs)
         else:
-            text = self._prompt_of(row, where)
-        if isinstance(text, str):
+            text = example.text if isinstance(example, PlainText) else example.prompt
             if not text.strip():
                 raise DataError(f"{where}: the prompt is empty")
-            ids = form.wrap(text, tokenizer)
-        else:
-            messages = read_messages(text, "messages", where)
-            asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-            ids = form.encode(asked, tokenizer, row.get("tools"), row.get("chat_template_kwargs"))
+            extra = None
+            if isinstance(example, Completion):
+                extra = Conversation([], tools=example.tools, template_kwargs=example.template_kwargs)
+            ids = form.wrap(text, tokenizer, extra)
         model = self.model
         positions = model.max_length if isinstance(model, LoadedModel) else context_length(model)
         if positions is not None and len(ids) + self.max_new_tokens > positions:
@@ -117,17 +125,33 @@ class Predictor:
             )
         return ids
 
-    def _prompt_of(self, row: Mapping[str, Any], where: str) -> Any:
-        """Return a text or a list of messages."""
-        named = self.column or usual_column(self.trained)
-        if named is None and "instruction" in row:
-            return alpaca_prompt(row, where)
-        found = named or next((name for name in PROMPTS if name in row), None)
-        if found is None:
-            known = ", ".join(map(repr, row)) or "no columns"
-            raise DataError(f"{where}: needs {' or '.join(PROMPTS)}, and has {known}; name its column with --column")
-        value = require_field(row, found, where)
-        return value if isinstance(value, list) else text_field(row, found, where)
+    def _example(self, row: Mapping[str, Any], where: str) -> Example:
+        """Read a row as training does, with a placeholder for the answer that it may lack."""
+        if self.column is not None:
+            value = require_field(row, self.column, where)
+            if isinstance(value, list):
+                return Conversation(read_messages(value, self.column, where))
+            return PlainText(text_field(row, self.column, where))
+        form, data = self.trained.prompt_format, self._data
+        fields = FieldNames(template=form.template, optional=form.optional_fields)
+        if data is not None and data.task is None:
+            fields = data.fields
+        fields = replace(fields, template_kwargs=form.template_kwargs)
+        given, answer = self._renamed(row), "-"
+        turns = [{"role": "assistant", "content": answer}]
+        asked = given.get(fields.prompt or "prompt")
+        answers = {fields.completion or "completion": turns if isinstance(asked, list) else answer}
+        completed = {**given, "output": answer, fields.label or "label": answer, **answers}
+        if recognize(completed, fields) is None:
+            raise DataError(
+                f"{where}: no format fits the columns {named_columns(row)}; name the prompt's with --column"
+            )
+        return read_example(completed, fields, where)
+
+    def _renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row with the columns that the run's settings name (``data.columns``) under their usual names."""
+        columns = {} if self._data is None else self._data.settings.columns
+        return {**row, **{name: row[column] for name, column in columns.items() if column in row}}
 
     def _answers(self, prompts: list[list[int]], progress: Progress) -> list[str]:
         form, model = self.trained.prompt_format, self.model
