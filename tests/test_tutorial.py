@@ -13,9 +13,10 @@ from tests.support.runs import model_directory
 ROOT = Path(__file__).parent.parent
 PAGES = ("tutorial", "watching", "choosing", "troubleshooting")
 TINY = {
-    '"train")[:1500]': '"train")[:60]',
+    ", 1200)": ", 60)",
+    ", 300)": ", 12)",
     "smollm2-135m": "tiny",
-    "shadowtune train tickets.yaml": "shadowtune train tickets.yaml max_steps=2 shadow_epochs=1 logging_steps=1",
+    "--output runs/tickets": "--output runs/tickets max_steps=2 shadow_epochs=1 logging_steps=1",
 }
 """Text of the tutorial -> what the test puts in its place, so that it takes seconds."""
 SERVERS = ("shadowtune serve cloud", "shadowtune serve edge")
@@ -60,14 +61,12 @@ def test_the_tutorial_leads_from_a_csv_to_both_models(tmp_path, monkeypatch, cap
             body = body.replace(text, smaller)
         if kind == "python":
             exec(compile(body, "tutorial", "exec"), {})
-        elif kind == "yaml":
-            (tmp_path / "tickets.yaml").write_text(body)
         elif kind == "bash":
             for command in body.splitlines():
                 if not command.startswith(SERVERS):
                     assert main(shlex.split(command)[1:]) == 0, f"{command}\n{capsys.readouterr().err}"
-    assert (tmp_path / "tickets.csv").read_text().startswith("text,team\n")
-    files = ("runs/tickets/report.html", "runs/tickets/model", "tickets.gguf", "policy.json")
+    assert (tmp_path / "tickets.csv").read_text().startswith("text,label\n")
+    files = ("runs/tickets/report.html", "runs/tickets/model", "answers.jsonl", "tickets.gguf", "policy.json")
     assert [name for name in files if not (tmp_path / name).exists()] == []
 
 

@@ -176,12 +176,27 @@ def test_the_shadow_only_stage_has_samples_of_the_detached_model(tmp_path):
     assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
-def test_a_classifiers_samples_are_classes(tmp_path):
-    config = run_config(tmp_path, "classification", samples=3, epochs=1.0)
-    train(replace(config, data=replace(config.data, validation=config.data.train)), quiet=True)
+@pytest.mark.parametrize(
+    ("values", "expected", "possible"),
+    [
+        ([2, 0, 1], ["2", "0", "1"], {"0", "1", "2"}),
+        (["red", "blue", "red"], ["red", "blue", "red"], {"red", "blue"}),
+        ([["red"], ["red", "blue"], []], ["red", "blue, red", ""], {"", "red", "blue", "blue, red"}),
+        ([0.5, -1.25, 3.5], ["0.5", "-1.25", "3.5"], None),
+    ],
+    ids=["numbers", "names", "several", "regression"],
+)
+def test_a_classifiers_samples_are_its_classes(values, expected, possible, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    texts = [{"text": f"add {index} and 1", "label": value} for index, value in enumerate(values)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    data = DataConfig(train=str(rows), validation=str(rows))
+    train(run_config(tmp_path, "classification", data=data, samples=3, max_steps=1), quiet=True)
     found = lines(tmp_path / "run" / "samples.jsonl")
-    assert [line["expected"] for line in found] == ["0", "1", "2"]
-    assert all(line["attached"] in "012" and line["detached"] in "012" for line in found)
+    assert [line["expected"] for line in found] == expected
+    for line in found:
+        for mode in ("attached", "detached"):
+            assert float(line[mode]) is not None if possible is None else line[mode] in possible
 
 
 def test_a_finished_run_keeps_no_checkpoint_if_none_is_asked_for(tmp_path):

@@ -11,10 +11,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data.generation import generate_answers
+from shadowtune.data.labels import MULTI, REGRESSION, Labels
 from shadowtune.model.modeling import ShadowPreTrainedModel
 from shadowtune.training.callbacks import drop_later_lines
 from shadowtune.training.training_data import TrainingData
 
+Label = int | float | list[float]
+"""A class, the number of a regression, or a 0 or 1 for each of several classes."""
 MAX_TOKENS = 64
 """Longest sample answer."""
 PROMPT_OF_TEXT = 16
@@ -37,8 +40,8 @@ class SampleAnswers(TrainerCallback):
     """Answers a few validation examples after each evaluation: reports the answers and appends them to a file.
 
     A line of the file has "step", "prompt", "expected", and the answers: "attached" and "detached" of a shadow (in its
-    shadow-only stage "detached" alone), "model" of other methods. A classifier's are numbers of classes. Answers are
-    greedy, so the random state is as before.
+    shadow-only stage "detached" alone), "model" of other methods. A classifier's are its classes. Answers are greedy,
+    so the random state is as before.
 
     Args:
         file: for example ``RUN/samples.jsonl``.
@@ -62,8 +65,10 @@ class SampleAnswers(TrainerCallback):
         count = min(count, len(rows))
         self.rows = [rows[index * len(rows) // count] for index in range(count)]
         self.file, self.model, self.data, self.modes, self.report = file, model, data, modes, report
-        of = _text_sample if data.num_labels is None else _class_sample
-        self.samples = [of(row, data.tokenizer) for row in self.rows]
+        if data.num_labels is None:
+            self.samples = [_text_sample(row, data.tokenizer) for row in self.rows]
+        else:
+            self.samples = [_class_sample(row, data.tokenizer, data.labels or Labels()) for row in self.rows]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -102,7 +107,8 @@ class SampleAnswers(TrainerCallback):
         if self.data.num_labels is not None:
             batch = {name: tensor.to(self.model.device) for name, tensor in self.data.collate(self.rows).items()}
             batch.pop("labels")
-            return [str(number) for number in self.model(**batch).logits.argmax(-1).tolist()]
+            labels = self.data.labels or Labels()
+            return [_label_text(labels, _predicted(labels, row)) for row in self.model(**batch).logits.tolist()]
         texts, _ = generate_answers(
             self.model,
             self.data.tokenizer,
@@ -124,9 +130,25 @@ def _text_sample(row: dict[str, Any], tokenizer: Any) -> Sample:
     return Sample(list(ids[:begin]), prompt.strip(), expected.strip(), min(MAX_TOKENS, end - begin + 8))
 
 
-def _class_sample(row: dict[str, Any], tokenizer: Any) -> Sample:
+def _class_sample(row: dict[str, Any], tokenizer: Any, labels: Labels) -> Sample:
     text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
-    return Sample(list(row["input_ids"]), text.strip(), str(row["labels"]), 0)
+    return Sample(list(row["input_ids"]), text.strip(), _label_text(labels, row["labels"]), 0)
+
+
+def _predicted(labels: Labels, logits: list[float]) -> Label:
+    """The label that a classifier's logits of one example mean, encoded as labels of examples are."""
+    if labels.problem_type == REGRESSION:
+        return logits[0]
+    if labels.problem_type == MULTI:
+        return [float(logit > 0) for logit in logits]
+    return max(range(len(logits)), key=logits.__getitem__)
+
+
+def _label_text(labels: Labels, label: Label) -> str:
+    """The names of an encoded label's classes, or the number of a regression."""
+    if isinstance(label, list):
+        return ", ".join(labels.name(number) for number, value in enumerate(label) if value)
+    return f"{label:g}" if isinstance(label, float) else labels.name(label)
 
 
 def _short(text: str) -> str:
