@@ -30,8 +30,10 @@ UNTIMED = ("aten._local_scalar_dense", "aten.nonzero")
 class Clock(Protocol):
     """Turns operations into seconds."""
 
-    source: str
-    """Where the seconds come from, for people."""
+    @property
+    def source(self) -> str:
+        """Where the seconds come from, for people."""
+        ...
 
     def seconds(self, operations: Iterable[Operation]) -> float:
         """Return the seconds of all calls of these operations."""

@@ -181,6 +181,8 @@ class Planner:
             notes.append("counted without autocast, which keeps some activations in 16 bits")
         if config.distills_answers or config.drafter_last:
             notes.append("without the stages in which the model answers training prompts")
+        if config.task == "classification" and config.num_labels is None:
+            notes.append(f"counted with {self.base_config(config).num_labels} classes; set num_labels for others")
         if self.devices > 1:
             notes.append("times without communication between devices")
         parameters = self._parameters(config, whole)
