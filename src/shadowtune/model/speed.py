@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.model.cost import Operation, TensorShape, training_cost
+from shadowtune.model.cost import BatchShape, Operation, TensorShape, training_cost
 from shadowtune.model.methods import make_trainable
 from shadowtune.model.objective import joint_causal_objective
 
@@ -122,7 +122,7 @@ class MeasuredClock:
             return make_trainable(base, "shadow", shadow=ShadowConfig())
 
         with torch.device("meta"), torch.enable_grad():
-            counted = training_cost(tiny(), 1, 8, 1.0, joint_causal_objective)
+            counted = training_cost(tiny(), BatchShape(1, 8), joint_causal_objective)
         model, ids = tiny().train(), torch.zeros((1, 8), dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
