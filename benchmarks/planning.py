@@ -17,7 +17,7 @@ from benchmarks.measurement import ModelCandidate, map_large_arrays
 from benchmarks.methods import METHODS, OURS, Method
 from benchmarks.training import SteppingCandidate
 from shadowtune.model.budget import shapeless_base
-from shadowtune.model.cost import training_cost
+from shadowtune.model.cost import BatchShape, training_cost
 from shadowtune.model.methods import trainable_parameters
 from shadowtune.model.objective import own_causal_objective
 from shadowtune.model.speed import MeasuredClock, cpu_seconds
@@ -63,7 +63,7 @@ class EstimateCandidate(ModelCandidate):
 
     def __init__(self, settings: PlanSettings) -> None:
         super().__init__(settings)
-        self.batch, self.length = settings.batch, settings.length
+        self.batch = BatchShape(settings.batch, settings.length)
 
     def prepare(self, values: Mapping[str, Any]) -> float:
         """Count a step; return its peak above the loaded model, MB."""
@@ -71,7 +71,7 @@ class EstimateCandidate(ModelCandidate):
         with torch.device("meta"):
             self.model = method.build(shapeless_base(base_config(values["model"]), dtype=self.dtype), size)
         self.trainable_parameters = trainable_parameters(self.model)
-        self.cost = training_cost(self.model, self.batch, self.length, 1.0, own_causal_objective)
+        self.cost = training_cost(self.model, self.batch, own_causal_objective)
         return self.cost.peak / 2**20
 
     def measure(self) -> float:

@@ -5,7 +5,7 @@ from shadowtune.config.shadow import ShadowConfig
 from shadowtune.config.training import LoraConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.budget import shapeless_base
-from shadowtune.model.cost import check_countable, loss_cost, prompt_cost, training_cost, weight_bytes
+from shadowtune.model.cost import BatchShape, check_countable, loss_cost, prompt_cost, training_cost, weight_bytes
 from shadowtune.model.methods import make_trainable, objective_of, trainable_parameters
 from shadowtune.model.speed import MeasuredClock, Roofline
 from tests.support.bases import BLOCKS, CONFIGS, tiny_base, tiny_config
@@ -19,11 +19,11 @@ def shapeless(method="shadow", model_type="llama", task="causal_lm", **shadow):
         return make_trainable(base, method, task, ShadowConfig(**shadow), LoraConfig(rank=4))
 
 
-def step(model, method="shadow", rows=ROWS, length=LENGTH, labelled=1.0, task="causal_lm"):
-    return training_cost(model, rows, length, labelled, objective_of(method, task))
+def step(model, method="shadow", rows=ROWS, length=LENGTH, labelled=1.0, task="causal_lm", padded=False):
+    return training_cost(model, BatchShape(rows, length, labelled, padded), objective_of(method, task))
 
 
-def saved_bytes(model, ids):
+def saved_bytes(model, ids, mask):
     """Bytes that a real forward pass keeps for the backward pass, apart from the weights."""
     storages = {}
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
@@ -35,7 +35,7 @@ def saved_bytes(model, ids):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False).loss
+        loss = model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss
     assert loss.requires_grad
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -46,8 +46,18 @@ def test_activations_are_those_of_a_real_forward_pass(variant):
     real = make_trainable(tiny_base().requires_grad_(False), "shadow", shadow=config).train()
     ids = torch.randint(1, 90, (8, 32))
     counted = step(shapeless(variant=variant, dropout=0.1), rows=8, length=32)
-    assert counted.activations == pytest.approx(saved_bytes(real, ids), rel=0.05)
+    assert counted.activations == pytest.approx(saved_bytes(real, ids, torch.ones_like(ids)), rel=0.05)
     assert counted.peak > counted.activations
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mask_of_padding_is_counted_in_each_block(padded):
+    real = make_trainable(tiny_base().requires_grad_(False), "shadow", shadow=ShadowConfig()).train()
+    mask = torch.ones(2, 64, dtype=torch.long)
+    if padded:
+        mask[0, :3] = 0
+    found = saved_bytes(real, torch.randint(1, 90, (2, 64)), mask)
+    assert step(shapeless(), length=64, padded=padded).activations == pytest.approx(found, rel=0.05)
 
 
 def test_what_is_left_are_the_gradients_and_nothing_is_counted_twice():
@@ -89,7 +99,7 @@ def test_fewer_labels_and_checkpointing_need_less():
 
 def test_an_evaluation_costs_less_than_training():
     model = shapeless()
-    assert loss_cost(model, ROWS, LENGTH, 1.0, objective_of("shadow", "causal_lm")).peak < step(model).peak
+    assert loss_cost(model, BatchShape(ROWS, LENGTH), objective_of("shadow", "causal_lm")).peak < step(model).peak
 
 
 def test_products_are_counted_by_their_shapes():
@@ -97,7 +107,7 @@ def test_products_are_counted_by_their_shapes():
     model = shapeless(variant="stateless", shadow_loss_weight=0.0)
     model.freeze_unused()
     model.requires_grad_(False)
-    forward = loss_cost(model, 1, 32, 1.0, objective_of("shadow", "causal_lm"))
+    forward = loss_cost(model, BatchShape(1, 32), objective_of("shadow", "causal_lm"))
     blocks = sum(p.numel() for name, p in model.named_parameters() if "base.model.layers" in name and p.ndim == 2)
     assert forward.flops > 2 * 32 * blocks
     assert forward.flops < 1.6 * 2 * 32 * (blocks + 97 * 32)

@@ -38,6 +38,20 @@ float32 scale and a zero point for 32. nf4: bitsandbytes keeps a float32 scale f
 
 
 @dataclass(frozen=True)
+class BatchShape:
+    """A batch without its data."""
+
+    rows: int
+    """Sequences."""
+    length: int
+    """Tokens of each, with padding."""
+    labelled: float = 1.0
+    """Fraction of the tokens that have a label."""
+    padded: bool = False
+    """Whether some are padding, so that attention needs a mask, which takes memory in each block."""
+
+
+@dataclass(frozen=True)
 class TensorShape:
     """A tensor argument without its data."""
 
@@ -89,12 +103,13 @@ class CostCounter(TorchDispatchMode):
 
     Args:
         model: whose parameters and buffers are there already.
-        labelled: fraction of the positions that have a label, which decides how many a loss selects.
+        batch: answers the two questions that code asks of data: how many positions have a label, and whether all of
+            its tokens are attended to.
     """
 
-    def __init__(self, model: nn.Module, labelled: float = 1.0) -> None:
+    def __init__(self, model: nn.Module, batch: BatchShape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.labelled = labelled
+        self.batch = batch
         self.live = self.peak = 0
         self.operations: dict[str, Operation] = {}
         self._there = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
@@ -103,10 +118,10 @@ class CostCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
-            return args[0].dtype is torch.bool or 1  # "is no token padding?", "is this one document?": yes
+            return not self.batch.padded if args[0].dtype is torch.bool else 1  # "is no token padding?"
         if func is torch.ops.aten.nonzero.default:
             out: Any = torch.empty(
-                (round(self.labelled * args[0].numel()), args[0].ndim), dtype=torch.long, device=META
+                (round(self.batch.labelled * args[0].numel()), args[0].ndim), dtype=torch.long, device=META
             )
         else:
             out = func(*args, **kwargs)
@@ -151,6 +166,9 @@ def _fused_attention() -> Iterator[None]:
 
     def fused(*args: Any, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any) -> Tensor:
         kwargs.pop("enable_gqa", None)  # the operation takes fewer keys than queries
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.dtype is torch.bool:  # torch's function adds numbers to the scores
+            kwargs["attn_mask"] = torch.where(mask, 0.0, float("-inf")).to(args[0].dtype)
         attended: Tensor = ATTENTION(*args, dropout_p, is_causal, **kwargs)[0]
         return attended
 
@@ -162,9 +180,9 @@ def _fused_attention() -> Iterator[None]:
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
-    if func.overloadpacket is ATTENTION:  # two products; half of the scores if causal
+    if func.overloadpacket is ATTENTION:  # two products; half of the scores if causal, which is the fifth argument
         (b, h, q, d), k = args[0].shape, args[1].shape[2]
-        return 4.0 * b * h * q * k * d * (0.5 if args[4] else 1.0)
+        return 4.0 * b * h * q * k * d * (0.5 if args[4:5] == (True,) else 1.0)
     if func.overloadpacket is ATTENTION_BACKWARD:  # five products
         (b, h, q, d), k = args[1].shape, args[2].shape[2]
         return 10.0 * b * h * q * k * d * (0.5 if args[7] else 1.0)
@@ -176,8 +194,8 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
 
 
 @contextlib.contextmanager
-def _counting(model: nn.Module, labelled: float = 1.0) -> Iterator[CostCounter]:
-    with META, CostCounter(model, labelled) as counter, _fused_attention():
+def _counting(model: nn.Module, batch: BatchShape) -> Iterator[CostCounter]:
+    with META, CostCounter(model, batch) as counter, _fused_attention():
         yield counter
 
 
@@ -188,20 +206,17 @@ def check_countable(config: PreTrainedConfig) -> None:
         raise ConfigError(f"{config.model_type} routes tokens to experts, whose memory and time depend on the data")
 
 
-def training_cost(model: nn.Module, rows: int, length: int, labelled: float, objective: Objective) -> StepCost:
-    """Count a forward and a backward pass of training over a batch without padding.
+def training_cost(model: nn.Module, batch: BatchShape, objective: Objective) -> StepCost:
+    """Count a forward and a backward pass of training.
 
     Args:
         model: on the meta device, as it is trained.
-        rows: sequences of the batch.
-        length: tokens of each.
-        labelled: fraction of the tokens that have a label.
+        batch: what is trained on.
         objective: the loss.
     """
     model.train()
-    with _counting(model, labelled) as counter:
-        batch = _batch(rows, length, objective)
-        loss = objective(model, batch, None)
+    with _counting(model, batch) as counter:
+        loss = objective(model, _tensors(batch, objective), None)
         activations = counter.live
         loss.pop("loss").backward()
         left = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
@@ -211,18 +226,18 @@ def training_cost(model: nn.Module, rows: int, length: int, labelled: float, obj
 
 
 @torch.no_grad()
-def loss_cost(model: nn.Module, rows: int, length: int, labelled: float, objective: Objective) -> StepCost:
+def loss_cost(model: nn.Module, batch: BatchShape, objective: Objective) -> StepCost:
     """Count the forward pass of an evaluation; arguments as in ``training_cost``."""
     model.eval()
-    with _counting(model, labelled) as counter:
-        objective(model, _batch(rows, length, objective), None)
+    with _counting(model, batch) as counter:
+        objective(model, _tensors(batch, objective), None)
     return StepCost(counter.peak, 0, 0, list(counter.operations.values()))
 
 
-def _batch(rows: int, length: int, objective: Objective) -> dict[str, Tensor]:
-    ids = torch.zeros((rows, length), dtype=torch.long)
+def _tensors(batch: BatchShape, objective: Objective) -> dict[str, Tensor]:
+    ids = torch.zeros((batch.rows, batch.length), dtype=torch.long)
     classes = objective in (class_objective, joint_class_objective, own_class_objective)
-    labels = ids.new_zeros(rows) if classes else torch.full_like(ids, IGNORE_INDEX)
+    labels = ids.new_zeros(batch.rows) if classes else torch.full_like(ids, IGNORE_INDEX)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
@@ -230,7 +245,7 @@ def _batch(rows: int, length: int, objective: Objective) -> dict[str, Tensor]:
 def prompt_cost(model: nn.Module, rows: int, length: int) -> StepCost:
     """Count the pass of a language model over prompts; what is left is their key-value cache."""
     model.eval()
-    with _counting(model) as counter:
+    with _counting(model, BatchShape(rows, length)) as counter:
         ids = torch.zeros((rows, length), dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         cache = cache_of(model(**inputs, use_cache=True, logits_to_keep=1))

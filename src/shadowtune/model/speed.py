@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shadowtune.config.shadow import ShadowConfig
-from shadowtune.model.cost import Operation, TensorShape, training_cost
+from shadowtune.model.cost import BatchShape, Operation, TensorShape, training_cost
 from shadowtune.model.methods import make_trainable
 from shadowtune.model.objective import joint_causal_objective
 
@@ -22,6 +22,8 @@ BANDWIDTH_EFFICIENCY = 0.8
 LARGEST_FLOPS, LARGEST_BYTES = 4e9, 2**28
 """A larger operation is not run; its time follows from the rate of a product or a sum that is run."""
 REPEATS = 3
+CACHE_BYTES = 2**26
+"""More than a processor's caches hold for one core."""
 ADAMW_BYTES = 60
 """Bytes that AdamW reads and writes for each float32 parameter, in the passes of torch's single-tensor loop."""
 UNTIMED = ("aten._local_scalar_dense", "aten.nonzero")
@@ -33,6 +35,7 @@ class Clock(Protocol):
     @property
     def source(self) -> str:
         """Description of where the seconds come from."""
+        ...
 
     def seconds(self, operations: Iterable[Operation]) -> float:
         """Return the seconds of all calls of these operations."""
@@ -101,7 +104,8 @@ class MeasuredClock:
         key = f"{operation.function}{operation.arguments}"
         if key not in self._known:
             args, kwargs = _with_data(operation.arguments)
-            self._known[key] = _fastest(functools.partial(operation.function, *args, **kwargs))
+            before = _empty_cache if operation.flops else None  # weights were last read a whole step ago
+            self._known[key] = _fastest(functools.partial(operation.function, *args, **kwargs), before)
         return self._known[key]
 
     @functools.cached_property
@@ -121,7 +125,7 @@ class MeasuredClock:
             return make_trainable(base, "shadow", shadow=ShadowConfig())
 
         with torch.device("meta"), torch.enable_grad():
-            counted = training_cost(tiny(), 1, 8, 1.0, joint_causal_objective)
+            counted = training_cost(tiny(), BatchShape(1, 8), joint_causal_objective)
         model, ids = tiny().train(), torch.zeros((1, 8), dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
@@ -166,9 +170,24 @@ def cpu_seconds(call: Callable[[], Any]) -> float:
     return (time.process_time() - start) / torch.get_num_threads()
 
 
-def _fastest(call: Callable[[], Any]) -> float:
+def _fastest(call: Callable[[], Any], before: Callable[[], Any] | None = None) -> float:
     call()
-    return min(cpu_seconds(call) for _ in range(REPEATS))
+    seconds = []
+    for _ in range(REPEATS):
+        if before is not None:
+            before()
+        seconds.append(cpu_seconds(call))
+    return min(seconds)
+
+
+@functools.cache
+def _buffer() -> Tensor:
+    return torch.ones(CACHE_BYTES, dtype=torch.uint8)
+
+
+def _empty_cache() -> None:
+    """Replace what the processor's caches hold."""
+    _buffer().add_(1)
 
 
 def shapes_of(operation: Operation) -> list[TensorShape]:

@@ -21,6 +21,7 @@ from shadowtune.errors import DataError
 from shadowtune.model.budget import shapeless_base
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.cost import (
+    BatchShape,
     StepCost,
     check_countable,
     loss_cost,
@@ -64,6 +65,12 @@ class Lengths:
     answer: float
     validation: int = 0
     """Number of validation examples."""
+
+    def batch(self, rows: int, longest: bool = False) -> BatchShape:
+        """Return the shape of a usual batch, or of that with the longest example."""
+        length = self.longest if longest else self.padded
+        labelled = min(1.0, self.labelled * self.padded / length)
+        return BatchShape(rows, max(2, round(length)), labelled, padded=self.padded > self.row)
 
     @classmethod
     def given(cls, length: int, labelled: float = 1.0, rows: int | None = None) -> "Lengths":
@@ -158,7 +165,7 @@ class Planner:
     def __init__(self, clock: Clock, devices: int = 1, base: PreTrainedConfig | None = None) -> None:
         self.clock, self.devices, self.base = clock, devices, base
         self._models: dict[str, nn.Module] = {}
-        self._steps: dict[tuple[int, int, int, float], StepCost] = {}
+        self._steps: dict[tuple[int, BatchShape], StepCost] = {}
 
     def plan(self, config: TrainConfig, lengths: Lengths) -> RunPlan:
         """Estimate a run.
@@ -181,6 +188,8 @@ class Planner:
             notes.append("counted without autocast, which keeps some activations in 16 bits")
         if config.distills_answers or config.drafter_last:
             notes.append("without the stages in which the model answers training prompts")
+        if config.task == "classification" and config.num_labels is None:
+            notes.append(f"counted with {self.base_config(config).num_labels} classes; set num_labels for others")
         if self.devices > 1:
             notes.append("times without communication between devices")
         parameters = self._parameters(config, whole)
@@ -251,9 +260,7 @@ class Planner:
 
     def _training_memory(self, title: str, config: TrainConfig, lengths: Lengths) -> Memory:
         model = self._model(config)
-        step = self._step(
-            config, config.batch_size, lengths.longest, lengths.labelled * lengths.padded / lengths.longest
-        )
+        step = self._step(config, lengths.batch(config.batch_size, longest=True))
         trained = sum(each.nbytes for each in model.parameters() if each.requires_grad)
         largest = max((each.nbytes for each in model.parameters() if each.requires_grad), default=0)
         weights = self._weights(config, model)
@@ -295,17 +302,17 @@ class Planner:
         """Return the parts of the model; what an earlier stage trains counts as trained."""
         return parameter_table(self._build(config) if config.has_shadow_only_stage else model)
 
-    def _step(self, config: TrainConfig, rows: int, length: float, labelled: float) -> StepCost:
-        model, length = self._model(config), max(2, round(length))
-        key = (id(model), rows, length, min(1.0, labelled))
+    def _step(self, config: TrainConfig, batch: BatchShape) -> StepCost:
+        model = self._model(config)
+        key = (id(model), batch)
         if key not in self._steps:
             objective = objective_of(config.method, config.task, config.peft.get("peft_type"))
-            self._steps[key] = training_cost(model, *key[1:], objective)
+            self._steps[key] = training_cost(model, batch, objective)
         return self._steps[key]
 
     def _time(self, title: str, config: TrainConfig, lengths: Lengths) -> StageTime:
         accumulated, model = config.gradient_accumulation_steps, self._model(config)
-        step = self._step(config, config.batch_size, lengths.padded, lengths.labelled)
+        step = self._step(config, lengths.batch(config.batch_size))
         batch = self.clock.seconds(step.operations)
         seconds = accumulated * batch + self.clock.optimizer_seconds(trainable_parameters(model))
         tokens = accumulated * config.batch_size * lengths.row * self.devices
@@ -335,9 +342,7 @@ class Planner:
     def _evaluation(self, config: TrainConfig, lengths: Lengths) -> float:
         """Return the seconds of one evaluation."""
         objective = objective_of(config.method, config.task, config.peft.get("peft_type"))
-        length = max(2, round(lengths.padded))
-        model = self._model(config)
-        step = loss_cost(model, config.batch_size, length, min(1.0, lengths.labelled), objective)
+        step = loss_cost(self._model(config), lengths.batch(config.batch_size), objective)
         batches = math.ceil(lengths.validation / (config.batch_size * self.devices))
         return batches * self.clock.seconds(step.operations)
 

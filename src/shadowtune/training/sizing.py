@@ -4,6 +4,8 @@ Budget: the boundaries get a quarter of the trained parameters, the backbone the
 three passes for each pass of the joint stage, as in the recommended recipe.
 """
 
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -58,11 +60,8 @@ def fit_budget(config: TrainConfig, parameters: int, planner: Planner) -> TrainC
         if shape is None:
             continue
         widest = int(shape.pop("intermediate_size")) // 8 * 8
-
-        def with_mlp(units: int, shape: dict[str, Any] = shape) -> int:
-            return count(rank=rank, intermediate_size=units, **shape)
-
-        growth = growth_of(with_mlp, 8, widest)
+        fitted = functools.partial(_count_units, count, {"rank": rank, **shape})
+        growth = growth_of(fitted, 8, widest)
         smallest = growth.count(max(8, int(LEAST_MLP * widest) // 8 * 8))
         if smallest <= parameters:
             units = min(widest, 8 * ((parameters - growth.fixed) // growth.per_step))
@@ -82,6 +81,10 @@ def fit_budget(config: TrainConfig, parameters: int, planner: Planner) -> TrainC
             f"{found:,} parameters; for more set shadow.num_shadow_layers"
         )
     return sized(rank=rank, **chosen)
+
+
+def _count_units(count: Callable[..., int], changes: Mapping[str, int], units: int) -> int:
+    return count(**changes, intermediate_size=units)
 
 
 def _divided(planner: Planner, config: TrainConfig, divisor: int) -> dict[str, int] | None:
