@@ -62,6 +62,13 @@ def test_classes_and_the_settings_of_a_run_are_shown(base, tmp_path, capsys):
     assert "text and label (learned as answers)" in capsys.readouterr().out
 
 
+def test_a_run_directory_shows_what_it_was_trained_on(shadow_run, data, capsys):
+    assert main(["data", str(shadow_run), "--rows", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{data}: read as prompt and completion: 8 examples")
+    assert "[[o·n·e·<|im_end|>]]" in shown
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -115,6 +115,14 @@ def test_columns_and_class_names_of_training_hold_for_unlabelled_tables(base, tm
     assert {row["prediction"] for row in lines(out)} <= {"sales", "support"}
 
 
+def test_instructions_are_asked_as_in_training(shadow_run, tmp_path):
+    rows = [{"instruction": "say", "input": "one"}, {"instruction": "say one", "input": None}]
+    out, file = tmp_path / "out.jsonl", str(write_rows(tmp_path / "rows.jsonl", rows))
+    assert main(["predict", str(shadow_run), file, "--out", str(out), "--max-new-tokens", "4", "--quiet"]) == 0
+    expected = generated(shadow_run, "attached", tmp_path, ["say\n\none", "say one"])
+    assert [row["prediction"] for row in lines(out)] == expected
+
+
 @pytest.fixture(scope="module")
 def classifier(base, tmp_path_factory):
     path = tmp_path_factory.mktemp("classifier")

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowtune.cli.command import Command, add_json, check_json_target, write_json
@@ -39,7 +40,7 @@ class ShownExample:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("file", help="data set as in data.train, or a YAML file with the settings of a run")
+    parser.add_argument("file", help="data set as in data.train; or a run directory, or a YAML file with settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of a run, such as data.template")
     parser.add_argument("--model", metavar="M", help="model whose tokenizer is used (default: smollm2-135m)")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="examples to show (default: %(default)s)")
@@ -52,10 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
     from shadowtune.config.loading import load_config
     from shadowtune.config.training import TrainConfig
 
-    is_settings = arguments.file.endswith((".yaml", ".yml"))
-    named = [] if is_settings else [f"data.train={arguments.file}"]
+    run_settings = Path(arguments.file) / "config.yaml"
+    file = run_settings if run_settings.is_file() else Path(arguments.file)
+    settings = file if file.suffix in (".yaml", ".yml") else None
+    named = [] if settings is not None else [f"data.train={arguments.file}"]
     named += [] if arguments.model is None else [f"model={arguments.model}"]
-    config = load_config(TrainConfig, arguments.file if is_settings else None, [*named, *arguments.overrides])
+    config = load_config(TrainConfig, settings, [*named, *arguments.overrides])
     from shadowtune.training.training_data import load_training_data
 
     data = load_training_data(config)

@@ -183,9 +183,9 @@ def clock_of(arguments: argparse.Namespace) -> "Clock":
             raise ConfigError(f"--tflops must be above 0, got {arguments.tflops:g}")
         rate = arguments.tflops * 1e12
         return Roofline(rate, rate, bandwidth, f"not measured: {arguments.tflops:g} TFLOP/s as given")
-    rates = (EFFICIENCY * device[f"tflops_{kind}"] * 1e12 for kind in ("16bit", "float32"))
+    narrow, wide = (EFFICIENCY * device[f"tflops_{kind}"] * 1e12 for kind in ("16bit", "float32"))
     source = f"not measured: {EFFICIENCY:.0%} of the products and {BANDWIDTH_EFFICIENCY:.0%} of the bandwidth of {name}"
-    return Roofline(*rates, bandwidth, source)
+    return Roofline(narrow, wide, bandwidth, source)
 
 
 def show(config: TrainConfig, lengths: "Lengths", arguments: argparse.Namespace, base: Any = None) -> int:

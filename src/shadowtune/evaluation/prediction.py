@@ -47,8 +47,9 @@ def usual_column(trained: TrainedModel) -> str | None:
     form, data = trained.prompt_format, trained.own_data
     if form.template is not None or data is None:
         return form.text_field
-    fields = data.fields
-    return fields.text if trained.source.task == "classification" else fields.prompt or fields.text
+    fields, columns = data.fields, data.settings.columns
+    text = fields.text or columns.get("text")
+    return text if trained.source.task == "classification" else fields.prompt or columns.get("prompt") or text
 
 
 class Predictor:

@@ -93,7 +93,7 @@ class CostCounter(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, labelled: float = 1.0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.labelled = labelled
         self.live = self.peak = 0
         self.operations: dict[str, Operation] = {}

@@ -30,8 +30,9 @@ UNTIMED = ("aten._local_scalar_dense", "aten.nonzero")
 class Clock(Protocol):
     """Turns operations into seconds."""
 
-    source: str
-    """Where the seconds come from, for people."""
+    @property
+    def source(self) -> str:
+        """Description of where the seconds come from."""
 
     def seconds(self, operations: Iterable[Operation]) -> float:
         """Return the seconds of all calls of these operations."""

@@ -58,7 +58,11 @@ def fit_budget(config: TrainConfig, parameters: int, planner: Planner) -> TrainC
         if shape is None:
             continue
         widest = int(shape.pop("intermediate_size")) // 8 * 8
-        growth = growth_of(lambda units, shape=shape: count(rank=rank, intermediate_size=units, **shape), 8, widest)
+
+        def with_mlp(units: int, shape: dict[str, Any] = shape) -> int:
+            return count(rank=rank, intermediate_size=units, **shape)
+
+        growth = growth_of(with_mlp, 8, widest)
         smallest = growth.count(max(8, int(LEAST_MLP * widest) // 8 * 8))
         if smallest <= parameters:
             units = min(widest, 8 * ((parameters - growth.fixed) // growth.per_step))
