@@ -29,10 +29,11 @@ def test_it_says_what_was_written_and_what_is_not_kept(saved, tmp_path, capsys):
     assert_same(load_shadow_peft(target), ours(perturbed_model()))
 
 
-def test_there_and_back_and_plain(saved, tmp_path):
+@pytest.mark.parametrize("theirs", ["shadow-peft", "shadowtune-peft"])
+def test_there_and_back_and_plain(theirs, saved, tmp_path):
     source, base = saved
     steps = [
-        (source, "a", "shadow-peft"),
+        (source, "a", theirs),
         (str(tmp_path / "a"), "b", "shadowtune"),
         (str(tmp_path / "b"), "c", "plain"),
     ]

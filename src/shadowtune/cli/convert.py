@@ -10,7 +10,7 @@ EPILOG = """examples:
   shadowtune convert adapter out/adapter --format shadowtune --base Qwen/Qwen3-0.6B
   shadowtune convert adapter out/plain --format plain --base Qwen/Qwen3-0.6B
 """
-FORMATS = ("shadowtune", "shadow-peft", "peft", "plain")
+FORMATS = ("shadowtune", "shadowtune-peft", "shadow-peft", "peft", "plain")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="run, saved shadow, adapter of shadow-peft or PEFT, or projected model")
     parser.add_argument("target", help="new directory")
     parser.add_argument(
-        "--format", required=True, choices=FORMATS, help="plain is the detached shadow as an ordinary model"
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="shadowtune-peft: as an adapter of shadowtune.peft; plain: the detached shadow as an ordinary model",
     )
     parser.add_argument("--base", help="base model, where the source names none (shadow-peft never does)")
     parser.add_argument("--backbone", help="model of the backbone's architecture, where it is not a mirror of the base")
