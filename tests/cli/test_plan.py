@@ -131,6 +131,13 @@ def test_what_cannot_be_met_is_refused(arguments, said, base, data, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_could_disagree_on_the_passes_are_refused(base, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = write_config(tmp_path / "c.yaml", base, data, tmp_path / "run", BUDGET)
+    assert main(["train", str(config), "--minutes", "5", "--dry-run"]) == 2
+    assert "several would disagree" in capsys.readouterr().err
+
+
 def test_minutes_set_the_passes(base, data, tmp_path, capsys):
     config = write_config(tmp_path / "c.yaml", base, data, tmp_path / "run", BUDGET)
     assert main(["train", str(config), "--minutes", "100", "--dry-run"]) == 0

@@ -1,6 +1,7 @@
 """``shadowtune plan``: parameters, memory and time of a run before it starts; also ``shadowtune train --dry-run``."""
 
 import argparse
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,8 @@ def sized(config: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
     if arguments.minutes is not None:
         if not 0 < arguments.minutes < float("inf"):
             raise ConfigError(f"--minutes must be above 0, got {arguments.minutes:g}")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError("--minutes measures in one process, and several would disagree; set epochs")
         if has_accelerator():
             raise ConfigError(
                 "--minutes measures this machine's processor, but its accelerator would train; set epochs"
