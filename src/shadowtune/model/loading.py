@@ -282,9 +282,9 @@ def _convert_adapter(
         loaded = name
     with reading(f"{adapter.source} makes no shadow"):
         config, tensors = adapter.build(loaded.config, backbone)
+    config.base_name_or_path = absolute_name(loaded.config.name_or_path or "") or config.base_name_or_path
     if config.base_signature is not None:  # recorded by our own PEFT method, and checked later
         return config, tensors, loaded
-    config.base_name_or_path = absolute_name(loaded.config.name_or_path or "")
     config.base_revision = commit_of(loaded.config)
     config.base_fingerprint = base_fingerprint(loaded)
     config.base_signature = base_signature(loaded)
