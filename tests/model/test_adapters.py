@@ -1,97 +1,93 @@
+"""Several adapters on one base: each computes what it computes alone, and only the active one is trained and saved."""
+
+import copy
+
 import pytest
 import torch
 
+from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.errors import CheckpointError, ConfigError
-from shadowtune.model.causal_lm import ShadowForCausalLM
-from shadowtune.model.methods import load_base, load_trained, make_trainable, objective_of, parameter_table
-from tests.support.bases import tiny_base, tiny_classifier
-from tests.support.shadows import perturb, tokens
+from tests.support.bases import tiny_base
+from tests.support.shadows import perturb, perturbed_classifier, perturbed_model, tokens
 
-SHADOW = {"peft_type": "SHADOW", "r": 4, "update_hidden_size": 3, "auxiliary_loss_weight": 0.7, "shadow_dropout": 0.0}
+SECOND = ShadowConfig(variant="stateless", rank=3, dropout=0.0, draft_rank=2)
 
 
-def trained(settings, task="causal_lm", **kwargs):
-    base = tiny_base() if task == "causal_lm" else tiny_classifier()
-    return make_trainable(base, "peft", task, peft=settings, **kwargs)
+@torch.no_grad()
+def logits(model, **kwargs):
+    return model.eval()(tokens(2, 7), **kwargs).logits
 
 
-@pytest.mark.parametrize("settings", [{"peft_type": "IA3"}, {"peft_type": "HRA", "r": 2}, SHADOW])
-def test_any_adapter_of_peft_is_made_by_its_own_settings(settings):
-    model = trained(settings)
-    parts = {part: count for part, _, count in parameter_table(model)}
-    assert parts["base"] == 0
-    assert parts["adapters"] > 0
+@pytest.fixture
+def model():
+    made = perturbed_model(dropout=0.0)
+    made.add_adapter("second", SECOND)
+    return made
 
 
-def test_trained_parameters_have_the_dtype_asked_for():
-    model = trained({"peft_type": "HRA", "r": 2}, dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+def test_each_computes_what_it_computes_alone(model):
+    first = logits(model)
+    alone = perturb(ShadowForCausalLM.from_base(model.base, SECOND))
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(model.base)), "a new adapter changes nothing"
+    model.shadow.load_state_dict(alone.shadow.state_dict())
+    for mode in ("attached", "detached"):
+        assert torch.equal(logits(model.set_mode(mode)), logits(alone.set_mode(mode)))
+    model.set_mode("attached").set_adapter("default")
+    assert torch.equal(logits(model), first)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(model.base))
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"peft_type": "SHADW"}, r"peft.peft_type 'SHADW' is unknown to PEFT \(did you mean SHADOW\?\)"),
-        ({"r": 3}, "peft.peft_type None is unknown"),
-        ({"peft_type": "SHADOW", "rank": 3}, "PEFT's SHADOW has no setting peft.rank"),
-        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}, "puts tokens before the prompt"),
-        (
-            {"peft_type": "LORA", "r": 2, "layers_pattern": "x", "target_modules": "a"},
-            "peft: LORA refuses its settings",
-        ),
-    ],
-)
-def test_what_peft_does_not_have_is_one_line(settings, said):
-    with pytest.raises(ConfigError, match=said) as caught:
-        trained(settings)
-    assert "\n" not in str(caught.value)
+def test_one_alone_is_trained_and_the_others_stay(model):
+    inactive = copy.deepcopy(model._inactive["second"].modules["shadow"].state_dict())
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.train().set_adapter("second")
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} != names
+    model.set_adapter("default")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(tokens(2, 7), labels=tokens(2, 7)).loss.backward()
+    optimizer.step()
+    model.set_adapter("second")
+    assert model.shadow.training
+    for name, tensor in model.shadow.state_dict().items():
+        assert torch.equal(tensor, inactive[name]), name
 
 
-def test_the_auxiliary_loss_of_pefts_shadow_is_trained():
-    model = perturb(trained(SHADOW), scale=0.1).eval()
-    ids = tokens(2, 7)
-    inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
-    loss = objective_of("peft", "causal_lm", "SHADOW")(model, inputs, None)["loss"]
-    auxiliary = model.base_model.last_shadow_loss
-    plain = objective_of("lora", "causal_lm")(model, inputs, None)["loss"]
-    assert auxiliary > 1
-    torch.testing.assert_close(loss, plain + 0.7 * auxiliary)
+def test_the_active_one_is_saved_and_loads_beside_others(model, tmp_path):
+    model.set_adapter("second")
+    perturb(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "second")
+    assert torch.equal(logits(ShadowForCausalLM.from_pretrained(tmp_path / "second", base=model.base)), expected)
+    other = ShadowForCausalLM.from_base(model.base, ShadowConfig(rank=2))
+    other.load_adapter(tmp_path / "second", "loaded")
+    other.set_adapter("loaded")
+    assert torch.equal(logits(other), expected)
+    assert other.shadow.config == SECOND
+    assert other.detached().config.num_hidden_layers == 1
+    elsewhere = ShadowForCausalLM.from_base(tiny_base(hidden_size=48), ShadowConfig(rank=2))
+    with pytest.raises(CheckpointError):
+        elsewhere.load_adapter(tmp_path / "second", "loaded")
+    assert elsewhere.adapters == ("default",)
 
 
-def test_a_micro_batch_counts_by_its_share_of_the_step():
-    model = perturb(trained({"peft_type": "IA3"}, "classification"), scale=0.1).eval()
-    inputs = {"input_ids": tokens(4, 6), "labels": torch.tensor([0, 1, 2, 1])}
-    objective = objective_of("peft", "classification")
-    whole = objective(model, inputs, 4)["loss"]
-    halves = [objective(model, {k: v[part] for k, v in inputs.items()}, 4)["loss"] for part in (slice(3), slice(3, 4))]
-    torch.testing.assert_close(sum(halves), whole)
+def test_heads_of_a_classifier_go_with_their_adapter():
+    model = perturbed_classifier(dropout=0.0)
+    first = logits(model)
+    model.add_adapter("second")
+    model.set_adapter("second")
+    assert not torch.equal(logits(model), first)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
 
 
-def test_a_trained_shadow_of_peft_is_opened_as_a_shadow_with_the_same_outputs(tmp_path):
-    tiny_base().save_pretrained(tmp_path / "base")
-    model = perturb(make_trainable(load_base(str(tmp_path / "base")), "peft", peft=SHADOW), scale=0.1).eval()
-    model.save_pretrained(tmp_path / "model")
-    opened = load_trained(tmp_path / "model", "peft", "causal_lm", str(tmp_path / "base"))
-    assert isinstance(opened, ShadowForCausalLM)
-    ids = tokens(2, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(opened(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
-        base = tiny_base()(input_ids=ids).logits
-        opened.set_mode("detached")
-        assert not torch.allclose(opened(input_ids=ids).logits, base, atol=1e-2)
-
-
-def test_other_adapters_are_opened_by_peft(tmp_path):
-    tiny_base().save_pretrained(tmp_path / "base")
-    model = make_trainable(load_base(str(tmp_path / "base")), "peft", peft={"peft_type": "HRA", "r": 2})
-    perturb(model, scale=0.3).eval().save_pretrained(tmp_path / "model")
-    opened = load_trained(tmp_path / "model", "peft", "causal_lm", str(tmp_path / "base"))
-    ids = tokens(2, 8)
-    with torch.no_grad():
-        assert torch.equal(opened(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-def test_an_adapter_without_a_config_is_named(tmp_path):
-    (tmp_path / "model").mkdir()
-    with pytest.raises(CheckpointError, match=r"cannot read adapter_config.json of .*model"):
-        load_trained(tmp_path / "model", "peft", "causal_lm", "any")
+def test_names_that_are_wrong_are_one_line(model):
+    with pytest.raises(ConfigError, match="'second' already"):
+        model.add_adapter("second")
+    with pytest.raises(ConfigError, match=r"no adapter 'secnd' \(did you mean second\?\); there are default, second"):
+        model.set_adapter("secnd")
+    with pytest.raises(ConfigError, match="'default' is active"):
+        model.delete_adapter("default")
+    model.delete_adapter("second")
+    assert model.adapters == ("default",)

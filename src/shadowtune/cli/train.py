@@ -23,7 +23,7 @@ TRAIN_EPILOG = """examples:
   shadowtune train runs/lora --resume
   shadowtune train configs/clinc150.yaml --dry-run
   shadowtune train configs/clinc150.yaml --budget 4.5M --minutes 10
-  accelerate launch --num_processes 2 -m shadowtune train configs/clinc150.yaml
+  torchrun --nproc-per-node 2 -m shadowtune train configs/clinc150.yaml
 Without a settings file the recommended recipe is used; shadowtune init writes it. Text needs no quotes of its own:
 'data.template=Request: {text}'. All settings: docs/settings.md, or shadowtune schema reference.
 """

@@ -28,6 +28,7 @@ from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import ShadowState
 from shadowtune.core.losses import JointLoss, LossWeights
 from shadowtune.errors import ConfigError
+from shadowtune.model.adapters import NamedAdapters
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint, base_signature
 from shadowtune.model.initialization import start_shadow
@@ -47,7 +48,7 @@ MERGE_ERROR = (
 )
 
 
-class ShadowPreTrainedModel(PreTrainedModel):
+class ShadowPreTrainedModel(NamedAdapters):
     """A frozen base and a trainable shadow; base class of the task models."""
 
     config_class = ShadowModelConfig
@@ -73,6 +74,7 @@ class ShadowPreTrainedModel(PreTrainedModel):
         self.base.requires_grad_(False)
         self.shadow: Shadow = shadow
         self.mode: Mode = "attached"
+        self._init_adapters()
         config._attn_implementation = self.base.config._attn_implementation
         self._known_keywords = known_keywords(self, self.architecture.decoder_of(self.base), shadow.backbone)
         self.post_init()

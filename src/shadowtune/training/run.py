@@ -67,6 +67,7 @@ from shadowtune.training.callbacks import (
 )
 from shadowtune.training.checkpoints import TrainingProgress, atomic_directory, convert_write_errors
 from shadowtune.training.interpolation import join_ensemble
+from shadowtune.training.parallelism import check_parallelism
 from shadowtune.training.run_directory import DISTILLATION_DIRECTORY, DRAFT_HEAD_DIRECTORY, InputDigests, RunDirectory
 from shadowtune.training.samples import SampleAnswers
 from shadowtune.training.stages import (
@@ -170,6 +171,7 @@ def train(
     arguments = training_arguments(config, run.checkpoints, quiet)
     main = arguments.process_index == 0
     options = RunOptions(resume and not overwrite, overwrite, report if main else lambda line: None, quiet, main)
+    check_parallelism(config, arguments)
     if options.resume and run.is_finished(config):
         return _read_summary(run, options)
     with _claimed(run, config, options):

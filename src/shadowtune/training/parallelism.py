@@ -1,0 +1,56 @@
+"""Layouts of several processes that a run supports: what else a launcher asks for is refused before anything is loaded.
+
+Supported are data parallelism (DDP, DeepSpeed ZeRO 1 and 2) and FSDP2 with whole state dicts. The others would fail
+after the last step, save an empty model or train with other rates, so they are errors (docs/distributed.md).
+"""
+
+import os
+from collections.abc import Iterator
+
+from accelerate.utils import FullyShardedDataParallelPlugin
+from transformers import TrainingArguments
+
+from shadowtune.config.settings import raise_errors
+from shadowtune.config.training import TrainConfig
+
+
+def check_parallelism(config: TrainConfig, arguments: TrainingArguments) -> None:
+    """Check what the launcher asks for.
+
+    Raises:
+        ConfigError: with all settings of the launcher or of the run that are not supported, and what to set instead.
+    """
+    raise_errors(_errors(config, arguments))
+
+
+def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
+    deepspeed = arguments.deepspeed_plugin
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        yield (
+            "DeepSpeed ZeRO stage 3 hides the weights that a shadow starts from and is checked against; use stage 2 "
+            "(zero_stage: 2), or FSDP with fsdp_version: 2"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
+        return
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        yield "FSDP version 1 joins parameters and with them their learning rates; set fsdp_version: 2"
+        return
+    if "SHARDED" in str(plugin.state_dict_type):
+        yield "fsdp_state_dict_type SHARDED_STATE_DICT leaves no adapter that loads; set FULL_STATE_DICT"
+    if plugin.activation_checkpointing:
+        yield "fsdp_activation_checkpointing wraps the blocks that a shadow hooks; set gradient_checkpointing instead"
+    if plugin.cpu_ram_efficient_loading:
+        yield "fsdp_cpu_ram_efficient_loading cannot place a shadow's buffers; set it to false"
+    stages = {
+        "fit_logit_interpolation": config.fits_logit_interpolation,
+        "distillation_epochs": config.distills_answers,
+        "drafting_epochs": config.drafter_last,
+    }
+    for name, wanted in stages.items():
+        if wanted:
+            yield f"{name} needs the whole model in every process, which FSDP shards; set {name}={_off(name)}"
+
+
+def _off(name: str) -> str:
+    return "false" if name.startswith("fit") else "0"
