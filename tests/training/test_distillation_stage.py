@@ -7,7 +7,13 @@ import torch
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.errors import ConfigError
 from shadowtune.training.run import train
-from shadowtune.training.stages import DistillationStage, StageContext, distillation_settings, own_answers, stages
+from shadowtune.training.stage_settings import distillation_settings
+from shadowtune.training.stages import (
+    DistillationStage,
+    StageContext,
+    own_answers,
+    stages,
+)
 from tests.support.runs import causal_rows, run_config
 from tests.support.shadows import perturbed_model
 from tests.support.tokenizers import tiny_tokenizer

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.errors import ConfigError
 from shadowtune.training.run import train
-from shadowtune.training.stages import DraftHeadStage, draft_head_only, draft_head_settings, own_answers
+from shadowtune.training.stage_settings import draft_head_settings
+from shadowtune.training.stages import DraftHeadStage, draft_head_only, own_answers
 from tests.support.runs import causal_rows, run_config
 from tests.support.shadows import perturbed_model
 from tests.support.tokenizers import tiny_tokenizer

@@ -12,7 +12,7 @@ from shadowtune.model.modeling import ShadowPreTrainedModel
 from shadowtune.model.shadow import Shadow
 from shadowtune.training import run as run_module
 from shadowtune.training.run import build_model, train
-from shadowtune.training.stages import joint_settings, shadow_only_settings
+from shadowtune.training.stage_settings import joint_settings, shadow_only_settings
 from tests.support.runs import run_config, snapshot
 from tests.training.test_resume import assert_same_run
 

@@ -39,7 +39,8 @@ from shadowtune.model.methods import (
 )
 from shadowtune.model.modeling import ShadowPreTrainedModel
 from shadowtune.model.speed import Clock
-from shadowtune.training.stages import lora_settings, prepare_shadow_only, shadow_only_settings
+from shadowtune.training.stage_settings import lora_settings, shadow_only_settings
+from shadowtune.training.stages import prepare_shadow_only
 from shadowtune.training.training_data import load_tokenizer
 
 SAMPLE = 512

@@ -70,14 +70,16 @@ from shadowtune.training.interpolation import join_ensemble
 from shadowtune.training.parallelism import check_parallelism
 from shadowtune.training.run_directory import DISTILLATION_DIRECTORY, DRAFT_HEAD_DIRECTORY, InputDigests, RunDirectory
 from shadowtune.training.samples import SampleAnswers
-from shadowtune.training.stages import (
-    DistillationStage,
-    DraftHeadStage,
-    StageContext,
+from shadowtune.training.stage_settings import (
     distillation_settings,
     draft_head_settings,
     joint_settings,
     preceding_runs,
+)
+from shadowtune.training.stages import (
+    DistillationStage,
+    DraftHeadStage,
+    StageContext,
     prepare_shadow_only,
     stages,
 )
