@@ -99,6 +99,7 @@ def test_what_a_stage_needs_is_an_error_of_one_line(tmp_path):
     with pytest.raises(ConfigError, match="need a tokenizer"):
         DraftHeadStage().run(context)
     context.tokenizer = tiny_tokenizer()
+    model.generate = lambda *args, **kwargs: pytest.fail("answers first")
     with pytest.raises(ConfigError, match=r"no draft head; set ShadowConfig\.draft_rank"):
         DraftHeadStage().run(context)
 

@@ -319,6 +319,8 @@ def _fit_own_answers(
     start, title = time.perf_counter(), stage.replace("_", " ")
     if context.tokenizer is None:
         raise ConfigError(f"the {title} stage learns the model's own answers, which need a tokenizer")
+    with trainable(context.model):
+        pass  # if there is nothing to train, the error comes before the answers
     context.report(f"{title}: the model answers {len(examples)} training prompts")
     answered = own_answers(context.model, context.tokenizer, examples)
     with trainable(context.model):
