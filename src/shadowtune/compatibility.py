@@ -13,15 +13,20 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 from packaging.version import Version
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import Cache
 from transformers.utils import CONFIG_NAME, ModelOutput, extract_commit_hash
+
+if TYPE_CHECKING:
+    from transformers import (
+        PreTrainedConfig,
+        PreTrainedModel,
+    )  # whose import would register our models, halfway through
 
 CACHE: Literal["cache", "past_key_values"] = (
     "cache" if Version(transformers_version).release >= (5, 24) else "past_key_values"
@@ -67,7 +72,7 @@ def takes_cache(method: Method) -> Method:
     return wrapper  # type: ignore[return-value]
 
 
-def keep_commit(model: PreTrainedModel, revision: str | None = None, cache_dir: str | Path | None = None) -> None:
+def keep_commit(model: "PreTrainedModel", revision: str | None = None, cache_dir: str | Path | None = None) -> None:
     """Keep in the config of a model that was just loaded which commit of its Hub repository it is.
 
     Args:
@@ -81,7 +86,7 @@ def keep_commit(model: PreTrainedModel, revision: str | None = None, cache_dir: 
         model.config._commit_hash = extract_commit_hash(file, None) if isinstance(file, str) else None
 
 
-def commit_of(config: PreTrainedConfig) -> str | None:
+def commit_of(config: "PreTrainedConfig") -> str | None:
     """Return the commit of the Hub repository that a model's config was loaded from; None for other models.
 
     If the config keeps none, it is that of the only snapshot in the Hub's cache. Several snapshots give None and a

@@ -169,7 +169,7 @@ def test_without_its_key_it_is_shut(cloud):
     ("arguments", "said"),
     [
         ([], "name at least one run"),
-        (["nowhere"], "nowhere is not a directory"),
+        (["nowhere"], "there is no nowhere"),
         (["{lora}"], "is a lora causal_lm run"),
         (["{shadow}", "--port", "99999"], "port must be at least 0"),
         (["{shadow}", "--allow-loading"], "--allow-loading needs a key"),

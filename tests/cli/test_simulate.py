@@ -200,7 +200,7 @@ def test_a_server_is_asked_in_a_users_words_with_its_key(edge, data, server, tmp
 
 @pytest.mark.parametrize(
     ("rows", "told"),
-    [([], "holds no rows"), ([{"prompt": "say one"}], "line 1: needs messages, or prompt and completion")],
+    [([], "holds no rows"), ([{"prompt": "say one"}], "line 1: no format fits the columns")],
 )
 def test_requests_without_rows_or_without_answers_are_one_line(rows, told, shadow_run, tmp_path, capsys):
     file = write_rows(tmp_path / "bad.jsonl", rows)

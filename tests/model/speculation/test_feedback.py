@@ -98,5 +98,5 @@ def test_feedback_that_was_not_trained_is_refused():
 
 def test_trainers_with_a_loss_of_their_own_would_drop_it():
     model = perturbed_model(draft_rank=4).train()
-    with pytest.raises(ConfigError, match="draft_rank is trained by a loss that this trainer"):
+    with pytest.raises(ConfigError, match="draft_rank: trained by a loss that this trainer"):
         model(input_ids=tokens(1, 4), labels=tokens(1, 4), fused_lm_head=True)
