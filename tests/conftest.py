@@ -17,8 +17,25 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
-LONG = ("test_readme.py", "test_compare.py", "test_demo.py", "test_robot.py", "test_compile.py", "test_harness.py")
-"""Files that go first: each is one process's for minutes, and last it would leave the others idle."""
+LONG = (
+    "test_readme.py",
+    "test_pretraining.py",
+    "test_registration.py",
+    "test_trainer.py",
+    "test_run.py",
+    "test_plan.py",
+    "test_compile.py",
+    "test_compare.py",
+    "test_watching.py",
+    "test_card.py",
+    "test_resume.py",
+    "test_connection.py",
+    "test_checkpoints.py",
+    "test_demo.py",
+    "test_robot.py",
+    "test_harness.py",
+)
+"""Files that go first: each occupies one process for long, and last it would leave the others idle."""
 
 
 UPSTREAM = ("'min_new_tokens'",)
