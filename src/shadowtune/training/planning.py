@@ -180,8 +180,8 @@ class Planner:
         trained = self.trained_parameters(config)
         memory = [self._training_memory(title, stage, lengths) for title, stage in stages.items()]
         notes = [
-            "the Python process and its libraries come on top, and what an allocator keeps: on a processor, glibc's heap up to 40 %, "
-            "unless MALLOC_MMAP_THRESHOLD_=262144 is set"
+            "the Python process and its libraries come on top, and what an allocator keeps: on a processor, glibc's "
+            "heap up to 40 %, unless MALLOC_MMAP_THRESHOLD_=262144 is set"
         ]
         if config.task == "causal_lm":
             memory += self._inference_memory(config, whole, lengths)
