@@ -189,13 +189,9 @@ def _read_sharegpt(row: Mapping[str, Any], fields: FieldNames, where: str) -> Ex
     return Conversation(_with_system(row, messages, where), **_chat_arguments(row, fields, where))
 
 
-def alpaca_prompt(row: Mapping[str, Any], where: str) -> str:
-    """Return the instruction and, below an empty line, the input if there is one."""
-    return fill_template("{instruction}\n\n{input}", row, where, ("input",))
-
-
 def _read_alpaca(row: Mapping[str, Any], fields: FieldNames, where: str) -> Example:
-    prompt = alpaca_prompt(row, where)
+    """The prompt is the instruction and, below an empty line, the input if there is one."""
+    prompt = fill_template("{instruction}\n\n{input}", row, where, ("input",))
     answer, extra = text_field(row, "output", where), _chat_arguments(row, fields, where)
     if not row.get("system"):
         return Completion(prompt, answer, **extra)

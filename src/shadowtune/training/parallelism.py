@@ -42,15 +42,12 @@ def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
         yield "fsdp_activation_checkpointing wraps the blocks that a shadow hooks; set gradient_checkpointing instead"
     if plugin.cpu_ram_efficient_loading:
         yield "fsdp_cpu_ram_efficient_loading cannot place a shadow's buffers; set it to false"
-    stages = {
-        "fit_logit_interpolation": config.fits_logit_interpolation,
-        "distillation_epochs": config.distills_answers,
-        "drafting_epochs": config.drafter_last,
+    stages = {  # setting that leaves a stage out -> whether the run has it
+        "fit_logit_interpolation=false": config.fits_logit_interpolation,
+        "distillation_epochs=0": config.distills_answers,
+        "drafting_epochs=0": config.drafter_last,
     }
-    for name, wanted in stages.items():
+    for off, wanted in stages.items():
         if wanted:
-            yield f"{name} needs the whole model in every process, which FSDP shards; set {name}={_off(name)}"
-
-
-def _off(name: str) -> str:
-    return "false" if name.startswith("fit") else "0"
+            name = off.partition("=")[0]
+            yield f"{name} needs the whole model in every process, which FSDP shards; set {off}"
