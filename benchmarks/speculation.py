@@ -42,7 +42,7 @@ DRAFTING: dict[str, SpeculationConfig] = {
     **{f"speculate-{length}": SpeculationConfig(length=length) for length in (1, 2, 3, 4, 6, 8)},
     "shadow": SpeculationConfig(drafter="shadow"),
     "shadow-all-tokens": SpeculationConfig(drafter="shadow", draft_vocabulary=False),
-    "feedback": SpeculationConfig(drafter="feedback"),
+    "draft-head": SpeculationConfig(drafter="draft_head"),
     "ngram": SpeculationConfig(drafter="ngram"),
 }
 """The candidates that draft, with their settings."""
@@ -178,9 +178,9 @@ class SpeculateCandidate(TimedCandidate):
         if self.name == "lora-merged":
             adapted: Any = METHODS["lora"].build(base, 16)
             return adapted.merge_and_unload().eval()
-        if settings.adapter is None and DRAFTING.get(self.name, SpeculationConfig()).drafter == "feedback":
+        if settings.adapter is None and DRAFTING.get(self.name, SpeculationConfig()).drafter == "draft_head":
             raise ShadowtuneError(
-                "feedback is measured with an adapter that was trained with draft_rank; pass --adapter"
+                "draft-head is measured with an adapter that was trained with draft_rank; pass --adapter"
             )
         return load_model(base, settings.adapter)
 
@@ -217,7 +217,7 @@ SPECULATE = Benchmark(
   python -m benchmarks speculate --model tiny                                  a random base, to see how it works
   python -m benchmarks speculate --adapter runs/gsm8k/model --task gsm8k --data DIR --baselines attached,base,assisted
   python -m benchmarks speculate --adapter runs/gsm8k/model --baselines attached   random prompts: the worst case
-  python -m benchmarks speculate --adapter runs/gsm8k/model --task gsm8k --baselines shadow,feedback,ngram
+  python -m benchmarks speculate --adapter runs/gsm8k/model --task gsm8k --baselines shadow,draft-head,ngram
 """,
 )
 

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     for line in (*summaries, *map(_overload, simulator.overloaded())):
         print(line)
     _write(Path(arguments.output), results, routing.threshold_sweep(simulator, name, plotted))
-    details = {"settings": asdict(config), "areas": areas, "verdicts": [vars(summary) for summary in summaries]}
+    details = {"settings": asdict(config), "areas": areas, "summaries": [vars(summary) for summary in summaries]}
     write_json(arguments.json, "simulate", rows, **details)
     return 0
 

@@ -306,7 +306,7 @@ def recommended_shadow(values: Mapping[str, Any], whole_base: bool = True) -> di
     return recipe
 
 
-DrafterName = Literal["shadow", "feedback", "ngram", "combined"]
+DrafterName = Literal["shadow", "draft_head", "ngram", "combined"]
 _DraftLength = Annotated[StrictInt, Ge(1), Lt(65)]
 
 
@@ -320,9 +320,9 @@ class SpeculationConfig:
     length: _DraftLength | None = None
     """Tokens drafted before each verification; None adapts the number, 0 included, to the acceptance so far."""
     drafter: DrafterName = "combined"
-    """Source of the drafts. "shadow": the detached shadow. "feedback": the draft head, if one was trained
+    """Source of the drafts. "shadow": the detached shadow. "draft_head": the draft head, if one was trained
     (``draft_rank``). "ngram": the tokens that followed the same n-gram earlier in the text. "combined": ngram where its
-    estimated acceptance is higher than that of feedback, or of the shadow without a draft head."""
+    estimated acceptance is higher than that of draft_head, or of the shadow without a draft head."""
     max_length: _DraftLength = 8
     """Most tokens drafted if the number is adapted."""
     draft_vocabulary: StrictBool = True

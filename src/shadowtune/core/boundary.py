@@ -86,8 +86,8 @@ class Boundaries(nn.Module):
         count: number of boundaries.
         hidden_size: d, the width of the base.
         config: the shadow's settings.
-        first: index of the block that the first boundary precedes; the others follow block by block. By default 1, or
-            0 with ``config.inject_first``.
+        first: index of the block that the first boundary precedes; the others follow block by block. 1 is the paper's;
+            ``config.first_boundary`` gives that of a base.
 
     With ``config.channel_scaling``, row i of a boundary's W_down is multiplied by ``channel_scales[boundary, i]``. The
     variant "stateless" always has these scales, and the typical size of each block's input in ``input_sizes``.
@@ -96,11 +96,11 @@ class Boundaries(nn.Module):
     bfloat16 base with float32 boundaries computes the boundaries in float32. Under autocast torch chooses the dtype.
     """
 
-    def __init__(self, count: int, hidden_size: int, config: ShadowConfig, first: int | None = None) -> None:
+    def __init__(self, count: int, hidden_size: int, config: ShadowConfig, first: int = 1) -> None:
         super().__init__()
         self.config = config
         self.count = count
-        self.first = (0 if config.inject_first else 1) if first is None else first
+        self.first = first
         self.kernel: Kernel = "auto"
         d, r, k = hidden_size, config.rank, config.update_width
         shared = config.depth_sharing == "full"

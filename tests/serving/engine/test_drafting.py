@@ -92,7 +92,7 @@ def test_large_batches_on_a_cpu_need_better_drafts():
     assert not length.worth(0, torch.cat([chances, others]), torch.cat([torch.ones(1), others]))
 
 
-def test_feedback_sees_the_state_that_chose_the_last_token(monkeypatch):
+def test_a_draft_head_sees_the_state_that_chose_the_last_token(monkeypatch):
     """The drafter is told each row's own, whichever rows there are."""
     base = tiny_base()
     models = {"a": adapter(base, draft_rank=4)}
@@ -105,7 +105,7 @@ def test_feedback_sees_the_state_that_chose_the_last_token(monkeypatch):
         return drafter
 
     monkeypatch.setattr(drafting, "make_drafter", watched)
-    served = engine(models, speculation=SpeculationConfig(length=2, drafter="feedback"))
+    served = engine(models, speculation=SpeculationConfig(length=2, drafter="draft_head"))
     assert answers(served, [request(length=5)]) == [alone(models["a"], prompt(5))]
     said = alone(models["a"], prompt(5))
     with torch.no_grad():
@@ -117,6 +117,6 @@ def test_feedback_sees_the_state_that_chose_the_last_token(monkeypatch):
     torch.testing.assert_close(learned[0][0], hidden[4], rtol=1e-3, atol=1e-4)
 
 
-def test_feedback_that_was_not_trained_is_refused():
+def test_a_draft_head_that_was_not_trained_is_refused():
     with pytest.raises(ConfigError, match="draft_rank"):
-        engine(one_model(), speculation=SpeculationConfig(drafter="feedback"))
+        engine(one_model(), speculation=SpeculationConfig(drafter="draft_head"))

@@ -162,15 +162,15 @@ def make_drafter(config: SpeculationConfig, model: Any, processors: LogitsProces
         sample: whether tokens are drawn.
 
     Raises:
-        ConfigError: if the settings ask for "feedback" and it was not trained.
+        ConfigError: if the settings ask for "draft_head" and it was not trained.
     """
     if config.drafter == "ngram":
         return NgramDrafter()
     warpers = LogitsProcessorList(each for each in processors if isinstance(each, WARPERS)) if sample else None
     vocabulary = model.draft_vocabulary if config.draft_vocabulary else None
     draft_head = None if config.drafter == "shadow" else model.shadow.draft_head
-    if config.drafter == "feedback" and draft_head is None:
-        raise ConfigError("drafter feedback needs a shadow that was trained with draft_rank; choose shadow")
+    if config.drafter == "draft_head" and draft_head is None:
+        raise ConfigError("drafter draft_head needs a shadow that was trained with draft_rank; choose shadow")
     shadow = ShadowDrafter(model.head, vocabulary, warpers, draft_head)
     return CombinedDrafter(shadow) if config.drafter == "combined" else shadow
 

@@ -87,13 +87,13 @@ def test_it_says_the_same_and_is_saved(tmp_path):
     loaded = ShadowForCausalLM.from_pretrained(tmp_path / "shadow", base=str(tmp_path / "base"))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
     plain = model.generate(**inputs)
-    for drafter in ("feedback", "shadow", "combined"):
+    for drafter in ("draft_head", "shadow", "combined"):
         assert torch.equal(plain, loaded.generate(**inputs, speculate=SpeculationConfig(length=3, drafter=drafter)))
 
 
-def test_feedback_that_was_not_trained_is_refused():
+def test_a_draft_head_that_was_not_trained_is_refused():
     with pytest.raises(ConfigError, match="needs a shadow that was trained with draft_rank"):
-        perturbed_model().generate(tokens(1, 4), max_new_tokens=3, speculate=SpeculationConfig(drafter="feedback"))
+        perturbed_model().generate(tokens(1, 4), max_new_tokens=3, speculate=SpeculationConfig(drafter="draft_head"))
 
 
 def test_trainers_with_a_loss_of_their_own_would_drop_it():
