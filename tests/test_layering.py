@@ -57,6 +57,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "tokenizers": {"models", "export"},
     "filelock": {"models", "training"},
     "psutil": {"provenance"},
+    "submitit": {"comparison"},
     "trl": set(),
     "lm_eval": {"evaluation"},
     "gguf": {"export"},
