@@ -15,27 +15,11 @@ from shadowtune.comparison.plan import Plan
 from shadowtune.comparison.run import compare
 from shadowtune.config.cluster import ClusterConfig
 from shadowtune.errors import ConfigError, ShadowtuneError
-from tests.comparison.test_job import job
 from tests.support import fake_slurm
+from tests.support.cluster_jobs import QuickJob, work
 from tests.support.comparisons import InventedWorker, compare_config
 
 CPU = {"gpus_per_run": 0, "cpus_per_run": 1}
-
-
-def work(job):
-    """What the jobs do, by the name of their task."""
-    if job.task == "wrong":
-        raise ShadowtuneError("there is no such base")
-    if job.task == "broken":
-        raise ZeroDivisionError("1 / 0")
-    if job.task == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if job.task == "slow":
-        (job.path / "began").parent.mkdir(parents=True, exist_ok=True)
-        (job.path / "began").touch()
-        while not (job.path / "go on").exists():
-            time.sleep(0.05)
-    job.write(seconds=1.0, evaluations=[], training=None, provenance={"pid": os.getpid()})
 
 
 @pytest.fixture
@@ -67,7 +51,7 @@ def wait_for(condition):
 
 
 def test_each_job_runs_in_the_scheduler_and_a_failed_or_killed_one_costs_no_other(submitit, tmp_path):
-    jobs = [job(tmp_path, task=task) for task in ("good", "wrong", "broken", "killed")]
+    jobs = [QuickJob(tmp_path, task) for task in ("good", "wrong", "broken", "killed")]
     lines = []
     Executor(4, None, lines.append, Cluster(ClusterConfig(scheduler="local", **CPU), tmp_path / "logs")).run(jobs)
     good, wrong, broken, killed = (each.result() for each in jobs)
@@ -89,7 +73,7 @@ def test_slurm_gets_what_is_asked_for_and_a_refusal_is_one_line(slurm, tmp_path)
         setup=["export SHADOWTUNE_SETUP=1"],
         options={"account": "mine", "constraint": "h100"},
     )
-    good, refused = job(tmp_path, task="good"), job(tmp_path, task="other")
+    good, refused = QuickJob(tmp_path, "good"), QuickJob(tmp_path, "other")
     Executor(1, None, cluster=Cluster(asked, tmp_path / "logs")).run([good])
     assert good.is_done()
     script = (slurm / "1.sbatch").read_text()
@@ -103,47 +87,57 @@ def test_slurm_gets_what_is_asked_for_and_a_refusal_is_one_line(slurm, tmp_path)
 
 
 def test_a_job_that_outlived_its_comparison_is_waited_for_and_not_submitted_again(slurm, tmp_path):
-    slow, config = job(tmp_path, task="slow"), ClusterConfig(**CPU)
-    first = Cluster(config, tmp_path / "logs").worker(slow)
-    abandoned = threading.Thread(target=lambda: _ignoring(first.call, work, slow), daemon=True)
-    abandoned.start()
+    slow, config = QuickJob(tmp_path, "slow"), ClusterConfig(**CPU)
+    Cluster(config, tmp_path / "logs").worker(slow)._submit(work, slow)  # by a program that has ended since
     wait_for((slow.path / "began").exists)
-    first._killed.set()  # the program ends without cancelling
-    abandoned.join()
-    again = threading.Thread(
+    resumed = threading.Thread(
         target=Executor(1, None, cluster=Cluster(config, tmp_path / "logs")).run, args=([slow],), daemon=True
     )
-    again.start()
+    resumed.start()
     time.sleep(0.5)
     (slow.path / "go on").touch()
-    again.join(timeout=60)
+    resumed.join(timeout=60)
     assert slow.is_done() and len(list(slurm.glob("*.sbatch"))) == 1
 
 
-def test_stopping_cancels_the_job_and_the_next_comparison_submits_it_again(slurm, tmp_path):
-    slow, config = job(tmp_path, task="slow"), ClusterConfig(**CPU)
-    executor = Executor(1, None, cluster=Cluster(config, tmp_path / "logs"))
+def test_a_preempted_job_is_queued_again(slurm, tmp_path):
+    slow = QuickJob(tmp_path, "slow")
+    executor = Executor(1, None, cluster=Cluster(ClusterConfig(**CPU), tmp_path / "logs"))
     running = threading.Thread(target=executor.run, args=([slow],), daemon=True)
     running.start()
-    wait_for((slow.path / "began").exists)
-    executor._stop()
-    wait_for(lambda: (slurm / "1.state").read_text() == "CANCELLED")
+    wait_for(lambda: (slow.path / "began").exists() and (slow.path / "began").read_text())
+    process = int((slow.path / "began").read_text())
+    os.kill(process, signal.SIGUSR2)  # as Slurm does before the time limit
+    wait_for(lambda: int((slow.path / "began").read_text() or process) != process)
+    (slow.path / "go on").touch()
+    running.join(timeout=60)
+    assert slow.is_done() and slow.result()["provenance"]["pid"] != process
+    assert len(list(slurm.glob("*.sbatch"))) == 1
+
+
+def test_ctrl_c_cancels_the_job_and_the_next_comparison_submits_it_again(slurm, tmp_path, monkeypatch):
+    slow, config = QuickJob(tmp_path, "slow"), ClusterConfig(**CPU)
+
+    def interrupted(*args, **kwargs):
+        wait_for((slow.path / "began").exists)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Executor(1, None, cluster=Cluster(config, tmp_path / "logs")).run([slow])
+    assert (slurm / "1.state").read_text() == "CANCELLED" and slow.result() is None
     (slow.path / "go on").touch()
     Executor(1, None, cluster=Cluster(config, tmp_path / "logs")).run([slow])
     assert slow.is_done() and len(list(slurm.glob("*.sbatch"))) == 2
 
 
-def _ignoring(function, *arguments):
-    try:
-        function(*arguments)
-    except ShadowtuneError:
-        pass
-
-
 def test_a_result_on_another_file_system_is_named(submitit, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "VISIBLE_SECONDS", 0.0)
-    lost = job(tmp_path, task="good")
-    with pytest.raises(ShadowtuneError, match="is not visible here after 0 s; set output to a directory that the nodes"):
+    lost = QuickJob(tmp_path, "good")
+    with pytest.raises(
+        ShadowtuneError, match="is not visible here after 0 s; set output to a directory that the nodes"
+    ):
         Cluster(ClusterConfig(scheduler="local", **CPU), tmp_path / "logs").worker(lost).call(print, lost)
 
 

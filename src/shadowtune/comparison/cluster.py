@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowtune.comparison.job import Job, read_json, write_json
 from shadowtune.config.cluster import ClusterConfig
 from shadowtune.errors import ConfigError, ShadowtuneError
 
 if TYPE_CHECKING:
     import submitit
+
+    from shadowtune.comparison.job import Job
 
 POLL_SECONDS = 1.0
 """Seconds between two looks at a job; submitit asks the scheduler itself at most every few seconds."""
@@ -29,7 +30,7 @@ COMMANDS = ("sbatch", "srun", "sacct", "scancel")
 class ClusterRun:
     """The work of one job on a node: calls a function, and is queued again after preemption or its time limit."""
 
-    def __call__(self, function: Callable[[Job], None], job: Job) -> str | None:
+    def __call__(self, function: "Callable[[Job], None]", job: "Job") -> str | None:
         """Call ``function(job)``; return the message of an error that it raised on purpose, or None."""
         try:
             function(job)
@@ -37,7 +38,7 @@ class ClusterRun:
             return str(error)
         return None
 
-    def checkpoint(self, function: Callable[[Job], None], job: Job) -> Any:
+    def checkpoint(self, function: "Callable[[Job], None]", job: "Job") -> Any:
         """Return what submitit queues again: the same call, which continues from the run's last checkpoint."""
         import submitit
 
@@ -80,7 +81,7 @@ class Cluster:
         self.lock = threading.Lock()
         """Held while submitit is called: its record of the scheduler's states is shared by all jobs."""
 
-    def worker(self, job: Job) -> "ClusterWorker":
+    def worker(self, job: "Job") -> "ClusterWorker":
         """Return what executes one job."""
         return ClusterWorker(self, job)
 
@@ -88,14 +89,13 @@ class Cluster:
 class ClusterWorker:
     """One job of the scheduler, with the interface of ``WorkerProcess``."""
 
-    def __init__(self, cluster: Cluster, job: Job) -> None:
+    def __init__(self, cluster: Cluster, job: "Job") -> None:
         self.name = job.name
         self._cluster = cluster
-        self._record = cluster.folder / f"{job.name.replace('/', '--')}--{job.stage}.json"
-        self._submitted: submitit.Job[str | None] | None = None
+        self._record = cluster.folder / f"{job.name.replace('/', '--')}--{job.stage}.job"
         self._killed = threading.Event()
 
-    def call(self, function: Callable[[Job], None], job: Job) -> None:
+    def call(self, function: "Callable[[Job], None]", job: "Job") -> None:
         """Run ``function(job)`` on a node, or wait for an earlier submission of it, and wait for the result file.
 
         Raises:
@@ -105,11 +105,12 @@ class ClusterWorker:
 
         try:
             with self._cluster.lock:
-                submitted = self._submitted = self._earlier() or self._submit(function, job)
+                submitted = self._earlier() or self._submit(function, job)
         except (FailedSubmissionError, FailedJobError) as error:
             raise ShadowtuneError(f"{self.name}: the scheduler refused the job: {_last_line(str(error))}") from None
         while not self._is_done(submitted):
             if self._killed.wait(POLL_SECONDS):
+                submitted.cancel(check=False)
                 raise ShadowtuneError(f"{self.name}: its job {submitted.job_id} was cancelled")
         try:
             message = submitted.result()
@@ -119,19 +120,19 @@ class ClusterWorker:
             raise ShadowtuneError(f"{self.name}: {message}")
         _wait_for_result(job)
 
-    def _submit(self, function: Callable[[Job], None], job: Job) -> "submitit.Job[str | None]":
+    def _submit(self, function: "Callable[[Job], None]", job: "Job") -> "submitit.Job[str | None]":
         submitted = self._cluster.executor.submit(ClusterRun(), function, job)
-        write_json(self._record, {"scheduler": self._cluster.scheduler, "id": submitted.job_id})
+        self._record.write_text(f"{self._cluster.scheduler} {submitted.job_id}")
         return submitted
 
     def _earlier(self) -> "submitit.Job[str | None] | None":
         """Return the job of an earlier submission that is still queued or running."""
         if not self._record.is_file():
             return None
-        record = read_json(self._record)
-        if record["scheduler"] != self._cluster.scheduler:
+        scheduler, _, number = self._record.read_text().partition(" ")
+        if scheduler != self._cluster.scheduler or not number:
             return None
-        earlier = self._cluster.job_class(self._cluster.folder, record["id"])
+        earlier = self._cluster.job_class(self._cluster.folder, number)
         return None if earlier.done(force_check=True) else earlier
 
     def _is_done(self, submitted: "submitit.Job[str | None]") -> bool:
@@ -148,10 +149,8 @@ class ClusterWorker:
         )
 
     def kill(self) -> None:
-        """Cancel the job; a pending ``call`` raises."""
+        """Let a pending ``call`` cancel the job and raise."""
         self._killed.set()
-        if self._submitted is not None:
-            self._submitted.cancel(check=False)
 
     def __enter__(self) -> "ClusterWorker":
         return self
@@ -185,7 +184,7 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _wait_for_result(job: Job) -> None:
+def _wait_for_result(job: "Job") -> None:
     """Wait until the result file of a finished job is visible on this machine.
 
     Raises:

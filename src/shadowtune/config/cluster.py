@@ -17,7 +17,7 @@ class ClusterConfig:
     """
 
     scheduler: Literal["slurm", "local"] = "slurm"
-    """slurm, or local: the same path with processes of this machine, to try it; it reads no partition and no options."""
+    """slurm, or local: the same path with processes of this machine, to try it, without partition and options."""
     partition: str | None = None
     """Partition of the jobs; None means the cluster's default."""
     gpus_per_run: Annotated[StrictInt, Ge(0), Le(1)] = 1
