@@ -8,6 +8,7 @@ from typing import Any
 
 from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
 from shadowtune.cli.loading import LoadedRun, is_run, load_run
+from shadowtune.cli.source import source_path
 from shadowtune.errors import CheckpointError, ConfigError
 
 DETACH_EPILOG = """examples:
@@ -24,7 +25,7 @@ CHECKED_PROMPTS = 8
 
 def add_detach_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``detach``."""
-    parser.add_argument("run", help="run directory of shadowtune train, or a saved shadow")
+    parser.add_argument("run", help="run directory of shadowtune train, a saved shadow, or a Hub id of one")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as trained")
 
@@ -38,7 +39,7 @@ def detach(arguments: argparse.Namespace) -> int:
 
     out = Path(arguments.out)
     check_free(out)
-    run = load_run(Path(arguments.run), CHECKED_PROMPTS)
+    run = load_run(source_path(arguments.run), CHECKED_PROMPTS)
     dtype = vars(torch)[arguments.dtype] if arguments.dtype else None
     model = write_detached(run.model, run.tokenizer, out, run.card, run.prompts, dtype, run.prompt_format)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -52,11 +53,14 @@ def detach(arguments: argparse.Namespace) -> int:
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``export``."""
-    parser.add_argument("directory", help="a detached directory, or a run or saved shadow, which is detached first")
+    parser.add_argument(
+        "directory", help="a detached directory, a run or saved shadow, which is detached first, or a Hub id"
+    )
     parser.add_argument("--to", required=True, choices=("gguf", "onnx", "safetensors"))
     quantizations = ("f32", "f16", "bf16", "q8_0", "q4_0", "int8", "int4")
     parser.add_argument("--quant", choices=quantizations, help="default: f32, for safetensors f16")
-    parser.add_argument("--out", metavar="PATH", help="new file or directory; default: beside the input")
+    where = "new file or directory; default: beside the input, of a Hub id here"
+    parser.add_argument("--out", metavar="PATH", help=where)
     parser.add_argument("--limit", type=int, default=32, help="held-out prompts to check on (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of each check (default %(default)s)")
     add_json(parser)
@@ -73,15 +77,17 @@ def export(arguments: argparse.Namespace) -> int:
     from shadowtune.export.detaching import built_in_prompts, write_detached
     from shadowtune.export.exporting import check_export, check_free, default_path, export, read_plain
 
-    source = Path(arguments.directory)
     quantization = check_export(arguments.to, arguments.quant)
-    out = Path(arguments.out) if arguments.out else default_path(source, arguments.to, quantization)
+    given = Path(arguments.directory)
+    beside = given if given.exists() else Path(given.name)
+    out = Path(arguments.out) if arguments.out else default_path(beside, arguments.to, quantization)
     check_free(out)
+    source = source_path(arguments.directory)
     with tempfile.TemporaryDirectory() as scratch:
         plain = source
         run = load_run(source, arguments.limit) if _needs_detaching(source) else None
         if run is not None:
-            plain = Path(scratch) / source.name
+            plain = Path(scratch) / given.name
             write_detached(run.model, run.tokenizer, plain, run.card, run.prompts, None, run.prompt_format)
             run.model = None  # free its memory
         model, tokenizer = read_plain(plain)
