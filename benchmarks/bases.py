@@ -52,8 +52,8 @@ RANDOM: dict[str, Callable[[], PreTrainedConfig]] = {
 """Bases with random weights, for measurements of speed and memory alone: ``tiny``, and well-known shapes."""
 
 MODEL_HELP = (
-    "the base: smollm2-135m, tiny, a directory or a Hub id; NAME-random is a well-known shape with random weights, such "
-    "as qwen3-8b-random; NAME:4 keeps its first 4 blocks"
+    "the base: smollm2-135m, tiny, a directory or a Hub id; NAME-random is a well-known shape with random weights, as "
+    "qwen3-8b-random; NAME:4 keeps its first 4 blocks"
 )
 
 

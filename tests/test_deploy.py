@@ -62,7 +62,7 @@ def test_the_training_container_runs_any_command_without_privileges_and_can_comp
     found = instructions(file)
     assert ("ENTRYPOINT", '["shadowtune"]') in found and ("USER", "shadowtune") in found
     assert "gcc" in next(rest for word, rest in found if word == "RUN" and "apt-get" in rest)
-    examples = re.findall(r"shadowtune-train (.*)", file.read_text())
+    examples = re.findall(r"^#       shadowtune-train (.*)", file.read_text(), re.MULTILINE)
     assert [example.split()[0] for example in examples] == ["train", "--standalone"]
     assert torchrun_arguments(examples[1].split()).training_script == "shadowtune"
 

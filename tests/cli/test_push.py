@@ -77,10 +77,11 @@ def test_a_base_of_this_machine_is_not_published(run, base, fake, request, tmp_p
     assert fake.commits == []
     assert main(["push", str(path), "me/x", "--base", "none"]) == 0
     ((_, files, _),) = fake.commits
-    texts = [content.decode() for content in files.values() if isinstance(content, bytes)]
-    assert len(texts) == 2 and "base_model:" not in texts[1]
-    config = json.loads(texts[0])
-    assert config.get("base_name_or_path", config.get("base_model_name_or_path")) in ("", None)
+    assert "base_model:" not in files["README.md"].decode()
+    shadow = "config.json" in files
+    config = json.loads(files["config.json" if shadow else "adapter_config.json"])
+    assert (config["base_name_or_path"] if shadow else config["base_model_name_or_path"]) in ("", None)
+    assert str(base) not in json.dumps(config)
 
 
 def test_what_was_uploaded_loads_its_base_from_the_hub(shadow_run, base, fake, tmp_path, monkeypatch):
