@@ -75,8 +75,8 @@ def _lora_liger(base: PreTrainedModel, size: int | None) -> nn.Module:
     if base.device.type != "meta":  # where parameters are counted; it exchanges functions of the whole process
         from transformers.integrations.liger import apply_liger_kernel
 
-        interpreted = base.device.type == "cpu"  # by Triton's interpreter, which cannot run its kernel of RMSNorm
-        apply_liger_kernel(base, {"rms_norm": False} if interpreted else None)
+        interpreted = base.device.type == "cpu"  # by Triton's interpreter, which cannot run the kernels of these two
+        apply_liger_kernel(base, {"rms_norm": False, "swiglu": False} if interpreted else None)
     return _lora(base, size)
 
 
