@@ -185,13 +185,13 @@ def _last_line(text: str) -> str:
 
 
 def _wait_for_result(job: "Job") -> None:
-    """Wait until the result file of a finished job is visible on this machine.
+    """Wait until the result of a finished job is visible on this machine, in place of that of an earlier failure.
 
     Raises:
         ShadowtuneError: if it does not appear.
     """
     deadline = time.monotonic() + VISIBLE_SECONDS
-    while job.result() is None:
+    while not job.is_done():
         if time.monotonic() > deadline:
             raise ShadowtuneError(
                 f"{job.name}: its job has finished, but {job.result_file} is not visible here after "

@@ -58,7 +58,7 @@ def read_options(cfg: Any) -> tuple[ShadowtuneConfig, StageOptions]:
     return ShadowtuneConfig(**given), StageOptions(**stages)
 
 
-class ShadowtunePlugin(BasePlugin):  # type: ignore[misc]  # Any where Axolotl is not installed
+class ShadowtunePlugin(BasePlugin):
     """The plugin; Axolotl makes one for a process."""
 
     def __init__(self) -> None:

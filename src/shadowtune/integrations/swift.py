@@ -38,7 +38,7 @@ def register(name: str = NAME, **settings: Any) -> type[Any]:
     if known is not None and known.__module__ != __name__:
         raise ConfigError(f"ms-swift has a tuner {name!r} of its own; register another name")
 
-    class ShadowTuner(PeftTuner):  # type: ignore[misc]  # Any where ms-swift is not installed
+    class ShadowTuner(PeftTuner):
         """Makes, saves and loads a shadow as an adapter of PEFT; saving and loading are those of ``PeftTuner``."""
 
         @staticmethod
