@@ -4,6 +4,7 @@ The warning comes when transformers is first used; ``attach`` additionally check
 """
 
 import functools
+import sys
 import warnings
 from importlib import metadata
 
@@ -29,14 +30,22 @@ def untested_versions() -> dict[str, str]:
     for requirement in map(Requirement, stated):
         if requirement.marker is not None:  # an extra
             continue
-        installed = metadata.version(requirement.name)
+        try:
+            installed = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:  # installed without dependencies, beside vLLM for instance
+            continue
         if not requirement.specifier.contains(installed, prereleases=True):
             untested[requirement.name] = f"{installed}, tested {requirement.specifier}"
     return untested
 
 
 def warn_of_untested_versions() -> None:
-    """Warn with ``UntestedVersionWarning`` if a core dependency is outside the tested range."""
+    """Warn with ``UntestedVersionWarning`` if a core dependency is outside the tested range.
+
+    Not in a process of vLLM, which needs older versions: its plugin has its own range (``serving/vllm/support.py``).
+    """
+    if "vllm" in sys.modules:
+        return
     untested = untested_versions()
     if untested:
         listed = "; ".join(f"{name} {found}" for name, found in untested.items())

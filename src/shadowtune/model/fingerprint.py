@@ -4,18 +4,21 @@ Two descriptions are saved with a shadow. ``base_fingerprint`` is a hash of 16 l
 precision. ``base_signature`` decides: in the precision in which it was made, every bit of every weight counts; in
 another one, sums of the weights are compared within the rounding error, since no hash survives being rounded twice
 (float32 to float16 to bfloat16 is not float32 to bfloat16).
+
+``CheckpointCheck`` compares the tensors of a checkpoint, as a server reads them that never builds a transformers model.
 """
 
 import base64
+import copy
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
 
@@ -43,13 +46,8 @@ def base_fingerprint(base: PreTrainedModel) -> str | None:
     for name, parameter in _weights(base):
         if parameter is None:
             return None
-        if name == HEAD:
-            continue
-        flat = parameter.reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, SAMPLES, device=flat.device, dtype=torch.float64).long()
-        entries = flat[index].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name}:{tuple(parameter.shape)}:".encode())
-        digest.update(entries.numpy().tobytes())
+        if name != HEAD:
+            digest.update(_labelled(name, parameter, _samples(parameter)))
     return digest.hexdigest()[:16]
 
 
@@ -69,7 +67,7 @@ def base_signature(base: PreTrainedModel) -> dict[str, Any] | None:
         if name == HEAD:
             head_checksum = hashlib.sha256(bits).hexdigest()[:16]
         else:
-            checksum.update(f"{name}:{tuple(parameter.shape)}:".encode() + bits)
+            checksum.update(_labelled(name, parameter, bits))
         sums.append(_signed_sum(parameter)[0])
     return {
         "dtype": str(base.dtype).removeprefix("torch."),
@@ -91,18 +89,127 @@ def has_signature(base: PreTrainedModel, signature: Mapping[str, Any]) -> bool:
     if found["dtype"] == signature["dtype"]:
         heads = (found["head_checksum"], signature["head_checksum"])
         return found["checksum"] == signature["checksum"] and (None in heads or heads[0] == heads[1])
-    sums = np.frombuffer(base64.b64decode(signature["sums"]), dtype="<f4")
+    sums = _sums_of(signature)
     weights = list(_weights(base))
     bodies = [sum(name != HEAD for name, _ in weights), len(sums) - (signature["head_checksum"] is not None)]
     if bodies[0] != bodies[1]:
         return False
-    for expected, (_, parameter) in zip(sums, weights, strict=False):
-        assert parameter is not None
-        total, square = _signed_sum(parameter)
-        allowed = 4 * (ROUNDING * math.sqrt(square) + SMALLEST_STEP * math.sqrt(parameter.numel())) + 1e-5 * abs(total)
-        if not abs(total - float(expected)) <= allowed:
+    return all(
+        parameter is not None and _is_rounded(parameter, expected)
+        for expected, (_, parameter) in zip(sums, weights, strict=False)
+    )
+
+
+class CheckpointCheck:
+    """Compares a checkpoint's tensors, in any order, with the signature or fingerprint of a base.
+
+    Tensors are compared by the names that they have in transformers' models too. Of a mixture of experts this leaves
+    out the experts: a checkpoint stores them one by one, and transformers stacks them.
+
+    Args:
+        config: the base's.
+        signature: of ``base_signature``; None compares the fingerprint.
+        fingerprint: of ``base_fingerprint``; None, without a signature, compares nothing.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, signature: Mapping[str, Any] | None, fingerprint: str | None = None
+    ) -> None:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        self.signature, self.fingerprint = signature, fingerprint
+        self.expected = {name: parameter.shape for name, parameter in _named_weights(base)}
+        decoder = architecture_of(base.config).decoder
+        paths = {id(parameter): name for name, parameter in base.named_parameters()}
+        head = next((paths[id(parameter)] for name, parameter in _named_weights(base) if name == HEAD), None)
+        bodies = [name for name in self.expected if name != HEAD]
+        self._names = {**{name: name for name in bodies}, **{f"{decoder}.{name}": name for name in bodies}}
+        if head is not None:
+            self._names[head] = HEAD
+        self._sums = {} if signature is None else dict(zip(self.expected, _sums_of(signature), strict=False))
+        self._bits: dict[str, bytes] = {}
+        """Labelled hashes of the bit patterns of tensors that the signature's precision holds exactly."""
+        self._samples: dict[str, bytes] = {}
+        self._rounded: dict[str, bool] = {}
+        """Whether a tensor differs from the base's by no more than rounding."""
+        self._misshapen = False
+
+    def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of a checkpoint unchanged, and compare each on its way."""
+        for path, tensor in weights:
+            name = self._names.get(path)
+            if name is not None:
+                self._add(name, tensor)
+            yield path, tensor
+
+    @property
+    def unseen(self) -> list[str]:
+        """Names of the base's weights that have not been compared, but an untied head."""
+        return [name for name in self.expected if name not in self._rounded and name != HEAD]
+
+    def agrees(self) -> bool:
+        """Return whether every tensor that was seen is the base's."""
+        if self._misshapen:
             return False
-    return True
+        bodies = [name for name in self.expected if name != HEAD]
+        if self.signature is None:
+            if self.fingerprint is None or self.unseen:
+                return True
+            return _digest(self._samples[name] for name in bodies) == self.fingerprint
+        if not all(name in self._bits for name in bodies):
+            return all(self._rounded.values())
+        heads = (self._bits.get(HEAD), self.signature["head_checksum"])
+        same_head = None in heads or _digest(heads[:1]) == heads[1]
+        return same_head and _digest(self._bits[name] for name in bodies) == self.signature["checksum"]
+
+    @torch.no_grad()
+    def _add(self, name: str, tensor: Tensor) -> None:
+        if tensor.shape != self.expected[name]:
+            self._misshapen = True
+        elif tensor.dtype in BITS:
+            self._rounded[name] = name not in self._sums or _is_rounded(tensor, self._sums[name])
+            if self.signature is None:
+                self._samples[name] = _labelled(name, tensor, _samples(tensor))
+                return
+            dtype = vars(torch)[self.signature["dtype"]]
+            if torch.promote_types(tensor.dtype, dtype) is dtype:
+                bits = _bit_sums(tensor.to(dtype))
+                self._bits[name] = bits if name == HEAD else _labelled(name, tensor, bits)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def _labelled(name: str, parameter: Tensor, content: bytes) -> bytes:
+    return f"{name}:{tuple(parameter.shape)}:".encode() + content
+
+
+def _samples(parameter: Tensor) -> bytes:
+    """Return evenly spaced entries of a weight, rounded to bfloat16."""
+    flat = parameter.reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, SAMPLES, device=flat.device, dtype=torch.float64).long()
+    return flat[index].to(torch.bfloat16).float().cpu().numpy().tobytes()
+
+
+def _sums_of(signature: Mapping[str, Any]) -> list[float]:
+    return np.frombuffer(base64.b64decode(signature["sums"]), dtype="<f4").tolist()
+
+
+def _is_rounded(parameter: Tensor, expected: float) -> bool:
+    """Return whether a weight's signed sum differs from the expected one by no more than rounding."""
+    total, square = _signed_sum(parameter)
+    allowed = 4 * (ROUNDING * math.sqrt(square) + SMALLEST_STEP * math.sqrt(parameter.numel())) + 1e-5 * abs(total)
+    return abs(total - expected) <= allowed
+
+
+def _named_weights(base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and weights of the headless model, then an untied head."""
+    yield from architecture_of(base.config).decoder_of(base).named_parameters()
+    head: Any = base.get_output_embeddings()
+    embedding: Any = base.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        yield HEAD, head.weight
 
 
 def _weights(base: PreTrainedModel) -> Iterator[tuple[str, Tensor | None]]:
@@ -110,12 +217,8 @@ def _weights(base: PreTrainedModel) -> Iterator[tuple[str, Tensor | None]]:
     if base.config.to_dict().get("quantization_config") is not None:
         yield "", None
         return
-    for name, parameter in architecture_of(base.config).decoder_of(base).named_parameters():
+    for name, parameter in _named_weights(base):
         yield name, None if parameter.is_meta else parameter
-    head: Any = base.get_output_embeddings()
-    embedding: Any = base.get_input_embeddings()
-    if head is not None and head.weight is not embedding.weight:
-        yield HEAD, None if head.weight.is_meta else head.weight
 
 
 def _chunks(parameter: Tensor) -> Iterator[Tensor]:
