@@ -10,6 +10,7 @@ from shadowtune.cli.loading import adapter_paths, check_finite, load_adapter, lo
 from shadowtune.cli.options import add_cloud, add_prices, cloud_of, prices_of
 from shadowtune.cli.server import add_server, run_server, server_config
 from shadowtune.cli.source import SOURCE, detached_model, open_source, source_path
+from shadowtune.cli.vllm import serve_with_vllm
 from shadowtune.config.serving import CloudConfig, PolicyConfig, PolicyKind, Prices, ServerConfig, SignalName
 from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.errors import CheckpointError, ConfigError
@@ -23,6 +24,7 @@ CLOSE_SECONDS = 5.0
 CLOUD_EPILOG = """examples:
   shadowtune serve cloud runs/clinc150
   shadowtune serve cloud runs/clinc150 --name polite=runs/seed2 --port 9000 --api-key-file keys.txt
+  VLLM_PYTHON=.venv-vllm/bin/python shadowtune serve cloud runs/clinc150 --engine vllm
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
       -d '{"model": "clinc150", "messages": [{"role": "user", "content": "wake me at six"}]}'
 All runs share one base, which is served too, as model "base". SIGTERM and Ctrl-C finish running requests.
@@ -56,13 +58,36 @@ def add_cloud_arguments(parser: argparse.ArgumentParser) -> None:
         help="allow loading and unloading adapters over HTTP, with an admin key and from --adapter-root",
     )
     parser.add_argument("--adapter-root", metavar="DIR", help="directory that adapters may be loaded from")
+    parser.add_argument(
+        "--engine",
+        choices=("shadowtune", "vllm"),
+        default="shadowtune",
+        help="what decodes: our own engine, or vLLM with our plugin, for one run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--vllm-arguments",
+        default="",
+        metavar="TEXT",
+        help="with --engine vllm: further arguments of vLLM, such as '--tensor-parallel-size 2'",
+    )
 
 
 def serve_cloud(arguments: argparse.Namespace) -> int:
     """Serve runs until the process is terminated."""
+    if arguments.engine == "vllm":
+        return serve_with_vllm(arguments, _defaults())
+    if arguments.vllm_arguments:
+        raise ConfigError("--vllm-arguments has no effect without --engine vllm")
     config = server_config(arguments, arguments.allow_loading, arguments.adapter_root)
     paths = adapter_paths(arguments.run, arguments.name)
     return run_server(config, lambda: _cloud_app(paths, arguments, config))
+
+
+def _defaults() -> argparse.Namespace:
+    """Return the defaults of all options of ``serve cloud``."""
+    parser = argparse.ArgumentParser()
+    add_cloud_arguments(parser)
+    return parser.parse_args([])
 
 
 def _cloud_app(paths: dict[str, Path], arguments: argparse.Namespace, config: ServerConfig) -> Any:

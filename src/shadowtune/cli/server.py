@@ -98,7 +98,7 @@ def server_config(
     return ServerConfig(
         host=arguments.host,
         port=arguments.port,
-        key_hashes=tuple(hash_key(key) for key in _keys(arguments.api_key_file, "--api-key-file", KEYS)),
+        key_hashes=tuple(hash_key(key) for key in api_keys(arguments)),
         admin_hashes=tuple(hash_key(key) for key in admin_keys),
         allowed_hosts=tuple(arguments.allowed_host),
         allowed_origins=tuple(arguments.cors_origin),
@@ -112,6 +112,11 @@ def server_config(
         adapter_root=adapter_root,
         log_prompts=arguments.log_prompts,
     )
+
+
+def api_keys(arguments: argparse.Namespace) -> list[str]:
+    """Return the keys of ``--api-key-file`` and of the environment; raises ConfigError if either has none."""
+    return _keys(arguments.api_key_file, "--api-key-file", KEYS)
 
 
 def _keys(file: str | None, option: str, variable: str) -> list[str]:

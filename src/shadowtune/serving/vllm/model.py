@@ -34,7 +34,11 @@ class ShadowNetwork(nn.Module):
     def __init__(self, vllm_config: VllmConfig, config: ShadowModelConfig, prefix: str) -> None:
         super().__init__()
         assert config.base_config is not None and config.backbone_config is not None
-        text, own, settings = config.base_config.get_text_config(decoder=True), config.backbone_config, config.shadow_config
+        text, own, settings = (
+            config.base_config.get_text_config(decoder=True),
+            config.backbone_config,
+            config.shadow_config,
+        )
         first = settings.first_boundary(text.num_hidden_layers)
         self.boundaries = Boundaries(text.num_hidden_layers - first, text.hidden_size, settings, first).eval()
         self.backbone: nn.Module | None = None
@@ -154,9 +158,13 @@ def _check_settings(vllm_config: VllmConfig, config: ShadowModelConfig) -> None:
     """Raise ConfigError for settings of vLLM that do not fit the shadow."""
     model_config = vllm_config.model_config
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise ConfigError("a shadow runs beside all blocks of its base: use --tensor-parallel-size, not pipeline stages")
+        raise ConfigError(
+            "a shadow runs beside all blocks of its base: use --tensor-parallel-size, not pipeline stages"
+        )
     if model_config.quantization is not None:
-        raise ConfigError(f"--quantization {model_config.quantization} would change the base that the shadow was trained beside")
+        raise ConfigError(
+            f"--quantization {model_config.quantization} would change the base that the shadow was trained beside"
+        )
     if config.max_position_embeddings is not None and model_config.max_model_len > config.max_position_embeddings:
         raise ConfigError(
             f"base and shadow have {config.max_position_embeddings} positions, vLLM was given "

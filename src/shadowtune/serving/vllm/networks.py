@@ -10,7 +10,7 @@ import inspect
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.transformers.base import Base as TransformersBackend
@@ -20,7 +20,9 @@ from shadowtune.core.boundary import Boundaries
 from shadowtune.errors import UnsupportedArchitectureError
 
 UNUSED_VOCABULARY = 64
-"""Tokens of a backbone's embedding and head in vLLM, neither of which is used: the smallest number that vLLM pads to."""
+"""Tokens of a backbone's embedding and head in vLLM, neither of which is used: what vLLM pads a vocabulary to."""
+DENSE = {"qwen3_moe": "qwen3"}
+"""Architectures with experts -> the one whose blocks they have without any, which vLLM asks for then."""
 
 
 def build_network(vllm_config: VllmConfig, hf_config: PreTrainedConfig, prefix: str) -> nn.Module:
@@ -36,8 +38,13 @@ def build_network(vllm_config: VllmConfig, hf_config: PreTrainedConfig, prefix: 
     """
     inner = vllm_config.with_hf_config(copy.deepcopy(hf_config))
     model_config = inner.model_config
-    model_config.hf_text_config = model_config.hf_config.get_text_config()  # with_hf_config keeps the outer one
+    text = model_config.hf_config.get_text_config()
+    model_config.hf_text_config = text  # with_hf_config keeps the outer one
     model_config.model_arch_config = model_config.get_model_arch_config()
+    values = text.to_dict()
+    slides = all(kind == "sliding_attention" for kind in values.get("layer_types") or ())
+    inner.cache_config = copy.copy(inner.cache_config)  # whose window was read from the outer config too
+    inner.cache_config.sliding_window = values.get("sliding_window") if slides else None
     try:
         return initialize_model(vllm_config=inner, prefix=prefix)
     except (NotImplementedError, ValueError) as error:
@@ -49,15 +56,26 @@ def build_network(vllm_config: VllmConfig, hf_config: PreTrainedConfig, prefix: 
 
 def backbone_network(vllm_config: VllmConfig, config: PreTrainedConfig, prefix: str) -> nn.Module:
     """Build the network of a backbone's config, with a small embedding and head that are never used."""
-    small = copy.deepcopy(config)
+    small = _dense(config)
     small.vocab_size, small.pad_token_id, small.tie_word_embeddings = UNUSED_VOCABULARY, None, True
     return build_network(vllm_config, small, prefix)
+
+
+def _dense(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a copy of a backbone's config, of an architecture without experts if no block has any."""
+    values = config.to_dict()
+    kind, depth = DENSE.get(config.model_type), config.num_hidden_layers
+    if kind is None or values["decoder_sparse_step"] <= depth:
+        return copy.deepcopy(config)
+    values.pop("model_type")
+    values.pop("architectures", None)
+    return AutoConfig.for_model(kind, **values)
 
 
 def blocks_of(model: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
     """Return the decoder blocks of one of vLLM's models.
 
-    Its native models name their parts as transformers does; its Transformers backend has the headless model as ``model``.
+    Native models name their parts as transformers does; the Transformers backend has the headless model as ``model``.
 
     Raises:
         UnsupportedArchitectureError: if they are elsewhere, or not as many as the config says.
@@ -97,9 +115,7 @@ class BoundaryHooks:
 
     def apply(self, index: int, hidden_states: Tensor) -> Tensor:
         """Apply boundary ``index`` to h (T, d) and update the shadow state; return h', same shape and dtype."""
-        hidden_states, self.states = self.boundaries.apply_boundary(
-            self.parameters[index], hidden_states, self.states
-        )
+        hidden_states, self.states = self.boundaries.apply_boundary(self.parameters[index], hidden_states, self.states)
         return hidden_states
 
 

