@@ -1,12 +1,14 @@
+import copy
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from shadowtune import ShadowConfig, ShadowForCausalLM, attach
 from shadowtune.errors import CheckpointError
 from shadowtune.model import fingerprint
-from shadowtune.model.fingerprint import base_fingerprint, base_signature, has_signature
+from shadowtune.model.fingerprint import CheckpointCheck, base_fingerprint, base_signature, has_signature
 from tests.support.bases import tiny_base, tiny_classifier
 
 
@@ -121,3 +123,54 @@ def test_an_adapter_saved_before_there_were_signatures_still_knows_its_base(tmp_
     ShadowForCausalLM.from_pretrained(tmp_path, base=tiny_base().to(torch.float16))
     with pytest.raises(CheckpointError, match="other weights"):
         ShadowForCausalLM.from_pretrained(tmp_path, base=tiny_base(seed=1))
+
+
+def checkpoint(base):
+    """The tensors of a base's checkpoint, by their names in it."""
+    return list(base.state_dict().items())
+
+
+def checked(tensors, base, dtype=None, signature=True):
+    """Read tensors with the check against a base; return it."""
+    own = base if dtype is None else copy.deepcopy(base).to(dtype)
+    check = CheckpointCheck(base.config, base_signature(own) if signature else None, base_fingerprint(own))
+    assert [name for name, _ in check.watch(tensors)] == [name for name, _ in tensors]
+    return check
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("signature", [True, False])
+def test_a_checkpoint_is_recognized_by_its_tensors_in_any_order(kind, signature):
+    base = tiny_base(kind)
+    check = checked(checkpoint(base)[::-1], base, signature=signature)
+    assert check.agrees() and not check.unseen
+    assert not checked(checkpoint(tiny_base(kind, seed=1)), base, signature=signature).agrees()
+    assert not checked(checkpoint(tiny_base(kind, vocab_size=98)), base, signature=signature).agrees()
+
+
+@pytest.mark.parametrize("saved_in", DTYPES, ids=str)
+@pytest.mark.parametrize("stored_in", DTYPES, ids=str)
+def test_a_checkpoint_of_another_precision_is_recognized(saved_in, stored_in):
+    base = tiny_base()
+    assert checked(checkpoint(copy.deepcopy(base).to(stored_in)), base, saved_in).agrees()
+    for name in ("layers.0.mlp.up_proj.weight", "norm.weight"):
+        other = tiny_base()
+        other.model.get_parameter(name).data.mul_(1.5)
+        assert not checked(checkpoint(other.to(stored_in)), base, saved_in).agrees(), name
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+def test_an_edit_of_one_number_of_a_checkpoint_shows(name):
+    base, other = tiny_base(), tiny_base()
+    other.get_parameter(name).data[3, 3] += 1e-5
+    assert checked(checkpoint(base), base).agrees() and not checked(checkpoint(other), base).agrees()
+
+
+def test_of_experts_that_are_stored_one_by_one_the_other_weights_are_compared(tmp_path):
+    base = tiny_base("mixtral")
+    base.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    check = checked(list(stored.items()), base)
+    assert check.agrees() and all("mlp" in name for name in check.unseen) and check.unseen
+    stored["model.layers.1.self_attn.q_proj.weight"] *= 1.5
+    assert not checked(list(stored.items()), base).agrees()

@@ -121,11 +121,12 @@ class CheckpointCheck:
         self.expected = {name: parameter.shape for name, parameter in _named_weights(base)}
         decoder = architecture_of(base.config).decoder
         paths = {id(parameter): name for name, parameter in base.named_parameters()}
-        head = next((paths[id(parameter)] for name, parameter in _named_weights(base) if name == HEAD), None)
+        self.head = next((paths[id(parameter)] for name, parameter in _named_weights(base) if name == HEAD), None)
+        """Name of an untied head in the checkpoint."""
         bodies = [name for name in self.expected if name != HEAD]
         self._names = {**{name: name for name in bodies}, **{f"{decoder}.{name}": name for name in bodies}}
-        if head is not None:
-            self._names[head] = HEAD
+        if self.head is not None:
+            self._names[self.head] = HEAD
         self._sums = {} if signature is None else dict(zip(self.expected, _sums_of(signature), strict=False))
         self._bits: dict[str, bytes] = {}
         """Labelled hashes of the bit patterns of tensors that the signature's precision holds exactly."""
@@ -133,6 +134,8 @@ class CheckpointCheck:
         self._rounded: dict[str, bool] = {}
         """Whether a tensor differs from the base's by no more than rounding."""
         self._misshapen = False
+        self._converted = False
+        """Whether a tensor has another precision than the signature."""
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of a checkpoint unchanged, and compare each on its way."""
@@ -156,10 +159,16 @@ class CheckpointCheck:
             if self.fingerprint is None or self.unseen:
                 return True
             return _digest(self._samples[name] for name in bodies) == self.fingerprint
-        if not all(name in self._bits for name in bodies):
-            return all(self._rounded.values())
-        heads = (self._bits.get(HEAD), self.signature["head_checksum"])
-        same_head = None in heads or _digest(heads[:1]) == heads[1]
+        whole = all(name in self._bits for name in bodies)
+        if whole and self._digests_agree(bodies):
+            return True
+        return (self._converted or not whole) and all(self._rounded.values())
+
+    def _digests_agree(self, bodies: list[str]) -> bool:
+        """Return whether every bit is the base's, in the signature's precision."""
+        assert self.signature is not None
+        head, expected = self._bits.get(HEAD), self.signature["head_checksum"]
+        same_head = head is None or expected is None or _digest([head]) == expected
         return same_head and _digest(self._bits[name] for name in bodies) == self.signature["checksum"]
 
     @torch.no_grad()
@@ -172,7 +181,8 @@ class CheckpointCheck:
                 self._samples[name] = _labelled(name, tensor, _samples(tensor))
                 return
             dtype = vars(torch)[self.signature["dtype"]]
-            if torch.promote_types(tensor.dtype, dtype) is dtype:
+            self._converted |= tensor.dtype != dtype
+            if torch.promote_types(tensor.dtype, dtype) == dtype:
                 bits = _bit_sums(tensor.to(dtype))
                 self._bits[name] = bits if name == HEAD else _labelled(name, tensor, bits)
 

@@ -28,8 +28,8 @@ SETTINGS = {
     "draft head": {"draft_rank": 4},
 }
 RUNS = {
-    "compiled": {"enforce_eager": False},
     "prefix cache and chunked prefill": {"enable_prefix_caching": True, "max_num_batched_tokens": 16},
+    "compiled": {"enforce_eager": False},
 }
 EXPERTS = ("mixtral", "qwen3_moe")
 
@@ -48,8 +48,7 @@ def outcomes(tmp_path_factory):
         model, directory = make(root / kind, kind)
         add(kind, model, directory)
         if kind == "llama":
-            for name, engine in RUNS.items():
-                add(name, model, directory, **engine)
+            llama = model, directory
             model.detached().save_pretrained(root / "detached")
             add("detached", model, root / "detached", "detached")
             drafting = {"method": "draft_model", "model": str(root / "detached"), "num_speculative_tokens": 3}
@@ -59,6 +58,8 @@ def outcomes(tmp_path_factory):
     for kind in EXPERTS:
         add(f"{kind} copies", *make(root / f"{kind} copies", kind, init_layers=(1,)))
     add("pretrained backbone", *_with_pretrained_backbone(root / "pretrained"))
+    for name, engine in RUNS.items():
+        add(name, *llama, **engine)
     return expected, run_jobs(jobs, root)
 
 
@@ -96,29 +97,20 @@ def test_settings_of_a_shadow_and_of_vllm_have_the_tokens_of_generate(outcomes, 
 def refusals(tmp_path_factory):
     """The errors of jobs that cannot run."""
     root = tmp_path_factory.mktemp("refused")
-    model, directory = make(root / "good")
-    wrong, _ = make(root / "wrong", rank=4)
+    made = {name: make(root / name) for name in ("good", "wrong base", "damaged", "quantized")}
+    base = made["wrong base"][0].base
     with torch.no_grad():
-        wrong.base.model.layers[1].mlp.up_proj.weight[3, 3] += 1e-3
-    wrong.base.save_pretrained(root / "wrong" / "base")
-    config = json.loads((root / "wrong" / "shadow" / "config.json").read_text())
-    for name, change in {"damaged": {}, "quantized": {"base_config": {"quantization_config": {"quant_method": "x"}}}}.items():
-        make(root / name)
-        file = root / name / "shadow" / "config.json"
-        config = json.loads(file.read_text())
-        config["base_config"] |= change.get("base_config", {})
-        file.write_text(json.dumps(config))
-    weights = root / "damaged" / "shadow" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(bytes(content))
-    jobs = {
-        "wrong base": job(root / "wrong" / "shadow"),
-        "damaged": job(root / "damaged" / "shadow"),
-        "quantized": job(root / "quantized" / "shadow"),
-        "pipeline": job(directory, pipeline_parallel_size=2),
-        "too long": job(directory, max_model_len=128, hf_overrides={"max_position_embeddings": 64}),
-    }
+        base.model.layers[1].mlp.up_proj.weight[3, 3] += 1e-3
+    base.save_pretrained(root / "wrong base" / "base")
+    weights = made["damaged"][1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    config = made["quantized"][1] / "config.json"
+    values = json.loads(config.read_text())
+    values["base_config"]["quantization_config"] = {"quant_method": "bitsandbytes"}
+    config.write_text(json.dumps(values))
+    jobs = {name: job(directory) for name, (_, directory) in made.items() if name != "good"}
+    jobs["pipeline"] = job(made["good"][1], pipeline_parallel_size=2)
+    jobs["too long"] = job(made["good"][1], max_model_len=128, hf_overrides={"max_position_embeddings": 64})
     return run_jobs(jobs, root)
 
 

@@ -4,12 +4,13 @@ The names of the parameters are those of a saved shadow, ``shadow.boundaries.inj
 ``network``; the base's are vLLM's own, below ``network.base``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.pooler import DispatchPooler
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
@@ -17,9 +18,11 @@ from vllm.sequence import IntermediateTensors
 from shadowtune.core.boundary import Boundaries
 from shadowtune.errors import ConfigError
 from shadowtune.model.backbone import FrozenEmbedding
+from shadowtune.model.checkpoint import read_tensors
 from shadowtune.model.configuration import ShadowModelConfig
+from shadowtune.model.loading import check_tensors
 from shadowtune.models import resolve
-from shadowtune.serving.vllm.networks import BoundaryHooks, backbone_network, blocks_of, build_network
+from shadowtune.serving.vllm.networks import BoundaryHooks, backbone_network, base_network, blocks_of
 from shadowtune.serving.vllm.support import check_supported
 from shadowtune.serving.vllm.weights import load_base_weights, load_shadow_weights
 
@@ -83,7 +86,7 @@ class AttachedNetwork(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        self.base = build_network(vllm_config, config.base_config, maybe_prefix(prefix, "base"))
+        self.base = base_network(vllm_config, config, maybe_prefix(prefix, "base"))
         self.shadow = ShadowNetwork(vllm_config, config, maybe_prefix(prefix, "shadow"))
         self.hooks = BoundaryHooks(self.shadow.boundaries, blocks_of(self.base, config.base_config))
 
@@ -103,8 +106,8 @@ class AttachedNetwork(nn.Module):
         return self.shadow.boundaries.interpolated(hidden, initial)
 
 
-class AttachedForCausalLM(nn.Module):
-    """The model that vLLM runs for ``architectures: ["ShadowForCausalLM"]``.
+class AttachedModel(nn.Module):
+    """What the models of both tasks share: the network, and loading it.
 
     Raises:
         ConfigError: if a setting of vLLM does not fit the shadow.
@@ -135,10 +138,6 @@ class AttachedForCausalLM(nn.Module):
         """Return what the head reads (T, d)."""
         return self.network(input_ids, positions, intermediate_tensors, inputs_embeds)
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Return the logits (T, V) of the base's head."""
-        return self.network.base.compute_logits(hidden_states)
-
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the base from ``weights``, the shadow from its directory; return the names of all parameters.
 
@@ -146,12 +145,46 @@ class AttachedForCausalLM(nn.Module):
             CheckpointError: if the base has other weights than in training, or the shadow's files are damaged.
         """
         base = ((name.removeprefix("base."), tensor) for name, tensor in weights if name.startswith("base."))
-        loaded = {f"base.{name}" for name in load_base_weights(self.network.base, self.config, base)}
-        loaded |= {
-            f"shadow.{name}" for name in load_shadow_weights(self.network.shadow, self.config, self.path, self.revision)
-        }
+        loaded = {f"network.base.{name}" for name in load_base_weights(self.network.base, self.config, base)}
+        tensors = read_tensors(self.path, revision=self.revision)
+        shadow = load_shadow_weights(self.network.shadow, self.config, tensors, self.path)
         self.network.hooks.split()
-        return {f"network.{name}" for name in loaded}
+        return loaded | {f"network.shadow.{name}" for name in shadow} | self.load_head(tensors)
+
+    def load_head(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Load the head from the shadow's tensors; return the names of its parameters."""
+        return set()
+
+
+class AttachedForCausalLM(AttachedModel):
+    """The model that vLLM runs for ``architectures: ["ShadowForCausalLM"]``, behind the base's head."""
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return the logits (T, V) of the base's head."""
+        return self.network.base.compute_logits(hidden_states)
+
+
+class AttachedForSequenceClassification(AttachedModel):
+    """The model that vLLM runs for ``architectures: ["ShadowForSequenceClassification"]``, with the shadow's head.
+
+    The head reads the last token. vLLM applies softmax, or sigmoid, to the logits of all its classifiers.
+    """
+
+    is_pooling_model = True
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        model_config = vllm_config.model_config
+        assert self.config.base_config is not None
+        width = self.config.base_config.get_text_config(decoder=True).hidden_size
+        self.score = nn.Linear(width, self.config.num_labels, bias=False, dtype=model_config.head_dtype)
+        self.pooler = DispatchPooler.for_seq_cls(model_config.pooler_config, classifier=self.score)
+
+    def load_head(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Load the attached model's head from the shadow's tensors; return the names of its parameters."""
+        check_tensors({"score": self.score}, {n: t for n, t in tensors.items() if n.startswith("score.")}, self.path)
+        self.score.weight.data.copy_(tensors["score.weight"])
+        return {"score.weight"}
 
 
 def _check_settings(vllm_config: VllmConfig, config: ShadowModelConfig) -> None:

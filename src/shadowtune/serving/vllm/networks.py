@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.transformers.base import Base as TransformersBackend
@@ -18,6 +19,8 @@ from vllm.model_executor.models.transformers.base import Base as TransformersBac
 from shadowtune.attach.architectures import architecture_of
 from shadowtune.core.boundary import Boundaries
 from shadowtune.errors import UnsupportedArchitectureError
+from shadowtune.model.configuration import ShadowModelConfig
+from shadowtune.serving.vllm.support import classifies
 
 UNUSED_VOCABULARY = 64
 """Tokens of a backbone's embedding and head in vLLM, neither of which is used: what vLLM pads a vocabulary to."""
@@ -26,7 +29,7 @@ DENSE = {"qwen3_moe": "qwen3"}
 
 
 def build_network(vllm_config: VllmConfig, hf_config: PreTrainedConfig, prefix: str) -> nn.Module:
-    """Build vLLM's model of a config: its native one, or its Transformers backend where it has none.
+    """Build vLLM's causal language model of a config: its native one, or its Transformers backend where it has none.
 
     Args:
         vllm_config: of the whole model.
@@ -36,8 +39,11 @@ def build_network(vllm_config: VllmConfig, hf_config: PreTrainedConfig, prefix: 
     Raises:
         UnsupportedArchitectureError: if vLLM has no model for it.
     """
-    inner = vllm_config.with_hf_config(copy.deepcopy(hf_config))
+    own = copy.deepcopy(hf_config)
+    own.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[own.model_type]]  # also of the base of a classifier
+    inner = vllm_config.with_hf_config(own)
     model_config = inner.model_config
+    model_config.runner_type, model_config.convert_type = "generate", "none"
     text = model_config.hf_config.get_text_config()
     model_config.hf_text_config = text  # with_hf_config keeps the outer one
     model_config.model_arch_config = model_config.get_model_arch_config()
@@ -52,6 +58,15 @@ def build_network(vllm_config: VllmConfig, hf_config: PreTrainedConfig, prefix: 
             f"vLLM cannot run the {hf_config.model_type} model {prefix!r} of this shadow: {error}; use the engine of "
             "shadowtune serve cloud"
         ) from error
+
+
+def base_network(vllm_config: VllmConfig, config: ShadowModelConfig, prefix: str) -> nn.Module:
+    """Build vLLM's model of the base; that of a classifier's base has no head of its own."""
+    assert config.base_config is not None
+    own = copy.deepcopy(config.base_config)
+    if classifies(config):
+        own.tie_word_embeddings = True
+    return build_network(vllm_config, own, prefix)
 
 
 def backbone_network(vllm_config: VllmConfig, config: PreTrainedConfig, prefix: str) -> nn.Module:

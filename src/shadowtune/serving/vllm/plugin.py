@@ -12,6 +12,7 @@ from shadowtune.serving.vllm.support import TESTED_VLLM
 
 MODELS = {
     "ShadowForCausalLM": "shadowtune.serving.vllm.model:AttachedForCausalLM",
+    "ShadowForSequenceClassification": "shadowtune.serving.vllm.model:AttachedForSequenceClassification",
 }
 """``architectures`` of a saved shadow's config.json -> vLLM's model of it, which is imported when it is needed."""
 

@@ -20,6 +20,11 @@ REFUSED: dict[str, str] = {
 """Architectures of ``shadowtune.attach`` that the plugin does not run, and why."""
 
 
+def classifies(config: ShadowModelConfig) -> bool:
+    """Whether this is the shadow of a classifier."""
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
 def check_supported(config: ShadowModelConfig) -> None:
     """Raise unless the plugin can run the shadow of this config.
 

@@ -12,11 +12,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from shadowtune.attach.architectures import architecture_of
 from shadowtune.errors import CheckpointError
-from shadowtune.model.checkpoint import read_tensors
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import CheckpointCheck
 from shadowtune.model.loading import check_tensors
 from shadowtune.model.shadow import Shadow
+from shadowtune.serving.vllm.support import classifies
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ def load_base_weights(model: nn.Module, config: ShadowModelConfig, weights: Iter
     """
     assert config.base_config is not None
     check = CheckpointCheck(config.base_config, config.base_signature, config.base_fingerprint)
+    if classifies(config):  # the base's own head, for tokens or for other classes, is not used
+        weights = ((name, tensor) for name, tensor in weights if name != check.head and not name.startswith("score."))
     loaded: set[str] = model.load_weights(check.watch(weights))
     if not loaded:
         raise CheckpointError(
@@ -45,8 +47,10 @@ def load_base_weights(model: nn.Module, config: ShadowModelConfig, weights: Iter
     return loaded
 
 
-def load_shadow_weights(shadow: nn.Module, config: ShadowModelConfig, path: str, revision: str | None) -> set[str]:
-    """Read a shadow's files into its modules in vLLM; return the names of their parameters.
+def load_shadow_weights(
+    shadow: nn.Module, config: ShadowModelConfig, tensors: Mapping[str, Tensor], path: str
+) -> set[str]:
+    """Load a shadow's tensors into its modules in vLLM; return the names of their parameters.
 
     The backbone is cast to vLLM's dtype; other tensors keep the one that they were saved in. The draft head is left
     out: the attached model does not use it.
@@ -54,13 +58,12 @@ def load_shadow_weights(shadow: nn.Module, config: ShadowModelConfig, path: str,
     Args:
         shadow: a ``serving.vllm.model.ShadowNetwork``.
         config: the shadow's.
-        path: of the saved shadow, a directory or Hub id.
-        revision: of the Hub repository.
+        tensors: of the saved shadow.
+        path: where they were read, for errors.
 
     Raises:
-        CheckpointError: if a file is missing or damaged, or does not fit the config.
+        CheckpointError: if they do not fit the config.
     """
-    tensors = read_tensors(path, revision=revision)
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("shadow.")}
     assert config.base_config is not None and config.backbone_config is not None
     with torch.device("meta"):
