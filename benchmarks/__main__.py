@@ -16,13 +16,16 @@ from benchmarks.runner import run_benchmark
 from benchmarks.serving import SERVING
 from benchmarks.speculation import PASSES, SPECULATE
 from benchmarks.training import MEMORY, SCALING, TRAIN
+from benchmarks.vllm import VLLM
 from shadowtune.cli.command import ProgressBar, check_json_target, print_status, print_table, write_json
 from shadowtune.errors import ShadowtuneError
 from shadowtune.provenance import provenance
 
 BENCHMARKS: dict[str, Benchmark] = {
     bench.name: bench
-    for bench in (TRAIN, BOUNDARY, HEAD, DECODE, EVALUATE, SPECULATE, PASSES, SERVING, DETACHED, MEMORY, SCALING, PLAN)
+    for bench in (
+        *(TRAIN, BOUNDARY, HEAD, DECODE, EVALUATE, SPECULATE, PASSES, SERVING, VLLM, DETACHED, MEMORY, SCALING, PLAN),
+    )
 }
 
 

@@ -9,8 +9,9 @@ import sys
 import time
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.cli import vllm
 from shadowtune.cli.main import main
 from shadowtune.data.generation import configured_ends
@@ -78,20 +79,14 @@ def test_vllm_is_started_with_the_run_its_prompt_format_and_its_base(shadow_run,
 
 
 def test_a_saved_shadow_is_served_in_the_precision_of_its_base(tmp_path, base, stand_in):
-    from shadowtune import ShadowConfig, ShadowForCausalLM
-
     seen, served = stand_in()
-    ShadowForCausalLM.from_base(str(base), ShadowConfig(rank=2)).save_pretrained(tmp_path / "shadow")
+    model = ShadowForCausalLM.from_base(AutoModelForCausalLM.from_pretrained(base), ShadowConfig(rank=2))
+    model.save_pretrained(tmp_path / "shadow")
     assert main(["serve", "cloud", str(tmp_path / "shadow"), "--engine", "vllm", "--port", "0"]) == 7
     words = json.loads(seen.read_text())["words"]
     assert words[words.index("--dtype") + 1] == "float32" and int(words[words.index("--port") + 1]) > 0
-    assert configured_ends(read_generation(served)) == [AutoTokenizer.from_pretrained(base).eos_token_id]
-
-
-def read_generation(directory):
-    from transformers import GenerationConfig
-
-    return GenerationConfig.from_pretrained(directory)
+    ends = configured_ends(GenerationConfig.from_pretrained(served))
+    assert ends == [AutoTokenizer.from_pretrained(base).eos_token_id]
 
 
 def test_signals_end_vllm_and_leave_nothing(shadow_run, stand_in, tmp_path):
@@ -140,5 +135,5 @@ def test_what_vllm_does_not_do_is_refused_by_name(shadow_run, stand_in, tmp_path
     monkeypatch.delenv("SHADOWTUNE_API_KEYS")
     perturbed_model("gpt_oss").save_pretrained(tmp_path / "unknown")
     assert "the base is a gpt_oss model, which the vLLM plugin does not run" in refusal(capsys, tmp_path / "unknown")
-    assert main(["serve", "cloud", str(shadow_run), "--vllm-arguments", "--enforce-eager"]) == 2
+    assert main(["serve", "cloud", str(shadow_run), "--vllm-arguments=--enforce-eager"]) == 2
     assert "--vllm-arguments has no effect without --engine vllm" in capsys.readouterr().err

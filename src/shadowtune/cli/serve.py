@@ -68,7 +68,7 @@ def add_cloud_arguments(parser: argparse.ArgumentParser) -> None:
         "--vllm-arguments",
         default="",
         metavar="TEXT",
-        help="with --engine vllm: further arguments of vLLM, such as '--tensor-parallel-size 2'",
+        help="with --engine vllm: further arguments of vLLM: --vllm-arguments='--tensor-parallel-size 2'",
     )
 
 

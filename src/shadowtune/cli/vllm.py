@@ -39,7 +39,7 @@ def serve_with_vllm(arguments: argparse.Namespace, defaults: argparse.Namespace)
     """
     from shadowtune.model.loading import read_config
     from shadowtune.models import resolve
-    from shadowtune.serving.vllm.launch import VllmServer, check_single, check_vllm, write_served_directory
+    from shadowtune.serving.vllm.launch import VllmServer, check_single, check_vllm, write_model_directory
     from shadowtune.serving.vllm.support import check_supported
 
     given = [f"--{n.replace('_', '-')}" for n in NOT_OF_VLLM if vars(arguments)[n] != vars(defaults)[n]]
@@ -71,7 +71,7 @@ def serve_with_vllm(arguments: argparse.Namespace, defaults: argparse.Namespace)
     )
     with tempfile.TemporaryDirectory(prefix="shadowtune-vllm-") as scratch:
         tokenizer = shadow_tokenizer(source.model, config.base_name_or_path)
-        write_served_directory(source.model, Path(scratch), config, tokenizer, source.prompt_format)
+        write_model_directory(source.model, Path(scratch), config, tokenizer, source.prompt_format)
         command = server.command(Path(scratch), config)
         print_status(f"starting vLLM {version}: {shlex.join(command)}")
         return _run(command, environment)

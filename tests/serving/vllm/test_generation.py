@@ -103,7 +103,8 @@ def refusals(tmp_path_factory):
         base.model.layers[1].mlp.up_proj.weight[3, 3] += 1e-3
     base.save_pretrained(root / "wrong base" / "base")
     weights = made["damaged"][1] / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     config = made["quantized"][1] / "config.json"
     values = json.loads(config.read_text())
     values["base_config"]["quantization_config"] = {"quant_method": "bitsandbytes"}

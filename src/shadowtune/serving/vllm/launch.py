@@ -54,7 +54,7 @@ class VllmServer:
     """Further arguments of vLLM, which override the others."""
 
     def command(self, directory: Path, config: ShadowModelConfig) -> list[str]:
-        """Return the command line that serves a directory of ``write_served_directory``."""
+        """Return the command line that serves a directory of ``write_model_directory``."""
         words: list[Any] = [self.python, "-m", MODULE, "--model", directory, "--served-model-name", self.name]
         words += ["--host", self.host, "--port", self.port, "--dtype", self.dtype]
         words += ["--max-num-seqs", self.max_sequences]
@@ -105,7 +105,7 @@ def check_single(names: Sequence[str]) -> str:
     return names[0]
 
 
-def write_served_directory(
+def write_model_directory(
     source: Path,
     directory: Path,
     config: ShadowModelConfig,

@@ -120,9 +120,9 @@ class BoundaryHooks:
         self.parameters: list[Any] = []
         self.states: Tensor | None = None
         if boundaries.first == 0:
-            blocks[0].register_forward_pre_hook(_BeforeFirst(self, blocks[0]), with_kwargs=True)
+            blocks[0].register_forward_pre_hook(_FirstBlockHook(self, blocks[0]), with_kwargs=True)
         for depth in range(max(boundaries.first, 1), len(blocks)):
-            blocks[depth - 1].register_forward_hook(_BeforeNext(self, depth - boundaries.first))
+            blocks[depth - 1].register_forward_hook(_NextBlockHook(self, depth - boundaries.first))
 
     def split(self) -> None:
         """Split the stacked parameters into those of each boundary, once after they have been loaded."""
@@ -134,7 +134,7 @@ class BoundaryHooks:
         return hidden_states
 
 
-class _BeforeFirst:
+class _FirstBlockHook:
     """Pre-hook on the first block, whose argument ``hidden_states`` differs in position between models."""
 
     def __init__(self, hooks: BoundaryHooks, block: nn.Module) -> None:
@@ -153,7 +153,7 @@ class _BeforeFirst:
         return (*args[: self.position], corrected, *args[self.position + 1 :]), kwargs
 
 
-class _BeforeNext:
+class _NextBlockHook:
     """Hook on a block's output, which is the input of the next block."""
 
     def __init__(self, hooks: BoundaryHooks, index: int) -> None:

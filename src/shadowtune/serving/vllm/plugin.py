@@ -7,7 +7,6 @@ import vllm
 from packaging.version import Version
 from vllm import ModelRegistry
 
-from shadowtune.registration import register as register_with_transformers
 from shadowtune.serving.vllm.support import TESTED_VLLM
 
 MODELS = {
@@ -20,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Register the config and the models of shadows with vLLM. Idempotent, as vLLM may call it more than once."""
+    """Register the models of shadows with vLLM. Idempotent, as vLLM may call it more than once.
+
+    Importing this package has registered their config with transformers.
+    """
     if not TESTED_VLLM.contains(Version(vllm.__version__).base_version):
         logger.warning(
             "shadowtune %s was tested with vLLM %s, not with the installed %s; compare answers with those of "
@@ -29,6 +31,5 @@ def register() -> None:
             TESTED_VLLM,
             vllm.__version__,
         )
-    register_with_transformers()
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)
