@@ -1,10 +1,11 @@
 """Benchmark ``vllm``: the attached model in vLLM, beside its bare base there and our own engine, in new tokens/second.
 
 The environment variable VLLM_PYTHON names an interpreter with vLLM and the plugin (docs/vllm.md). Prompts are random
-tokens and all answers have the same length; the prefill is included, prefix caching, drafts and HTTP are not. "vllm" and
-"engine" run the same shadow.
+tokens and all answers have the same length. The prefill is included; prefix caching, drafts and HTTP are not. "vllm"
+and "engine" run the same shadow.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -134,8 +135,9 @@ class VllmCandidate(TimedCandidate):
 
     def _ask(self, line: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(line) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which reading finds
+            self.process.stdin.write(json.dumps(line) + "\n")
+            self.process.stdin.flush()
         reply = self.process.stdout.readline()
         if not reply:
             raise ShadowtuneError(f"vLLM ended with exit code {self.process.wait()}; run {WORKER} by hand to see why")
