@@ -31,6 +31,13 @@ RUNS = {
     "prefix cache and chunked prefill": {"enable_prefix_caching": True, "max_num_batched_tokens": 16},
     "compiled": {"enforce_eager": False},
 }
+DTYPES = {
+    "network.base.model.layers.0.mlp.down_proj.weight": "torch.bfloat16",
+    "network.shadow.backbone.model.layers.0.mlp.down_proj.weight": "torch.bfloat16",
+    "network.shadow.boundaries.injection_downs": "torch.float32",
+    "network.shadow.projection.weight": "torch.float32",
+}
+"""Beside a base in bfloat16."""
 EXPERTS = ("mixtral", "qwen3_moe")
 
 
@@ -57,6 +64,8 @@ def outcomes(tmp_path_factory):
         add(name, *make(root / name, **settings))
     for kind in EXPERTS:
         add(f"{kind} copies", *make(root / f"{kind} copies", kind, init_layers=(1,)))
+    _, directory = make(root / "dtypes", dtype=torch.bfloat16, hidden_size=64, num_attention_heads=2)
+    jobs["dtypes"] = {**job(directory, dtype="bfloat16"), "dtypes": list(DTYPES)}
     add("pretrained backbone", *_with_pretrained_backbone(root / "pretrained"))
     for name, engine in RUNS.items():
         add(name, *llama, **engine)
@@ -91,6 +100,10 @@ NAMES = [*SETTINGS, *RUNS, *(f"{kind} copies" for kind in EXPERTS)]
 def test_settings_of_a_shadow_and_of_vllm_have_the_tokens_of_generate(outcomes, name):
     expected, results = outcomes
     assert results[name] == {"tokens": expected[name]}
+
+
+def test_boundaries_and_projections_keep_the_precision_that_they_were_saved_in(outcomes):
+    assert outcomes[1]["dtypes"] == {"dtypes": list(DTYPES.values())}
 
 
 @pytest.fixture(scope="module")

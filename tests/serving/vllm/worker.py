@@ -3,7 +3,8 @@
     VLLM_PYTHON worker.py JOBS.json RESULTS.json
 
 Each job is {"model": DIRECTORY, "prompts": [[token ids]], "engine": {arguments of vllm.LLM}, "max_tokens": N}, or has
-"classify": true. Each result is {"tokens": [[...]]}, {"probabilities": [[...]]} or {"error": "..."}.
+"classify": true or "dtypes": [names of parameters]. Each result is {"tokens": [[...]]}, {"probabilities": [[...]]},
+{"dtypes": [...]} or {"error": "..."}.
 """
 
 import gc
@@ -39,6 +40,8 @@ def run(job):
 
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
     llm = LLM(job["model"], **{**DEFAULTS, **job.get("engine", {})})
+    if job.get("dtypes"):
+        return {"dtypes": llm.apply_model(lambda model: [str(model.get_parameter(n).dtype) for n in job["dtypes"]])[0]}
     if job.get("classify"):
         return {"probabilities": [each.outputs.probs for each in llm.classify(prompts, use_tqdm=False)]}
     sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False)

@@ -5,6 +5,7 @@ The names of the parameters are those of a saved shadow, ``shadow.boundaries.inj
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class AttachedNetwork(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        self.base = base_network(vllm_config, config, maybe_prefix(prefix, "base"))
+        self.base: Any = base_network(vllm_config, config, maybe_prefix(prefix, "base"))
         self.shadow = ShadowNetwork(vllm_config, config, maybe_prefix(prefix, "shadow"))
         self.hooks = BoundaryHooks(self.shadow.boundaries, blocks_of(self.base, config.base_config))
 
@@ -175,7 +176,7 @@ class AttachedForSequenceClassification(AttachedModel):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         model_config = vllm_config.model_config
-        assert self.config.base_config is not None
+        assert self.config.base_config is not None and self.config.num_labels is not None
         width = self.config.base_config.get_text_config(decoder=True).hidden_size
         self.score = nn.Linear(width, self.config.num_labels, bias=False, dtype=model_config.head_dtype)
         self.pooler = DispatchPooler.for_seq_cls(model_config.pooler_config, classifier=self.score)

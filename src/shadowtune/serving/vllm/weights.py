@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ def load_shadow_weights(
         expected = Shadow(*sizes, draft_vocabulary_size=config.draft_vocabulary_size)
     check_tensors({"shadow": expected}, tensors, path)
     tensors = {name.removeprefix("shadow."): tensor for name, tensor in tensors.items()}
-    backbone = shadow.get_submodule("backbone") if "backbone" in dict(shadow.named_children()) else None
+    backbone: Any = dict(shadow.named_children()).get("backbone")
     own = {
         name: tensor for name, tensor in shadow.state_dict(keep_vars=True).items() if not name.startswith("backbone.")
     }
