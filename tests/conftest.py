@@ -62,6 +62,7 @@ PROCESSES = (
     "tests/cli/test_main.py::test_the_module_runs_as_a_program",
     "tests/cli/test_serve.py",
     "tests/cli/test_serve_load.py",
+    "tests/cli/test_serve_vllm.py",
     "tests/comparison/test_execution.py",
     "tests/comparison/test_run.py",
     "tests/comparison/test_worker_process.py",

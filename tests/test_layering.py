@@ -76,6 +76,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "httpx2": {"serving"},
     "llguidance": {"serving"},
     "prometheus_client": {"serving"},
+    "vllm": {"serving"},
 }
 
 

@@ -59,9 +59,12 @@ class VllmServer:
         words += ["--host", self.host, "--port", self.port, "--dtype", self.dtype]
         words += ["--max-num-seqs", self.max_sequences]
         assert config.base_config is not None
-        own = vars(config.base_config.get_text_config(decoder=True)).get("max_position_embeddings")
-        if config.max_position_embeddings is not None and own is not None and config.max_position_embeddings < own:
-            words += ["--max-model-len", config.max_position_embeddings]
+        own, both = (
+            vars(each).get("max_position_embeddings")
+            for each in (config.base_config.get_text_config(decoder=True), config)
+        )
+        if own is not None and both is not None and both < own:
+            words += ["--max-model-len", both]
         if self.origins:
             words += ["--allowed-origins", json.dumps(self.origins)]
         return [*map(str, words), *self.arguments]

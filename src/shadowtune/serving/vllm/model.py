@@ -199,10 +199,11 @@ def _check_settings(vllm_config: VllmConfig, config: ShadowModelConfig) -> None:
         raise ConfigError(
             f"--quantization {model_config.quantization} would change the base that the shadow was trained beside"
         )
-    if config.max_position_embeddings is not None and model_config.max_model_len > config.max_position_embeddings:
+    positions = vars(config).get("max_position_embeddings")  # None where the architecture has no limit
+    if positions is not None and model_config.max_model_len > positions:
         raise ConfigError(
-            f"base and shadow have {config.max_position_embeddings} positions, vLLM was given "
-            f"{model_config.max_model_len}: pass --max-model-len {config.max_position_embeddings}"
+            f"base and shadow have {positions} positions, vLLM was given {model_config.max_model_len}: "
+            f"pass --max-model-len {positions}"
         )
     if model_config.enable_prompt_embeds and config.shadow_config.backbone != "mirror":
         raise ConfigError("this shadow's backbone has its own token embedding: leave out --enable-prompt-embeds")
