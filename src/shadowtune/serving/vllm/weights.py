@@ -22,7 +22,7 @@ from shadowtune.serving.vllm.support import classifies
 logger = logging.getLogger(__name__)
 
 
-def load_base_weights(model: nn.Module, config: ShadowModelConfig, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+def load_base_weights(model: Any, config: ShadowModelConfig, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
     """Load the base into vLLM's model of it; return the names of its parameters.
 
     Raises:
