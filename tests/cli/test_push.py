@@ -130,6 +130,11 @@ def test_the_card_keeps_a_base_of_the_hub():
     assert published_card(card, "me/x") == card.replace("'model'", "'me/x'")
 
 
+def test_the_card_of_a_short_name_keeps_its_example():
+    card = '---\nbase_model: "smollm2-135m"\n---\nbase = f(shadowtune.models.resolve("smollm2-135m"))\n'
+    assert published_card(card, "me/x") == '---\n---\nbase = f(shadowtune.models.resolve("smollm2-135m"))\n'
+
+
 def response(status):
     return httpx2.Response(status, request=httpx2.Request("POST", "https://hub.test"))
 

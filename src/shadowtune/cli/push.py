@@ -30,6 +30,8 @@ BASE_KEYS = {"base_name_or_path": "", "base_model_name_or_path": None}
 REVISION_KEYS = ("base_revision", "revision")
 """Keys that name the commit of that base."""
 NO_BASE = "none"
+UNNAMED = "BASE"
+"""What stands for the base in a card that does not name it."""
 _CARD_BASE = re.compile(r'^base_model: "(.*)"$', flags=re.MULTILINE)
 """The line of a card that names the base."""
 
@@ -171,12 +173,19 @@ def published_card(text: str, repository: str, base: str | None = None) -> str:
         repository: "org/name".
         base: a Hub id that replaces the base's name, "none" for no name; None keeps a name that others can load.
     """
+    from shadowtune.models import NAMED
+
     text = re.sub(r"from_pretrained\('[^']*'", f"from_pretrained({repository!r}", text)
     text = re.sub(r"(PeftModel\.from_pretrained\(base, )'[^']*'", rf"\g<1>{repository!r}", text)
-    if base not in (None, NO_BASE) and (found := _CARD_BASE.search(text)):
-        text = text.replace(json.loads(f'"{found[1]}"'), str(base))
-    if local_base(text) or base == NO_BASE:
+    if (found := _CARD_BASE.search(text)) is None:
+        return text
+    named, local = json.loads(f'"{found[1]}"'), local_base(text)
+    if base not in (None, NO_BASE):
+        return text.replace(named, str(base))
+    if base == NO_BASE or local:  # the Hub knows no model of this name
         text = re.sub(r"^base_model(_relation)?: .*\n", "", text, flags=re.MULTILINE)
+    if local and named not in NAMED:  # a short name works wherever this package is installed
+        text = text.replace(named, UNNAMED)
     return text
 
 
