@@ -181,7 +181,8 @@ def _edge_app(arguments: argparse.Namespace, config: ServerConfig, policy: Polic
     from shadowtune.serving.edge.router import Router
     from shadowtune.serving.http.app import create_app
 
-    router = Router(_edge(arguments), RemoteEndpoint(cloud), policy, config.timeout - cloud.deadline)
+    edge = _edge(arguments, policy.reads_deferral_head, policy.signal)
+    router = Router(edge, RemoteEndpoint(cloud), policy, config.timeout - cloud.deadline)
     return create_app(router, config, "edge", policy=router, counters=router.counters)
 
 
@@ -193,7 +194,8 @@ def _lone_edge_app(arguments: argparse.Namespace, config: ServerConfig) -> Any:
     return create_app(edge, config, "edge", counters=edge.counters)
 
 
-def _edge(arguments: argparse.Namespace) -> "LocalModel":
+def _edge(arguments: argparse.Namespace, reads_head: bool = False, signal: str = "") -> "LocalModel":
+    """Load the edge's model, and its deferral head if the policy reads it."""
     from shadowtune.serving.edge.local import LocalModel
 
     path = Path(arguments.edge)
@@ -201,6 +203,13 @@ def _edge(arguments: argparse.Namespace) -> "LocalModel":
     opened = detached_model(open_source(arguments.edge, max_length=arguments.max_length))
     if arguments.max_length is not None:
         opened.max_length = min(opened.max_length, arguments.max_length)
+    if reads_head and opened.deferral_head is None:
+        raise ConfigError(
+            f"signal {signal} of the policy reads a deferral head, and {path} has none; train with deferral_fraction, "
+            "or take another --signal"
+        )
+    if not reads_head and opened.deferral_head is not None:
+        opened.set_deferral_head(None)  # nothing would read it
     name = path.absolute().stem if path.is_file() else path.absolute().name
     return LocalModel(opened, arguments.name or name, arguments.max_queue)
 

@@ -28,7 +28,9 @@ from shadowtune.config.settings import (
 from shadowtune.errors import ConfigError, ShadowtuneError
 
 PolicyKind = Literal["always-edge", "always-cloud", "tag", "confidence", "verify"]
-SignalName = Literal["logprob", "margin", "entropy", "first", "learned"]
+SignalName = Literal["logprob", "margin", "entropy", "first", "learned", "agreement", "deferral"]
+HEAD_SIGNALS: tuple[SignalName, ...] = ("agreement", "deferral")
+"""Signals of a deferral head, which not every model has."""
 TAG = "[REMOTE]"
 HIGHEST_THRESHOLD = 1.000001
 """Upper bound of thresholds, exclusive; a threshold above 1 defers every request."""
@@ -193,6 +195,10 @@ class Weights:
     """Likewise."""
     length: Float
     """Weight of log(1 + number of the answer's tokens)."""
+    agreement: Float = 0.0
+    """Weight of the log-odds of this signal; 0 if the edge had no deferral head."""
+    deferral: Float = 0.0
+    """Likewise."""
 
 
 @settings
@@ -222,8 +228,10 @@ class PolicyConfig:
     signal: SignalName = "logprob"
     """Confidence of an answer, computed from its tokens, the end token included. "logprob": their geometric mean
     probability; "margin": the smallest difference of the two highest probabilities; "entropy": 1 minus the mean entropy
-    over its largest value; "first": the first token's probability; "learned": a logistic regression on all four
-    (``weights``)."""
+    over its largest value; "first": the first token's probability; "learned": a logistic regression on all of
+    them (``weights``). Of a model with a deferral head (``deferral_fraction`` of training): "agreement", the
+    probability that the attached model would generate the same tokens; "deferral", 1 minus the probability that the
+    attached model is right where the edge's answer is wrong."""
     tag: str | None = TAG
     """Answer by which an edge that was trained to do so asks to defer; None if there is none."""
     weights: Weights | None = None
@@ -242,6 +250,12 @@ class PolicyConfig:
             yield "signal learned needs its weights; take the policy.json of shadowtune calibrate"
         if self.kind == "tag" and not self.tag:
             yield f"kind tag needs a tag, such as {TAG}"
+
+    @property
+    def reads_deferral_head(self) -> bool:
+        """Whether the confidence depends on the edge's deferral head."""
+        learned = self.signal == "learned" and self.weights is not None
+        return self.signal in HEAD_SIGNALS or (learned and any(vars(self.weights)[name] for name in HEAD_SIGNALS))
 
     def save(self, file: Path) -> None:
         """Write the policy as JSON."""

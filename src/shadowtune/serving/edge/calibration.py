@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from shadowtune.config.serving import CurvePoint, PolicyConfig, Prices, SignalName, Weights
+from shadowtune.config.serving import HEAD_SIGNALS, CurvePoint, PolicyConfig, Prices, SignalName, Weights
+from shadowtune.errors import ConfigError
 from shadowtune.serving.edge.confidence import features, learned_confidence
 from shadowtune.serving.edge.thresholds import (
     ALWAYS,
@@ -28,6 +29,9 @@ from shadowtune.serving.edge.thresholds import (
 from shadowtune.tables import keep_within, line_style
 
 SIGNALS: tuple[SignalName, ...] = get_args(SignalName)
+"""Signals of an edge with a deferral head."""
+PLAIN_SIGNALS = tuple(name for name in SIGNALS if name not in HEAD_SIGNALS)
+"""Signals of any edge."""
 FOLDS = 5
 WEIGHT_DECAY = 1e-2
 """On the squared weights of standardized features; keeps them finite where the examples are separable."""
@@ -83,19 +87,25 @@ def calibrate(
     drawn = random.Random(0).sample(list(examples), len(examples))
     half = (len(examples) + 1) // 2
     chosen, others = drawn[:half], drawn[half:]
+    signals = available_signals(examples)
+    if signal != "auto" and signal not in signals:
+        raise ConfigError(
+            f"signal {signal} needs a deferral head, which this edge has none of; train with deferral_fraction, or "
+            f"take one of {', '.join(signals)}"
+        )
     weights = fit_learned_router(chosen)
     curves = {
         name: deferral_curve(
             chosen, out_of_fold_confidences(chosen) if name == "learned" else confidences(chosen, name)
         )
-        for name in SIGNALS
+        for name in signals
     }
-    best = max(SIGNALS, key=lambda name: area(curves[name])) if signal == "auto" else signal
+    best = max(signals, key=lambda name: area(curves[name])) if signal == "auto" else signal
     promised = choose_threshold(curves[best], target, len(chosen))
-    checks = {name: confidences(others, name, weights) for name in SIGNALS}
+    checks = {name: confidences(others, name, weights) for name in signals}
     qualities = [
         RouterQuality(name, area(curves[name]), area(deferral_curve(others, checks[name])) if others else None)
-        for name in SIGNALS
+        for name in signals
     ]
     for name, bound in (("random", random_area), ("oracle", oracle_area)):
         qualities.append(RouterQuality(name, bound(chosen), bound(others) if others else None))
@@ -113,6 +123,12 @@ def calibrate(
     ]
     found = at_threshold(others, checks[best], promised.threshold) if others else None
     return Calibration(policy, promised, found, scores, qualities, curves)
+
+
+def available_signals(examples: Sequence[CalibrationExample]) -> tuple[SignalName, ...]:
+    """Return the signals that the edge computed for every example."""
+    headless = any(each.signals.agreement is None for each in examples)
+    return PLAIN_SIGNALS if headless else SIGNALS
 
 
 def fit_learned_router(examples: Sequence[CalibrationExample]) -> Weights:

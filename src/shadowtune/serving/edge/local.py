@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 
 from shadowtune.export.loading import LoadedModel
@@ -130,8 +131,16 @@ class LocalStream:
                     return
         finally:
             steps.close()
-        self.signals = signals_of(tokens)
+        self.signals = signals_of(self._with_deferral(tokens, count))
         yield OutputChunk(detokenizer.flush(), (), finish, Usage(len(self._ids), count))
+
+    def _with_deferral(self, tokens: list[TokenStatistics], count: int) -> list[TokenStatistics]:
+        """Evaluate the deferral head on a complete answer of llama.cpp, unless it left out tokens of a character."""
+        runtime = self._opened.runtime
+        if not isinstance(runtime, GgufModel) or runtime.deferral_head is None or len(tokens) != count or not tokens:
+            return tokens
+        found = runtime.deferral_logits(self._ids, [token.id for token in tokens])
+        return [replace(token, deferral=logits) for token, logits in zip(tokens, found, strict=True)]
 
     def _logprobs(self, token: TokenStatistics) -> tuple[GeneratedToken, ...]:
         if self._request.top_logprobs is None:
