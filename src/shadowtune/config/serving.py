@@ -213,6 +213,20 @@ class CurvePoint:
     """Fraction of the requests that were deferred to the cloud."""
     cost: Float
     """Mean cost of a request, in units of ``Prices``."""
+    correction_rate: Float | None = None
+    """Fraction of the requests that were deferred and got another answer than the edge's; None if not measured."""
+
+
+@settings
+class ReliabilityPoint:
+    """The held-out requests whose confidence lies in one tenth of its range."""
+
+    confidence: Float
+    """Their mean confidence."""
+    accuracy: Float
+    """Fraction whose answer by the cloud was not better."""
+    count: NonNegativeInt
+    """Their number."""
 
 
 @settings
@@ -240,6 +254,10 @@ class PolicyConfig:
     """Prices of the cloud."""
     curve: tuple[CurvePoint, ...] = ()
     """Result of every threshold, ascending, as measured by ``shadowtune calibrate``."""
+    examples: NonNegativeInt = 0
+    """Number of held-out requests of the curve."""
+    reliability: tuple[ReliabilityPoint, ...] = ()
+    """How often the confidence is right, measured on other requests than the curve."""
 
     def __post_init__(self) -> None:
         """Check what the signal and the kind need."""

@@ -1,5 +1,5 @@
 import asyncio
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import httpx2
 import pytest
@@ -205,7 +205,7 @@ def test_the_threshold_changes_while_it_runs():
     assert (first, second) == ("edge", "cloud")
     assert told["threshold"] == 1.0
     assert (told["kind"], told["signal"]) == ("confidence", "logprob")
-    assert told["curve"] == [{"threshold": 0.0, "accuracy": 0.5, "deferral_rate": 0.0, "cost": 0.0}]
+    assert told["curve"] == [asdict(CurvePoint(0.0, 0.5, 0.0, 0.0))]
 
 
 def test_a_policy_without_a_threshold_has_none_to_change():
