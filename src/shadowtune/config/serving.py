@@ -18,6 +18,7 @@ from shadowtune.config.settings import (
     Float,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Seconds,
     current_names,
@@ -230,6 +231,21 @@ class ReliabilityPoint:
 
 
 @settings
+class DriftConfig:
+    """The alarm that an edge raises when its cloud corrects it more often than expected."""
+
+    enabled: StrictBool = True
+    """Whether corrections are watched."""
+    false_alarm_interval: PositiveFloat = 2000.0
+    """Least expected number of requests between two false alarms. A larger one finds a drift later."""
+    warm_up: PositiveInt = 200
+    """Number of first requests that measure the rate of corrections, where calibration has not; also the number of last
+    requests that are reported."""
+    delta: Annotated[float, Ge(1e-6), Lt(0.5), NUMBER] = 0.05
+    """One minus the confidence level of the upper bound of the expected rate, below which no alarm is raised."""
+
+
+@settings
 class PolicyConfig:
     """When a request is answered by the edge, and when it is deferred to the cloud."""
 
@@ -258,6 +274,8 @@ class PolicyConfig:
     """Number of held-out requests of the curve."""
     reliability: tuple[ReliabilityPoint, ...] = ()
     """How often the confidence is right, measured on other requests than the curve."""
+    drift: DriftConfig = field(default_factory=DriftConfig)
+    """The drift alarm."""
 
     def __post_init__(self) -> None:
         """Check what the signal and the kind need."""

@@ -29,6 +29,20 @@ def test_an_edge_without_a_policy_hides_it(visit, stub, watch):
     expect(page.locator("#policy")).to_be_hidden()
 
 
+def test_a_drift_alarm_is_shown_and_said(visit, stub):
+    drift = {"expected": 0.1, "bound": 0.12, "rate": 0.08, "requests": 200, "evidence": 0.0, "alarms": 0}
+    stub.be_an_edge(drift={**drift, "alarmed": False})
+    page = visit()
+    expect(page.locator("#drift")).to_have_text(
+        "The cloud corrected 8.0 % of the last 200 requests; expected are 10.0 %."
+    )
+    expect(page.locator("#drift")).not_to_have_class("small fault")
+    stub.be_an_edge(drift={**drift, "rate": 0.3, "alarms": 1, "alarmed": True})
+    page = visit()
+    expect(page.locator("#drift")).to_contain_text("run shadowtune calibrate again")
+    expect(page.locator("#drift")).to_have_class("small fault")
+
+
 def test_the_curve_marks_the_threshold_and_says_what_it_promises(visit, stub):
     stub.be_an_edge()
     page = visit()

@@ -4,13 +4,14 @@ The first byte goes to the client after the decision, so that it never sees two 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shadowtune.config.serving import PolicyConfig, Prices
 from shadowtune.errors import ConfigError
 from shadowtune.serving.edge.confidence import PolicyDecision, decide
+from shadowtune.serving.edge.drift import DriftMonitor
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.edge.openai_api import RemoteError
 from shadowtune.serving.edge.remote import RemoteEndpoint
@@ -42,6 +43,7 @@ class RoutedStream:
         decision: as far as known before the first chunk.
         prices: of the cloud, if it answers.
         draft: the edge's text, if the cloud verifies it.
+        observe: called with the cloud's whole text.
     """
 
     def __init__(
@@ -50,9 +52,10 @@ class RoutedStream:
         decision: RoutingDecision,
         prices: Prices | None = None,
         draft: str | None = None,
+        observe: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.decision = decision
-        self._source, self._prices, self._draft = source, prices, draft
+        self._source, self._prices, self._draft, self._observe = source, prices, draft, observe
 
     async def __aiter__(self) -> AsyncIterator[OutputChunk]:
         """Yield the chunks."""
@@ -73,6 +76,7 @@ class RoutedStream:
             await self._source.aclose()
 
     def _complete(self, text: str, usage: Usage) -> None:
+        self._observe(text)
         if self._prices is not None:
             self.decision = replace(self.decision, cost=response_cost(self._prices, usage))
         if self._draft is not None:
@@ -102,14 +106,23 @@ class Router:
         self, edge: LocalModel, cloud: RemoteEndpoint, policy: PolicyConfig, edge_deadline: float = 60.0
     ) -> None:
         self.edge, self.cloud, self.policy, self.edge_deadline = edge, cloud, policy, edge_deadline
+        self.drift = DriftMonitor(policy)
 
     def models(self) -> list[ModelCard]:
         """Return the edge's model."""
         return self.edge.models()
 
     def counters(self) -> dict[str, float]:
-        """Return the edge's running and waiting requests, and whether the cloud's circuit breaker is open."""
-        return {**self.edge.counters(), "cloud_circuit_open": float(self.cloud.breaker.state == "open")}
+        """Return the edge's running and waiting requests, the state of the circuit breaker, and of the drift alarm."""
+        status = self.drift.status()
+        return {
+            **self.edge.counters(),
+            "cloud_circuit_open": float(self.cloud.breaker.state == "open"),
+            "correction_rate": status.rate,
+            "drift_evidence": status.evidence,
+            "drift_alarms": status.alarms,
+            "drift_alarmed": float(status.alarmed),
+        }
 
     def failure(self) -> str | None:
         """Return why the edge's model can never answer again; None while it can."""
@@ -124,7 +137,7 @@ class Router:
         return await self.edge.detokenize(model, tokens)
 
     def describe(self) -> Mapping[str, Any]:
-        """Return kind, threshold, signal and curve of the policy."""
+        """Return kind, threshold, signal and curve of the policy, and the state of its drift alarm."""
         policy = self.policy
         tunable = policy.kind == "confidence"
         return {
@@ -132,6 +145,7 @@ class Router:
             "threshold": policy.threshold if tunable else None,
             "signal": policy.signal if tunable else None,
             "curve": [asdict(point) for point in policy.curve] if tunable else [],
+            "drift": asdict(self.drift.status()) if policy.drift.enabled else None,
         }
 
     def set_threshold(self, threshold: float) -> None:
@@ -145,6 +159,7 @@ class Router:
                 f"policy {self.policy.kind} has no threshold; start the server with --policy-kind confidence"
             )
         self.policy = replace(self.policy, threshold=threshold)
+        self.drift.set_policy(self.policy)
 
     async def generate(self, request: GenerationRequest) -> RoutedStream:
         """Answer at the edge, decide, and ask the cloud if the answer is deferred.
@@ -168,7 +183,9 @@ class Router:
             except RemoteError:
                 raise error from None
         decision = edge.decision
+        greedy = request.sampling.temperature == 0
         if not decision.defer:
+            self.drift.observe(False, greedy)
             return RoutedStream(edge.chunks, RoutingDecision("edge", decision.reason, decision.confidence))
         draft = edge.text if policy.kind == "verify" else None
         read = Usage(sum(chunk.usage.prompt_tokens for chunk in edge.chunks if chunk.usage), 0)
@@ -178,7 +195,11 @@ class Router:
             return RoutedStream(edge.chunks, RoutingDecision("fallback", error.reason, decision.confidence))
         cost = response_cost(policy.prices, read)
         return RoutedStream(
-            source, RoutingDecision("cloud", decision.reason, decision.confidence, cost), policy.prices, draft
+            source,
+            RoutingDecision("cloud", decision.reason, decision.confidence, cost),
+            policy.prices,
+            draft,
+            lambda text: self.drift.observe(text.strip() != edge.text.strip(), greedy),
         )
 
     async def aclose(self) -> None:

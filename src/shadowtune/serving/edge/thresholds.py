@@ -47,8 +47,11 @@ class CalibrationExample:
 
 @dataclass(frozen=True)
 class CalibrationTarget:
-    """The target of a threshold: an accuracy at the least cost, the best accuracy within a deferral rate or cost, or the
-    fewest deferrals with a loss of accuracy, compared with the cloud alone, that is guaranteed."""
+    """The target of a threshold.
+
+    An accuracy at the least cost, the best accuracy within a deferral rate or cost, or the fewest deferrals with a
+    guaranteed loss of accuracy, compared with the cloud alone.
+    """
 
     kind: Literal["accuracy", "deferral-rate", "cost", "accuracy-loss"]
     value: float

@@ -220,6 +220,18 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
+class DriftInfo(BaseModel):
+    """State of the drift alarm: how often the cloud corrects the edge."""
+
+    expected: float | None
+    bound: float | None
+    rate: float
+    requests: int
+    evidence: float
+    alarms: int
+    alarmed: bool
+
+
 class PolicyResponse(BaseModel):
     """The current routing policy."""
 
@@ -227,6 +239,7 @@ class PolicyResponse(BaseModel):
     threshold: float | None
     signal: str | None
     curve: list[CurvePoint]
+    drift: DriftInfo | None = None
 
 
 class RecentRequest(BaseModel):
