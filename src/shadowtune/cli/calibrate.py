@@ -147,8 +147,7 @@ def _measure(arguments: argparse.Namespace, prices: Prices) -> "list[Calibration
     """Return the signals, scores and costs of both sides on every example."""
     from shadowtune.cli.answers import edge_source, evaluation_set_of, record_answers, remote_source, run_source
     from shadowtune.serving.edge.confidence import has_tag
-    from shadowtune.serving.edge.router import response_cost
-    from shadowtune.serving.edge.thresholds import CalibrationExample
+    from shadowtune.serving.edge.thresholds import CalibrationExample, response_cost
     from shadowtune.serving.requests import Usage
 
     edge = edge_source(arguments.edge)

@@ -28,10 +28,12 @@ from shadowtune.config.settings import (
 )
 from shadowtune.errors import ConfigError, ShadowtuneError
 
-PolicyKind = Literal["always-edge", "always-cloud", "tag", "confidence", "verify"]
+PolicyKind = Literal["always-edge", "always-cloud", "tag", "confidence", "verify", "token"]
 SignalName = Literal["logprob", "margin", "entropy", "first", "learned", "agreement", "deferral"]
 HEAD_SIGNALS: tuple[SignalName, ...] = ("agreement", "deferral")
 """Signals of a deferral head, which not every model has."""
+TOKEN_SIGNALS: tuple[SignalName, ...] = ("logprob", "margin", "entropy", "agreement")
+"""Signals that single tokens have."""
 TAG = "[REMOTE]"
 HIGHEST_THRESHOLD = 1.000001
 """Upper bound of thresholds, exclusive; a threshold above 1 defers every request."""
@@ -252,9 +254,17 @@ class PolicyConfig:
     kind: PolicyKind = "confidence"
     """"always-edge" and "always-cloud" are fixed. "tag" defers requests that the edge answers with ``tag``;
     "confidence" those and the ones with a low confidence; "verify" lets the cloud verify every answer of the edge in
-    one forward pass."""
+    one forward pass; "token" streams the edge's answer up to its first token with a low confidence, and lets the cloud
+    continue from there (greedy requests without tools, JSON schema and log-probabilities; others are treated as by
+    "confidence")."""
     threshold: Annotated[float, Ge(0), Lt(HIGHEST_THRESHOLD), NUMBER] = 0.5
-    """For "confidence": requests with a lower confidence are deferred. From 0 to 1."""
+    """For "confidence": requests with a lower confidence are deferred; for "token", from the first token with a
+    lower one on. From 0 to 1."""
+    value: PositiveFloat | None = None
+    """For "token": worth of a right token, in units of ``prices``. It replaces the threshold: a token is deferred where
+    (1 - confidence) times this exceeds what the cloud costs for the prompt and ``answer_tokens``."""
+    answer_tokens: PositiveInt = 32
+    """For ``value``: expected number of tokens of an answer of the cloud."""
     signal: SignalName = "logprob"
     """Confidence of an answer, computed from its tokens, the end token included. "logprob": their geometric mean
     probability; "margin": the smallest difference of the two highest probabilities; "entropy": 1 minus the mean entropy
@@ -284,6 +294,10 @@ class PolicyConfig:
     def _conflicts(self) -> Iterator[str]:
         if self.signal == "learned" and self.weights is None:
             yield "signal learned needs its weights; take the policy.json of shadowtune calibrate"
+        if self.kind == "token" and self.signal not in TOKEN_SIGNALS:
+            yield f"kind token needs a signal of single tokens: {', '.join(TOKEN_SIGNALS)}; got {self.signal}"
+        if self.value is not None and self.kind != "token":
+            yield f"value={self.value:g} is for kind token; leave it out"
         if self.kind == "tag" and not self.tag:
             yield f"kind tag needs a tag, such as {TAG}"
 

@@ -21,7 +21,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from shadowtune.config.serving import PolicyConfig, SignalName, Weights
+from shadowtune.config.serving import TOKEN_SIGNALS, PolicyConfig, SignalName, Weights
 from shadowtune.core.deferral_head import answer_log_odds, log_agreement
 
 EPSILON = 1e-6
@@ -133,6 +133,32 @@ def confidence(signals: Signals, signal: SignalName, weights: Weights | None = N
         assert weights is not None
         return learned_confidence(weights, signals)
     return float(vars(signals)[signal] or 0.0)
+
+
+def token_confidence(token: TokenStatistics, signal: SignalName) -> float:
+    """Return the confidence of one token by one of ``TOKEN_SIGNALS``, from 0 to 1; 0 if it is not known."""
+    assert signal in TOKEN_SIGNALS
+    if signal == "agreement":
+        return 0.0 if token.deferral is None else 1 / (1 + math.exp(min(token.deferral[0], 700.0)))
+    if signal == "margin":
+        return token.margin
+    return 1 - token.entropy if signal == "entropy" else math.exp(min(0.0, token.logprob))
+
+
+def token_threshold(policy: PolicyConfig, prompt_tokens: int) -> float:
+    """Return the confidence below which a token is deferred, by a policy of kind "token".
+
+    With ``value`` it is that at which the expected gain of asking the cloud, (1 - confidence) value, equals the cost.
+
+    Args:
+        policy: the policy.
+        prompt_tokens: number of the prompt's tokens.
+    """
+    if policy.value is None:
+        return policy.threshold
+    prices = policy.prices
+    cost = prices.request + prices.prompt * prompt_tokens + prices.completion * policy.answer_tokens
+    return max(0.0, 1 - cost / policy.value)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ def decoding_steps(
         RequestError: for ``min_tokens`` with a GGUF file, or if no token can be sampled.
     """
     runtime, top = opened.runtime, request.top_logprobs or 0
+    if limit < 1:
+        return
     if isinstance(runtime, GgufModel):
         if request.min_tokens:
             raise RequestError("min_tokens is not supported by a GGUF file; leave it out", param="min_tokens")

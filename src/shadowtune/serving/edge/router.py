@@ -1,9 +1,11 @@
 """Route each request: the edge answers in full, the policy decides, and the cloud answers what is deferred.
 
-The first byte goes to the client after the decision, so that it never sees two answers.
+The first byte goes to the client after the decision, so that it never sees two answers. A policy of kind "token"
+decides while the edge streams (``mid_answer``).
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,8 +15,10 @@ from shadowtune.errors import ConfigError
 from shadowtune.serving.edge.confidence import PolicyDecision, decide
 from shadowtune.serving.edge.drift import DriftMonitor
 from shadowtune.serving.edge.local import LocalModel
+from shadowtune.serving.edge.mid_answer import MidAnswerStream, routes_by_token
 from shadowtune.serving.edge.openai_api import RemoteError
 from shadowtune.serving.edge.remote import RemoteEndpoint
+from shadowtune.serving.edge.thresholds import response_cost
 from shadowtune.serving.requests import (
     GenerationRequest,
     GenerationStream,
@@ -24,6 +28,12 @@ from shadowtune.serving.requests import (
     RoutingDecision,
     Usage,
 )
+
+MID_ANSWER_COUNTERS = tuple(
+    f"mid_answer_{outcome}" for outcome in ("confident", "unsure", "continued", "contradicted", "fallback")
+)
+"""Answers of a policy of kind "token": of the edge alone, of the cloud alone, by the cloud from a text of the edge
+on, by the edge because the cloud disagreed, and by the edge because the cloud failed."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +93,6 @@ class RoutedStream:
             self.decision = replace(self.decision, reason="agreed" if text == self._draft else "corrected")
 
 
-def response_cost(prices: Prices, usage: Usage) -> float:
-    """Return the cost of a response of the cloud."""
-    return prices.request + prices.prompt * usage.prompt_tokens + prices.completion * usage.completion_tokens
-
-
 class Router:
     """A backend that answers requests at the edge, and defers to the cloud those that its policy selects.
 
@@ -107,6 +112,7 @@ class Router:
     ) -> None:
         self.edge, self.cloud, self.policy, self.edge_deadline = edge, cloud, policy, edge_deadline
         self.drift = DriftMonitor(policy)
+        self._mid_answer: Counter[str] = Counter(dict.fromkeys(MID_ANSWER_COUNTERS, 0))
 
     def models(self) -> list[ModelCard]:
         """Return the edge's model."""
@@ -122,6 +128,7 @@ class Router:
             "drift_evidence": status.evidence,
             "drift_alarms": status.alarms,
             "drift_alarmed": float(status.alarmed),
+            **self._mid_answer,
         }
 
     def failure(self) -> str | None:
@@ -139,7 +146,7 @@ class Router:
     def describe(self) -> Mapping[str, Any]:
         """Return kind, threshold, signal and curve of the policy, and the state of its drift alarm."""
         policy = self.policy
-        tunable = policy.kind == "confidence"
+        tunable = policy.kind == "confidence" or (policy.kind == "token" and policy.value is None)
         return {
             "kind": policy.kind,
             "threshold": policy.threshold if tunable else None,
@@ -154,14 +161,14 @@ class Router:
         Raises:
             ConfigError: if the policy has none, or it is out of range.
         """
-        if self.policy.kind != "confidence":
+        if self.describe()["threshold"] is None:
             raise ConfigError(
                 f"policy {self.policy.kind} has no threshold; start the server with --policy-kind confidence"
             )
         self.policy = replace(self.policy, threshold=threshold)
         self.drift.set_policy(self.policy)
 
-    async def generate(self, request: GenerationRequest) -> RoutedStream:
+    async def generate(self, request: GenerationRequest) -> "RoutedStream | MidAnswerStream":
         """Answer at the edge, decide, and ask the cloud if the answer is deferred.
 
         Raises:
@@ -176,6 +183,8 @@ class Router:
         if policy.kind == "always-cloud":
             return await self._answer_in_cloud(request, policy)
         try:
+            if routes_by_token(policy, request):
+                return await self._begin_at_edge(request, policy)
             edge = await self._answer_at_edge(request, policy)
         except RequestError as error:
             try:
@@ -206,6 +215,14 @@ class Router:
         """Let the edge finish, and close the connections to the cloud."""
         await self.edge.aclose()
         await self.cloud.aclose()
+
+    async def _begin_at_edge(self, request: GenerationRequest, policy: PolicyConfig) -> MidAnswerStream:
+        def observe(replaced: bool) -> None:
+            self.drift.observe(replaced, greedy=True)
+
+        stream = MidAnswerStream(self.edge, self.cloud, request, policy, self._mid_answer, observe)
+        await stream.begin()
+        return stream
 
     async def _answer_at_edge(self, request: GenerationRequest, policy: PolicyConfig) -> EdgeAnswer:
         stream = await self.edge.generate(request)

@@ -15,12 +15,18 @@ from typing import Literal
 
 import numpy as np
 
-from shadowtune.config.serving import CurvePoint, SignalName, Weights
+from shadowtune.config.serving import CurvePoint, Prices, SignalName, Weights
 from shadowtune.errors import ShadowtuneError
 from shadowtune.serving.edge.confidence import Signals, confidence
+from shadowtune.serving.requests import Usage
 
 ALWAYS = -1.0
 """Confidence of an answer that is deferred whatever the threshold: the tag."""
+
+
+def response_cost(prices: Prices, usage: Usage) -> float:
+    """Return the cost of a response of the cloud."""
+    return prices.request + prices.prompt * usage.prompt_tokens + prices.completion * usage.completion_tokens
 
 
 @dataclass(frozen=True)
