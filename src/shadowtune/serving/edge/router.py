@@ -152,6 +152,7 @@ class Router:
             "threshold": policy.threshold if tunable else None,
             "signal": policy.signal if tunable else None,
             "curve": [asdict(point) for point in policy.curve] if tunable else [],
+            "reliability": [asdict(point) for point in policy.reliability] if tunable else [],
             "drift": asdict(self.drift.status()) if policy.drift.enabled else None,
         }
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from shadowtune.config.serving import CurvePoint
+from shadowtune.config.serving import CurvePoint, ReliabilityPoint
 from shadowtune.serving.requests import FinishReason, ModelCard
 
 
@@ -239,6 +239,7 @@ class PolicyResponse(BaseModel):
     threshold: float | None
     signal: str | None
     curve: list[CurvePoint]
+    reliability: list[ReliabilityPoint] = []
     drift: DriftInfo | None = None
 
 
