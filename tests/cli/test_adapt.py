@@ -1,11 +1,15 @@
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from shadowtune.cli.main import main
+from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.model.causal_lm import ShadowForCausalLM
+from shadowtune.training.adaptation import adaptation_settings
 from tests.support.commands import WORDS, write_config, write_rows
 
 
@@ -57,6 +61,19 @@ def test_boundaries_of_the_paper_stay_too(shadow_run, private, tmp_path):
     assert adapted(shadow_run, private, tmp_path / "mine") == 0
     before, after = tensors(shadow_run), tensors(tmp_path / "mine")
     assert all(torch.equal(before[name], after[name]) for name in before if ".boundaries." in name)
+
+
+def test_the_run_of_a_task_reads_prompts_and_answers_in_its_format(stateless_run, private, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(stateless_run, copied)
+    file = copied / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["data"] = {"task": "clinc150", "max_length": 64, "validation": None}
+    file.write_text(yaml.safe_dump(config))
+    data = adaptation_settings(copied, str(private), tmp_path / "mine", 1.0, 1e-3).data
+    form = PromptFormat.load(copied / "model")
+    assert (data.train, data.task, data.max_length) == (str(private), None, 64)
+    assert (data.template, data.chat_template) == (form.template, form.chat_template)
 
 
 @pytest.mark.parametrize(
