@@ -46,6 +46,7 @@ def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
         "fit_logit_interpolation=false": config.fits_logit_interpolation,
         "distillation_epochs=0": config.distills_answers,
         "drafting_epochs=0": config.drafter_last,
+        "deferral_fraction=0": config.trains_deferral_head,
     }
     for off, wanted in stages.items():
         if wanted:
