@@ -67,6 +67,7 @@ PEFT_COMPUTES: Mapping[str, Any] = MappingProxyType(
         "activation": "gelu",
         "inject_first": True,
         "injection_start": 0.0,
+        "injection_after": None,
         "logit_interpolation": None,
         "variant": "paper",
     }
@@ -92,7 +93,7 @@ class ShadowConfig:
     for every rank, width and depth (``core/stateless.py``). The attached model then needs the shadow's backbone only
     for ``logit_interpolation``, the shadow's loss terms and drafts, and does not run it otherwise. Of the settings of a
     boundary, "stateless" uses ``rank``, ``alpha``, ``dropout``, ``dropout_position``, ``depth_sharing``,
-    ``inject_first``, ``injection_start`` and ``channel_scaling``."""
+    ``inject_first``, ``injection_start``, ``injection_after`` and ``channel_scaling``."""
     rank: PositiveInt = 16
     """r, width of the injection's bottleneck (Eq. 3)."""
     update_width: PositiveInt = 8
@@ -169,6 +170,11 @@ class ShadowConfig:
     """Share of the base's blocks, from the first on, that get no injection and run as in the base. No gradient reaches
     them and training keeps none of their activations; in serving their keys and values are the same for every adapter.
     0 injects from the block on that ``inject_first`` names."""
+    injection_after: tuple[StrictInt, ...] | None = None
+    """Token ids that end the prompt which all adapters share, such as those that close the system message. A sequence
+    runs as in the bare base up to the first occurrence of these ids in a row, they included, and gets injections behind
+    it; without an occurrence it gets them from its first token on. The keys and values of the shared prompt are then
+    the base's in every block, and serving computes them once for all adapters. None injects into every token."""
     dropout_position: Literal["rank", "hidden"] = "rank"
     """Dropout after W_down, on r numbers (Eq. 3), or before it, on d numbers."""
     channel_scaling: StrictBool = False
@@ -195,6 +201,11 @@ class ShadowConfig:
             yield (
                 "backbone_loss own leaves the backbone nothing to learn from where shadow_loss_weight, "
                 "distillation_weight and matching_weight are 0; set one of them, or backbone_loss joint"
+            )
+        if self.injection_after is not None and (not self.injection_after or min(self.injection_after) < 0):
+            yield (
+                f"injection_after must be one or more token ids, got {list(self.injection_after)}; leave it out to "
+                "inject into every token"
             )
         if self.init_layers is None:
             return

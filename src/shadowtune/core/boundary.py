@@ -386,13 +386,25 @@ class ShadowState:
         cache: the caller's key-value cache of both networks, which the output of the call gets back.
     """
 
-    __slots__ = ("attached_initial", "boundaries", "cache", "depth", "finalized", "initial", "parameters", "value")
+    __slots__ = (
+        "attached_initial",
+        "boundaries",
+        "cache",
+        "depth",
+        "finalized",
+        "initial",
+        "injected",
+        "parameters",
+        "value",
+    )
 
     def __init__(self, boundaries: BoundaryModule, initial: Tensor | None, cache: Any = None) -> None:
         self.boundaries = boundaries
         self.parameters = boundaries.unstack()
         self.initial = initial
         self.cache = cache
+        self.injected: Tensor | None = None
+        """Which tokens get injections, (B, T, 1) bool; the others run as in the base. None injects into all."""
         joint = initial is None or boundaries.config.backbone_loss == "joint"
         self.attached_initial = initial if joint else cast(Tensor, initial).detach()
         """s0 as the attached model uses it: without a gradient where ``backbone_loss`` is "own"."""
@@ -420,8 +432,8 @@ class ShadowState:
         if depth < self.boundaries.first:
             return hidden_states
         parameters = self.parameters[depth - self.boundaries.first]
-        hidden_states, self.value = self.boundaries.apply_boundary(parameters, hidden_states, self.value)
-        return hidden_states
+        corrected, self.value = self.boundaries.apply_boundary(parameters, hidden_states, self.value)
+        return self._select(corrected, hidden_states)
 
     def finalize(self, blocks: int, hidden_states: Tensor) -> Tensor:
         """Return what the head reads, from the base's last hidden states; same shape and dtype.
@@ -439,4 +451,7 @@ class ShadowState:
                 "down to its blocks, or skips some of them (layer dropout)"
             )
         self.finalized = True
-        return self.boundaries.final_states(hidden_states, self.attached_initial)
+        return self._select(self.boundaries.final_states(hidden_states, self.attached_initial), hidden_states)
+
+    def _select(self, corrected: Tensor, hidden_states: Tensor) -> Tensor:
+        return corrected if self.injected is None else torch.where(self.injected, corrected, hidden_states)

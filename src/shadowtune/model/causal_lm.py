@@ -25,6 +25,7 @@ from shadowtune.core.losses import (
     joint_causal_loss,
 )
 from shadowtune.core.prepacked_linear import is_plain_linear
+from shadowtune.core.shared_prompt import shared_prompt_lengths
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
@@ -97,6 +98,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         teacher_log_probabilities: Tensor | None = None,
         shadow_states: Tensor | None = None,
         run_shadow: bool = False,
+        injection_from: Tensor | None = None,
         **kwargs: Any,
     ) -> ShadowCausalLMOutput | CausalLMOutputWithPast:
         """Compute logits, and with labels the joint loss (Eq. 8-9).
@@ -110,7 +112,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             shadow_loss_weight: lambda of this call; None takes the config's.
             teacher_tokens, teacher_log_probabilities: (B, T, k), the base's ``core.losses.TopTokens`` if known. In
                 training in mode "detached" they replace its forward pass, unless ``matching_weight`` needs its states.
-            shadow_states, run_shadow: as in ``encode``.
+            shadow_states, run_shadow, injection_from: as in ``encode``.
             **kwargs: further keywords of the base's decoder.
 
         Returns:
@@ -138,6 +140,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache if labels is None else False,
             shadow_states=shadow_states,
+            injection_from=injection_from,
             run_shadow=run_shadow or (labels is not None and self.needs_shadow(weights)),
         )
         hidden_states = cast(Tensor, output.last_hidden_state)
@@ -252,6 +255,22 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
                 kwargs = self._base_settings(**kwargs)
             return cast(GenerationMixin, self.base).generate(*args, **kwargs)
         return super().generate(*args, **kwargs)
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """Find the shared prompt of each sequence once, in the whole prompt, for all steps (``injection_from``)."""
+        marker, mask = self.shadow.config.injection_after, model_kwargs.get("attention_mask")
+        given, embeds = model_kwargs.get("injection_from"), model_kwargs.get("inputs_embeds")
+        whole = mask is None or mask.shape == input_ids.shape
+        if given is not None:
+            tokens = input_ids.shape[1] if embeds is None else embeds.shape[1]
+            if int(given.max()) > (tokens if mask is None else mask.shape[1]):
+                raise ConfigError(
+                    f"injection_from={given.tolist()} is beyond the prompt of {tokens} tokens; generated tokens always "
+                    "get injections"
+                )
+        elif marker is not None and embeds is None and whole and self.mode == "attached":
+            model_kwargs["injection_from"] = shared_prompt_lengths(input_ids, marker, mask)
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
 
     def _base_settings(self, generation_config: GenerationConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Keywords with which the base's own ``generate`` follows this model's generation config.
