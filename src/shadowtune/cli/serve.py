@@ -51,6 +51,14 @@ def add_cloud_arguments(parser: argparse.ArgumentParser) -> None:
     add_server(parser)
     parser.add_argument("--no-speculate", action="store_true", help="disable speculative decoding")
     parser.add_argument(
+        "--prefix-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="most prompt tokens whose keys and values of the base are kept for later requests, of any adapter with "
+        "shadow.injection_after and of the base; 0 keeps none (default: %(default)s)",
+    )
+    parser.add_argument(
         "--allow-loading",
         action="store_true",
         help="allow loading and unloading adapters over HTTP, with an admin key and from --adapter-root",
@@ -74,6 +82,7 @@ def _cloud_app(paths: dict[str, Path], arguments: argparse.Namespace, config: Se
     limits = Limits(
         max_sequences=arguments.max_rows,
         max_queue=arguments.max_queue,
+        prefix_tokens=arguments.prefix_tokens,
         speculation=None if arguments.no_speculate else SpeculationConfig(),
         close_seconds=CLOSE_SECONDS,
     )

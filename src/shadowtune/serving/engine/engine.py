@@ -109,7 +109,7 @@ class Engine:
     ) -> None:
         self._base, self._limits = base, limits or Limits()
         self._open_adapter = open_adapter or self._open_directory
-        self._runner, self._statistics = ModelRunner(base), EngineStatistics()
+        self._runner, self._statistics = ModelRunner(base, self._limits.prefix_tokens), EngineStatistics()
         self._scheduler = Scheduler(self._runner, self._limits, self._statistics)
         self._processor = RequestProcessor(base, tokenizer, self._limits)
         self._created = int(time.time())

@@ -13,6 +13,7 @@ from shadowtune.core.boundary import ShadowState
 from shadowtune.core.multi_adapter import AdapterStack, batching_key
 from shadowtune.serving.engine.adapter import Adapter, pad_right
 from shadowtune.serving.engine.kv_cache import KVCache
+from shadowtune.serving.engine.prefix_cache import PrefixCache
 from shadowtune.serving.engine.sequence import Sequence
 
 KEPT_STACKS = 8
@@ -26,15 +27,17 @@ class ModelRunner:
 
     Args:
         base: a frozen causal language model.
+        prefix_tokens: most tokens in the prefix cache.
 
     Raises:
         UnsupportedArchitectureError: if the architecture is unknown, or cannot be served in batches.
     """
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    def __init__(self, base: PreTrainedModel, prefix_tokens: int = 0) -> None:
         architecture = architecture_of(base.config)
         self.base = base.eval()
         self.cache = KVCache(base.config, base.dtype, base.device)
+        self.prefixes = PrefixCache(prefix_tokens)
         self._decoder: Any = architecture.decoder_of(base)
         self._logits_transform = architecture.logits_transform(base.config.get_text_config(decoder=True))
         self._stacks: OrderedDict[tuple[Adapter, ...], AdapterStack] = OrderedDict()
@@ -79,10 +82,39 @@ class ModelRunner:
         width = ids.shape[1]
         state = self._state(sequences, tokens, known or [], width)
         starts, counts = [each.cached for each in sequences], [len(line) for line in tokens]
+        if state is not None:
+            state.injected = self._injected(sequences, width)
         shadow = {} if state is None else {"shadow": state}
         output = self._decoder(input_ids=ids, **self.cache.inputs(sequences, starts, counts, width), **shadow)
         hidden_states: Tensor = output.last_hidden_state
         return hidden_states
+
+    def reuse(self, sequence: Sequence, chunk: int) -> int:
+        """Begin a new sequence with what the prefix cache knows of its shared prompt; return the number of tokens.
+
+        Its own shadow's backbone runs over these tokens, if a pass needs it.
+
+        Args:
+            sequence: of which nothing is cached yet.
+            chunk: most tokens that the backbone processes at once.
+        """
+        shared = sequence.shared_prompt[: sequence.prompt_length - 1]  # the last token's states give the next one
+        length, layers = self.prefixes.find(shared)
+        if length == 0:
+            return 0
+        adapter = sequence.adapter
+        if adapter is not None and adapter.runs_backbone:
+            for start in range(0, length, chunk):
+                adapter.initial_states([sequence], [shared[start : min(start + chunk, length)]], start)
+        self.cache.write_prefix(sequence, layers, length)
+        sequence.cached = length
+        return length
+
+    def keep(self, sequence: Sequence) -> None:
+        """Keep the shared prompt of a sequence, which is cached, in the prefix cache."""
+        if self.prefixes.keeps(sequence.shared_prompt):
+            layers = self.cache.prefix(sequence, len(sequence.shared_prompt))
+            self.prefixes.add(sequence.shared_prompt, layers)
 
     def head(self, states: Tensor) -> Tensor:
         """Apply the base's head: (..., d) -> (..., V)."""
@@ -119,6 +151,14 @@ class ModelRunner:
             return ShadowState(members[0].boundaries, states)
         owners = [None if each.adapter is None else members.index(each.adapter) for each in sequences]
         return ShadowState(self._stack(members).for_sequences(owners, width), states)
+
+    def _injected(self, sequences: list[Sequence], width: int) -> Tensor | None:
+        """Tokens behind each sequence's shared prompt, (B, T, 1) bool; None if no adapter's prompt is in the pass."""
+        starts = [0 if each.adapter is None else len(each.shared_prompt) - each.cached for each in sequences]
+        if max(starts) <= 0:
+            return None
+        steps = torch.arange(width, device=self.base.device)
+        return (steps >= torch.tensor(starts, device=steps.device)[:, None]).unsqueeze(-1)
 
     def _stack(self, members: tuple[Adapter, ...]) -> AdapterStack:
         if members not in self._stacks:

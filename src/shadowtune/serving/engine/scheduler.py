@@ -16,6 +16,7 @@ from shadowtune.model.speculation.drafters import DraftBatch
 from shadowtune.model.speculation.verification import SpeculationStatistics
 from shadowtune.serving.engine.drafting import BatchDrafter
 from shadowtune.serving.engine.model_runner import InitialStates, ModelRunner
+from shadowtune.serving.engine.prefix_cache import MIN_TOKENS, common_length
 from shadowtune.serving.engine.sequence import LazyLogits, Sequence
 from shadowtune.serving.requests import RequestError
 
@@ -40,6 +41,8 @@ class Limits:
     """Most tokens in the cache: sequences times the longest ``max_length`` of them. None sets no bound."""
     prefill_tokens: int = 512
     """Most prompt tokens processed between two decoding steps."""
+    prefix_tokens: int = 4096
+    """Most tokens in the prefix cache: beginnings of prompts that run as in the bare base. 0 keeps none."""
     speculation: SpeculationConfig | None = field(default_factory=SpeculationConfig)
     """How shadows draft; None never drafts."""
     reserve: int = 1
@@ -52,7 +55,7 @@ class Limits:
         """Check the ranges."""
         one = (1, None)
         check_range(self, max_sequences=one, max_model_len=one, max_tokens=one, prefill_tokens=one)
-        check_range(self, max_queue=(0, None), reserve=(0, None), close_seconds=(0, None))
+        check_range(self, max_queue=(0, None), reserve=(0, None), close_seconds=(0, None), prefix_tokens=(0, None))
 
 
 @dataclass
@@ -70,6 +73,8 @@ class EngineStatistics:
     failed: int = 0
     """Requests ended by an error."""
     prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    """Of these, tokens that came from the prefix cache."""
     completion_tokens: int = 0
     passes: int = 0
     """Passes of the base."""
@@ -169,7 +174,7 @@ class Scheduler:
     def _prefill_batch(self) -> list[Sequence]:
         """The oldest unprefilled sequence of the owner with the fewest sequences, and others of similar length."""
         limit, held = self._limits.prefill_tokens, self._held()
-        pending = [each for each in self._running if not each.prefilled]
+        pending = self._ready([each for each in self._running if not each.prefilled])
         pending.sort(key=lambda each: held[each.request.owner])
         if not pending:
             return []
@@ -183,6 +188,37 @@ class Scheduler:
                 width = wider
         return batch
 
+    def _ready(self, pending: list[Sequence]) -> list[Sequence]:
+        """Begin sequences with the prefix cache; leave out those whose shared prompt another one is computing.
+
+        A sequence waits for one that was begun earlier if their shared prompts are the same but for the last half.
+        Of the sequences whose backbone has to run over the reused tokens, one begins in each step.
+        """
+        ready, computing, delayed = list[Sequence](), list[Sequence](), False
+        for each in sorted(pending, key=lambda each: each.cached == 0):
+            if each.cached == 0:
+                if any(self._worth_waiting(each, other) for other in computing):
+                    continue
+                runs = each.adapter is not None and each.adapter.runs_backbone
+                if runs and delayed:
+                    continue
+                with _FailSequences(self, [each]):
+                    reused = self._runner.reuse(each, self._limits.prefill_tokens)
+                    self._statistics.prompt_tokens += reused
+                    self._statistics.cached_prompt_tokens += reused
+                    delayed = delayed or (runs and reused > 0)
+                if each not in self._running:
+                    continue
+            ready.append(each)
+            if each.cached < len(each.shared_prompt):
+                computing.append(each)
+        return ready
+
+    def _worth_waiting(self, sequence: Sequence, other: Sequence) -> bool:
+        common = common_length(sequence.shared_prompt, other.shared_prompt)
+        shorter = 2 * common >= max(len(sequence.shared_prompt), len(other.shared_prompt))
+        return shorter and MIN_TOKENS <= min(common, self._limits.prefix_tokens)
+
     def _prefill(self, sequences: list[Sequence]) -> None:
         """Process the next chunk of each prompt, with the prediction after the last."""
         chunks = [each.next_chunk(self._limits.prefill_tokens) for each in sequences]
@@ -194,6 +230,9 @@ class Scheduler:
                 continue
             if expected is None:
                 each.cached = start + len(tokens)
+            if start < len(each.shared_prompt) <= each.cached:
+                self._runner.keep(each)
+            if expected is None:
                 continue
             each.accepted = count
             self._statistics.accepted_prediction_tokens += count

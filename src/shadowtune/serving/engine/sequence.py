@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from shadowtune.core.shared_prompt import shared_prompt_length
 from shadowtune.serving.constrained import SchemaMatcher
 from shadowtune.serving.detokenizer import IncrementalDetokenizer
 from shadowtune.serving.engine.adapter import Adapter
@@ -138,6 +139,10 @@ class Sequence:
         self.request, self.adapter, self.deliver, self.max_length = request, adapter, deliver, max_length
         self.tokens, self.prompt_length = list(tokenized.prompt), len(tokenized.prompt)
         self.prediction, self.accepted = tokenized.prediction, 0
+        marker = None if adapter is None else adapter.boundaries.config.injection_after
+        shared = self.prompt_length if adapter is None else shared_prompt_length(self.tokens, marker)
+        self.shared_prompt = self.tokens[:shared]
+        """Leading tokens of the prompt that run as in the bare base."""
         self.cached = 0
         """Number of tokens in the key-value caches."""
         self.last_hidden: Tensor | None = None
