@@ -151,6 +151,11 @@ class ShadowConfig:
     draft_rank: PositiveInt | None = None
     """Bottleneck width of a draft head, which drafts from s0 and from the attached model's hidden state one token
     earlier (speculative decoding). Its own loss trains it and changes neither network; None builds none."""
+    draft_layers: tuple[StrictInt, ...] | None = None
+    """Blocks of the base, from 1 to the last (-1), whose inputs the draft head reads as well, one token earlier: a low,
+    a middle and a high one, such as [4, 15, -1] of 30. None reads none, as draft heads of earlier releases do."""
+    draft_steps: PositiveInt = 3
+    """Proposals in a row, each from the one before, that the draft head's loss runs through, as in decoding."""
     update: StrictBool = True
     """False disables Eq. 5-7: every block gets the initial state s0 (the paper's ablation)."""
     depth_sharing: Literal["backbone", "full"] = "backbone"
@@ -206,6 +211,11 @@ class ShadowConfig:
             yield (
                 f"injection_after must be one or more token ids, got {list(self.injection_after)}; leave it out to "
                 "inject into every token"
+            )
+        if self.draft_layers is not None and self.draft_rank is None:
+            yield (
+                f"draft_layers {list(self.draft_layers)} is read by a draft head, but draft_rank builds none; set "
+                "draft_rank, such as 64, or leave draft_layers out"
             )
         if self.init_layers is None:
             return

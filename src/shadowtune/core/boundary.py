@@ -66,6 +66,8 @@ class BoundaryModule(Protocol):
     config: ShadowConfig
     first: int
     """Index of the block that the first boundary precedes."""
+    recorded_blocks: tuple[int, ...]
+    """Blocks whose inputs the state of a call keeps, for a draft head."""
 
     def unstack(self) -> list[Any]:
         """Return the parameters of each boundary."""
@@ -101,6 +103,7 @@ class Boundaries(nn.Module):
         self.config = config
         self.count = count
         self.first = first
+        self.recorded_blocks: tuple[int, ...] = ()
         self.kernel: Kernel = "auto"
         d, r, k = hidden_size, config.rank, config.update_width
         shared = config.depth_sharing == "full"
@@ -395,6 +398,7 @@ class ShadowState:
         "initial",
         "injected",
         "parameters",
+        "recorded",
         "value",
     )
 
@@ -405,6 +409,8 @@ class ShadowState:
         self.cache = cache
         self.injected: Tensor | None = None
         """Which tokens get injections, (B, T, 1) bool; the others run as in the base. None injects into all."""
+        self.recorded: dict[int, Tensor] = {}
+        """Inputs (B, T, d) of the blocks of ``recorded_blocks``, without gradients."""
         joint = initial is None or boundaries.config.backbone_loss == "joint"
         self.attached_initial = initial if joint else cast(Tensor, initial).detach()
         """s0 as the attached model uses it: without a gradient where ``backbone_loss`` is "own"."""
@@ -429,11 +435,13 @@ class ShadowState:
                 "to recompute them in the backward pass use model.activation_checkpointing_enable()"
             )
         self.depth = depth
-        if depth < self.boundaries.first:
-            return hidden_states
-        parameters = self.parameters[depth - self.boundaries.first]
-        corrected, self.value = self.boundaries.apply_boundary(parameters, hidden_states, self.value)
-        return self._select(corrected, hidden_states)
+        if depth >= self.boundaries.first:
+            parameters = self.parameters[depth - self.boundaries.first]
+            corrected, self.value = self.boundaries.apply_boundary(parameters, hidden_states, self.value)
+            hidden_states = self._select(corrected, hidden_states)
+        if depth in self.boundaries.recorded_blocks:
+            self.recorded[depth] = hidden_states.detach()
+        return hidden_states
 
     def finalize(self, blocks: int, hidden_states: Tensor) -> Tensor:
         """Return what the head reads, from the base's last hidden states; same shape and dtype.

@@ -137,7 +137,7 @@ class Speculator:
         loop = _Loop(self, model, sequences, cache, generation_config, logits_processor)
         if model._valid_auto_compile_criteria(model_kwargs, generation_config):
             loop.forward = model.get_compiled_call(generation_config.compile_config)
-        loop.choose_first(first.logits[:, -1:].float(), first.last_hidden_state)
+        loop.choose_first(first.logits[:, -1:].float(), first.draft_features)
         del first
         while sequences.running:
             loop.round()
@@ -174,9 +174,9 @@ class _Loop:
         plain = all(type(layer) is DynamicLayer for layer in cache.layers)
         self._aligned = generation_config.return_dict_in_generate or not plain
 
-    def choose_first(self, logits: Tensor, hidden_states: Tensor | None) -> None:
-        """Choose the first tokens, from logits (B, 1, V) and hidden states (B, T, d) of the prompts."""
-        self._drafter.drafter.learn(None if hidden_states is None else hidden_states[:, -1])
+    def choose_first(self, logits: Tensor, features: Tensor | None) -> None:
+        """Choose the first tokens, from logits (B, 1, V) and draft features (B, T, n) of the prompts."""
+        self._drafter.drafter.learn(None if features is None else features[:, -1])
         for index, result in enumerate(self._verify(logits, [])):
             self._append(index, result.tokens)
 
@@ -204,10 +204,10 @@ class _Loop:
         accepted, emitted = [results[index].accepted for index in running], [kept[index] for index in running]
         self._statistics.add(len(draft.proposals), accepted, emitted)
         self._drafter.learn(draft, accepted, emitted)
-        if output.last_hidden_state is not None:
+        if output.draft_features is not None:
             ends = torch.tensor(kept, device=tokens.device) - 1
             indices = torch.arange(len(kept), device=tokens.device)
-            self._drafter.drafter.learn(output.last_hidden_state[indices, ends])
+            self._drafter.drafter.learn(output.draft_features[indices, ends])
         slots = max(kept[index] for index in sequences.running or running)
         drop_last(self._cache, new - slots)
         sequences.commit([min(count, slots) if index in running else slots for index, count in enumerate(kept)], slots)

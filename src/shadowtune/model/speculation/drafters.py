@@ -47,7 +47,7 @@ class Drafter(Protocol):
         """
 
     def learn(self, hidden_states: Tensor | None) -> None:
-        """Receive the attached model's last hidden states (B, d), from which the last tokens were chosen."""
+        """Receive ``draft_features`` (B, n) of the attached model at the positions that chose the last tokens."""
 
 
 class ShadowDrafter:

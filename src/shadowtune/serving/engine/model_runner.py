@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,15 @@ KEPT_STACKS = 8
 """Sets of adapters whose stacked boundaries are kept."""
 InitialStates = list[tuple[list[Sequence], Tensor]]
 """Sequences of one adapter, and their s0 (sequences, T, d)."""
+
+
+class PassStates(NamedTuple):
+    """Hidden states of one pass."""
+
+    last: Tensor
+    """The input of the head, (B, T, d)."""
+    blocks: dict[int, Tensor]
+    """Inputs (B, T, d) of the blocks that the adapters' draft heads read."""
 
 
 class ModelRunner:
@@ -67,7 +76,7 @@ class ModelRunner:
             groups.setdefault(first if key is None else key, []).append(sequence)
         return list(groups.values())
 
-    def run(self, sequences: list[Sequence], tokens: list[list[int]], known: InitialStates | None = None) -> Tensor:
+    def run(self, sequences: list[Sequence], tokens: list[list[int]], known: InitialStates | None = None) -> "PassStates":
         """Run base and shadows over the next tokens of sequences of one group.
 
         Args:
@@ -76,7 +85,7 @@ class ModelRunner:
             known: s0 of some sequences at their tokens; the backbones run for the others.
 
         Returns:
-            Last hidden states (B, T, d), undefined behind a sequence's own tokens.
+            The states, undefined behind a sequence's own tokens.
         """
         ids = pad_right(tokens, self.base.device)
         width = ids.shape[1]
@@ -86,8 +95,7 @@ class ModelRunner:
             state.injected = self._injected(sequences, width)
         shadow = {} if state is None else {"shadow": state}
         output = self._decoder(input_ids=ids, **self.cache.inputs(sequences, starts, counts, width), **shadow)
-        hidden_states: Tensor = output.last_hidden_state
-        return hidden_states
+        return PassStates(output.last_hidden_state, {} if state is None else state.recorded)
 
     def reuse(self, sequence: Sequence, chunk: int) -> int:
         """Begin a new sequence with what the prefix cache knows of its shared prompt; return the number of tokens.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shadowtune.config.settings import check_range
 from shadowtune.config.shadow import SpeculationConfig
+from shadowtune.core.draft_head import draft_features
 from shadowtune.model.speculation.drafters import DraftBatch
 from shadowtune.model.speculation.verification import SpeculationStatistics
 from shadowtune.serving.engine.drafting import BatchDrafter
@@ -283,13 +284,13 @@ class Scheduler:
         Returns:
             Of each sequence, the number of accepted expected tokens, and of generated tokens.
         """
-        hidden = self._runner.run(sequences, tokens, known)
+        output = self._runner.run(sequences, tokens, known)
         self._statistics.passes += 1
         positions, firsts = list[tuple[int, int]](), list[int]()
         for number, (line, ahead) in enumerate(zip(tokens, expected, strict=True)):
             firsts.append(len(positions))
             positions += [] if ahead is None else [(number, at) for at in range(len(line) - 1 - len(ahead), len(line))]
-        states = _select(hidden, positions)
+        states = _select(output.last, positions)
         logits = LazyLogits(states, self._runner.head)
         accepted, gained = [0] * len(sequences), [0] * len(sequences)
         for number, (each, first, ahead) in enumerate(zip(sequences, firsts, expected, strict=True)):
@@ -300,7 +301,10 @@ class Scheduler:
                 accepted[number] = each.verify(logits, first, ahead)
             gained[number] = len(each.tokens) - before
             if each in self._running and each.adapter is not None and each.adapter.needs_last_hidden:
-                each.last_hidden = states[first + gained[number] - 1]
+                at = first + gained[number] - 1
+                blocks = each.adapter.model.shadow.draft_layers
+                layers = [_select(output.blocks[block], positions[at : at + 1])[0] for block in blocks]
+                each.last_hidden = draft_features(states[at], layers)
         self._statistics.completion_tokens += sum(gained)
         return accepted, gained
 

@@ -146,7 +146,7 @@ class Sequence:
         self.cached = 0
         """Number of tokens in the key-value caches."""
         self.last_hidden: Tensor | None = None
-        """The attached model's last hidden state (d,) that produced the last token, where a drafter reads it."""
+        """The attached model's draft features (n,) where the last token was chosen, if a drafter reads them."""
         self.finish_reason: FinishReason | None = None
         self._stop_tokens, self._sampler, self._tokenizer = stop_tokens, sampler, tokenizer
         self._detokenizer = IncrementalDetokenizer(tokenizer, request.stop, request.min_tokens)
