@@ -30,8 +30,27 @@ def test_the_draft_loss_changes_neither_network():
         torch.testing.assert_close(grads[4][name], gradient)
 
 
-def test_training_makes_it_a_better_drafter_than_the_shadow():
-    model = perturbed_model(draft_rank=16, shadow_loss_weight=0.0, dropout=0.0).train()
+def test_its_features_are_the_inputs_of_the_blocks():
+    """Of every block that is named, injections included: the hooks' inputs of the very call."""
+    model, ids = perturbed_model(draft_rank=4, draft_layers=(1, -1)), tokens(2, 9)
+    seen = {}
+    for block in (1, 3):
+        module = model.base.model.layers[block]
+        module.register_forward_pre_hook(lambda _, args, block=block: seen.update({block: args[0]}))
+    with torch.no_grad():
+        output = model(ids)
+    expected = torch.cat([output.last_hidden_state, seen[1], seen[3]], -1)
+    assert torch.equal(output.draft_features, expected)
+
+
+def test_a_head_without_layers_has_the_tensors_of_earlier_releases():
+    names = {name for name in perturbed_model(draft_rank=4).state_dict() if "draft_head" in name}
+    assert names == {"shadow.draft_head.down.weight", "shadow.draft_head.up.weight"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"draft_layers": (1, 2, -1)}], ids=["last", "layers"])
+def test_training_makes_it_a_better_drafter_than_the_shadow(settings):
+    model = perturbed_model(draft_rank=16, **settings, shadow_loss_weight=0.0, dropout=0.0).train()
     ids = tokens(4, 24, seed=3)
     model.requires_grad_(False)
     model.shadow.draft_head.requires_grad_(True)
@@ -50,9 +69,10 @@ def test_training_makes_it_a_better_drafter_than_the_shadow():
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_it_reads_the_state_that_chose_the_last_token(rows, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"draft_layers": (2, -1)}], ids=["last", "layers"])
+def test_it_reads_the_state_that_chose_the_last_token(rows, settings, monkeypatch):
     """Of the first draft: h of the position before; of the others, what was proposed one token earlier."""
-    model = perturbed_model(draft_rank=4)
+    model = perturbed_model(draft_rank=4, **settings)
     ids = tokens(rows, 8)
     seen = []
     propose = ShadowDrafter.propose
@@ -67,8 +87,8 @@ def test_it_reads_the_state_that_chose_the_last_token(rows, monkeypatch):
     settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     mask = torch.ones_like(ids)
     said = model.generate(input_ids=ids, attention_mask=mask, **settings, speculate=2)
-    output, state = model.encode(said)
-    h, s = output.last_hidden_state, state.initial
+    with torch.no_grad():
+        h, s = model(said).draft_features, model.encode(said)[1].initial
     torch.testing.assert_close(seen[0][0], h[:, 7], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(seen[0][1], s[:, 8], atol=1e-4, rtol=1e-4)
     assert seen[1][0] is seen[0][2]
@@ -80,8 +100,9 @@ def test_it_reads_the_state_that_chose_the_last_token(rows, monkeypatch):
             torch.testing.assert_close(states[0], s[0, place + 1], atol=1e-4, rtol=1e-4)
 
 
-def test_it_says_the_same_and_is_saved(tmp_path):
-    model, ids = perturbed_model(draft_rank=4), tokens(2, 8)
+@pytest.mark.parametrize("settings", [{}, {"draft_layers": (2, -1)}], ids=["last", "layers"])
+def test_it_says_the_same_and_is_saved(settings, tmp_path):
+    model, ids = perturbed_model(draft_rank=4, **settings), tokens(2, 8)
     model.base.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "shadow")
     loaded = ShadowForCausalLM.from_pretrained(tmp_path / "shadow", base=str(tmp_path / "base"))
@@ -89,6 +110,13 @@ def test_it_says_the_same_and_is_saved(tmp_path):
     plain = model.generate(**inputs)
     for drafter in ("draft_head", "shadow", "combined"):
         assert torch.equal(plain, loaded.generate(**inputs, speculate=SpeculationConfig(length=3, drafter=drafter)))
+
+
+def test_layers_that_cannot_be_read_are_errors():
+    with pytest.raises(ConfigError, match="draft_rank builds none"):
+        perturbed_model(draft_layers=(1,))
+    with pytest.raises(ConfigError, match="must be different blocks of the base from 1 to 3"):
+        perturbed_model(draft_rank=4, draft_layers=(7,))
 
 
 def test_a_draft_head_that_was_not_trained_is_refused():

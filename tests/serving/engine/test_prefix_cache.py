@@ -63,7 +63,9 @@ def test_the_least_recently_used_one_is_dropped_and_a_longer_one_replaces_its_be
 def test_answers_are_those_of_each_model_alone(settings, speculate):
     base = tiny_base()
     models = adapters(base, **settings)
-    requests = [request(name, prompt=question(seed), speculate=speculate) for seed, name in enumerate([*models, *models])]
+    requests = [
+        request(name, prompt=question(seed), speculate=speculate) for seed, name in enumerate([*models, *models])
+    ]
     expected = [alone(models[each.model], each.prompt) for each in requests]
     served = engine(models, prefill_tokens=16)
     assert answers(served, requests) == expected

@@ -76,7 +76,9 @@ class ModelRunner:
             groups.setdefault(first if key is None else key, []).append(sequence)
         return list(groups.values())
 
-    def run(self, sequences: list[Sequence], tokens: list[list[int]], known: InitialStates | None = None) -> "PassStates":
+    def run(
+        self, sequences: list[Sequence], tokens: list[list[int]], known: InitialStates | None = None
+    ) -> "PassStates":
         """Run base and shadows over the next tokens of sequences of one group.
 
         Args:

@@ -218,7 +218,7 @@ class Scheduler:
     def _worth_waiting(self, sequence: Sequence, other: Sequence) -> bool:
         common = common_length(sequence.shared_prompt, other.shared_prompt)
         shorter = 2 * common >= max(len(sequence.shared_prompt), len(other.shared_prompt))
-        return shorter and MIN_TOKENS <= min(common, self._limits.prefix_tokens)
+        return shorter and min(common, self._limits.prefix_tokens) >= MIN_TOKENS
 
     def _prefill(self, sequences: list[Sequence]) -> None:
         """Process the next chunk of each prompt, with the prediction after the last."""
