@@ -397,6 +397,7 @@ class ShadowState:
         "finalized",
         "initial",
         "injected",
+        "lower",
         "parameters",
         "recorded",
         "value",
@@ -409,6 +410,8 @@ class ShadowState:
         self.cache = cache
         self.injected: Tensor | None = None
         """Which tokens get injections, (B, T, 1) bool; the others run as in the base. None injects into all."""
+        self.lower: Tensor | None = None
+        """Output (B, T, d) of the blocks below the first boundary, the same for every adapter."""
         self.recorded: dict[int, Tensor] = {}
         """Inputs (B, T, d) of the blocks of ``recorded_blocks``, without gradients."""
         joint = initial is None or boundaries.config.backbone_loss == "joint"
@@ -435,6 +438,8 @@ class ShadowState:
                 "to recompute them in the backward pass use model.activation_checkpointing_enable()"
             )
         self.depth = depth
+        if depth == self.boundaries.first:
+            self.lower = hidden_states
         if depth >= self.boundaries.first:
             parameters = self.parameters[depth - self.boundaries.first]
             corrected, self.value = self.boundaries.apply_boundary(parameters, hidden_states, self.value)

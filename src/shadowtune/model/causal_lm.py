@@ -267,7 +267,9 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             return cast(GenerationMixin, self.base).generate(*args, **kwargs)
         return super().generate(*args, **kwargs)
 
-    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
+    ) -> Any:
         """Find the shared prompt of each sequence once, in the whole prompt, for all steps (``injection_from``)."""
         marker, mask = self.shadow.config.injection_after, model_kwargs.get("attention_mask")
         given, embeds = model_kwargs.get("injection_from"), model_kwargs.get("inputs_embeds")
@@ -281,7 +283,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
                 )
         elif marker is not None and embeds is None and whole and self.mode == "attached":
             model_kwargs["injection_from"] = shared_prompt_lengths(input_ids, marker, mask)
-        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+        return cast(Any, super())._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _base_settings(self, generation_config: GenerationConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Keywords with which the base's own ``generate`` follows this model's generation config.

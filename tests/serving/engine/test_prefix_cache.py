@@ -55,11 +55,10 @@ def test_the_least_recently_used_one_is_dropped_and_a_longer_one_replaces_its_be
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"variant": "stateless", "alpha": 0.02}, {"logit_interpolation": 0.5}],
+    ("settings", "speculate"),
+    [({}, True), ({"variant": "stateless", "alpha": 0.02}, False), ({"logit_interpolation": 0.5}, False)],
     ids=["paper", "stateless", "interpolated"],
 )
-@pytest.mark.parametrize("speculate", [False, True])
 def test_answers_are_those_of_each_model_alone(settings, speculate):
     base = tiny_base()
     models = adapters(base, **settings)
@@ -75,6 +74,39 @@ def test_answers_are_those_of_each_model_alone(settings, speculate):
     whole = engine(models, prefill_tokens=16, prefix_tokens=0)
     assert answers(whole, requests) == expected
     assert whole.counters()["cached_prompt_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [("llama", {}), ("llama", {"variant": "stateless", "alpha": 0.02}), ("qwen2", {})],
+    ids=["paper", "stateless", "qwen2"],
+)
+def test_lower_blocks_run_once_for_a_prompt_of_all_adapters(model_type, settings):
+    base = tiny_base(model_type)
+    models = {f"m{seed}": adapter(base, seed, injection_start=0.5, **settings) for seed in range(1, 4)}
+    models["marked"] = adapter(base, 7, injection_start=0.5, injection_after=MARKER, **settings)
+    requests = [request(name, prompt=question(seed)) for seed, name in enumerate(models)]
+    expected = [alone(models[each.model], each.prompt) for each in requests]
+    served = engine(models, prefill_tokens=16)
+    ran = []
+    blocks = base.model.layers
+    for block in (blocks[1], blocks[2]):
+        block.register_forward_pre_hook(lambda module, args: ran.append((module, args[0].shape[:2].numel())))
+    assert answers(served, requests) == expected
+    numbers = served.counters()
+    assert (numbers["lower_cached_prompt_tokens"], numbers["prompt_tokens"]) == (3 * 32, 4 * 37)
+    lower, upper = (sum(count for module, count in ran if module is block) for block in (blocks[1], blocks[2]))
+    assert upper >= lower + 3 * 32
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2"])
+def test_bases_whose_lower_blocks_cannot_be_left_out_compute_them(model_type):
+    base = tiny_base(model_type)
+    models = {f"m{seed}": adapter(base, seed, injection_start=0.5) for seed in range(1, 3)}
+    requests = [request(name, prompt=question(seed)) for seed, name in enumerate(models)]
+    served = engine(models)
+    assert answers(served, requests) == [alone(models[each.model], each.prompt) for each in requests]
+    assert served.counters()["lower_cached_prompt_tokens"] == 0
 
 
 def test_the_base_and_adapters_that_inject_everywhere_are_served_beside_them():

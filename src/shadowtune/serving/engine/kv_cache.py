@@ -57,6 +57,11 @@ class AttentionMasks:
         assert len(sliding) <= 1, "transformers' configs have one window"
         self._window = next(iter(sliding), None)
 
+    @property
+    def single(self) -> bool:
+        """Whether all layers take the same mask."""
+        return self._window is None or not self._has_full
+
     def __call__(self, positions: Tensor, keys: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """Return the causal mask (B, 1, T, keys), or one for each layer type if there are two.
 
@@ -157,15 +162,18 @@ class KVCache:
             for layer in self._layers:
                 layer.reset()
 
-    def prefix(self, sequence: object, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Return views of the first ``tokens`` keys and values of a sequence, (1, heads, tokens, width), by layer."""
-        slot = self._slots[sequence]
-        return [layer.read(slot, tokens) for layer in self._layers]
+    def prefix(self, sequence: object, tokens: int, layers: int | None = None) -> list[tuple[Tensor, ...]]:
+        """Return views of the first ``tokens`` keys and values of a sequence, (1, heads, tokens, width), by layer.
 
-    def write_prefix(self, sequence: object, layers: Sequence[tuple[Tensor, Tensor]], tokens: int) -> None:
-        """Copy the first ``tokens`` keys and values of ``layers``, as ``prefix`` returns them, to a sequence's slot."""
+        Those of the first ``layers`` layers, or of all.
+        """
+        slot = self._slots[sequence]
+        return [layer.read(slot, tokens) for layer in self._layers[:layers]]
+
+    def write_prefix(self, sequence: object, layers: Sequence[tuple[Tensor, ...]], tokens: int) -> None:
+        """Copy the first ``tokens`` keys and values of the first layers, as ``prefix`` returns them, to a slot."""
         self.capacity = (_doubled(self.capacity[0], len(self._sequences)), _doubled(self.capacity[1], tokens))
-        for layer, (keys, values) in zip(self._layers, layers, strict=True):
+        for layer, (keys, values) in zip(self._layers[: len(layers)], layers, strict=True):
             layer.write(self._slots[sequence], keys[:, :, :tokens], values[:, :, :tokens])
 
     def inputs(

@@ -13,6 +13,7 @@ from shadowtune.core.boundary import ShadowState
 from shadowtune.core.multi_adapter import AdapterStack, batching_key
 from shadowtune.serving.engine.adapter import Adapter, pad_right
 from shadowtune.serving.engine.kv_cache import KVCache
+from shadowtune.serving.engine.lower_blocks import LowerBlocks, hidden_prefix
 from shadowtune.serving.engine.prefix_cache import PrefixCache
 from shadowtune.serving.engine.sequence import Sequence
 
@@ -47,6 +48,7 @@ class ModelRunner:
         self.base = base.eval()
         self.cache = KVCache(base.config, base.dtype, base.device)
         self.prefixes = PrefixCache(prefix_tokens)
+        self._lower = LowerBlocks(self.base, prefix_tokens, self.cache.masks.single)
         self._decoder: Any = architecture.decoder_of(base)
         self._logits_transform = architecture.logits_transform(base.config.get_text_config(decoder=True))
         self._stacks: OrderedDict[tuple[Adapter, ...], AdapterStack] = OrderedDict()
@@ -97,12 +99,16 @@ class ModelRunner:
             state.injected = self._injected(sequences, width)
         shadow = {} if state is None else {"shadow": state}
         output = self._decoder(input_ids=ids, **self.cache.inputs(sequences, starts, counts, width), **shadow)
-        return PassStates(output.last_hidden_state, {} if state is None else state.recorded)
+        self._collect_lower(sequences, counts, state)
+        if state is None:
+            return PassStates(output.last_hidden_state, {})
+        return PassStates(output.last_hidden_state, state.recorded)
 
     def reuse(self, sequence: Sequence, chunk: int) -> int:
-        """Begin a new sequence with what the prefix cache knows of its shared prompt; return the number of tokens.
+        """Begin a new sequence with what is known of its prompt; return the number of tokens that need no pass.
 
-        Its own shadow's backbone runs over these tokens, if a pass needs it.
+        Those are of its shared prompt, in the prefix cache; its own shadow's backbone runs over them, if a pass needs
+        it. If the lower blocks are known for more tokens, ``Sequence.reused`` is set, for ``run_upper``.
 
         Args:
             sequence: of which nothing is cached yet.
@@ -111,8 +117,9 @@ class ModelRunner:
         shared = sequence.shared_prompt[: sequence.prompt_length - 1]  # the last token's states give the next one
         length, layers = self.prefixes.find(shared)
         if length == 0:
+            self._reuse_lower(sequence)
             return 0
-        adapter = sequence.adapter
+        adapter, sequence.lower_states = sequence.adapter, None
         if adapter is not None and adapter.runs_backbone:
             for start in range(0, length, chunk):
                 adapter.initial_states([sequence], [shared[start : min(start + chunk, length)]], start)
@@ -125,6 +132,68 @@ class ModelRunner:
         if self.prefixes.keeps(sequence.shared_prompt):
             layers = self.cache.prefix(sequence, len(sequence.shared_prompt))
             self.prefixes.add(sequence.shared_prompt, layers)
+
+    def waits_for(self, sequence: Sequence, other: Sequence) -> bool:
+        """Whether an untouched sequence can reuse most of what the running prompt of another one computes."""
+        kinds = [(self.prefixes, sequence.shared_prompt, other.shared_prompt, other.cached < len(other.shared_prompt))]
+        lower = self.lower_prefixes(sequence)
+        if lower is not None and lower is self.lower_prefixes(other):
+            prompts = sequence.tokens[: sequence.prompt_length], other.tokens[: other.prompt_length]
+            kinds.append((lower, *prompts, other.lower_states is not None))
+        return any(computing and prefixes.will_gain(own, theirs) for prefixes, own, theirs, computing in kinds)
+
+    def lower_prefixes(self, sequence: Sequence) -> PrefixCache | None:
+        """Return what is kept of the lower blocks of a sequence's adapter; None if they are not reused."""
+        return None if sequence.adapter is None else self._lower.prefixes(sequence.adapter.boundaries.first)
+
+    def keep_lower(self, sequence: Sequence) -> None:
+        """Keep what the lower blocks computed for a prompt, which is cached."""
+        prefixes, states = self.lower_prefixes(sequence), sequence.lower_states
+        sequence.lower_states = None
+        if prefixes is None or states is None or sequence.adapter is None:
+            return
+        prompt = sequence.tokens[: sequence.prompt_length]
+        if prefixes.keeps(prompt):
+            layers = self.cache.prefix(sequence, len(prompt), sequence.adapter.boundaries.first)
+            prefixes.add(prompt, [*layers, hidden_prefix(torch.cat(states, 1))])
+
+    def _collect_lower(self, sequences: list[Sequence], counts: list[int], state: ShadowState | None) -> None:
+        """Remember what the lower blocks computed for prompts, until they are cached (``keep_lower``)."""
+        for index, (each, count) in enumerate(zip(sequences, counts, strict=True)):
+            if state is None or each.prefilled or each.lower_states is None or self.lower_prefixes(each) is None:
+                continue
+            assert state.lower is not None
+            own = min(count, each.prompt_length - each.cached)
+            each.lower_states.append(state.lower[index : index + 1, :own].clone())
+
+    def _reuse_lower(self, sequence: Sequence) -> None:
+        prefixes = self.lower_prefixes(sequence)
+        if prefixes is None:
+            sequence.lower_states = None
+            return
+        length, layers = prefixes.find(sequence.tokens[: sequence.prompt_length - 1])
+        if length > 0:
+            self.cache.write_prefix(sequence, layers[:-1], length)
+            sequence.reused = length, layers[-1][0][:, 0, :length]
+
+    def run_upper(self, sequence: Sequence, chunk: int) -> int:
+        """Run the upper blocks over at most ``chunk`` tokens whose lower blocks are reused; return how many."""
+        assert sequence.adapter is not None and sequence.reused is not None
+        adapter, (length, lower) = sequence.adapter, sequence.reused
+        start, end = sequence.cached, min(sequence.cached + chunk, length)
+        tokens, first = sequence.tokens[start:end], adapter.boundaries.first
+        initial = adapter.initial_states([sequence], [tokens]) if adapter.runs_backbone else None
+        state = ShadowState(adapter.boundaries, initial)
+        state.injected, state.depth = self._injected([sequence], end - start), first - 1
+        states = state.before_block(first, lower[:, start:end])
+        inputs = self.cache.inputs([sequence], [start], [end - start], end - start)
+        self._lower.upper(first)(inputs_embeds=states, **inputs, shadow=state)
+        sequence.cached = end
+        if sequence.lower_states is not None:
+            sequence.lower_states.append(lower[:, start:end])
+        if end == length:
+            sequence.reused = None
+        return end - start
 
     def head(self, states: Tensor) -> Tensor:
         """Apply the base's head: (..., d) -> (..., V)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 MIN_TOKENS = 16
 """Shorter prefixes are computed as fast as they are copied."""
-LayerPrefix = tuple[Tensor, Tensor]
+LayerPrefix = tuple[Tensor, ...]
 """Keys and values of one layer, (1, heads, tokens, head width) each."""
 
 
@@ -37,6 +37,12 @@ class PrefixCache:
         size = min(len(tokens), self._max_tokens)
         return size >= MIN_TOKENS and all(common_length(tokens, known) < size for known in self._entries)
 
+    def will_gain(self, tokens: Sequence[int], other: Sequence[int]) -> bool:
+        """Whether ``tokens`` could begin with more than is kept now, once ``other`` is: with half of both or more."""
+        common = min(common_length(tokens, other), self._max_tokens)
+        enough = common >= MIN_TOKENS and 2 * common >= max(len(tokens), len(other))
+        return enough and self.find(tokens)[0] < common
+
     def add(self, tokens: Sequence[int], layers: Sequence[LayerPrefix]) -> None:
         """Keep a prefix.
 
@@ -49,7 +55,7 @@ class PrefixCache:
             del self._entries[known]  # the longer one has it, too
         while self._entries and self.tokens + len(key) > self._max_tokens:
             self._entries.popitem(last=False)
-        self._entries[key] = [(k[:, :, : len(key)].clone(), v[:, :, : len(key)].clone()) for k, v in layers]
+        self._entries[key] = [tuple(part[:, :, : len(key)].clone() for part in layer) for layer in layers]
 
     def find(self, tokens: Sequence[int]) -> tuple[int, list[LayerPrefix]]:
         """Return the longest known beginning of ``tokens``: its length, and layers with at least so many tokens.

@@ -17,7 +17,6 @@ from shadowtune.model.speculation.drafters import DraftBatch
 from shadowtune.model.speculation.verification import SpeculationStatistics
 from shadowtune.serving.engine.drafting import BatchDrafter
 from shadowtune.serving.engine.model_runner import InitialStates, ModelRunner
-from shadowtune.serving.engine.prefix_cache import MIN_TOKENS, common_length
 from shadowtune.serving.engine.sequence import LazyLogits, Sequence
 from shadowtune.serving.requests import RequestError
 
@@ -75,7 +74,9 @@ class EngineStatistics:
     """Requests ended by an error."""
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
-    """Of these, tokens that came from the prefix cache."""
+    """Of these, tokens whose keys and values came from the prefix cache, in every block."""
+    lower_cached_prompt_tokens: int = 0
+    """Of these, tokens over which only the blocks above an adapter's ``injection_start`` ran."""
     completion_tokens: int = 0
     passes: int = 0
     """Passes of the base."""
@@ -190,35 +191,30 @@ class Scheduler:
         return batch
 
     def _ready(self, pending: list[Sequence]) -> list[Sequence]:
-        """Begin sequences with the prefix cache; leave out those whose shared prompt another one is computing.
+        """Begin sequences with what is known of their prompts; return those that a prefill pass can go on with.
 
-        A sequence waits for one that was begun earlier if their shared prompts are the same but for the last half.
-        Of the sequences whose backbone has to run over the reused tokens, one begins in each step.
+        A sequence waits while another one computes what it can reuse. Networks run over reused tokens, an adapter's
+        backbone or the blocks above the reused ones, for one sequence in each step.
         """
-        ready, computing, delayed = list[Sequence](), list[Sequence](), False
-        for each in sorted(pending, key=lambda each: each.cached == 0):
-            if each.cached == 0:
-                if any(self._worth_waiting(each, other) for other in computing):
-                    continue
-                runs = each.adapter is not None and each.adapter.runs_backbone
-                if runs and delayed:
-                    continue
-                with _FailSequences(self, [each]):
-                    reused = self._runner.reuse(each, self._limits.prefill_tokens)
-                    self._statistics.prompt_tokens += reused
-                    self._statistics.cached_prompt_tokens += reused
-                    delayed = delayed or (runs and reused > 0)
-                if each not in self._running:
-                    continue
-            ready.append(each)
-            if each.cached < len(each.shared_prompt):
-                computing.append(each)
+        limit, statistics = self._limits.prefill_tokens, self._statistics
+        ready, spent = list[Sequence](), False
+        for each in sorted(pending, key=lambda each: each.untouched):
+            with _FailSequences(self, [each]):
+                if each.untouched:
+                    runs = each.adapter is not None and each.adapter.runs_backbone
+                    if (spent and runs) or any(self._runner.waits_for(each, other) for other in ready):
+                        continue
+                    reused = self._runner.reuse(each, limit)
+                    statistics.prompt_tokens += reused
+                    statistics.cached_prompt_tokens += reused
+                    spent = spent or (runs and reused > 0)
+                if each.reused is not None and not spent:
+                    count, spent = self._runner.run_upper(each, limit), True
+                    statistics.prompt_tokens += count
+                    statistics.lower_cached_prompt_tokens += count
+            if each in self._running and each.reused is None:
+                ready.append(each)
         return ready
-
-    def _worth_waiting(self, sequence: Sequence, other: Sequence) -> bool:
-        common = common_length(sequence.shared_prompt, other.shared_prompt)
-        shorter = 2 * common >= max(len(sequence.shared_prompt), len(other.shared_prompt))
-        return shorter and min(common, self._limits.prefix_tokens) >= MIN_TOKENS
 
     def _prefill(self, sequences: list[Sequence]) -> None:
         """Process the next chunk of each prompt, with the prediction after the last."""
@@ -235,6 +231,7 @@ class Scheduler:
                 self._runner.keep(each)
             if expected is None:
                 continue
+            self._runner.keep_lower(each)
             each.accepted = count
             self._statistics.accepted_prediction_tokens += count
             self._statistics.rejected_prediction_tokens += len(each.prediction) - count

@@ -145,6 +145,10 @@ class Sequence:
         """Leading tokens of the prompt that run as in the bare base."""
         self.cached = 0
         """Number of tokens in the key-value caches."""
+        self.lower_states: list[Tensor] | None = []
+        """Output of the blocks below the first injection, (1, T, d) of each part of the prompt; None if not known."""
+        self.reused: tuple[int, Tensor] | None = None
+        """Leading tokens whose lower blocks are reused, and the output of these (1, T, d); None once all have run."""
         self.last_hidden: Tensor | None = None
         """The attached model's draft features (n,) where the last token was chosen, if a drafter reads them."""
         self.finish_reason: FinishReason | None = None
@@ -156,6 +160,11 @@ class Sequence:
     def prefilled(self) -> bool:
         """Whether the whole prompt was processed, and the first token generated."""
         return len(self.tokens) > self.prompt_length
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no network has run over the prompt yet, and nothing of it is reused."""
+        return self.cached == 0 and self.reused is None
 
     @property
     def remaining(self) -> int:
