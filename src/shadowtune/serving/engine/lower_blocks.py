@@ -1,8 +1,8 @@
 """Lower blocks: those below an adapter's first injection compute the same for every adapter, so once for a prompt.
 
 With ``ShadowConfig.injection_start`` the first blocks of the base get no injection. Their keys and values, and the
-hidden states that they hand up, depend on the tokens alone. They are kept for the beginnings of prompts, whichever adapter's;
-another adapter that starts at the same block then runs only the blocks above over these tokens.
+hidden states that they hand up, depend on the tokens alone. They are kept for the beginnings of prompts; an adapter
+that starts at the same block then runs only the blocks above over these tokens, whichever adapter computed them.
 """
 
 import copy
