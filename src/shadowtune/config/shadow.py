@@ -346,6 +346,10 @@ class SpeculationConfig:
     estimated acceptance is higher than that of draft_head, or of the shadow without a draft head."""
     max_length: _DraftLength = 8
     """Most tokens drafted if the number is adapted."""
+    branches: Annotated[StrictInt, Ge(1), Lt(9)] = 1
+    """Tokens tried at each position. Beside the drafted token its next likely ones are verified in the same pass, as
+    leaves of a tree; 1 is a chain. ``generate`` needs attention that takes a tree as mask ("sdpa", "eager") and a cache
+    without windows or a fixed size, else it drafts a chain, as the server always does."""
     draft_vocabulary: StrictBool = True
     """Draft only tokens that are frequent in the training data, if the shadow was saved with a list of them."""
 
