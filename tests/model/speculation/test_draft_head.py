@@ -6,6 +6,7 @@ import torch
 from shadowtune import ShadowForCausalLM
 from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.errors import ConfigError
+from shadowtune.model.checkpoint import read_tensors, write_tensors
 from shadowtune.model.speculation.drafters import ShadowDrafter
 from tests.support.shadows import perturbed_model, tokens
 
@@ -128,3 +129,41 @@ def test_trainers_with_a_loss_of_their_own_would_drop_it():
     model = perturbed_model(draft_rank=4).train()
     with pytest.raises(ConfigError, match="draft_rank: trained by a loss that this trainer"):
         model(input_ids=tokens(1, 4), labels=tokens(1, 4), fused_lm_head=True)
+
+
+def resaved(directory, change):
+    """Rewrite the tensors of a saved shadow, with valid checksums."""
+    tensors = read_tensors(str(directory))
+    change(tensors)
+    write_tensors(directory, tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda all: all.pop("shadow.draft_head.up.weight"), "needs other tensors, it has down.weight"),
+        (lambda all: all.update({"shadow.draft_head.up.weight": torch.zeros(16, 4)}), r"up.weight \(16, 4\)"),
+        (lambda all: all["shadow.draft_head.down.weight"].fill_(torch.nan), "it holds NaN or infinity"),
+    ],
+    ids=["missing", "another base", "not finite"],
+)
+def test_a_draft_head_that_does_not_fit_is_left_out(change, said, tmp_path):
+    model, ids = perturbed_model(draft_rank=4), tokens(1, 8)
+    model.save_pretrained(tmp_path)
+    resaved(tmp_path, change)
+    with pytest.warns(UserWarning, match=f"the draft head of .* is left out: .*{said}"):
+        loaded = ShadowForCausalLM.from_pretrained(tmp_path, base=model.base)
+    assert loaded.shadow.draft_head is None
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(loaded.generate(**inputs, speculate=True), model.generate(**inputs))
+
+
+def test_a_draft_vocabulary_of_another_tokenizer_is_left_out(tmp_path):
+    model, ids = perturbed_model(), tokens(1, 8)
+    model.set_draft_vocabulary(torch.arange(3, 60))
+    model.save_pretrained(tmp_path)
+    resaved(tmp_path, lambda all: all["shadow.draft_vocabulary"].add_(90))
+    with pytest.warns(UserWarning, match="is left out: it has tokens beyond the base's 97"):
+        loaded = ShadowForCausalLM.from_pretrained(tmp_path, base=model.base)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(loaded.generate(**inputs, speculate=True), model.generate(**inputs))
