@@ -211,7 +211,7 @@ class _Loop:
         drop_last(self._cache, new - slots)
         sequences.commit([min(count, slots) if index in running else slots for index, count in enumerate(kept)], slots)
 
-    def _pass_inputs(self, draft: DraftBatch) -> dict[str, Tensor | None]:
+    def _pass_inputs(self, draft: DraftBatch) -> dict[str, Any]:
         """Return tokens, mask, positions and s0 of the verifying pass; of a tree if there are alternatives."""
         sequences = self._sequences
         tokens = torch.stack([sequences.last()[:, 0], *(proposal.tokens for proposal in draft.proposals)], 1)
