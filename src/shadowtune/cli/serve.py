@@ -51,6 +51,12 @@ def add_cloud_arguments(parser: argparse.ArgumentParser) -> None:
     add_server(parser)
     parser.add_argument("--no-speculate", action="store_true", help="disable speculative decoding")
     parser.add_argument(
+        "--learn",
+        metavar="DIR",
+        help="train draft heads on the model's own answers while the server is idle; DIR gets states and token ids of "
+        "answers, no text. Answers do not change",
+    )
+    parser.add_argument(
         "--prefix-tokens",
         type=int,
         default=4096,
@@ -97,7 +103,8 @@ def _cloud_app(paths: dict[str, Path], arguments: argparse.Namespace, config: Se
         except OSError as error:  # an invalid path, or one without permission
             raise CheckpointError(error.strerror or str(error)) from None
 
-    engine = Engine(loaded.base, loaded.tokenizer, loaded.adapters, limits, open_adapter)
+    learn = None if arguments.learn is None else Path(arguments.learn)
+    engine = Engine(loaded.base, loaded.tokenizer, loaded.adapters, limits, open_adapter, learn)
     return create_app(engine, config, "cloud", adapters=engine, counters=engine.counters)
 
 

@@ -77,6 +77,15 @@ def resolve_layers(layers: Sequence[int] | None, blocks: int) -> tuple[int, ...]
     return resolved
 
 
+def unrolled_proposals(draft_head: DraftHead, features: Tensor, initial_states: Tensor, steps: int) -> list[Tensor]:
+    """Return z (B, T, d) of the first, the second, ... draft in a row of each token; arguments as in ``draft_loss``."""
+    previous, proposals = features, list[Tensor]()
+    for _ in range(steps):
+        previous = draft_head(initial_states, _one_later(previous))
+        proposals.append(previous)
+    return proposals
+
+
 def draft_loss(
     head: Head,
     draft_head: DraftHead,
@@ -97,11 +106,7 @@ def draft_loss(
         steps: proposals in a row.
         num_items_in_batch: labelled tokens of the whole optimizer step; by default those of this call.
     """
-    previous, s = features.detach(), initial_states.detach()
-    proposals = list[Tensor]()
-    for _ in range(steps):
-        previous = draft_head(s, _one_later(previous))
-        proposals.append(previous)
+    proposals = unrolled_proposals(draft_head, features.detach(), initial_states.detach(), steps)
     targets, *vectors = shift_and_select(labels, *proposals)
     total = features.new_zeros((), dtype=torch.float32)
     for first in range(0, steps, 2):

@@ -30,6 +30,8 @@ class PassStates(NamedTuple):
     """The input of the head, (B, T, d)."""
     blocks: dict[int, Tensor]
     """Inputs (B, T, d) of the blocks that the adapters' draft heads read."""
+    initial: Tensor | None = None
+    """s0 (B, T, d), if a backbone ran."""
 
 
 class ModelRunner:
@@ -102,7 +104,7 @@ class ModelRunner:
         self._collect_lower(sequences, counts, state)
         if state is None:
             return PassStates(output.last_hidden_state, {})
-        return PassStates(output.last_hidden_state, state.recorded)
+        return PassStates(output.last_hidden_state, state.recorded, state.initial)
 
     def reuse(self, sequence: Sequence, chunk: int) -> int:
         """Begin a new sequence with what is known of its prompt; return the number of tokens that need no pass.

@@ -16,7 +16,8 @@ from shadowtune.core.draft_head import draft_features
 from shadowtune.model.speculation.drafters import DraftBatch
 from shadowtune.model.speculation.verification import SpeculationStatistics
 from shadowtune.serving.engine.drafting import BatchDrafter
-from shadowtune.serving.engine.model_runner import InitialStates, ModelRunner
+from shadowtune.serving.engine.learning import MAX_TOKENS
+from shadowtune.serving.engine.model_runner import InitialStates, ModelRunner, PassStates
 from shadowtune.serving.engine.sequence import LazyLogits, Sequence
 from shadowtune.serving.requests import RequestError
 
@@ -263,6 +264,10 @@ class Scheduler:
                 continue  # a failed sequence says nothing about acceptance
             own_accepted, own_gained = zip(*(results[each] for each in own), strict=True)
             drafter.learn(draft, own_accepted, own_gained)
+            owner = own[0].adapter
+            if owner is not None and owner.learner is not None and draft.proposals:
+                length = len(draft.proposals)
+                owner.learner.observe(sum(own_accepted), sum(min(count + 1, length) for count in own_accepted))
             for each in own:
                 self._statistics.drafts.add(len(drafted[each]), results[each][:1], results[each][1:])
         for each in sequences:
@@ -302,6 +307,10 @@ class Scheduler:
                 blocks = each.adapter.model.shadow.draft_layers
                 layers = [_select(output.blocks[block], positions[at : at + 1])[0] for block in blocks]
                 each.last_hidden = draft_features(states[at], layers)
+                if each.adapter.learner is not None and output.initial is not None:
+                    _record(
+                        each, output, number, tokens[number], (len(tokens[number]) - len(ahead) - 1, gained[number])
+                    )
         self._statistics.completion_tokens += sum(gained)
         return accepted, gained
 
@@ -311,6 +320,11 @@ class Scheduler:
         if sequence.finish_reason is not None:
             self._remove(sequence)
             self._statistics.finished += 1
+            if sequence.record and sequence.adapter is not None and sequence.adapter.learner is not None:
+                features, states, ids = zip(*sequence.record, strict=True)
+                sequence.adapter.learner.add(
+                    torch.cat(features), torch.cat(states), [one for part in ids for one in part]
+                )
         if chunk is not None:
             sequence.deliver(chunk)
         if sequence.finish_reason is not None:
@@ -354,6 +368,17 @@ class _FailSequences:
         reason = f"the pass over this request failed ({type(error).__name__}); the server's log says more"
         self._scheduler.fail(self._sequences, RequestError(reason, 500))
         return True
+
+
+def _record(sequence: Sequence, output: PassStates, number: int, tokens: list[int], kept: tuple[int, int]) -> None:
+    """Keep the states of a pass at ``kept`` (first, count) tokens of a sequence for its draft head to learn from."""
+    assert sequence.adapter is not None and output.initial is not None
+    if len(sequence.record) >= MAX_TOKENS:
+        return
+    own = slice(kept[0], kept[0] + kept[1])
+    layers = [output.blocks[block][number, own] for block in sequence.adapter.model.shadow.draft_layers]
+    features = draft_features(output.last[number, own], layers)
+    sequence.record.append((features.clone(), output.initial[number, own].clone(), tokens[own]))
 
 
 def _select(hidden: Tensor, positions: list[tuple[int, int]]) -> Tensor:

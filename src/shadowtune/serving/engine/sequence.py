@@ -149,6 +149,8 @@ class Sequence:
         """Output of the blocks below the first injection, (1, T, d) of each part of the prompt; None if not known."""
         self.reused: tuple[int, Tensor] | None = None
         """Leading tokens whose lower blocks are reused, and the output of these (1, T, d); None once all have run."""
+        self.record: list[tuple[Tensor, Tensor, list[int]]] = []
+        """Draft features (t, n), s0 (t, d) and ids of the generated tokens of each pass, if its draft head learns."""
         self.last_hidden: Tensor | None = None
         """The attached model's draft features (n,) where the last token was chosen, if a drafter reads them."""
         self.finish_reason: FinishReason | None = None
