@@ -84,14 +84,14 @@ def test_every_node_sees_its_ancestors():
 
 
 def test_sampling_a_tree_falls_as_the_model_says():
-    """The first two tokens of 20,000 verifications: the first by p, the second by p of the chosen node."""
+    """The first two tokens of 6,000 verifications: the first by p, the second by p of the chosen node."""
     torch.manual_seed(5)
     logits = torch.randn(4, 8)  # the last token, one draft, its two alternatives
     q = torch.randn(1, 8).softmax(-1)
     text, counts, branched = torch.zeros(5, dtype=torch.long), torch.zeros(8, 8, dtype=torch.float64), 0
     expected = logits[0].softmax(-1).double()
     second = logits.softmax(-1).double()
-    for column in torch.multinomial(q[0], 20_000, replacement=True):
+    for column in torch.multinomial(q[0], 6_000, replacement=True):
         likely = (expected - q[0]).argsort(descending=True).tolist()  # where the rejection sampler goes
         others = torch.tensor([[token for token in likely if token != column][:2]])
         proposal = Proposal(column[None], torch.ones(1), q, alternatives=others)
@@ -101,7 +101,7 @@ def test_sampling_a_tree_falls_as_the_model_says():
             node = 1 if result.branch is None else 2 + result.branch
             counts[node, result.tokens[1]] += 1
         counts[0, result.tokens[0]] += 1
-    assert branched > 1000
+    assert branched > 300
     for node in range(4):
         wanted = (expected if node == 0 else second[node]) * counts[node].sum()
         statistic = float(((counts[node] - wanted) ** 2 / wanted).sum())

@@ -77,9 +77,8 @@ class DraftHeadLearner:
         """Add a record of T generated tokens: features (T, n), s0 (T, d), their ids."""
         if self.enabled and len(tokens) >= max(MIN_TOKENS, self._steps + 3):
             self._save_records()  # a busy server is never idle
-            parts = features[:MAX_TOKENS], states[:MAX_TOKENS]
-            half = (part.to("cpu", torch.bfloat16).clone() for part in parts)
-            self.reservoir.add(Record(*half, torch.tensor(tokens[:MAX_TOKENS])))
+            kept, initial = (part[:MAX_TOKENS].to("cpu", torch.bfloat16).clone() for part in (features, states))
+            self.reservoir.add(Record(kept, initial, torch.tensor(tokens[:MAX_TOKENS])))
 
     def observe(self, accepted: int, verified: int) -> None:
         """Count drafts; give an adopted head up if fewer are accepted than before, beyond chance."""
