@@ -57,7 +57,7 @@ class SpeculateSettings(Settings):
 
     model: str = option("smollm2-135m", MODEL_HELP)
     adapter: str | None = option(None, "a saved shadow of the base, as RUN/model; default: an untrained one")
-    other_adapter: str | None = option(None, "a second saved shadow, for other-draft-head: another head beside the same")
+    other_adapter: str | None = option(None, "a second saved shadow, for other-draft-head")
     candidate: str = option("speculate", f"what is compared: {', '.join(DRAFTING)}")
     baselines: tuple[str, ...] = option(
         ("attached", "assisted", "base"), f"with what: any of {', '.join((*DRAFTING, *OTHERS))}", words

@@ -41,7 +41,7 @@ LEARNING_RATE = 1e-3
 SAVE_SECONDS = 60.0
 """Between two saves: what a killed server loses."""
 JUDGED_DRAFTS = 400
-"""Verified drafts after which an adopted head is compared with the one before."""
+"""Verified drafts after which an adopted head is compared with the one before; until then no round begins."""
 
 
 class DraftHeadLearner:
@@ -84,12 +84,14 @@ class DraftHeadLearner:
         """Count drafts; give an adopted head up if fewer are accepted than before, beyond chance."""
         self._counts[0] += accepted
         self._counts[1] += verified
-        if self._previous is None or self._counts[1] < JUDGED_DRAFTS or self._before[1] < JUDGED_DRAFTS:
+        if self._previous is None or self._counts[1] < JUDGED_DRAFTS:
             return
         (now, count), (then, earlier) = self._counts, self._before
-        share = (now + then) / (count + earlier)
-        error = (share * (1 - share) * (1 / count + 1 / earlier)) ** 0.5
-        if now / count < then / earlier - 2 * error:
+        share, fewer = (now + then) / (count + earlier), False
+        if earlier > 0:
+            error = (share * (1 - share) * (1 / count + 1 / earlier)) ** 0.5
+            fewer = now / count < then / earlier - 2 * error
+        if fewer:
             LOG.warning(
                 "adapter %r: %.3f of the drafts are accepted since the last update of its draft head, %.3f before; "
                 "it goes back",
@@ -112,7 +114,8 @@ class DraftHeadLearner:
 
     def _work(self) -> bool:
         if self._round is None:
-            if self.reservoir.seen - self._trained < MIN_RECORDS or not self.reservoir.held_out:
+            new = self.reservoir.seen - self._trained
+            if new < MIN_RECORDS or not self.reservoir.held_out or self._previous is not None:
                 self._save_records()
                 return False
             self._trained = self.reservoir.seen
