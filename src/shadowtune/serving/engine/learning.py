@@ -37,6 +37,8 @@ STEP_TOKENS = 64
 """Tokens of one step of training."""
 ROUND_STEPS, MIN_RECORDS = 50, 10
 """Steps of a round, and records before the first one and between two."""
+JUDGED_RECORDS = 50
+"""Held-out records that decide on a round, at most."""
 LEARNING_RATE = 1e-3
 SAVE_SECONDS = 60.0
 """Between two saves: what a killed server loses."""
@@ -99,7 +101,7 @@ class DraftHeadLearner:
             )
             self._set_weights(self._previous)
             self._save_head()
-        self._previous, self._before, self._counts = None, [0, 0], [0, 0]
+        self._previous, self._before, self._counts = None, [0, 0], self._before if fewer else self._counts
 
     def step(self) -> bool:
         """Do one step of work, if there is any; return whether there may be more."""
@@ -122,17 +124,16 @@ class DraftHeadLearner:
             self._round = _Round(self._head, self._steps, self._targets, self._trained)
         if self._round.train(self.reservoir.training):
             return True
-        before, after = (
-            agreement(head, self.reservoir.held_out, self._steps, self._targets)
-            for head in (self._head, self._round.head)
-        )
-        better, self._round = (self._round.head if after > before else None), None
-        if better is not None:
-            LOG.info("adapter %r: its draft head agrees with %.3f of the held-out tokens, %.3f before",
-                     self._name, after, before)  # fmt: skip
+        if self._round.judge(self._head, self.reservoir.held_out):
+            return True
+        (before, after), total, trained = self._round.agreeing, self._round.total, self._round.head
+        self._round = None
+        if after > before:
+            shares = after / total, before / total
+            LOG.info("adapter %r: its draft head agrees with %.3f of held-out tokens, %.3f before", self._name, *shares)
             self._previous = {name: part.clone() for name, part in self._head.state_dict().items()}
             self._before, self._counts = self._counts, [0, 0]
-            self._set_weights(better.state_dict())
+            self._set_weights(trained.state_dict())
             self._save_head()
         return True
 
@@ -262,6 +263,9 @@ class _Round:
         self.head = copy.deepcopy(head).float().requires_grad_(True)
         self._optimizer = torch.optim.AdamW(self.head.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         self._steps, self._targets, self._left = steps, targets, ROUND_STEPS
+        self.agreeing, self.total = (0, 0), 0
+        """Held-out tokens that equal the drafts of the head before and of this one, and all that were compared."""
+        self._judged = 0
         self._generator = torch.Generator().manual_seed(seed)
 
     def train(self, records: Sequence[Record]) -> bool:
@@ -282,20 +286,30 @@ class _Round:
             self._optimizer.step()
         return True
 
+    def judge(self, before: DraftHead, records: Sequence[Record]) -> bool:
+        """Compare the heads on the beginning of one held-out record; return whether more are left."""
+        if self._judged == min(len(records), JUDGED_RECORDS):
+            return False
+        record = Record(*(part[:STEP_TOKENS] for part in records[self._judged]))
+        counts = [agreement(head, record, self._steps, self._targets) for head in (before, self.head)]
+        self.agreeing = self.agreeing[0] + counts[0][0], self.agreeing[1] + counts[1][0]
+        self.total, self._judged = self.total + counts[0][1], self._judged + 1
+        return True
+
 
 @torch.no_grad()
-def agreement(head: DraftHead, records: Sequence[Record], steps: int, targets: _Targets) -> float:
-    """Return the share of tokens that equal the draft of them, over all of ``steps`` drafts in a row; 0 without any."""
+def agreement(head: DraftHead, record: Record, steps: int, targets: _Targets) -> tuple[int, int]:
+    """Return how many tokens equal their draft, and how many there are, over all of ``steps`` drafts in a row."""
     agreeing = total = 0
     device = head.up.weight.device
-    for record in records:
-        features, states = (part.unsqueeze(0).to(device, targets.dtype) for part in record[:2])
-        labels = targets.labels(record, steps)[0, 1:].to(device)
-        for states_of_draft in unrolled_proposals(head, features, states, steps):
-            drafted = targets.head.apply(states_of_draft[0, :-1]).argmax(-1)
-            agreeing += int((drafted == labels)[labels != IGNORE_INDEX].sum())
-            total += int((labels != IGNORE_INDEX).sum())
-    return agreeing / total if total else 0.0
+    features, states = (part.unsqueeze(0).to(device, targets.dtype) for part in record[:2])
+    labels = targets.labels(record, steps)[0, 1:].to(device)
+    labelled = labels != IGNORE_INDEX
+    for proposals in unrolled_proposals(head, features, states, steps):
+        drafted = targets.head.apply(proposals[0, :-1]).argmax(-1)
+        agreeing += int((drafted == labels)[labelled].sum())
+        total += int(labelled.sum())
+    return agreeing, total
 
 
 def _locked(directory: Path) -> FileLock:
