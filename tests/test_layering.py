@@ -58,7 +58,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "safetensors": {"model", "models", "training"},
     "huggingface_hub": {"model", "compatibility"},
     "tokenizers": {"models", "export"},
-    "filelock": {"models", "training"},
+    "filelock": {"models", "training", "serving"},
     "psutil": {"provenance"},
     "submitit": {"comparison"},
     "trl": set(),

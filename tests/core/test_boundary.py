@@ -262,6 +262,7 @@ def test_settings_that_the_reference_does_not_know_are_not_forgotten_here():
     tested = {name for settings in VARIANTS.values() for name in settings} | {"rank", "update_width", "alpha"}
     elsewhere = {"dropout", "init_std", "backbone", "num_shadow_layers", "init_layers", "init_from", "draft_rank"}
     elsewhere |= {"injection_start"}  # tests/attach/test_stack.py
+    elsewhere |= {"injection_after", "draft_layers", "draft_steps"}  # tests/model
     elsewhere |= {"shadow_loss_weight", "shadow_loss_weight_end", "matching_weight", "backbone_loss"}
     elsewhere |= {"distillation_weight", "distillation_temperature", "distillation_top_k", "logit_interpolation"}
     sizes = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}

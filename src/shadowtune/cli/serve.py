@@ -53,6 +53,20 @@ def add_cloud_arguments(parser: argparse.ArgumentParser) -> None:
     add_server(parser)
     parser.add_argument("--no-speculate", action="store_true", help="disable speculative decoding")
     parser.add_argument(
+        "--learn",
+        metavar="DIR",
+        help="train draft heads on the model's own answers while the server is idle; DIR gets states and token ids of "
+        "answers, no text. Answers do not change",
+    )
+    parser.add_argument(
+        "--prefix-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="most prompt tokens whose keys and values of the base are kept for later requests, of any adapter with "
+        "shadow.injection_after and of the base; 0 keeps none (default: %(default)s)",
+    )
+    parser.add_argument(
         "--allow-loading",
         action="store_true",
         help="allow loading and unloading adapters over HTTP, with an admin key and from --adapter-root",
@@ -76,6 +90,7 @@ def _cloud_app(paths: dict[str, Path], arguments: argparse.Namespace, config: Se
     limits = Limits(
         max_sequences=arguments.max_rows,
         max_queue=arguments.max_queue,
+        prefix_tokens=arguments.prefix_tokens,
         speculation=None if arguments.no_speculate else SpeculationConfig(),
         close_seconds=CLOSE_SECONDS,
     )
@@ -90,7 +105,8 @@ def _cloud_app(paths: dict[str, Path], arguments: argparse.Namespace, config: Se
         except OSError as error:  # an invalid path, or one without permission
             raise CheckpointError(error.strerror or str(error)) from None
 
-    engine = Engine(loaded.base, loaded.tokenizer, loaded.adapters, limits, open_adapter)
+    learn = None if arguments.learn is None else Path(arguments.learn)
+    engine = Engine(loaded.base, loaded.tokenizer, loaded.adapters, limits, open_adapter, learn)
     return create_app(engine, config, "cloud", adapters=engine, counters=engine.counters)
 
 
