@@ -40,6 +40,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
         "__init__",
     },
     "triton": {"core"},
+    "deepspeed": {"attach"},
     "liger_kernel": set(),
     "accelerate": {"training"},
     "peft": {"model", "peft"},
