@@ -10,7 +10,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as integration
+
+from shadowtune.errors import AttachError
+
+LAYOUT = ("_tp_size", "_fsdp_size", "_device_mesh", "_mesh_manager", "_is_distributed_loading_by_transformers")
+"""Attributes of a model that transformers has sharded at loading."""
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -92,6 +98,33 @@ def gather_during_forward(module: nn.Module, parameters: Iterable[nn.Parameter])
 
         for parameter in parameters:
             deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def take_layout(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Mark a model as transformers marks the base that it sharded at loading (``distributed_config=``).
+
+    By these marks trainers give all processes of a tensor parallel group the same batch, count its labels once, and do
+    not shard the model again.
+    """
+    for name in LAYOUT:
+        if name in vars(base):
+            setattr(model, name, vars(base)[name])
+    if "distributed_config" in vars(base.config):
+        model.config.distributed_config = base.config.distributed_config
+
+
+def check_layout(base: PreTrainedModel) -> None:
+    """Refuse a base that transformers sharded by FSDP at loading: the whole of it must run, a shadow runs its parts.
+
+    Raises:
+        AttachError: with a layout to use instead.
+    """
+    if vars(base).get("_is_fsdp_managed_module"):
+        raise AttachError(
+            f"the base was sharded at loading by DistributedConfig(fsdp_size={vars(base)['_fsdp_size']}), beside which "
+            "a shadow does not run; load it without, and shard the model in training: accelerate launch with "
+            "fsdp_version: 2, or DeepSpeed"
+        )
 
 
 @contextlib.contextmanager

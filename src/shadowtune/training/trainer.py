@@ -287,7 +287,8 @@ class ShadowTrainer(Trainer):
         terms = self._objective(model, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Losses are parts of a sum over all processes, but data parallelism averages the gradients.
-            terms = {name: term * self.accelerator.num_processes for name, term in terms.items()}
+            batches = self.accelerator.num_processes // self.get_tp_size()  # ranks of tensor parallelism share one
+            terms = {name: term * batches for name, term in terms.items()}
         if model.training:
             if not self.skip_nonfinite and not is_finite(terms["loss"]):
                 raise TrainingError(self._nonfinite_error(terms["loss"], rows))
