@@ -29,7 +29,9 @@ def run_processes(function: Callable[..., Any], count: int, folder: Path, *args:
     context = multiprocessing.get_context("fork")
     processes = []
     for rank in range(count):
-        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)} if count > 1 else {}
+        own = (
+            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)} if count > 1 else {}
+        )
         target = (function, args, {**environment, **own}, folder / f"{rank}.pt")
         processes.append(context.Process(target=_run, args=target))
         processes[-1].start()
@@ -38,7 +40,11 @@ def run_processes(function: Callable[..., Any], count: int, folder: Path, *args:
     late = [process for process in processes if process.is_alive()]
     for process in late:
         process.kill()
-    results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count) if (folder / f"{rank}.pt").exists()]
+    results = [
+        torch.load(folder / f"{rank}.pt", weights_only=False)
+        for rank in range(count)
+        if (folder / f"{rank}.pt").exists()
+    ]
     failed = [result for kind, result in results if kind == "error"]
     assert not failed, failed[0]
     assert not late, "a process did not end"

@@ -30,6 +30,7 @@ def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
         if not deepspeed.deepspeed_config["zero_optimization"].get(gathers):
             yield f"without zero3_save_16bit_model: true ({gathers}), DeepSpeed ZeRO stage 3 saves no adapter; set it"
         yield from _whole_model_stages(config, "DeepSpeed ZeRO stage 3")
+    yield from _other_dimensions()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
         return
     plugin = FullyShardedDataParallelPlugin()
@@ -43,6 +44,19 @@ def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
     if plugin.cpu_ram_efficient_loading:
         yield "fsdp_cpu_ram_efficient_loading cannot place a shadow's buffers; set it to false"
     yield from _whole_model_stages(config, "FSDP")
+
+
+def _other_dimensions() -> Iterator[str]:
+    """Dimensions of ``accelerate launch --use_parallelism_config``."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return
+    for name, word in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+        size = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")
+        if size != "1":
+            hint = (
+                ", or train from Python with a base loaded with DistributedConfig(tp_size=...)" if name == "tp" else ""
+            )
+            yield f"{word} parallelism ({name}_size={size}) is not for shadowtune train; set it to 1{hint}"
 
 
 def _whole_model_stages(config: TrainConfig, layout: str) -> Iterator[str]:
