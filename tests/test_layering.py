@@ -41,6 +41,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
         "__init__",
     },
     "triton": {"core"},
+    "deepspeed": {"attach"},
     "liger_kernel": set(),
     "accelerate": {"training"},
     "peft": {"model", "peft", "integrations"},

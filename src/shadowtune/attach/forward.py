@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from shadowtune.attach.architectures import architecture_of
 from shadowtune.attach.cache import check_same_past, split_cache
 from shadowtune.attach.self_check import check_base
+from shadowtune.attach.sharding import check_layout
 from shadowtune.compatibility import CACHE, set_cache
 from shadowtune.core.boundary import Boundaries, ShadowState
 from shadowtune.core.shared_prompt import injected_tokens
@@ -145,8 +146,9 @@ def install_hooks(base: PreTrainedModel) -> list[RemovableHandle]:
     Raises:
         UnsupportedArchitectureError: if the base's architecture is not in the table, or the base would not pass the
             shadow's state and its own cache down to its blocks (``attach/self_check.py``).
-        AttachError: if the base has fewer than two blocks.
+        AttachError: if the base has fewer than two blocks, or transformers sharded it by FSDP at loading.
     """
+    check_layout(base)
     architecture = architecture_of(base.config)
     decoder, blocks = architecture.decoder_of(base), architecture.blocks_of(base)
     if len(blocks) < 2:

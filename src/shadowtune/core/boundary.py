@@ -21,6 +21,7 @@ the attached model's plus gamma times the shadow's.
 import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
@@ -105,6 +106,8 @@ class Boundaries(nn.Module):
         self.first = first
         self.recorded_blocks: tuple[int, ...] = ()
         self.kernel: Kernel = "auto"
+        self.dropout = nn.Dropout(config.dropout)
+        """Holds the probability; never called. By its ``p`` trainers switch dropout off, as in any other module."""
         d, r, k = hidden_size, config.rank, config.update_width
         shared = config.depth_sharing == "full"
         injections = min(count, 1) if shared else count
@@ -178,11 +181,14 @@ class Boundaries(nn.Module):
         shadow_states: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the boundary with these parameters, an entry of ``unstack``; arguments and result as in ``forward``."""
+        config, p = self.config, self.dropout.p
+        if p != config.dropout:
+            config = replace(config, dropout=p)
         if isinstance(parameters, StatelessParameters):
-            injected = apply_stateless_boundary(hidden_states, parameters, self.config, self.kernel, self.training)
+            injected = apply_stateless_boundary(hidden_states, parameters, config, self.kernel, self.training)
             return injected, shadow_states
         assert shadow_states is not None
-        return apply_boundary(hidden_states, shadow_states, parameters, self.config, self.kernel, self.training)
+        return apply_boundary(hidden_states, shadow_states, parameters, config, self.kernel, self.training)
 
     @property
     def reads_states(self) -> bool:

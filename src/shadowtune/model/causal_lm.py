@@ -32,7 +32,7 @@ from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
 from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
 from shadowtune.model.speculation.decoding import Speculator
-from shadowtune.model.trainer_losses import add_shadow_loss_hooks, check_labels, check_schedule, guard_logits
+from shadowtune.model.trainer_losses import add_shadow_loss_hooks, check_labels, check_schedule, guard_output
 
 
 @dataclass
@@ -154,7 +154,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = None if labels is not None and self.training else self.logits_of(hidden_states[:, kept])
         if labels is None and logits is not None and self.training and self.mode == "attached":
-            guard_logits(logits, weights)
+            guard_output(logits, weights)
         return self._output(output, logits, joint, state)
 
     def _loss(

@@ -22,6 +22,7 @@ from typing_extensions import Self
 from shadowtune.attach.architectures import Architecture, architecture_of
 from shadowtune.attach.cache import split_cache
 from shadowtune.attach.forward import begin_call, check_fit, install_hooks
+from shadowtune.attach.sharding import check_layout, gather_during_forward, take_layout
 from shadowtune.compatibility import CACHE_NAMES, commit_of, set_cache, takes_cache
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
@@ -79,6 +80,8 @@ class ShadowPreTrainedModel(NamedAdapters):
         config._attn_implementation = self.base.config._attn_implementation
         self._known_keywords = known_keywords(self, self.architecture.decoder_of(self.base), shadow.backbone)
         self.post_init()
+        take_layout(self, self.base)
+        gather_during_forward(self, self._parameters_read_in_forward())
         for handle in install_hooks(self.base):
             weakref.finalize(self, handle.remove).atexit = False
 
@@ -99,6 +102,7 @@ class ShadowPreTrainedModel(NamedAdapters):
         """
         config = config or ShadowConfig()
         architecture_of(base.config)
+        check_layout(base)
         shadow, initialization = start_shadow(base, config, dtype)
         model_config = ShadowModelConfig(
             shadow=config.to_dict(),
@@ -181,6 +185,11 @@ class ShadowPreTrainedModel(NamedAdapters):
     def trained_modules(self) -> dict[str, nn.Module]:
         """Return the trained and saved modules by their paths in the model."""
         return {"shadow": self.shadow}
+
+    def _parameters_read_in_forward(self) -> list[nn.Parameter]:
+        """Return the parameters that a call reads itself, where others are read by the modules that they belong to."""
+        head: Any = self.base.get_output_embeddings()
+        return [*self.shadow.boundaries.parameters(), *(() if head is None else head.parameters())]
 
     @property
     def architecture(self) -> Architecture:

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
+from shadowtune.attach.sharding import shares_weights
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.chat_template import save_tokenizer
 from shadowtune.data.formats import describe_unread
@@ -232,8 +233,9 @@ class ModelRun:
         self._report_data()
         settings = joint_settings(config) if config.has_shadow_only_stage else config
         base = load_run_base(settings, self.data.num_labels, self.data.labels)
-        digests = InputDigests.of(base, self.data) if options.main else None
-        if digests is not None and options.resume:
+        reads = options.main or shares_weights(base)  # each process then holds a part of what is read
+        digests = InputDigests.of(base, self.data) if reads else None
+        if digests is not None and options.main and options.resume:
             run.check_inputs(digests)
         self.model = build_model(settings, self.data.num_labels, base)
         check_data(self.data, self.model)
@@ -242,7 +244,7 @@ class ModelRun:
         record_ends(self.model, self.form.ends)
         self.trained_parameters = self._prepare_model()
         with arguments.main_process_first(local=False):
-            if digests is not None:
+            if digests is not None and options.main:
                 run.begin(config, options.resume)
                 digests.save(run.path)
         self.interrupt = GracefulInterrupt()
@@ -361,8 +363,8 @@ class ModelRun:
         trainer.remove_callback(PrinterCallback if bar is None else ProgressCallback)
         if bar is not None:
             trainer.add_callback(bar)
-        if trainer.is_fsdp_enabled and trainer.pop_callback(SampleAnswers) is not None:
-            report("no sample answers: one process alone cannot generate with a sharded model (FSDP)")
+        if trainer.shards_weights and trainer.pop_callback(SampleAnswers) is not None:
+            report("no sample answers: one process alone cannot generate with a sharded model")
         return trainer
 
     def _samples(self, run: RunDirectory, report: Callable[[str], None]) -> SampleAnswers:
