@@ -78,10 +78,14 @@ def test_a_base_of_this_machine_is_not_published(run, base, fake, request, tmp_p
     assert main(["push", str(path), "me/x", "--base", "none"]) == 0
     ((_, files, _),) = fake.commits
     assert "base_model:" not in files["README.md"].decode()
-    shadow = "config.json" in files
-    config = json.loads(files["config.json" if shadow else "adapter_config.json"])
-    assert (config["base_name_or_path"] if shadow else config["base_model_name_or_path"]) in ("", None)
-    assert str(base) not in json.dumps(config)
+    file, key, unnamed = {
+        "shadow_run": ("config.json", "base_name_or_path", ""),
+        "lora_run": ("adapter_config.json", "base_model_name_or_path", None),
+    }[run]
+    assert json.loads(files[file])[key] == unnamed
+    for name in files.keys() & {"config.json", "adapter_config.json", "README.md"}:
+        content = files[name]
+        assert str(base) not in (content.decode() if isinstance(content, bytes) else Path(content).read_text()), name
 
 
 def test_what_was_uploaded_loads_its_base_from_the_hub(shadow_run, base, fake, tmp_path, monkeypatch):
@@ -124,6 +128,11 @@ def test_a_gguf_file_brings_its_card(shadow_run, fake, tmp_path):
 def test_the_card_keeps_a_base_of_the_hub():
     card = "---\nbase_model: \"org/base\"\nbase_model_relation: adapter\n---\nAutoTokenizer.from_pretrained('model')\n"
     assert published_card(card, "me/x") == card.replace("'model'", "'me/x'")
+
+
+def test_the_card_of_a_short_name_keeps_its_example():
+    card = '---\nbase_model: "smollm2-135m"\n---\nbase = f(shadowtune.models.resolve("smollm2-135m"))\n'
+    assert published_card(card, "me/x") == '---\n---\nbase = f(shadowtune.models.resolve("smollm2-135m"))\n'
 
 
 def response(status):

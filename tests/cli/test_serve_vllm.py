@@ -128,11 +128,14 @@ def test_what_vllm_does_not_do_is_refused_by_name(shadow_run, stand_in, tmp_path
     assert "serves one adapter in each server, got shadow, again" in refusal(
         capsys, shadow_run, "--name", f"again={shadow_run}"
     )
-    for option in (["--allow-loading"], ["--timeout", "3"], ["--log-prompts"], ["--max-tokens", "3"]):
+    own = (["--allow-loading"], ["--timeout", "3"], ["--log-prompts"], ["--max-tokens", "3"], ["--learn", "states"])
+    for option in own:
         assert f"{option[0]}: of our own server" in refusal(capsys, shadow_run, *option)
     monkeypatch.setenv("SHADOWTUNE_API_KEYS", "one,two")
     assert "takes one API key" in refusal(capsys, shadow_run)
     monkeypatch.delenv("SHADOWTUNE_API_KEYS")
+    perturbed_model("llama", injection_after=(5,)).save_pretrained(tmp_path / "shared")
+    assert "injection_after=[5]: the vLLM plugin injects into every token" in refusal(capsys, tmp_path / "shared")
     perturbed_model("gpt_oss").save_pretrained(tmp_path / "unknown")
     assert "the base is a gpt_oss model, which the vLLM plugin does not run" in refusal(capsys, tmp_path / "unknown")
     assert main(["serve", "cloud", str(shadow_run), "--vllm-arguments=--enforce-eager"]) == 2

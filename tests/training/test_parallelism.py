@@ -38,7 +38,15 @@ def test_layouts_of_fsdp_that_lose_something_are_refused(launcher, changes, word
     assert not (tmp_path / "run").exists()
 
 
-def test_zero_stage_3_is_refused_and_fsdp2_with_whole_state_dicts_passes(tmp_path, monkeypatch):
+class Plugin:
+    """Stands for accelerate's, whose package may be missing."""
+
+    def __init__(self, stage: int, gathers: bool):
+        self.zero_stage = stage
+        self.deepspeed_config = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": gathers}}
+
+
+def test_fsdp2_with_whole_state_dicts_and_zero_pass_and_zero_3_that_saves_no_adapter_is_refused(tmp_path, monkeypatch):
     from shadowtune.training.parallelism import check_parallelism
     from shadowtune.training.trainer import training_arguments
 
@@ -48,8 +56,20 @@ def test_zero_stage_3_is_refused_and_fsdp2_with_whole_state_dicts_passes(tmp_pat
         monkeypatch.setenv(name, value)
     check_parallelism(config, arguments)
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    arguments.deepspeed_plugin = type("Plugin", (), {"zero_stage": 2})()
-    check_parallelism(config, arguments)
-    arguments.deepspeed_plugin.zero_stage = 3
-    with pytest.raises(ConfigError, match="ZeRO stage 3"):
+    for plugin in (Plugin(2, False), Plugin(3, True)):
+        arguments.deepspeed_plugin = plugin
         check_parallelism(config, arguments)
+    arguments.deepspeed_plugin = Plugin(3, False)
+    with pytest.raises(ConfigError, match="zero3_save_16bit_model: true"):
+        check_parallelism(config, arguments)
+    arguments.deepspeed_plugin = Plugin(3, True)
+    with pytest.raises(ConfigError, match="drafting_epochs=0"):
+        check_parallelism(settings(tmp_path, drafting_epochs=1.0, shadow={"draft_rank": 2}), arguments)
+
+
+@pytest.mark.parametrize("dimension", ["tp", "cp", "sp"])
+def test_other_dimensions_of_accelerate_are_refused(dimension, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{dimension.upper()}_SIZE", "2")
+    with pytest.raises(ConfigError, match=f"{dimension}_size=2"):
+        train(settings(tmp_path), quiet=True)

@@ -34,6 +34,7 @@ def detach(arguments: argparse.Namespace) -> int:
     """Write the detached shadow as a plain transformers directory, and check it."""
     import torch
 
+    from shadowtune.export.deferral import add_deferral_head
     from shadowtune.export.detaching import write_detached
     from shadowtune.export.exporting import check_free
 
@@ -42,6 +43,8 @@ def detach(arguments: argparse.Namespace) -> int:
     run = load_run(source_path(arguments.run), CHECKED_PROMPTS)
     dtype = vars(torch)[arguments.dtype] if arguments.dtype else None
     model = write_detached(run.model, run.tokenizer, out, run.card, run.prompts, dtype, run.prompt_format)
+    if run.deferral_head is not None:
+        add_deferral_head(run.deferral_head, out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {type(model).__name__}, {parameters:,} parameters, {size / 1e6:,.1f} MB")
@@ -74,8 +77,10 @@ def export(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {vars(arguments)[name]}")
     from shadowtune.data.prompt_format import PromptFormat
     from shadowtune.export.card import read_card
+    from shadowtune.export.deferral import add_deferral_head
     from shadowtune.export.detaching import built_in_prompts, write_detached
     from shadowtune.export.exporting import check_export, check_free, default_path, export, read_plain
+    from shadowtune.model.deferral_files import read_deferral_head
 
     quantization = check_export(arguments.to, arguments.quant)
     given = Path(arguments.directory)
@@ -95,7 +100,10 @@ def export(arguments: argparse.Namespace) -> int:
         prompt_format = run.prompt_format if run else PromptFormat.load(source)
         card = run.card if run else read_card(source)
         limits = (arguments.max_new_tokens, prompt_format, card)
+        head = run.deferral_head if run else read_deferral_head(source)
         exported = export((model, tokenizer), arguments.to, quantization, out, prompts, *limits)
+    if head is not None:
+        add_deferral_head(head, out)
     row = _row(exported, quantization, run)
     print_table(f"Exported: {out}", [row])
     write_json(arguments.json, "export", [row])

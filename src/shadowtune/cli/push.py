@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ BASE_KEYS = {"base_name_or_path": "", "base_model_name_or_path": None}
 REVISION_KEYS = ("base_revision", "revision")
 """Keys that name the commit of that base."""
 NO_BASE = "none"
+UNNAMED = "BASE"
+"""What stands for the base in a card that does not name it."""
 _CARD_BASE = re.compile(r'^base_model: "(.*)"$', flags=re.MULTILINE)
 """The line of a card that names the base."""
 
@@ -121,31 +124,38 @@ def published_configs(files: dict[str, Path | bytes], base: str | None) -> dict[
         CheckpointError: if a config is damaged.
         ConfigError: if a shadow or adapter names a directory of this machine as its base, and ``base`` is None.
     """
-    found: dict[str, bytes] = {}
-    for name in CONFIGS:
-        if not isinstance(file := files.get(name), Path):
-            continue
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-            named = {str(config[key]) for key in BASE_KEYS if config.get(key)}
-        except (OSError, ValueError, AttributeError):
-            raise CheckpointError(f"cannot read {file}: it is damaged") from None
-        if base is not None and named:
-            found[name] = json.dumps(_with_base(config, named, base), indent=2).encode()
-        elif local := next((each for each in named if os.path.isabs(each) or Path(each).exists()), None):
-            raise ConfigError(
-                f"{name} names the base {local}, a path of this machine, from which nobody else can load it; pass "
-                f"--base ORG/NAME with its name on the Hub, or --base {NO_BASE}; it is then loaded with base=..."
-            )
-    return found
+    configs = {name: _read_config(file) for name in CONFIGS if isinstance(file := files.get(name), Path)}
+    named = {str(config[key]): name for name, config in configs.items() for key in BASE_KEYS if config.get(key)}
+    if base is not None:
+        changed = {name: _with_base(config, named.keys(), base) for name, config in configs.items()}
+        return {
+            name: json.dumps(config, indent=2).encode() for name, config in changed.items() if config != configs[name]
+        }
+    if local := next((each for each in named if os.path.isabs(each) or Path(each).exists()), None):
+        raise ConfigError(
+            f"{named[local]} names the base {local}, a path of this machine, from which nobody else can load it; pass "
+            f"--base ORG/NAME with its name on the Hub, or --base {NO_BASE}; it is then loaded with base=..."
+        )
+    return {}
 
 
-def _with_base(value: Any, named: set[str], base: str) -> Any:
+def _read_config(file: Path) -> dict[str, Any]:
+    """Read a JSON object; raises CheckpointError if it is none."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"cannot read {file}: it is damaged")
+    return config
+
+
+def _with_base(value: Any, named: Collection[str], base: str) -> Any:
     """Return a config in which ``base`` stands for a base of one of these names, at whatever depth."""
     if isinstance(value, list):
         return [_with_base(each, named, base) for each in value]
     if not isinstance(value, dict):
-        return base if value in named and base != NO_BASE else value
+        return ("" if base == NO_BASE else base) if value in named else value
     changed: dict[str, Any] = {}
     for key, each in value.items():
         if key in BASE_KEYS:
@@ -163,12 +173,19 @@ def published_card(text: str, repository: str, base: str | None = None) -> str:
         repository: "org/name".
         base: a Hub id that replaces the base's name, "none" for no name; None keeps a name that others can load.
     """
+    from shadowtune.models import NAMED
+
     text = re.sub(r"from_pretrained\('[^']*'", f"from_pretrained({repository!r}", text)
     text = re.sub(r"(PeftModel\.from_pretrained\(base, )'[^']*'", rf"\g<1>{repository!r}", text)
-    if base not in (None, NO_BASE) and (found := _CARD_BASE.search(text)):
-        text = text.replace(json.loads(f'"{found[1]}"'), str(base))
-    if local_base(text) or base == NO_BASE:
+    if (found := _CARD_BASE.search(text)) is None:
+        return text
+    named, local = json.loads(f'"{found[1]}"'), local_base(text)
+    if base not in (None, NO_BASE):
+        return text.replace(named, str(base))
+    if base == NO_BASE or local:  # the Hub knows no model of this name
         text = re.sub(r"^base_model(_relation)?: .*\n", "", text, flags=re.MULTILINE)
+    if local and named not in NAMED:  # a short name works wherever this package is installed
+        text = text.replace(named, UNNAMED)
     return text
 
 

@@ -20,11 +20,11 @@ PYTHON = "VLLM_PYTHON"
 """Environment variable with the interpreter of an environment that has vLLM; by default this one."""
 KEY = "VLLM_API_KEY"
 """Environment variable from which vLLM reads an API key."""
-NOT_OF_VLLM = (
-    *("admin_key_file", "allowed_host", "max_connections", "max_queue", "max_tokens", "max_body_bytes", "timeout"),
-    *("drain_timeout", "log_prompts", "allow_loading", "adapter_root"),
-)
-"""Options of our own server."""
+OPTIONS = {
+    *("run", "name", "host", "port", "api_key_file", "cors_origin", "max_rows", "no_speculate", "engine"),
+    "vllm_arguments",
+}
+"""Options of ``serve cloud`` that hold for vLLM too; the others are of our own server and engine."""
 
 
 def serve_with_vllm(arguments: argparse.Namespace, defaults: argparse.Namespace) -> int:
@@ -42,7 +42,8 @@ def serve_with_vllm(arguments: argparse.Namespace, defaults: argparse.Namespace)
     from shadowtune.serving.vllm.launch import VllmServer, check_single, check_vllm, write_model_directory
     from shadowtune.serving.vllm.support import check_supported
 
-    given = [f"--{n.replace('_', '-')}" for n in NOT_OF_VLLM if vars(arguments)[n] != vars(defaults)[n]]
+    others = vars(defaults).keys() - OPTIONS
+    given = [f"--{n.replace('_', '-')}" for n in sorted(others) if vars(arguments)[n] != vars(defaults)[n]]
     if given:
         raise ConfigError(f"{', '.join(given)}: of our own server, not of vLLM; leave it out, see --vllm-arguments")
     paths = adapter_paths(arguments.run, arguments.name)

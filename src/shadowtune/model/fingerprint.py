@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
+from shadowtune.attach.sharding import whole_tensor
 
 SAMPLES = 16
 COLUMNS = 4096
@@ -90,13 +91,12 @@ def has_signature(base: PreTrainedModel, signature: Mapping[str, Any]) -> bool:
         heads = (found["head_checksum"], signature["head_checksum"])
         return found["checksum"] == signature["checksum"] and (None in heads or heads[0] == heads[1])
     sums = _sums_of(signature)
-    weights = list(_weights(base))
-    bodies = [sum(name != HEAD for name, _ in weights), len(sums) - (signature["head_checksum"] is not None)]
-    if bodies[0] != bodies[1]:
+    body = sum(name != HEAD for name, _ in _named_weights(base))
+    if body != len(sums) - (signature["head_checksum"] is not None):
         return False
     return all(
         parameter is not None and _is_rounded(parameter, expected)
-        for expected, (_, parameter) in zip(sums, weights, strict=False)
+        for expected, (_, parameter) in zip(sums, _weights(base), strict=False)
     )
 
 
@@ -223,12 +223,15 @@ def _named_weights(base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _weights(base: PreTrainedModel) -> Iterator[tuple[str, Tensor | None]]:
-    """Yield names and weights, the head last; None for a weight that is quantized or not in memory."""
+    """Yield names and weights, the head last; None for a weight that is quantized or not in memory.
+
+    Of weights that several processes share, one at a time is whole.
+    """
     if base.config.to_dict().get("quantization_config") is not None:
         yield "", None
         return
     for name, parameter in _named_weights(base):
-        yield name, None if parameter.is_meta else parameter
+        yield name, None if parameter.is_meta else whole_tensor(parameter)
 
 
 def _chunks(parameter: Tensor) -> Iterator[Tensor]:

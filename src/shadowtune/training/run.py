@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
+from shadowtune.attach.sharding import shares_weights
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.chat_template import save_tokenizer
 from shadowtune.data.formats import describe_unread
@@ -45,6 +46,7 @@ from shadowtune.export.card import (
 )
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.checkpoint import write_older_keys
+from shadowtune.model.deferral_files import SavedDeferralHead, write_deferral_head
 from shadowtune.model.files import writing_into
 from shadowtune.model.methods import (
     load_base,
@@ -126,6 +128,8 @@ class TrainSummary:
     """The part of ``train_seconds`` that the distillation stage took, with its generated answers; None without one."""
     drafting_seconds: float | None = None
     """The part of ``train_seconds`` that the draft head stage took, with its generated answers; None without one."""
+    deferral_seconds: float | None = None
+    """The part of ``train_seconds`` in which the deferral head was fitted, with the answers; None without one."""
     fit_seconds: float | None = None
     """The part of ``train_seconds`` in which a weight of logits was fitted on validation data; None without a fit."""
     best_step: int | None = None
@@ -229,8 +233,9 @@ class ModelRun:
         self._report_data()
         settings = joint_settings(config) if config.has_shadow_only_stage else config
         base = load_run_base(settings, self.data.num_labels, self.data.labels)
-        digests = InputDigests.of(base, self.data) if options.main else None
-        if digests is not None and options.resume:
+        reads = options.main or shares_weights(base)  # each process then holds a part of what is read
+        digests = InputDigests.of(base, self.data) if reads else None
+        if digests is not None and options.main and options.resume:
             run.check_inputs(digests)
         self.model = build_model(settings, self.data.num_labels, base)
         check_data(self.data, self.model)
@@ -239,12 +244,13 @@ class ModelRun:
         record_ends(self.model, self.form.ends)
         self.trained_parameters = self._prepare_model()
         with arguments.main_process_first(local=False):
-            if digests is not None:
+            if digests is not None and options.main:
                 run.begin(config, options.resume)
                 digests.save(run.path)
         self.interrupt = GracefulInterrupt()
         self.trainer = self._trainer(config, run, arguments, self.data)
         self.progress = TrainingProgress()
+        self.deferral_head: SavedDeferralHead | None = None
 
     def train(self) -> TrainSummary | None:
         """Run all stages, then save the model and, as the sign that the run has finished, the summary."""
@@ -254,6 +260,7 @@ class ModelRun:
             for stage in stages(self.config):
                 entries |= stage.run(context)
                 record_ends(self.model, self.form.ends)  # transformers has put the tokenizer's end token there
+        self.deferral_head = context.deferral_head
         summary = self._summary(entries)
         self._save(summary)
         if not self.options.main:
@@ -266,6 +273,8 @@ class ModelRun:
     def _report_data(self) -> None:
         data, report = self.data, self.options.report
         ends = data.tokenizer.convert_ids_to_tokens(list(data.prompt_format.ends))
+        if data.deferral is not None:
+            report(f"{len(data.deferral):,} of the examples are set aside for the deferral head")
         if data.formats:
             report(f"read as {data.formats}")
         report(f"data: {data.report}" + (f"; answers end in {', '.join(ends)}" if ends else ""))
@@ -290,9 +299,8 @@ class ModelRun:
         dataset: Any = data.train
         if config.distillation_cache is not None:
             dataset = with_teacher_logits(config, self.model, data, self.trainer.accelerator, report)
-        return StageContext(
-            self.model, dataset, self._fit, data.validation, data.collate, data.tokenizer, config.batch_size, report
-        )
+        fixed = (self.model, dataset, self._fit, data.validation, data.collate, data.tokenizer, config.batch_size)
+        return StageContext(*fixed, report, data.deferral)
 
     def _fit(self, stage: str, dataset: Any) -> TrainOutput:
         """Train in a stage: those on the model's own answers in directories of their own, all else in the run's."""
@@ -355,8 +363,8 @@ class ModelRun:
         trainer.remove_callback(PrinterCallback if bar is None else ProgressCallback)
         if bar is not None:
             trainer.add_callback(bar)
-        if trainer.is_fsdp_enabled and trainer.pop_callback(SampleAnswers) is not None:
-            report("no sample answers: one process alone cannot generate with a sharded model (FSDP)")
+        if trainer.shards_weights and trainer.pop_callback(SampleAnswers) is not None:
+            report("no sample answers: one process alone cannot generate with a sharded model")
         return trainer
 
     def _samples(self, run: RunDirectory, report: Callable[[str], None]) -> SampleAnswers:
@@ -377,7 +385,7 @@ class ModelRun:
             loss = state.best_metric if config.load_best_model_at_end and state.best_metric else measured[-1]
             perplexity = math.exp(min(loss, 700.0))  # beyond it a float overflows
         shadow_seconds = None if self.shadow_only is None else self.shadow_only.train_seconds
-        later = sum(entries.get(name, 0.0) for name in ("distillation_seconds", "fit_seconds", "drafting_seconds"))
+        later = sum(entries.get(f"{name}_seconds", 0.0) for name in ("distillation", "fit", "drafting", "deferral"))
         return TrainSummary(
             method=config.method,
             trainable_parameters=self.trained_parameters,
@@ -408,6 +416,8 @@ class ModelRun:
             else:
                 form = save_tokenizer(self.data.tokenizer, form, staging)
             write_older_keys(staging)
+            if self.deferral_head is not None:
+                write_deferral_head(self.deferral_head, staging)
             self._write_card(staging, form, summary)
 
     def _write_card(self, directory: Path, form: PromptFormat, summary: TrainSummary) -> None:

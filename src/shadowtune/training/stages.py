@@ -30,7 +30,9 @@ from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data.generation import generate_answers
 from shadowtune.errors import ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM
+from shadowtune.model.deferral_files import SavedDeferralHead
 from shadowtune.model.modeling import ShadowPreTrainedModel
+from shadowtune.training.deferral import DeferralHeadStage
 from shadowtune.training.interpolation import fit_logit_interpolation
 from shadowtune.training.training_data import Collator
 
@@ -49,10 +51,14 @@ class StageContext:
     collate: Collator | None = None
     """Makes batches of hold-out examples."""
     tokenizer: Any = None
-    """For ``DraftHeadStage``."""
+    """For ``DraftHeadStage`` and ``DeferralHeadStage``."""
     batch_size: int = 8
     report: Callable[[str], None] = lambda line: None
     """Called with messages."""
+    deferral_examples: Any = None
+    """Encoded examples for ``DeferralHeadStage`` that the networks have not learned; None takes ``eval_dataset``."""
+    deferral_head: SavedDeferralHead | None = None
+    """Result of ``DeferralHeadStage``."""
 
     @classmethod
     def from_trainer(cls, trainer: Trainer, **changes: Any) -> "StageContext":
@@ -200,6 +206,7 @@ def stages(config: TrainConfig) -> list[Stage]:
         DistillationStage(),
         LogitInterpolationStage(),
         DraftHeadStage(config.drafting_epochs, config.seed),
+        DeferralHeadStage(),
     )
     return [stage for stage in every if stage.applies(config)]
 

@@ -21,7 +21,7 @@ from shadowtune.errors import ConfigError
 from shadowtune.model.backbone import FrozenEmbedding
 from shadowtune.model.checkpoint import read_tensors
 from shadowtune.model.configuration import ShadowModelConfig
-from shadowtune.model.loading import check_tensors
+from shadowtune.model.loading import check_tensors, drop_unusable_drafts
 from shadowtune.models import resolve
 from shadowtune.serving.vllm.networks import BoundaryHooks, backbone_network, base_network, blocks_of
 from shadowtune.serving.vllm.support import check_supported
@@ -148,6 +148,7 @@ class AttachedModel(nn.Module):
         base = ((name.removeprefix("base."), tensor) for name, tensor in weights if name.startswith("base."))
         loaded = {f"network.base.{name}" for name in load_base_weights(self.network.base, self.config, base)}
         tensors = read_tensors(self.path, revision=self.revision)
+        drop_unusable_drafts(self.config, tensors, self.path)
         shadow = load_shadow_weights(self.network.shadow, self.config, tensors, self.path)
         self.network.hooks.split()
         return loaded | {f"network.shadow.{name}" for name in shadow} | self.load_head(tensors)

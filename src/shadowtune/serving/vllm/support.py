@@ -30,7 +30,7 @@ def check_supported(config: ShadowModelConfig) -> None:
 
     Raises:
         UnsupportedArchitectureError: if it does not run the base's or the backbone's architecture.
-        ConfigError: if the base was quantized in training.
+        ConfigError: if the base was quantized in training, or the shadow leaves a shared prompt as it is.
     """
     assert config.base_config is not None and config.backbone_config is not None
     for part, own in (("base", config.base_config), ("shadow's backbone", config.backbone_config)):
@@ -45,4 +45,10 @@ def check_supported(config: ShadowModelConfig) -> None:
         raise ConfigError(
             f"the base {config.base_name_or_path} was quantized in training, and the vLLM plugin runs bases that are "
             "not; use the engine of shadowtune serve cloud"
+        )
+    marker = config.shadow_config.injection_after
+    if marker is not None:
+        raise ConfigError(
+            f"injection_after={list(marker)}: the vLLM plugin injects into every token; use "
+            "the engine of shadowtune serve cloud"
         )
