@@ -17,7 +17,7 @@ from benchmarks.runner import run_benchmark
 from benchmarks.serving import SERVING
 from benchmarks.speculation import PASSES, SPECULATE
 from benchmarks.training import MEMORY, SCALING, TRAIN
-from benchmarks.vllm import VLLM
+from benchmarks.vllm_serving import VLLM
 from shadowtune.cli.command import ProgressBar, check_json_target, print_status, print_table, write_json
 from shadowtune.errors import ShadowtuneError
 from shadowtune.provenance import provenance

@@ -3,6 +3,8 @@
 The first line of standard input is {"model": DIRECTORY, "engine": {arguments of vllm.LLM}, "prompts": [[token ids]],
 "new": N}. Each further line is a number of streams: so many prompts are continued at once by N tokens, and a line
 {"tokens": all new tokens, "peak_mb": memory since loading} is the reply. Everything else goes to standard error.
+
+The directory of this file is the first that imports are looked up in: no file in it may be called ``vllm.py``.
 """
 
 import json

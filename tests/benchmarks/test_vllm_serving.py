@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks.serving import ServingCandidate
-from benchmarks.vllm import ATTACHED, BASE, ENGINE, PYTHON, VllmSettings, open_vllm, plan_vllm
+from benchmarks.vllm_serving import ATTACHED, BASE, ENGINE, PYTHON, VllmSettings, open_vllm, plan_vllm
 from shadowtune.errors import ConfigError, ShadowtuneError
 
 SMALL = {"model": "tiny", "prompt": 5, "new": 4, "streams": (3,), "repeats": 1, "warm_up": 0}
