@@ -2,7 +2,7 @@
 
 The environment variable VLLM_PYTHON names an interpreter with vLLM and the plugin (docs/vllm.md). Prompts are random
 tokens and all answers have the same length. The prefill is included; prefix caching, drafts and HTTP are not. "vllm"
-and "engine" run the same shadow.
+and "engine" run the same shadow. Memory is not comparable: vLLM allocates its key-value cache when it loads.
 """
 
 import contextlib
