@@ -8,7 +8,6 @@ transformers is an error here, and not a wrong result later.
 import contextlib
 import inspect
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import Tensor, nn

@@ -40,7 +40,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
         with _gathered([tensor]):
             return tensor.detach().clone()
     if is_dtensor(tensor):
-        return cast(Any, tensor.detach()).full_tensor()
+        return cast(Tensor, cast(Any, tensor.detach()).full_tensor())
     return tensor
 
 

@@ -156,8 +156,8 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         logits = None
         if labels is None or not self.training:
             logits = self.logits_of(hidden_states[:, kept])
-            given = input_ids if inputs_embeds is None else inputs_embeds
-            logits = logits if given is None else logits.to(given.device)  # of several (device_map)
+            source = input_ids if inputs_embeds is None else inputs_embeds
+            logits = logits if source is None else logits.to(source.device)  # of several (device_map)
         if labels is None and logits is not None and self.training and self.mode == "attached":
             guard_output(logits, weights)
         return self._output(output, logits, joint, state)

@@ -87,8 +87,8 @@ def _check_in_memory(base: PreTrainedModel) -> None:
     for name, module in (("embedding", base.get_input_embeddings()), ("head", base.get_output_embeddings())):
         if module.weight.is_meta:
             raise ShadowtuneError(
-                f"the base's {name} is offloaded, and the detached model needs it; load the base without device_map, or "
-                "with this part in memory"
+                f"the base's {name} is offloaded, and the detached model needs it; load the base without device_map, "
+                "or with this part in memory"
             )
 
 

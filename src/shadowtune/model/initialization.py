@@ -270,7 +270,7 @@ def _from_detached(base: PreTrainedModel, config: ShadowConfig, directory: str) 
     _check_sizes(source.network.config, base, config)
     if not torch.allclose(
         source.embedding.weight.float(),
-        whole_tensor(base.get_input_embeddings().weight).float().to(source.embedding.weight.device),
+        whole_tensor(cast(Tensor, base.get_input_embeddings().weight)).float().to(source.embedding.weight.device),
         rtol=2**-7,  # of bfloat16
         atol=1e-6,
     ):

@@ -40,7 +40,7 @@ class ReferenceModel(PreTrainedModel):
         return self(*args, **kwargs)
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         """The base's device."""
         device: torch.device = vars(self)["shadow_model"].device
         return device
