@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -194,6 +194,18 @@ def import_peft() -> Any:
             "methods lora, dora and peft need Hugging Face PEFT: pip install 'shadowtune[peft]'"
         ) from None
     return peft
+
+
+def adapter_names(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names that a ``PeftModel`` gives tensors in its files -> their names in ``model.state_dict()``.
+
+    Args:
+        model: a ``PeftModel``.
+        tensors: of its state dict, each another object.
+    """
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    saved = import_peft().get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
+    return {name: names[id(tensor)] for name, tensor in saved.items()}
 
 
 def _peft_config(settings: Mapping[str, Any], task: str) -> Any:
