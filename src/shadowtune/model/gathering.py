@@ -30,6 +30,23 @@ def has_whole_weight(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 @contextmanager
+def gathered_root(model: nn.Module) -> Iterator[None]:
+    """Context in which parts of a model may be called by themselves, though FSDP2 was applied to it.
+
+    Blocks are gathered by their own calls, but what lies between them only by a call of the whole model. Every process
+    must enter it; it does nothing to other models.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
+@contextmanager
 def gathered(module: nn.Module, inputs: Tensor) -> Iterator[None]:
     """Context in which a linear layer that FSDP2 shards has its whole weight.
 

@@ -6,27 +6,105 @@ with other rates, so they are errors (docs/scaling.md).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
 from shadowtune.config.settings import raise_errors
 from shadowtune.config.training import TrainConfig
+from shadowtune.errors import ConfigError, ShadowtuneError, TrainingError
 
 NO_WRAP, TRANSFORMER_WRAP = "NO_WRAP", "TRANSFORMER_BASED_WRAP"
+PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Variables by which torchrun, MPI and srun tell a process how many there are, the most specific one first."""
 
 
 def check_parallelism(config: TrainConfig, arguments: TrainingArguments) -> None:
-    """Check what the launcher asks for.
+    """Check what the launcher asks for, and that the processes that it started have found each other.
 
     Raises:
         ConfigError: with all settings of the launcher or of the run that are not supported, and what to set instead.
     """
-    raise_errors(_errors(config, arguments))
+    raise_errors((*_launch_errors(arguments.world_size), *_errors(config, arguments)))
+
+
+def _launch_errors(found: int) -> Iterator[str]:
+    asked = next((int(os.environ[name]) for name in PROCESS_COUNTS if name in os.environ), None)
+    if asked is None and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+        yield (
+            "accelerate launch was asked for several processes and has started one, as it does on CPUs; use torchrun "
+            "--nproc-per-node N -m shadowtune train ..., with the same environment"
+        )
+    elif asked is not None and asked != found:
+        yield (
+            f"the launcher has started {asked} processes, but {found} found each other; use torchrun --nproc-per-node "
+            "N -m shadowtune train ..., on several machines with --nnodes and --rdzv-endpoint"
+        )
+
+
+def check_same_inputs(own: Mapping[str, Any], processes: int) -> None:
+    """Compare what the processes are about to train with; every process must call it.
+
+    Args:
+        own: by a description such as "the training rows", a value or digest of this process.
+        processes: their number.
+
+    Raises:
+        ConfigError: in every process, naming the first one that has something else than process 0.
+    """
+    if processes == 1:
+        return
+    first, *others = gather_object([dict(own)])
+    for rank, other in enumerate(others, start=1):
+        differing = [words for words in first if first[words] != other.get(words)]
+        if differing:
+            raise shared_error(
+                ConfigError(
+                    f"{' and '.join(differing)} of process {rank} differ from those of process 0; give every process "
+                    "the same settings, files and package versions"
+                )
+            )
+
+
+def is_lost_process(error: BaseException | None) -> bool:
+    """Return whether an error says that another process of the launch has ended.
+
+    NCCL has a class of its own for it; of gloo there is only the text.
+    """
+    closed = ("Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in closed)
+    )
+
+
+@contextmanager
+def converted_losses(rank: int) -> Iterator[None]:
+    """Context in which the end of another process becomes a TrainingError of one line.
+
+    Args:
+        rank: of this process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ShadowtuneError) or not is_lost_process(error):
+            raise
+        raise TrainingError(
+            f"process {rank} stops, because another process of the launch has ended; its own message says why, and "
+            "--resume goes on from the last checkpoint"
+        ) from error
+
+
+def shared_error(error: ShadowtuneError) -> ShadowtuneError:
+    """Mark an error as one that every process raises."""
+    error.in_every_process = True
+    return error
 
 
 def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
@@ -53,6 +131,11 @@ def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
 def asks_for_fsdp() -> bool:
     """Return whether the launcher asks for FSDP."""
     return _is_set("ACCELERATE_USE_FSDP")
+
+
+def asks_for_deepspeed() -> bool:
+    """Return whether the launcher asks for DeepSpeed."""
+    return _is_set("ACCELERATE_USE_DEEPSPEED")
 
 
 def asks_for_checkpointing() -> bool:

@@ -67,7 +67,7 @@ from shadowtune.training.callbacks import (
 )
 from shadowtune.training.checkpoints import TrainingProgress, atomic_directory, convert_write_errors
 from shadowtune.training.interpolation import join_ensemble
-from shadowtune.training.parallelism import check_parallelism
+from shadowtune.training.parallelism import check_parallelism, check_same_inputs, converted_losses
 from shadowtune.training.run_directory import DISTILLATION_DIRECTORY, DRAFT_HEAD_DIRECTORY, InputDigests, RunDirectory
 from shadowtune.training.samples import SampleAnswers
 from shadowtune.training.stage_settings import (
@@ -176,7 +176,7 @@ def train(
     check_parallelism(config, arguments)
     if options.resume and run.is_finished(config):
         return _read_summary(run, options)
-    with _claimed(run, config, options):
+    with converted_losses(arguments.process_index), _claimed(run, config, options):
         if config.method == "ensemble" and arguments.world_size > 1:
             raise ConfigError("method=ensemble trains in one process; start one")
         before = []
@@ -229,8 +229,11 @@ class ModelRun:
         self._report_data()
         settings = joint_settings(config) if config.has_shadow_only_stage else config
         base = load_run_base(settings, self.data.num_labels, self.data.labels)
-        digests = InputDigests.of(base, self.data) if options.main else None
-        if digests is not None and options.resume:
+        digests = InputDigests.of(base, self.data)
+        settings_read = {f"the setting {name}": value for name, value in asdict(config).items()}
+        packages = {"the versions of installed packages": provenance()["versions"]}
+        check_same_inputs({**settings_read, **digests.described(), **packages}, arguments.world_size)
+        if options.main and options.resume:
             run.check_inputs(digests)
         self.model = build_model(settings, self.data.num_labels, base)
         check_data(self.data, self.model)
@@ -239,7 +242,7 @@ class ModelRun:
         record_ends(self.model, self.form.ends)
         self.trained_parameters = self._prepare_model()
         with arguments.main_process_first(local=False):
-            if digests is not None:
+            if options.main:
                 run.begin(config, options.resume)
                 digests.save(run.path)
         self.interrupt = GracefulInterrupt()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,11 +21,11 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from shadowtune.errors import CheckpointError
+from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import read_tensors, trained_tensors
 from shadowtune.model.methods import adapter_names
 from shadowtune.model.modeling import ShadowPreTrainedModel
-from shadowtune.training.parallelism import fsdp_plugin
+from shadowtune.training.parallelism import asks_for_deepspeed, asks_for_fsdp, fsdp_plugin
 
 ZERO_STATES = ("exp_avg", "exp_avg_sq")
 """Moments of Adam, the only optimizer of ``ShadowTrainer``."""
@@ -194,7 +195,27 @@ class ShardedTrainer(Trainer):
         arguments = super()._build_accelerator_args(**kwargs)
         if arguments.get("fsdp_plugin") is None:
             arguments["fsdp_plugin"] = fsdp_plugin(cast(nn.Module, self.model), self.args.bf16)
+        self._fsdp_plugin = arguments["fsdp_plugin"]
         return arguments
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; on CPUs, where accelerate knows DDP alone and says nothing, apply FSDP2 as well.
+
+        Raises:
+            ConfigError: if the layout that the launcher asks for is not the one that the processes have.
+        """
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self._fsdp_plugin is not None and state.distributed_type is DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = self._fsdp_plugin
+            self.is_fsdp_enabled = True
+        if asks_for_fsdp() != self.is_fsdp_enabled or asks_for_deepspeed() != self.is_deepspeed_enabled:
+            raise ConfigError(
+                f"the launcher asks for another layout than {state.distributed_type.value}, in which accelerate has "
+                "started the processes; start more than one process, with torchrun --nproc-per-node N, or leave its "
+                "FSDP and DeepSpeed settings out"
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained tensors, gathered, as one process would."""

@@ -8,6 +8,7 @@ JOBS is a JSON list of {"name", "config": YAML file, "resume", "die_at": {"rank"
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
@@ -42,6 +43,8 @@ def run(job: dict) -> str:
         train(load_config(TrainConfig, Path(job["config"]), []), resume=job.get("resume", False), quiet=True)
     except ShadowtuneError as error:
         return f"refused: {error}"
+    except Exception:
+        return f"failed: {traceback.format_exc()}"
     finally:
         callbacks.GracefulInterrupt.watching = watching
     return "done"
