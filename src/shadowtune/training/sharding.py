@@ -33,7 +33,7 @@ ZERO_STATES = ("exp_avg", "exp_avg_sq")
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor that no other process has a part of, on the CPU if it was gathered."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().cpu().clone() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
