@@ -24,6 +24,9 @@ NO_WRAP, TRANSFORMER_WRAP = "NO_WRAP", "TRANSFORMER_BASED_WRAP"
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Variables by which torchrun, MPI and srun tell a process how many there are, the most specific one first."""
 
+OTHER_PARALLELISM = {"TP": "tensor", "CP": "context", "SP": "sequence"}
+"""Kinds in the names of accelerate's settings."""
+
 
 def check_parallelism(config: TrainConfig, arguments: TrainingArguments) -> None:
     """Check what the launcher asks for, and that the processes that it started have found each other.
@@ -108,6 +111,9 @@ def shared_error(error: ShadowtuneError) -> ShadowtuneError:
 
 
 def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
+    for kind, words in OTHER_PARALLELISM.items():
+        if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG") and int(_launcher(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) > 1:
+            yield f"{words} parallelism is not supported; set parallelism_config_{kind.lower()}_size: 1, or use FSDP2"
     deepspeed = arguments.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3:
         yield (
