@@ -134,10 +134,14 @@ def zero_optimizer_state(optimizer: Any, groups: list[list[nn.Parameter]]) -> di
         groups: the trained parameters by group, in the order in which the optimizer was made.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
+    from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 
     inner, state, settings = optimizer.optimizer, {}, []
     for group, parameters in zip(inner.param_groups, groups, strict=True):
-        flat = inner.state.get(group["params"][0], {})
+        partition = group["params"][0]
+        flat = inner.state.get(partition, {})
+        if "step" in flat:
+            lazy_init_hp_params_optimizer_state(parameters, partition, inner.state)
         first = sum(len(each["params"]) for each in settings)
         settings.append({name: value for name, value in group.items() if name != "params"})
         settings[-1]["params"] = list(range(first, first + len(parameters)))

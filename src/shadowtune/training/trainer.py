@@ -34,7 +34,7 @@ from shadowtune.training.checkpoints import (
     write_digests,
     write_progress,
 )
-from shadowtune.training.parallelism import asks_for_checkpointing, asks_for_deepspeed
+from shadowtune.training.parallelism import asks_for_checkpointing
 from shadowtune.training.sharding import ShardedTrainer
 
 BACKBONE_PARTS = ("shadow.backbone.", "shadow.projection.", "shadow.input_projection.")
@@ -94,7 +94,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, quiet: bool = Fal
             ddp_broadcast_buffers=False,  # none changes, and a pretrained backbone's embedding is one
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=quiet or not sys.stderr.isatty(),
-            use_cpu=not torch.accelerator.is_available() and not asks_for_deepspeed(),  # which accelerate drops then
+            use_cpu=not torch.accelerator.is_available(),
         )
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from None
