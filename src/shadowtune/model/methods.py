@@ -6,6 +6,7 @@ frozen weights); ``make_trainable`` adds what a method trains; ``load_trained`` 
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -128,6 +129,7 @@ def get_shadow_model(
         config = ShadowConfig.recommended()
     elif not isinstance(config, ShadowConfig):
         config = ShadowConfig.from_peft(config)
+    _keep_differentiable(base)
     classifies = base.get_output_embeddings() is None
     kind = ShadowForSequenceClassification if classifies else ShadowForCausalLM
     return cast(Any, kind).from_base(base, config, dtype=dtype)
@@ -154,6 +156,7 @@ def make_trainable(
         ConfigError: if PEFT has no such type or setting, or the type is not supported here.
         ShadowtuneError: if the method needs Hugging Face PEFT and it is not installed.
     """
+    _keep_differentiable(base)
     if method == "shadow":
         return SHADOW_CLASSES[task].from_base(base, shadow, dtype=dtype)
     if method == "ensemble":
@@ -164,6 +167,20 @@ def make_trainable(
         return cast(nn.Module, base).to(dtype).requires_grad_(True)
     settings = (peft or {}) if method == "peft" else _lora_settings(lora or LoraConfig(), dora=method == "dora")
     return _add_adapters(base, settings, task, dtype)
+
+
+def _keep_differentiable(base: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs, as it does in the first evaluation.
+
+    Its product with repacked weights has no backward pass, so every gradient after that evaluation would be wrong.
+    """
+    if "bitsandbytes" not in sys.modules:
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _lora_settings(lora: LoraConfig, dora: bool) -> dict[str, Any]:
