@@ -47,6 +47,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
     "torchao": {"model"},
     "bitsandbytes": {"model"},
     "datasets": {"data"},
+    "deepspeed": {"training"},
     "pyarrow": {"data"},
     "matplotlib": {"evaluation", "comparison", "serving"},
     "rich": {"cli"},

@@ -101,14 +101,14 @@ def measured(name: str, layout: Layout, path: Path) -> dict[str, str]:
     done = launch([killed], layout, path)
     if done.returncode == 0:  # refused before the step in which a process dies
         assert outcomes_of(path)["train"].startswith("refused: ")
-        return {column: "refused" for column in COLUMNS}
+        return dict.fromkeys(COLUMNS, "refused")
     last = path / f"{name}, killed" / "checkpoints" / "checkpoint-4"
     check_checkpoint(last)
     assert not (path / f"{name}, killed" / "checkpoints" / "checkpoint-6").exists()
     jobs = [job(name, cell, path) for cell in CELLS]
     jobs.append({**killed, "name": "kill, resume", "resume": True, "die_at": None})
-    if name == "DDP":
-        shutil.copytree(path / "DDP, killed", path / "from DDP")
+    if not (path / "from DDP").exists():
+        launch([job("DDP", "train", path, output="from DDP", die_at=DIES)], LAYOUTS["DDP"], path)
     shutil.copytree(path / "from DDP", path / f"{name}, from DDP")
     jobs.append(job(name, "train", path, output=f"{name}, from DDP", resume=True) | {"name": "resume from DDP"})
     done = launch(jobs, layout, path)
@@ -198,7 +198,9 @@ def same_files(run: Path, reference: Path) -> str:
     states = {name for name in ours.keys() ^ theirs.keys() if not name.startswith("rng_state")}
     if states:
         return f"files {sorted(states)}"
-    shapes = [{name: tensor.shape for name, tensor in load_file(f["model.safetensors"]).items()} for f in (ours, theirs)]
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(f["model.safetensors"]).items()} for f in (ours, theirs)
+    ]
     moments = [sizes(torch.load(files["optimizer.pt"], weights_only=True)) for files in (ours, theirs)]
     if shapes[0] != shapes[1] or moments[0] != moments[1]:
         return "other tensors"

@@ -91,7 +91,7 @@ def test_the_classes_of_the_blocks_are_found_and_losses_stay_float32(monkeypatch
 
 def test_processes_that_read_different_things_say_what(monkeypatch):
     others = {"the training rows": "a", "the setting seed": 1}
-    monkeypatch.setattr(parallelism, "gather_object", lambda own: own + [others])
+    monkeypatch.setattr(parallelism, "gather_object", lambda own: [*own, others])
     check_same_inputs(others, processes=2)
     with pytest.raises(ConfigError, match="the setting seed of process 1 differ from those of process 0") as caught:
         check_same_inputs({**others, "the setting seed": 2}, processes=2)

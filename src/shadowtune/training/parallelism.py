@@ -177,7 +177,7 @@ def fsdp_plugin(model: nn.Module, bf16: bool) -> FullyShardedDataParallelPlugin 
 
 
 def _launcher(name: str, default: str) -> str:
-    """Return what accelerate's launcher has set; it speaks to its processes through their environment."""
+    """Return a setting of accelerate's launcher, which its processes find in their environment."""
     return os.environ.get(name, default)
 
 
