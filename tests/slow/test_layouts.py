@@ -95,6 +95,20 @@ def test_layout(name, workplace):
     assert outcomes == expected_table()[name]
 
 
+@pytest.mark.parametrize("name", ["DDP", "FSDP2, full state dict"])
+def test_a_full_disk_in_one_process_is_one_line(name, tmp_path):
+    rows_file(tmp_path / "causal_lm.jsonl")
+    model_directory(tmp_path / "model-causal_lm")
+    described = job(name, "train", tmp_path)
+    done = start(["tests.slow.layouts.full_disk", "train", described["config"], "--quiet"], LAYOUTS[name])
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if "shadowtune: error: " in line]
+    assert len([line for line in errors if "No space left on device" in line]) == 1
+    assert all("another process of the launch has ended" in line for line in errors if "No space" not in line)
+    assert "[rank" not in done.stderr  # torch's own mark of a traceback in one process
+    assert not list((tmp_path / f"{name}, train" / "checkpoints").glob("checkpoint-*"))
+
+
 def measured(name: str, layout: Layout, path: Path) -> dict[str, str]:
     """Run all cells of a layout; returns "exact", "refused", or what is wrong."""
     killed = job(name, "train", path, output=f"{name}, killed", die_at=DIES)
@@ -132,14 +146,18 @@ def job(layout: str, cell: str, path: Path, output: str | None = None, **more) -
 
 
 def launch(jobs: list[dict], layout: Layout, path: Path) -> subprocess.CompletedProcess:
-    """Run jobs in two processes; no process may outlive the launcher."""
+    """Run jobs in two processes."""
     (path / "jobs.json").write_text(json.dumps(jobs))
     (path / "outcomes.json").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = ["-m", "tests.slow.layouts.worker", str(path / "jobs.json"), str(path / "outcomes.json")]
+    return start(["tests.slow.layouts.worker", str(path / "jobs.json"), str(path / "outcomes.json")], layout)
+
+
+def start(module: list[str], layout: Layout) -> subprocess.CompletedProcess:
+    """Run a module with its arguments in two processes; none may outlive the launcher."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *module]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **layout.environment}
     with subprocess.Popen(
-        [*command, *worker],
+        command,
         cwd=ROOT,
         env=environment,
         text=True,
@@ -152,7 +170,7 @@ def launch(jobs: list[dict], layout: Layout, path: Path) -> subprocess.Completed
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    left = [pid for pid in os.listdir("/proc") if pid.isdigit() and str(path / "jobs.json") in command_line(pid)]
+    left = [pid for pid in os.listdir("/proc") if pid.isdigit() and "\0".join(module) in command_line(pid)]
     assert not left
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 

@@ -1,5 +1,7 @@
 """Launchers' settings that a run does not support are refused before the base is loaded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -61,6 +63,8 @@ def test_zero_stage_3_is_refused_and_fsdp2_passes(tmp_path, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     arguments.deepspeed_plugin = type("Plugin", (), {"zero_stage": 2})()
     check_parallelism(config, arguments)
+    with pytest.raises(ConfigError, match="nonfinite_loss=stop"):
+        check_parallelism(replace(config, nonfinite_loss="skip"), arguments)
     arguments.deepspeed_plugin.zero_stage = 3
     with pytest.raises(ConfigError, match="ZeRO stage 3"):
         check_parallelism(config, arguments)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
-from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
@@ -120,6 +119,8 @@ def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
             "DeepSpeed ZeRO stage 3 hides the weights that a shadow starts from and is checked against; use stage 2 "
             "(zero_stage: 2), or FSDP with fsdp_version: 2"
         )
+    if deepspeed is not None and config.nonfinite_loss == "skip":
+        yield "nonfinite_loss=skip reads gradients, which DeepSpeed keeps elsewhere; set nonfinite_loss=stop, or use FSDP2"
     if not asks_for_fsdp():
         return
     if _launcher("FSDP_VERSION", "1") != "2":
@@ -152,14 +153,14 @@ def asks_for_checkpointing() -> bool:
     return asks_for_fsdp() and _is_set("FSDP_ACTIVATION_CHECKPOINTING")
 
 
-def fsdp_plugin(model: nn.Module, bf16: bool) -> FullyShardedDataParallelPlugin | None:
+def fsdp_plugin(model: Any, bf16: bool) -> FullyShardedDataParallelPlugin | None:
     """Return the layout of FSDP2 that the launcher asks for, completed for a model; None if it asks for none.
 
     Each block of the base and of the backbone is gathered by itself, whether or not the launcher names their classes.
     In bfloat16, gradients are averaged and losses returned in float32, which accelerate would do in bfloat16.
 
     Args:
-        model: that will be trained.
+        model: that will be trained; transformers' or PEFT's.
         bf16: whether blocks compute in bfloat16; parameters stay in their own precision.
     """
     if not asks_for_fsdp():

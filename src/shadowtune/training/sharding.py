@@ -36,11 +36,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().cpu().clone() if isinstance(tensor, DTensor) else tensor
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether FSDP2 was applied to a model."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
 @torch.no_grad()
 def trained_state(model: nn.Module, precise: bool = False) -> dict[str, Tensor]:
     """Gather the tensors of a model that a save holds, by their names in ``model.state_dict()``.
@@ -61,8 +56,8 @@ def trained_state(model: nn.Module, precise: bool = False) -> dict[str, Tensor]:
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, ShadowPreTrainedModel):
         saved = trained_tensors(model.trained_modules())
-        kept: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        return {name: kept[name] for name in saved}
+        every: dict[str, Tensor] = model.state_dict(keep_vars=True)  # whose hook shares what a forward gathered
+        return {name: every[name] for name in saved}
     return {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -214,7 +209,8 @@ class ShardedTrainer(Trainer):
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = self._fsdp_plugin
             self.is_fsdp_enabled = True
-        if asks_for_fsdp() != self.is_fsdp_enabled or asks_for_deepspeed() != self.is_deepspeed_enabled:
+        dropped = (asks_for_fsdp() and not self.is_fsdp_enabled, asks_for_deepspeed() and not self.is_deepspeed_enabled)
+        if any(dropped):
             raise ConfigError(
                 f"the launcher asks for another layout than {state.distributed_type.value}, in which accelerate has "
                 "started the processes; start more than one process, with torchrun --nproc-per-node N, or leave its "
