@@ -120,7 +120,7 @@ def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
             "(zero_stage: 2), or FSDP with fsdp_version: 2"
         )
     if deepspeed is not None and config.nonfinite_loss == "skip":
-        yield "nonfinite_loss=skip reads gradients, which DeepSpeed keeps elsewhere; set nonfinite_loss=stop, or use FSDP2"
+        yield "nonfinite_loss=skip reads gradients, which DeepSpeed keeps elsewhere; set nonfinite_loss=stop"
     if not asks_for_fsdp():
         return
     if _launcher("FSDP_VERSION", "1") != "2":
