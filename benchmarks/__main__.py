@@ -11,6 +11,7 @@ from benchmarks.detached import DETACHED
 from benchmarks.generation import DECODE, EVALUATE
 from benchmarks.operations import BOUNDARY, HEAD
 from benchmarks.planning import PLAN
+from benchmarks.prefix import PREFIX
 from benchmarks.result_files import ResultFiles, readable, title
 from benchmarks.runner import run_benchmark
 from benchmarks.serving import SERVING
@@ -22,7 +23,10 @@ from shadowtune.provenance import provenance
 
 BENCHMARKS: dict[str, Benchmark] = {
     bench.name: bench
-    for bench in (TRAIN, BOUNDARY, HEAD, DECODE, EVALUATE, SPECULATE, PASSES, SERVING, DETACHED, MEMORY, SCALING, PLAN)
+    for bench in (
+        *(TRAIN, BOUNDARY, HEAD, DECODE, EVALUATE, SPECULATE, PASSES),
+        *(SERVING, PREFIX, DETACHED, MEMORY, SCALING, PLAN),
+    )
 }
 
 

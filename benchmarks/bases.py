@@ -4,21 +4,23 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Tokenizer,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen3Config,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from shadowtune.config.shapes import shapes
 from shadowtune.errors import ConfigError
 from shadowtune.export.exporting import read_tokenizer
 from shadowtune.model.methods import load_base, load_base_config
@@ -39,24 +41,20 @@ def _tiny() -> PreTrainedConfig:
     )
 
 
-def _qwen3_8b() -> PreTrainedConfig:
-    return Qwen3Config(
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        tie_word_embeddings=False,
-    )
+def _of_shape(values: dict[str, Any]) -> PreTrainedConfig:
+    return AutoConfig.for_model(**values)
 
 
-RANDOM: dict[str, Callable[[], PreTrainedConfig]] = {TINY: _tiny, "qwen3-8b-random": _qwen3_8b}
-"""Bases with random weights, for measurements of speed and memory alone."""
+RANDOM: dict[str, Callable[[], PreTrainedConfig]] = {
+    TINY: _tiny,
+    **{f"{name}-random": partial(_of_shape, values) for name, values in shapes().items()},
+}
+"""Bases with random weights, for measurements of speed and memory alone: ``tiny``, and well-known shapes."""
 
-MODEL_HELP = "the base: smollm2-135m, tiny, qwen3-8b-random, a directory or a Hub id; NAME:4 keeps its first 4 blocks"
+MODEL_HELP = (
+    "the base: smollm2-135m, tiny, a directory or a Hub id; NAME-random is a well-known shape with random weights, as "
+    "qwen3-8b-random; NAME:4 keeps its first 4 blocks"
+)
 
 
 def base_config(name: str) -> PreTrainedConfig:

@@ -6,6 +6,7 @@ so that the numbers of trainable parameters are equal.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -69,6 +70,16 @@ def _lora(base: PreTrainedModel, size: int | None) -> nn.Module:
     return make_trainable(base, "lora", lora=LoraConfig(rank=size))
 
 
+def _lora_liger(base: PreTrainedModel, size: int | None) -> nn.Module:
+    """Build LoRA on a base with liger-kernel's operations and fused loss, as ``use_liger_kernel=True`` does."""
+    if base.device.type != "meta":  # where parameters are counted; it exchanges functions of the whole process
+        from transformers.integrations.liger import apply_liger_kernel
+
+        interpreted = base.device.type == "cpu"  # by Triton's interpreter, which cannot run the kernels of these two
+        apply_liger_kernel(base, {"rms_norm": False, "swiglu": False} if interpreted else None)
+    return _lora(base, size)
+
+
 def _dora(base: PreTrainedModel, size: int | None) -> nn.Module:
     assert size is not None
     return make_trainable(base, "dora", lora=LoraConfig(rank=size))
@@ -110,19 +121,34 @@ BASELINES: dict[str, Method] = {
     "base": Method(_base, None),
 }
 """What the paper's variant is measured against; "base" is the bare base, whose forward pass is the lower bound."""
-METHODS = {OURS: shadow_method(RANK), **BASELINES}
+CUDA_BASELINES: dict[str, Method] = {"lora-liger": Method(_lora_liger, "rank", package="liger_kernel")}
+"""Baselines whose kernels run on CUDA devices, or very slowly in Triton's interpreter; they are measured on demand."""
+METHODS = {OURS: shadow_method(RANK), **BASELINES, **CUDA_BASELINES}
 
 
-def check_baselines(names: Sequence[str], baselines: Mapping[str, Method] = BASELINES) -> None:
-    """Raise ConfigError if a baseline is unknown or there is none, ShadowtuneError if its package is not installed."""
+def check_baselines(
+    names: Sequence[str], baselines: Mapping[str, Method] = {**BASELINES, **CUDA_BASELINES}, device: str = "cuda"
+) -> None:
+    """Check baselines for a device.
+
+    Raises:
+        ConfigError: if one is unknown or does not run on the device, or there is none.
+        ShadowtuneError: if its package is not installed.
+    """
     if not names:
         raise ConfigError(f"no baseline to compare with; choose from {', '.join(baselines)}")
     check_known(names, baselines)
     for name in names:
+        if name in CUDA_BASELINES and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(
+                f"baseline {name} runs on CUDA devices; pass --device cuda, leave it out, or set TRITON_INTERPRET=1 to "
+                "see it work on a CPU"
+            )
         package = baselines[name].package
         if package is not None and importlib.util.find_spec(package) is None:
+            install = "pip install liger-kernel" if package == "liger_kernel" else INSTALL
             raise ShadowtuneError(
-                f"baseline {name} needs {package.replace('_', '-')}, which is not installed: {INSTALL}"
+                f"baseline {name} needs {package.replace('_', '-')}, which is not installed: {install}"
             )
 
 

@@ -42,10 +42,11 @@ DRAFTING: dict[str, SpeculationConfig] = {
     **{f"speculate-{length}": SpeculationConfig(length=length) for length in (1, 2, 3, 4, 6, 8)},
     "shadow": SpeculationConfig(drafter="shadow"),
     "shadow-all-tokens": SpeculationConfig(drafter="shadow", draft_vocabulary=False),
-    "feedback": SpeculationConfig(drafter="feedback"),
+    "draft-head": SpeculationConfig(drafter="draft_head"),
+    "other-draft-head": SpeculationConfig(drafter="draft_head"),
     "ngram": SpeculationConfig(drafter="ngram"),
 }
-"""The candidates that draft, with their settings."""
+"""The candidates that draft, with their settings; "other-draft-head" is that of ``other_adapter``."""
 OTHERS = ("attached", "assisted", "base", "lora-merged")
 """Plain decoding; transformers' assisted generation by the detached model; the bare base; one with LoRA merged in."""
 
@@ -56,6 +57,7 @@ class SpeculateSettings(Settings):
 
     model: str = option("smollm2-135m", MODEL_HELP)
     adapter: str | None = option(None, "a saved shadow of the base, as RUN/model; default: an untrained one")
+    other_adapter: str | None = option(None, "a second saved shadow, for other-draft-head")
     candidate: str = option("speculate", f"what is compared: {', '.join(DRAFTING)}")
     baselines: tuple[str, ...] = option(
         ("attached", "assisted", "base"), f"with what: any of {', '.join((*DRAFTING, *OTHERS))}", words
@@ -178,11 +180,13 @@ class SpeculateCandidate(TimedCandidate):
         if self.name == "lora-merged":
             adapted: Any = METHODS["lora"].build(base, 16)
             return adapted.merge_and_unload().eval()
-        if settings.adapter is None and DRAFTING.get(self.name, SpeculationConfig()).drafter == "feedback":
+        adapter = settings.other_adapter if self.name == "other-draft-head" else settings.adapter
+        if adapter is None and DRAFTING.get(self.name, SpeculationConfig()).drafter == "draft_head":
+            option = "--other-adapter" if self.name == "other-draft-head" else "--adapter"
             raise ShadowtuneError(
-                "feedback is measured with an adapter that was trained with draft_rank; pass --adapter"
+                f"{self.name} is measured with an adapter that was trained with draft_rank; pass {option}"
             )
-        return load_model(base, settings.adapter)
+        return load_model(base, adapter)
 
     def _prompts(self) -> list[list[int]]:
         settings = self.settings
@@ -217,7 +221,9 @@ SPECULATE = Benchmark(
   python -m benchmarks speculate --model tiny                                  a random base, to see how it works
   python -m benchmarks speculate --adapter runs/gsm8k/model --task gsm8k --data DIR --baselines attached,base,assisted
   python -m benchmarks speculate --adapter runs/gsm8k/model --baselines attached   random prompts: the worst case
-  python -m benchmarks speculate --adapter runs/gsm8k/model --task gsm8k --baselines shadow,feedback,ngram
+  python -m benchmarks speculate --adapter runs/gsm8k/model --task gsm8k --baselines shadow,draft-head,ngram
+  python -m benchmarks speculate --adapter runs/layers/model --other-adapter runs/last/model --task gsm8k \\
+      --candidate draft-head --baselines other-draft-head,attached
 """,
 )
 

@@ -104,7 +104,7 @@ def plan_train(settings: TrainSettings) -> BenchmarkPlan:
         ShadowtuneError: if a baseline is unknown or not installed, the base is missing or too short, or there are no
             equal budgets.
     """
-    candidates = _equal_candidates(settings.model, settings.baselines, settings.length, settings.parameters)
+    candidates = _equal_candidates(settings, settings.length)
     shape = {"rows": settings.batch, "length": settings.length}
     cases = (Case(f"labelled={share:g}", {**shape, "labelled": share}) for share in settings.labelled)
     return BenchmarkPlan(candidates, tuple(cases))
@@ -112,7 +112,7 @@ def plan_train(settings: TrainSettings) -> BenchmarkPlan:
 
 def plan_memory(settings: MemorySettings) -> BenchmarkPlan:
     """Choose sizes that make the budgets equal; one case for each phase and length. Raises as ``plan_train``."""
-    candidates = _equal_candidates(settings.model, settings.baselines, max(settings.lengths), settings.parameters)
+    candidates = _equal_candidates(settings, max(settings.lengths))
     cases = tuple(
         Case(
             f"{phase}, {settings.batch} x {length} tokens",
@@ -124,18 +124,17 @@ def plan_memory(settings: MemorySettings) -> BenchmarkPlan:
     return BenchmarkPlan(candidates, cases)
 
 
-def _equal_candidates(
-    model: str, baselines: Sequence[str], longest: int, parameters: int | None
-) -> dict[str, dict[str, int | None]]:
-    check_baselines(baselines)
-    config = base_config(model)
-    check_length(config, longest, model)
-    return {name: {"size": size} for name, size in equal_budgets(config, baselines, parameters).items()}
+def _equal_candidates(settings: TrainSettings | MemorySettings, longest: int) -> dict[str, dict[str, int | None]]:
+    check_baselines(settings.baselines, device=settings.device)
+    config = base_config(settings.model)
+    check_length(config, longest, settings.model)
+    sizes = equal_budgets(config, settings.baselines, settings.parameters)
+    return {name: {"size": size} for name, size in sizes.items()}
 
 
 def plan_scaling(settings: ScalingSettings) -> BenchmarkPlan:
     """Lay out the cases along the three axes, with the sizes of each. Raises as ``plan_train``."""
-    check_baselines(settings.baselines)
+    check_baselines(settings.baselines, device=settings.device)
     check_length(base_config(settings.model), max((settings.length, *settings.lengths)), settings.model)
     cases = [
         *(_scaling_case(settings, "tokens", length, length=length) for length in settings.lengths),
@@ -298,6 +297,8 @@ TRAIN = Benchmark(
   python -m benchmarks train --model tiny            under a minute: a random base, to see how it works
   python -m benchmarks train --baselines lora,peft-shadow --labelled 0.02 --json result.json
   python -m benchmarks train --model path/or/hub-id --device cuda --dtype bfloat16
+  python -m benchmarks train --model llama-3.2-3b-random --batch 4 --length 768 --labelled 1.0 --baselines lora-liger \\
+      --device cuda --dtype bfloat16   the shape of PEFT's own benchmark, with random weights
   python -m benchmarks train --model smollm2-135m:10 --baselines lora   its first 10 blocks: how costs grow with depth
 """,
 )

@@ -56,7 +56,7 @@ the Shadow tuner of peft 0.21 hand the cache on by its old name."""
 
 
 PROCESSES = (
-    "tests/benchmarks/test_h100.py",
+    "tests/benchmarks/test_gpu.py",
     "tests/benchmarks/test_projection.py",
     "tests/cli/test_compare.py",
     "tests/cli/test_main.py::test_the_module_runs_as_a_program",

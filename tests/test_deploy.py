@@ -1,14 +1,19 @@
-"""What the container files name exists: files, extras, commands, options, the path of the health check."""
+"""What the container and job files name exists: files, extras, commands, options, the path of the health check."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from shadowtune.cli.main import COMMANDS, build_parser
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "deploy").glob("*.Dockerfile"))
+SERVERS = [file for file in FILES if file.name != "train.Dockerfile"]
+JOBS = sorted((ROOT / "deploy" / "slurm").glob("*.sbatch"))
 
 
 def instructions(file):
@@ -17,8 +22,8 @@ def instructions(file):
     return [tuple(line.split(maxsplit=1)) for line in lines]
 
 
-def test_both_sides_have_one():
-    assert [file.name for file in FILES] == ["cloud.Dockerfile", "edge.Dockerfile"]
+def test_both_sides_and_training_have_one():
+    assert [file.name for file in FILES] == ["cloud.Dockerfile", "edge.Dockerfile", "train.Dockerfile"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -33,11 +38,11 @@ def test_what_is_installed_are_pinned_extras_of_ours(file):
     known = set(re.findall(r"^(\w+) = ", extras, re.MULTILINE))
     runs = " && ".join(rest for word, rest in instructions(file) if word == "RUN" and "pip" in rest)
     (asked,) = re.findall(r"\.\[([\w,]+)\]", runs)
-    assert "serve" in asked.split(",") and set(asked.split(",")) <= known
+    assert ("serve" in asked.split(",")) == (file in SERVERS) and set(asked.split(",")) <= known
     assert runs.count("pip install") == runs.count("-c constraints.txt")
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", SERVERS, ids=lambda file: file.name)
 def test_it_starts_a_command_of_ours_without_privileges(file):
     found = instructions(file)
     (entry,) = [re.findall(r'"([^"]*)"', rest) for word, rest in found if word == "ENTRYPOINT"]
@@ -50,3 +55,70 @@ def test_it_starts_a_command_of_ours_without_privileges(file):
     port = next(rest for word, rest in found if word == "EXPOSE")
     check = next(rest for word, rest in found if word == "HEALTHCHECK")
     assert f"--port={port}" in entry and f":{port}/health" in check
+
+
+def test_the_training_container_runs_any_command_without_privileges_and_can_compile_kernels():
+    file = ROOT / "deploy" / "train.Dockerfile"
+    found = instructions(file)
+    assert ("ENTRYPOINT", '["shadowtune"]') in found and ("USER", "shadowtune") in found
+    assert "gcc" in next(rest for word, rest in found if word == "RUN" and "apt-get" in rest)
+    examples = re.findall(r"^#       shadowtune-train (.*)", file.read_text(), re.MULTILINE)
+    assert [example.split()[0] for example in examples] == ["train", "--standalone"]
+    assert torchrun_arguments(examples[1].split()).training_script == "shadowtune"
+
+
+def torchrun_arguments(words):
+    return get_args_parser().parse_args(words)
+
+
+def run_job(file, directory, *arguments, **environment):
+    """Run a job's script with programs of the scheduler that write their arguments down; return its exit and those."""
+    programs = directory / "programs"
+    programs.mkdir()
+    scripts = {
+        "scontrol": 'echo "$@" > "$LOG.scontrol"; printf "node7\\nnode8\\n"',
+        "srun": 'printf "%s\\n" "$@" > "$LOG.srun"',
+        "shadowtune": 'printf "%s\\n" "$@" > "$LOG.shadowtune"; env | grep -c ^SLURM_ > "$LOG.variables" || true',
+    }
+    for name, script in scripts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    variables = {**os.environ, "PATH": path, "LOG": str(directory / "log"), **environment}
+    done = subprocess.run(["bash", file, *arguments], env=variables, capture_output=True, text=True, check=False)
+    logs = {each.suffix[1:]: each.read_text().splitlines() for each in directory.glob("log.*")}
+    return done, logs
+
+
+SLURM = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+
+
+def test_a_run_on_several_nodes_is_what_torchrun_and_the_command_line_understand(tmp_path):
+    file = ROOT / "deploy" / "slurm" / "train.sbatch"
+    done, logs = run_job(
+        file, tmp_path, "c.yaml", "data.template=a b", **SLURM, CONTAINER="apptainer exec --nv image.sif"
+    )
+    assert done.returncode == 0, done.stderr
+    assert logs["scontrol"] == ["show hostnames node[7-8]"]
+    words = logs["srun"]
+    assert words[:6] == ["--kill-on-bad-exit=1", "apptainer", "exec", "--nv", "image.sif", "torchrun"]
+    asked = torchrun_arguments(words[6:])
+    assert (asked.nnodes, asked.nproc_per_node, asked.rdzv_id, asked.rdzv_endpoint) == ("2", "8", "42", "node7:29500")
+    assert (asked.rdzv_backend, asked.module, asked.training_script) == ("c10d", True, "shadowtune")
+    name, *arguments = asked.training_script_args
+    (command,) = [command for command in COMMANDS if command.name == name]
+    parsed = build_parser(command).parse_args(arguments)
+    assert parsed.settings == ["c.yaml", "data.template=a b"] and parsed.resume
+
+
+def test_the_controller_of_a_comparison_hands_its_own_jobs_settings_to_no_run(tmp_path):
+    done, logs = run_job(ROOT / "deploy" / "slurm" / "compare.sbatch", tmp_path, "fair.yaml", "jobs=16", **SLURM)
+    assert done.returncode == 0, done.stderr
+    assert logs["shadowtune"] == ["compare", "fair.yaml", "jobs=16"] and logs["variables"] == ["0"]
+
+
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: file.name)
+def test_a_job_without_settings_is_one_line(file, tmp_path):
+    done, logs = run_job(file, tmp_path, **SLURM)
+    assert (done.returncode, logs) == (2, {})
+    assert done.stderr.startswith("usage: sbatch ") and done.stderr.count("\n") == 1

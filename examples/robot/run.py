@@ -52,7 +52,7 @@ def steps(output: Path, model: str | None, lora: bool, quick: bool) -> list[tupl
     settings = [f"data.train={output / 'data'}", *([f"model={model}"] if model else []), *(QUICK if quick else ())]
     train = ["train", str(HERE / "robot.yaml"), "--resume", *settings]
     calibrate = ["calibrate", str(edge), "--cloud-run", str(shadow), "--signal", "auto", *TARGET, "-o", str(policy)]
-    calibrate += ["--answers", str(output / "calibration")]
+    calibrate += ["--answers", str(output / "calibration"), *(["--minimum", "0"] if quick else [])]
     simulate = ["simulate", "--edge", str(edge), "--cloud", str(shadow), "--policy", str(policy)]
     simulate += ["--arrivals", "closed:1", "--output", str(output / "simulation")]
     done: list[tuple[Path | None, list[str]]] = [

@@ -101,7 +101,7 @@ def _cache_directory() -> Path:
     try:
         return Path.home() / ".cache" / "shadowtune"
     except RuntimeError as error:
-        raise ShadowtuneError(f"no place for a cache: {error}; set SHADOWTUNE_CACHE to a directory") from error
+        raise ShadowtuneError(f"no directory for the cache: {error}; set SHADOWTUNE_CACHE to a directory") from error
 
 
 def _is_whole(directory: Path, parts: tuple[str, ...]) -> bool:

@@ -12,9 +12,11 @@ boundaries, caches and speculative decoding are those of the package.
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
+from shadowtune.attach.architectures import architecture_of
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.causal_lm import ShadowCausalLMOutput, ShadowForCausalLM
@@ -168,6 +171,8 @@ class ShadowtuneModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.shadowtune = ShadowtuneLayer()
         self.models: dict[str, ShadowPreTrainedModel] = {}  # a plain dict: they hold the base as well
+        decoder = architecture_of(cast(PreTrainedModel, model).config).decoder_of(cast(PreTrainedModel, model))
+        self._guard = decoder.register_forward_pre_hook(_refuse_bare_base(weakref.ref(self)), with_kwargs=True)
 
     def inject_adapter(
         self,
@@ -334,6 +339,7 @@ class ShadowtuneModel(BaseTuner):
     def unload(self) -> nn.Module:
         """Return the base, as it was."""
         self.models.clear()
+        self._guard.remove()
         del self.model.peft_config
         return self.model
 
@@ -370,6 +376,27 @@ class ShadowtuneModel(BaseTuner):
         modules = _tuner_of(model).models[adapter_name].trained_modules()
         check_tensors(modules, ours, f"the file of the adapter {adapter_name!r}")
         return {f"{PREFIX}adapters.{adapter_name}.{name}": tensor for name, tensor in ours.items()}
+
+
+def _refuse_bare_base(reference: Any) -> Callable[..., None]:
+    """Return a hook on the base's decoder against trainers that train the base of a ``PeftModel`` without its tuner.
+
+    Such a loss (TRL's Distillation trainer) would have no gradient for the shadow, and training would change nothing.
+    """
+
+    def refuse(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        tuner = reference()
+        if tuner is None or not tuner.training or not torch.is_grad_enabled() or kwargs.get("shadow") is not None:
+            return
+        if not tuner.models or tuner.shadowtune.disable_adapters or tuner.active_model.mode != "attached":
+            return
+        if tuner.active_model.get_decoder() is decoder:  # a copy of the base has the hook as well
+            raise ConfigError(
+                "the base was called in training without its shadow, as TRL's Distillation trainer calls the base of a "
+                "PeftModel; train a ShadowForCausalLM with shadow_loss_weight=0 instead, or use another trainer"
+            )
+
+    return refuse
 
 
 def _model_of(base: PreTrainedModel, config: ShadowtuneConfig) -> ShadowPreTrainedModel:

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from benchmarks.bases import base_config, load_benchmark_base
-from benchmarks.methods import BASELINES, METHODS, OURS, check_baselines, count_method, growth_of_method
+from benchmarks.methods import BASELINES, CUDA_BASELINES, METHODS, OURS, check_baselines, count_method, growth_of_method
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.model.methods import trainable_parameters
 from tests.support.bases import tiny_config
 
-TRAINED = [name for name, method in METHODS.items() if method.size_name is not None]
+TRAINED = [name for name, method in METHODS.items() if method.size_name is not None and name not in CUDA_BASELINES]
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -46,6 +46,38 @@ def test_an_unknown_baseline_is_named_with_the_nearest_known_one():
         ConfigError, match=r"unknown baseline 'peft-shadw' \(did you mean peft-shadow\?\); baselines: lora, "
     ):
         check_baselines(["lora", "peft-shadw"])
+
+
+def test_fused_lora_has_the_parameters_of_lora_and_needs_a_gpu(monkeypatch):
+    assert growth_of_method("lora-liger", base_config("tiny")) == growth_of_method("lora", base_config("tiny"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="baseline lora-liger runs on CUDA devices; pass --device cuda"):
+        check_baselines(["lora-liger"], device="cpu")
+
+
+def test_fused_lora_computes_loras_loss_and_gradients(monkeypatch):
+    pytest.importorskip("liger_kernel")
+    from transformers.models.llama import modeling_llama
+
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # which it exchanges for the whole process
+        monkeypatch.setattr(modeling_llama, name, vars(modeling_llama)[name])
+    ids = torch.arange(3, 15).reshape(2, 6)
+    found = {}
+    for name in ("lora", "lora-liger"):
+        torch.manual_seed(0)
+        model = METHODS[name].build(load_benchmark_base("tiny:2", torch.float32, torch.device("cpu")), 4)
+        for module in model.train().modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.05)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        gradients = [each.grad for each in model.parameters() if each.grad is not None]
+        found[name] = (loss.detach(), torch.cat([each.flatten() for each in gradients]))
+    assert torch.allclose(found["lora"][0], found["lora-liger"][0], rtol=1e-5)
+    assert torch.allclose(found["lora"][1], found["lora-liger"][1], rtol=1e-3, atol=1e-6)
 
 
 def test_there_must_be_a_baseline():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from benchmarks.bases import RANDOM, base_config, check_length, load_benchmark_base
+from benchmarks.bases import base_config, check_length, load_benchmark_base
 from shadowtune.errors import ConfigError
 from shadowtune.model.budget import shapeless_base
 from tests.support.bases import tiny_base
@@ -16,7 +16,13 @@ def test_qwen3_8b_has_the_parameters_of_the_published_model():
     assert {tuple(layer.self_attn.k_proj.weight.shape) for layer in shapeless.model.layers} == {(8 * 128, 4096)}
 
 
-@pytest.mark.parametrize("name", RANDOM)
+def test_a_well_known_shape_is_a_base_with_random_weights():
+    with torch.device("meta"):
+        shapeless = shapeless_base(base_config("llama-3.2-3b-random"))
+    assert shapeless.num_parameters() == 3_212_749_824
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen3-8b-random", "llama-3.2-3b-random"])
 def test_random_bases_can_be_cut_to_their_first_blocks(name):
     config = base_config(f"{name}:3")
     assert config.num_hidden_layers == 3 < base_config(name).num_hidden_layers

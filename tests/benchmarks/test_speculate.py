@@ -18,7 +18,7 @@ def candidate(name, **settings):
     return SpeculateCandidate(SpeculateSettings(**{**SMALL, **settings}), name)
 
 
-@pytest.mark.parametrize("name", [name for name in (*DRAFTING, *OTHERS) if name != "feedback"])
+@pytest.mark.parametrize("name", [name for name in (*DRAFTING, *OTHERS) if "draft-head" not in name])
 def test_every_candidate_answers_every_prompt(name):
     one = candidate(name)
     assert one.prepare({"batch": 1}) >= 0
@@ -54,9 +54,11 @@ def test_drafts_that_change_what_is_said_are_an_error(monkeypatch):
         one.prepare({"batch": 1})
 
 
-def test_feedback_needs_an_adapter_that_was_trained_for_it():
+def test_a_draft_head_needs_an_adapter_that_was_trained_for_it():
     with pytest.raises(ShadowtuneError, match="pass --adapter"):
-        candidate("feedback")
+        candidate("draft-head")
+    with pytest.raises(ShadowtuneError, match="pass --other-adapter"):
+        candidate("other-draft-head", adapter="runs/model")
 
 
 def test_answers_are_counted_without_their_padding(monkeypatch):

@@ -19,7 +19,7 @@ def small(shadow_run, tmp_path):
 
 
 def calibrate(edge, held_out, out, *more):
-    command = ["calibrate", str(edge), "--data", str(held_out), "-o", str(out), "--quiet"]
+    command = ["calibrate", str(edge), "--data", str(held_out), "-o", str(out), "--quiet", "--minimum", "0"]
     return main([*command, *map(str, more)])
 
 
@@ -82,6 +82,11 @@ def test_an_aim_out_of_reach_writes_nothing_and_says_what_can_be_had(shadow_run,
         (["--accuracy", "0.5", "-o", "DIR"], "must name a file that ends in .json"),
         (["--accuracy", "0.5", "-o", "DIR/none/policy.json"], "is not a writable directory"),
         (["--accuracy", "0.5", "--limit", "0"], "limit"),
+        (["--accuracy-loss", "0"], "--accuracy-loss must be above 0 and below 1"),
+        (["--accuracy-loss", "0.1", "--guarantee", "1"], "--guarantee must be at least 0.5 and below 1"),
+        (["--accuracy-loss", "0.01"], "598 examples in all would suffice"),
+        (["--accuracy", "0.5", "--minimum", "5"], "examples would suffice"),
+        (["--accuracy", "0.5", "--signal", "agreement"], "needs a deferral head"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_any_work(shadow_run, held_out, tmp_path, more, said, capsys):

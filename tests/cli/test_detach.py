@@ -50,7 +50,7 @@ def test_what_cannot_be_detached_is_one_line(shadow_run, lora_run, tmp_path, cap
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for run, out, said in (
-        (tmp_path / "none", tmp_path / "a", "is not a directory"),
+        (tmp_path / "none", tmp_path / "a", "there is no"),
         (lora_run, tmp_path / "a", "lora run"),
         (tmp_path / "full", tmp_path / "a", "config.json"),
         (shadow_run, tmp_path / "full", "exists already"),

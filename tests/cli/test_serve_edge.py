@@ -81,6 +81,24 @@ def test_the_name_may_be_another(small, monkeypatch):
         assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["robot"]
 
 
+def test_mid_answer_routing_falls_back_to_the_edge_s_own_answer(small, monkeypatch):
+    answers = []
+    for words in (("--policy-kind", "always-edge"), ("--policy-kind", "token", "--threshold", "1")):
+        with TestClient(served(monkeypatch, small, *words)) as client:
+            told = client.post("/v1/chat/completions", json={"model": "small.v2", **CHAT}).json()
+            answers.append(told["choices"][0]["message"]["content"])
+            metrics = client.get("/metrics").text
+    assert answers[0] == answers[1]
+    assert told["shadowtune"]["side"] == "fallback" and told["shadowtune"]["reason"] == "cloud unreachable"
+    assert "shadowtune_engine_mid_answer_fallback 1.0" in metrics
+
+
+def test_a_policy_that_reads_a_deferral_head_needs_one(small, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "run_server", lambda config, build: build() and 0)
+    assert main(["serve", "edge", str(small), "--cloud", NOBODY, "--signal", "deferral"]) == 2
+    assert "reads a deferral head, and" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_options_replace_parts_of_the_file(tmp_path):
     curve = (CurvePoint(0.0, 0.5, 0.0, 0.0),)
     PolicyConfig(threshold=0.7, signal="margin", prices=Prices(1, 2, 3), curve=curve).save(tmp_path / "p.json")

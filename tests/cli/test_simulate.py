@@ -95,7 +95,7 @@ def test_a_verdict_for_each_policy_says_how_it_stands_to_the_cloud_alone(simulat
     place, command = simulated
     assert main(command) == 0
     said = capsys.readouterr().out
-    verdicts = json.loads((place / "result.json").read_text())["verdicts"]
+    verdicts = json.loads((place / "result.json").read_text())["summaries"]
     assert [verdict["policy"] for verdict in verdicts] == [
         "always-edge", "lora-cloud", "verify", "oracle", "unsure", "tagged"
     ]  # fmt: skip

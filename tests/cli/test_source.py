@@ -186,3 +186,38 @@ def test_what_the_hub_refuses_is_one_line(status, said, hub, capsys):
     assert main(["generate", "me/none", "hi"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot load me/none" in line and said in line
+
+
+def test_commands_for_shadows_take_one_of_the_hub(sources, hub, tmp_path, monkeypatch):
+    hub["me/shadow"] = sources["saved shadow"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["info", "me/shadow", "--json", "i.json"]) == 0
+    assert main(["info", sources["saved shadow"], "--json", "j.json"]) == 0
+    here, there = (json.loads(Path(file).read_text())["rows"] for file in ("i.json", "j.json"))
+    assert here == there
+    assert main(["detach", "me/shadow", "--out", "small"]) == 0
+    assert answers("small", tmp_path) == answers(sources["detached"], tmp_path)
+    export = ["export", "me/shadow", "--to", "safetensors", "--max-new-tokens", "2", "--limit", "1"]
+    assert main(export) == 0
+    assert (tmp_path / "shadow-safetensors-f16" / "model.safetensors").is_file()  # not in the Hub's cache
+    assert main(["doctor", "me/shadow", "--json", "d.json"]) == 0
+
+
+def test_the_harness_takes_any_model_of_torch(sources, hub, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def evaluate(source, mode, *options):
+        seen.append((source.source.name, mode))
+        return [{"task": "x", "value": 1.0}]
+
+    hub["me/shadow"] = sources["saved shadow"]
+    with monkeypatch.context() as patch:
+        patch.setattr("shadowtune.evaluation.harness.evaluate_with_harness", evaluate)
+        assert main(["lm-eval", "me/shadow", "--tasks", "x"]) == 0
+        assert main(["lm-eval", sources["detached"], "--tasks", "x"]) == 0
+    modes = ("attached", "detached", "base")
+    assert seen == [*(("me/shadow", mode) for mode in modes), (sources["detached"], "detached")]
+    if "gguf" in sources:
+        pytest.importorskip("lm_eval")
+        assert main(["lm-eval", sources["gguf"], "--tasks", "x"]) == 2
+        assert "is a GGUF file, and the harness runs models of torch" in capsys.readouterr().err.splitlines()[-1]

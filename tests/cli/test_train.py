@@ -109,7 +109,7 @@ def test_a_model_and_data_are_enough_for_a_run(recipe_run, base, data):
     settings = yaml.safe_load((recipe_run / "config.yaml").read_text())
     assert (settings["model"], settings["data"]["train"], settings["preset"]) == (str(base), str(data), "recommended")
     assert (settings["shadow"]["variant"], settings["shadow"]["rank"], settings["max_steps"]) == ("stateless", 4, 2)
-    assert settings["data"]["validation"] == "held_back"
+    assert settings["data"]["validation"] == "hold_out"
     assert (recipe_run / "summary.json").is_file()
 
 

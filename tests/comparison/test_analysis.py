@@ -62,11 +62,11 @@ def test_the_reference_is_compared_with_every_other_method_in_both_modes():
         ("shadow-b", "detached"),
     }
     assert find(table, against="lora") | {"points_low": 0, "points_high": 0} == {
-        "task": "words", "mode": "attached", "against": "lora", "points": pytest.approx(15.0), "verdict": "better",
+        "task": "words", "mode": "attached", "against": "lora", "points": pytest.approx(15.0), "outcome": "better",
         "points_low": 0, "points_high": 0,
     }  # fmt: skip
-    assert find(table, against="shadow-b", mode="attached")["verdict"] == "undecided"
-    assert find(table, against="shadow-b", mode="detached")["verdict"] == "worse"
+    assert find(table, against="shadow-b", mode="attached")["outcome"] == "undecided"
+    assert find(table, against="shadow-b", mode="detached")["outcome"] == "worse"
     assert find(table, against="base", mode="detached")["points"] == 0
 
 

@@ -7,10 +7,12 @@ from annotated_types import Ge, Lt
 from pydantic import StrictBool, StrictInt
 
 from shadowtune.config.settings import (
+    RENAMED_VALUES,
     Float,
     Fraction,
     check_choices,
     check_range,
+    current_names,
     from_mapping,
     nearest,
     settings,
@@ -225,3 +227,11 @@ def test_a_saved_adapter_of_the_last_release_is_read_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ShadowConfig.from_dict({"head_mixing": 0.3, "rank": 4}).logit_interpolation == 0.3
+
+
+@pytest.mark.parametrize(("name", "old"), sorted(RENAMED_VALUES))
+def test_an_old_value_of_a_setting_is_read_with_a_warning(name, old):
+    with pytest.warns(FutureWarning, match=f"{name} {old} is now called {RENAMED_VALUES[name, old]}"):
+        assert current_names({"a": [{name: old}]}) == {"a": [{name: RENAMED_VALUES[name, old]}]}
+    assert current_names({f"data.{name}": old}, warn=False) == {f"data.{name}": RENAMED_VALUES[name, old]}
+    assert current_names({"other": old}) == {"other": old}

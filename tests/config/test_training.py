@@ -175,7 +175,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest():
 
 def test_validation_rows_are_used_where_there_are_some():
     assert not read(preset="recommended").fits_logit_interpolation
-    with_rows = {"train": "rows.jsonl", "validation": "held_back"}
+    with_rows = {"train": "rows.jsonl", "validation": "hold_out"}
     assert read(preset="recommended", data=with_rows).fits_logit_interpolation
     assert not read(preset="recommended", data=with_rows, fit_logit_interpolation=False).fits_logit_interpolation
 

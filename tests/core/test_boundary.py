@@ -262,7 +262,23 @@ def test_settings_that_the_reference_does_not_know_are_not_forgotten_here():
     tested = {name for settings in VARIANTS.values() for name in settings} | {"rank", "update_width", "alpha"}
     elsewhere = {"dropout", "init_std", "backbone", "num_shadow_layers", "init_layers", "init_from", "draft_rank"}
     elsewhere |= {"injection_start"}  # tests/attach/test_stack.py
+    elsewhere |= {"injection_after", "draft_layers", "draft_steps"}  # tests/model
     elsewhere |= {"shadow_loss_weight", "shadow_loss_weight_end", "matching_weight", "backbone_loss"}
     elsewhere |= {"distillation_weight", "distillation_temperature", "distillation_top_k", "logit_interpolation"}
     sizes = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}
     assert {field.name for field in dataclasses.fields(ShadowConfig)} == tested | elsewhere | sizes
+
+
+@pytest.mark.parametrize("name", ["paper", "stateless", "peft"])
+def test_the_dropout_module_holds_the_probability(name):
+    """Trainers switch dropout off by setting ``p`` of every ``nn.Dropout`` to 0."""
+    boundaries = perturbed_boundaries(**{**VARIANTS[name], "dropout": 0.5}).train()
+    h, s = torch.randn(2, 5, WIDTH), torch.randn(2, 5, WIDTH)
+    assert "dropout.p" not in boundaries.state_dict()
+    dropped = boundaries(1, h, s)[0]
+    expected = boundaries.eval()(1, h, s)[0]
+    assert not torch.allclose(dropped, expected)
+    for module in boundaries.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0
+    torch.testing.assert_close(boundaries.train()(1, h, s)[0], expected)

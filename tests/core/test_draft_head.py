@@ -1,57 +1,86 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
-from shadowtune.core.draft_head import DraftHead, draft_loss
+from shadowtune.core.draft_head import DraftHead, draft_features, draft_loss, resolve_layers
 from shadowtune.core.kernels.linear_cross_entropy import Head
+from shadowtune.errors import ConfigError
 
 WIDTH, VOCABULARY = 6, 11
 
 
-def made(seed=0):
+def made(seed=0, layers=0):
     torch.manual_seed(seed)
-    draft_head = DraftHead(WIDTH, 4)
+    draft_head = DraftHead(WIDTH, 4, layers)
     torch.nn.init.normal_(draft_head.up.weight)
     weight = torch.randn(VOCABULARY, WIDTH)
     return draft_head, weight, Head(lambda x: x @ weight.T, weight)
 
 
-def by_loops(draft_head, weight, h, s, labels):
-    """The same, position by position."""
-    losses = []
+def z(p, s, before, layers):
+    """One proposal, written out; ``layers`` are those of the token before, None within a draft."""
+    inner = p["down.weight"] @ torch.cat([s, before])
+    if layers is not None and "layers_down.weight" in p:
+        normalized = [x / torch.sqrt((x**2).sum() / WIDTH + 1e-6) for x in layers]
+        inner = inner + p["layers_down.weight"] @ torch.cat(normalized)
+    return s + p["up.weight"] @ (inner / (1 + torch.exp(-inner)))
+
+
+def by_loops(draft_head, weight, h, layers, s, labels, steps):
+    """The same, draft by draft: proposal k for token t + 1 ends a draft that began k - 1 tokens earlier."""
+    losses, p, zero = [], dict(draft_head.named_parameters()), torch.zeros(WIDTH)
     for row in range(len(labels)):
-        before_h, before_z = torch.zeros(WIDTH), torch.zeros(WIDTH)
         for place in range(labels.shape[1] - 1):
-            first = draft_head(s[row, place], before_h)
-            second = draft_head(s[row, place], before_z)
-            before_h, before_z = h[row, place], first.detach()
             target = labels[row, place + 1]
-            if target != -100:
-                losses += [F.cross_entropy(each @ weight.T, target) for each in (first, second)]
+            if target == -100:
+                continue
+            for step in range(steps):
+                begin = place - step
+                if begin > 0:
+                    proposal = z(p, s[row, begin], h[row, begin - 1], [x[row, begin - 1] for x in layers])
+                elif begin == 0:
+                    proposal = z(p, s[row, 0], zero, [zero for _ in layers])
+                else:  # the draft began before the text, where z is 0
+                    begin, proposal = -1, zero
+                for at in range(begin + 1, place + 1):
+                    proposal = z(p, s[row, at], proposal, None)
+                losses.append(F.cross_entropy(proposal @ weight.T, target))
     return torch.stack(losses).mean()
 
 
-def test_it_is_the_mean_over_first_and_second_proposals():
-    draft_head, weight, head = made()
-    h, s = torch.randn(2, 2, 7, WIDTH).unbind()
+@pytest.mark.parametrize("layers", [0, 3])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_it_is_the_mean_over_proposals_in_a_row(layers, steps):
+    draft_head, weight, head = made(layers=layers)
+    h, s, *inner = torch.randn(2 + layers, 2, 7, WIDTH).unbind()
     labels = torch.randint(VOCABULARY, (2, 7))
     labels[0, :4] = -100
-    slow = by_loops(draft_head, weight, h, s, labels)
+    slow = by_loops(draft_head, weight, h, inner, s, labels, steps)
     expected = torch.autograd.grad(slow, list(draft_head.parameters()))
-    fast = draft_loss(head, draft_head, h, s, labels)
+    features = draft_features(h, inner)
+    fast = draft_loss(head, draft_head, features, s, labels, steps)
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(torch.autograd.grad(fast, list(draft_head.parameters())), expected)
-    torch.testing.assert_close(draft_loss(head, draft_head, h, s, labels, 100), slow * 9 / 100)
+    torch.testing.assert_close(draft_loss(head, draft_head, features, s, labels, steps, 100), slow * 9 / 100)
 
 
 def test_no_network_learns_from_it():
-    draft_head, _, head = made()
-    h, s = (torch.randn(1, 5, WIDTH, requires_grad=True) for _ in range(2))
-    draft_loss(head, draft_head, h, s, torch.randint(VOCABULARY, (1, 5))).backward()
-    assert h.grad is None
-    assert s.grad is None
+    draft_head, _, head = made(layers=1)
+    h, x, s = (torch.randn(1, 5, WIDTH, requires_grad=True) for _ in range(3))
+    draft_loss(head, draft_head, draft_features(h, [x]), s, torch.randint(VOCABULARY, (1, 5)), 3).backward()
+    assert h.grad is None and x.grad is None and s.grad is None
     assert all(parameter.grad.abs().sum() > 0 for parameter in draft_head.parameters())
 
 
-def test_it_starts_as_the_shadow_alone():
-    draft_head, s = DraftHead(WIDTH, 4), torch.randn(3, WIDTH)
-    assert torch.equal(draft_head(s, torch.randn(3, WIDTH)), s)
+@pytest.mark.parametrize("layers", [0, 2])
+def test_it_starts_as_the_shadow_alone(layers):
+    draft_head, s = DraftHead(WIDTH, 4, layers), torch.randn(3, WIDTH)
+    assert torch.equal(draft_head(s, torch.randn(3, (1 + layers) * WIDTH)), s)
+
+
+def test_layers_count_from_both_ends_and_must_be_blocks():
+    assert resolve_layers(None, 4) == ()
+    assert resolve_layers((1, -1), 4) == (1, 3)
+    for layers in ((0,), (4,), (3, -1), (-4,)):
+        with pytest.raises(ConfigError, match="must be different blocks of the base from 1 to 3"):
+            resolve_layers(layers, 4)

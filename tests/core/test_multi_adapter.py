@@ -19,7 +19,8 @@ VARIANTS = {
 
 def boundaries(seed, count=COUNT, dtype=torch.float64, **settings):
     settings = {"rank": 2 + seed, "update_width": 1 + seed, "alpha": 0.3 + 0.2 * seed, **settings}
-    made = Boundaries(count, WIDTH, ShadowConfig(**settings)).to(dtype).eval()
+    config = ShadowConfig(**settings)
+    made = Boundaries(count, WIDTH, config, config.first_boundary(count)).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():
         nn.init.normal_(parameter, generator=generator)

@@ -12,7 +12,9 @@ class Recorder(Boundaries):
     """Boundaries that record which of them are applied, and change what passes."""
 
     def __init__(self, inject_first: bool) -> None:
-        super().__init__(BLOCKS if inject_first else BLOCKS - 1, 2, ShadowConfig(rank=1, inject_first=inject_first))
+        config = ShadowConfig(rank=1, inject_first=inject_first)
+        first = config.first_boundary(BLOCKS)
+        super().__init__(BLOCKS - first, 2, config, first)
         self.applied: list[int] = []
 
     def unstack(self):

@@ -64,7 +64,7 @@ def test_rows_of_a_file_are_limited_apart_and_never_held_out(tmp_path):
 
 def test_a_tenth_of_a_file_is_held_back_by_its_contents(tmp_path):
     rows = [{"prompt": f"say {number % 25}", "completion": "x"} for number in range(50)]
-    data = Dataset.open(DataConfig(train=str(write_rows(tmp_path / "rows.jsonl", rows)), validation="held_back"))
+    data = Dataset.open(DataConfig(train=str(write_rows(tmp_path / "rows.jsonl", rows)), validation="hold_out"))
     train, held_back = data.training_rows(), data.validation_rows()
     assert len({row["prompt"] for row in held_back}) == 3, "a tenth of 25 distinct rows, rounded up"
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_back}, "equal rows stay together"
@@ -72,7 +72,7 @@ def test_a_tenth_of_a_file_is_held_back_by_its_contents(tmp_path):
         row.number for row in load_rows(data.settings.train, "train", None)
     )
     assert [row.number for row in train] == sorted(row.number for row in train)
-    assert data.held_out("validation", source="held_back", limit=2) == held_back[:2]
+    assert data.held_out("validation", source="hold_out", limit=2) == held_back[:2]
     shuffled = Dataset.open(replace(data.settings, train=str(write_rows(tmp_path / "other.jsonl", rows[::-1]))))
     assert {row["prompt"] for row in shuffled.validation_rows()} == {row["prompt"] for row in held_back}
     limited = Dataset.open(replace(data.settings, limit=4, validation_limit=2))
@@ -81,14 +81,14 @@ def test_a_tenth_of_a_file_is_held_back_by_its_contents(tmp_path):
 
 def test_a_file_of_one_row_has_none_to_hold_back(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
-    data = Dataset.open(DataConfig(train=str(file), validation="held_back"))
+    data = Dataset.open(DataConfig(train=str(file), validation="hold_out"))
     with pytest.raises(DataError, match=r"rows\.jsonl has too few rows to hold some back for validation"):
         data.training_rows()
 
 
 def test_of_a_task_its_own_rows_are_held_back(directory):
     own = of_task("clinc150", directory, validation="task").validation_rows()
-    assert of_task("clinc150", directory, validation="held_back").validation_rows() == own
+    assert of_task("clinc150", directory, validation="hold_out").validation_rows() == own
 
 
 def test_held_out_rows_of_a_task_may_come_from_another_directory(directory, tmp_path):

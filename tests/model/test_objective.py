@@ -114,3 +114,15 @@ def test_is_finite_sees_every_entry():
     assert is_finite(numbers)
     numbers[3] = float("inf")
     assert not is_finite(numbers)
+
+
+@pytest.mark.parametrize("method", ["shadow", "full"])
+def test_given_shifted_labels_replace_the_labels(method, batch):
+    """Context parallelism splits a sequence between processes: the next label of a part's end is another process's."""
+    model = perturbed_model() if method == "shadow" else tiny_base()
+    objective = joint_causal_objective if method == "shadow" else causal_objective
+    expected = objective(model, batch, 7)["loss"]
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    other = torch.full_like(batch["labels"], 5)
+    found = objective(model, {**batch, "labels": other, "shift_labels": shifted}, 7)["loss"]
+    torch.testing.assert_close(found, expected)

@@ -1,5 +1,7 @@
 """TRL's trainers with the PEFT method: the base is the reference, and lambda is never lost."""
 
+import inspect
+
 import pytest
 import torch
 from datasets import Dataset
@@ -13,9 +15,17 @@ from trl import (
     KTOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SFTConfig,
     SFTTrainer,
 )
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer.distillation_config import DistillationConfig
+from trl.trainer.distillation_trainer import DistillationTrainer
 
 from shadowtune import ShadowConfig, ShadowForCausalLM, train_in_stages
 from shadowtune.errors import ConfigError
@@ -33,6 +43,10 @@ DATA = {
     "dpo": [{"prompt": text, "chosen": " yes", "rejected": " no way"} for text in PROMPTS],
     "kto": [{"prompt": text, "completion": " yes", "label": bool(i % 2)} for i, text in enumerate(PROMPTS)],
     "grpo": [{"prompt": text} for text in PROMPTS],
+    "chats": [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": " yes"}]} for text in PROMPTS
+    ],
+    "questions": [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS],
 }
 
 
@@ -46,7 +60,10 @@ def make(kind, path, model=None, peft_config=None, **settings):
     """A trainer of a tiny base, with a new adapter unless a model is given."""
     if model is None:
         model, peft_config = tiny_base(), peft_config or ShadowtuneConfig.of(SETTINGS)
-    given = {"processing_class": tiny_tokenizer(), "train_dataset": Dataset.from_list(DATA[kind])}
+    given = {
+        "processing_class": tiny_tokenizer(),
+        "train_dataset": Dataset.from_list(DATA["grpo" if kind == "rloo" else kind]),
+    }
     if kind == "sft":
         return SFTTrainer(model, args=quiet(SFTConfig, path, **settings), peft_config=peft_config, **given)
     if kind == "dpo":
@@ -54,6 +71,10 @@ def make(kind, path, model=None, peft_config=None, **settings):
     if kind == "kto":
         return KTOTrainer(model, args=quiet(KTOConfig, path, **settings), peft_config=peft_config, **given)
     options = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1, **settings}
+    if kind == "rloo":
+        return RLOOTrainer(
+            model, reward_even, args=quiet(RLOOConfig, path, **options), peft_config=peft_config, **given
+        )
     return GRPOTrainer(model, reward_even, args=quiet(GRPOConfig, path, **options), peft_config=peft_config, **given)
 
 
@@ -66,7 +87,7 @@ def changed(before, model):
     return {name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])}
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "grpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "grpo", "rloo"])
 def test_trainers_train_boundaries_and_shadow_and_leave_the_base(kind, tmp_path):
     trainer = make(kind, tmp_path)
     before = snapshot(trainer.model)
@@ -141,6 +162,58 @@ def test_dpo_credits_the_shadow_as_it_credits_the_attached_model(tmp_path):
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
+REFUSED = {
+    "orpo": (ORPOTrainer, ORPOConfig, "dpo", {"max_length": 40}),
+    "cpo": (CPOTrainer, CPOConfig, "dpo", {"max_length": 40}),
+    "gkd": (GKDTrainer, GKDConfig, "chats", {"max_new_tokens": 6, "max_length": 64}),
+    "distillation": (DistillationTrainer, DistillationConfig, "questions", {"max_completion_length": 6}),
+    "online_dpo": (OnlineDPOTrainer, OnlineDPOConfig, "grpo", {"max_new_tokens": 6, "max_length": 64}),
+}
+"""Trainers that compute their loss from logits or hidden states."""
+
+
+def refused(kind, path, model, peft_config):
+    trainer, config, data, settings = REFUSED[kind]
+    given = {"processing_class": tiny_tokenizer(), "train_dataset": Dataset.from_list(DATA[data])}
+    if "teacher_model" in inspect.signature(trainer).parameters:
+        given["teacher_model"] = tiny_base(seed=3)
+    if kind == "online_dpo":
+        given["reward_funcs"] = reward_even
+    return trainer(model, args=quiet(config, path, **settings), peft_config=peft_config, **given)
+
+
+@pytest.mark.parametrize("kind", list(REFUSED))
+def test_trainers_that_would_lose_lambda_are_errors(kind, tmp_path):
+    with pytest.raises(ConfigError, match="Distillation"):
+        refused(kind, tmp_path, tiny_base(), ShadowtuneConfig.of(SETTINGS)).train()
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_distillation_trains_a_model_only_without_lambda(weight, tmp_path):
+    settings = ShadowConfig.recommended(rank=4, shadow_loss_weight=weight)
+    trainer = refused("distillation", tmp_path, ShadowForCausalLM.from_base(tiny_base(), settings), None)
+    before = snapshot(trainer.model)
+    if weight:
+        with pytest.raises(ConfigError, match="Distillation"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert {name.split(".")[1] for name in changed(before, trainer.model)} == {"boundaries"}
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_trainers_switch_dropout_off(kind, tmp_path):
+    config = ShadowtuneConfig.of(ShadowConfig.recommended(rank=4, dropout=0.5))
+    model = make(kind, tmp_path, peft_config=config).model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "injection_ups" in name:
+                parameter.normal_(std=0.1)
+        ids = torch.arange(5, 12)[None]
+        expected, found = model.eval()(input_ids=ids).logits, model.train()(input_ids=ids).logits
+    assert torch.equal(expected, found) == (kind == "dpo")  # whose disable_dropout is true by default
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_a_reward_model_trains_only_without_lambda(weight, tmp_path):
     rows = [{"chosen": f"{text} yes", "rejected": f"{text} no"} for text in PROMPTS]
@@ -161,7 +234,10 @@ def test_a_reward_model_trains_only_without_lambda(weight, tmp_path):
         assert any("score" in name for name in changed(before, trainer.model))
 
 
-@pytest.mark.parametrize("settings", [{"distillation_weight": 0.5}, {"draft_rank": 4}, {"shadow_loss_weight_end": 0.1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"distillation_weight": 0.5}, {"matching_weight": 0.5}, {"draft_rank": 4}, {"shadow_loss_weight_end": 0.1}],
+)
 def test_terms_that_a_trainer_would_drop_are_errors(settings, tmp_path):
     name = next(iter(settings))
     with pytest.raises(ConfigError, match=name):

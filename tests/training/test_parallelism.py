@@ -40,8 +40,6 @@ def settings(tmp_path, **changes) -> TrainConfig:
         ({}, {"gradient_checkpointing": "reentrant"}, "gradient_checkpointing=non_reentrant"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, {}, "started 8 processes, but 1"),
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, {}, "torchrun --nproc-per-node"),
-        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, "tensor parallelism"),
-        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}, {}, "context parallelism"),
     ],
 )
 def test_layouts_of_fsdp_that_lose_something_are_refused(launcher, changes, words, tmp_path, monkeypatch):
@@ -52,7 +50,15 @@ def test_layouts_of_fsdp_that_lose_something_are_refused(launcher, changes, word
     assert not (tmp_path / "run").exists()
 
 
-def test_zero_stage_3_is_refused_and_fsdp2_passes(tmp_path, monkeypatch):
+class Plugin:
+    """Stands for accelerate's, whose package may be missing."""
+
+    def __init__(self, stage: int, gathers: bool):
+        self.zero_stage = stage
+        self.deepspeed_config = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": gathers}}
+
+
+def test_fsdp2_and_zero_pass_and_zero_3_that_saves_no_adapter_is_refused(tmp_path, monkeypatch):
     config = settings(tmp_path)
     arguments = training_arguments(config, tmp_path / "checkpoints")
     for name, value in FSDP.items():
@@ -61,13 +67,17 @@ def test_zero_stage_3_is_refused_and_fsdp2_passes(tmp_path, monkeypatch):
     monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
     check_parallelism(config, arguments)
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    arguments.deepspeed_plugin = type("Plugin", (), {"zero_stage": 2})()
-    check_parallelism(config, arguments)
+    for plugin in (Plugin(2, False), Plugin(3, True)):
+        arguments.deepspeed_plugin = plugin
+        check_parallelism(config, arguments)
+    arguments.deepspeed_plugin = Plugin(3, False)
+    with pytest.raises(ConfigError, match="zero3_save_16bit_model: true"):
+        check_parallelism(config, arguments)
+    arguments.deepspeed_plugin = Plugin(3, True)
+    with pytest.raises(ConfigError, match="drafting_epochs=0"):
+        check_parallelism(settings(tmp_path, drafting_epochs=1.0, shadow={"draft_rank": 2}), arguments)
     with pytest.raises(ConfigError, match="nonfinite_loss=stop"):
         check_parallelism(replace(config, nonfinite_loss="skip"), arguments)
-    arguments.deepspeed_plugin.zero_stage = 3
-    with pytest.raises(ConfigError, match="ZeRO stage 3"):
-        check_parallelism(config, arguments)
 
 
 def test_a_layout_that_one_process_cannot_have_is_an_error(tmp_path, monkeypatch):
@@ -107,3 +117,11 @@ def test_the_end_of_another_process_is_one_line_and_other_errors_stay():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:37")
     with pytest.raises(RuntimeError, match="shape"), converted_losses(1):
         raise RuntimeError("shape '[2]' is invalid")
+
+
+@pytest.mark.parametrize("dimension", ["tp", "cp", "sp"])
+def test_other_dimensions_of_accelerate_are_refused(dimension, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{dimension.upper()}_SIZE", "2")
+    with pytest.raises(ConfigError, match=f"{dimension}_size=2"):
+        train(settings(tmp_path), quiet=True)

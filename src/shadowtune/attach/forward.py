@@ -11,6 +11,7 @@ again, and hooks that read a keyword compile without graph breaks.
 
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -19,8 +20,10 @@ from transformers.cache_utils import Cache
 from shadowtune.attach.architectures import architecture_of
 from shadowtune.attach.cache import check_same_past, split_cache
 from shadowtune.attach.self_check import check_base
+from shadowtune.attach.sharding import check_layout
 from shadowtune.compatibility import CACHE, set_cache
 from shadowtune.core.boundary import Boundaries, ShadowState
+from shadowtune.core.shared_prompt import injected_tokens
 from shadowtune.errors import AttachError, UnsupportedArchitectureError
 
 
@@ -62,7 +65,9 @@ def begin_call(
         base: on which ``install_hooks`` has been called.
         shadow: made for this base.
         inputs: keywords of the call: ``input_ids`` (B, T) or ``inputs_embeds`` (B, T, d), ``attention_mask``,
-            ``position_ids``, and others, which both networks get.
+            ``position_ids``, and others, which both networks get. ``injection_from`` (B,) is taken out of them: the
+            number of each sequence's leading tokens, padding not counted, that run as in the bare base. Without it the
+            config's ``injection_after`` decides; in a call that continues a cache, every token is then injected.
         cache: of both networks (``attach/cache.py``); None without one.
         use_cache: whether both networks write to it.
         shadow_states: s0 (B, T, d), if the backbone has already run on these tokens.
@@ -74,6 +79,8 @@ def begin_call(
     Raises:
         AttachError: if the cache does not fit, or the networks' pasts in it differ.
     """
+    inputs = dict(inputs)
+    starts = inputs.pop("injection_from", None)
     shadow_cache = base_cache = None
     if cache is not None:
         blocks = len(architecture_of(base.config).blocks_of(base))
@@ -90,7 +97,45 @@ def begin_call(
         others = {name: value for name, value in inputs.items() if name not in names}
         state = shadow.begin(ids, embeds, mask, positions, shadow_cache, use_cache, run_shadow, **others)
     state.cache = cache
+    state.injected = _injected(shadow.boundaries.config.injection_after, starts, inputs, base_cache)
     return {**inputs, CACHE: base_cache, "use_cache": use_cache, "shadow": state}
+
+
+def _injected(
+    marker: tuple[int, ...] | None, starts: Tensor | None, inputs: dict[str, Any], base_cache: Cache | None
+) -> Tensor | None:
+    """Return which tokens get injections, (B, T, 1) bool; None for all. Arguments as in ``begin_call``."""
+    ids, embeds, mask, positions = (
+        inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    )
+    if starts is None and marker is None:
+        return None
+    mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    past = 0 if base_cache is None else base_cache.get_seq_length()
+    if starts is not None:
+        shape = cast(Tensor, embeds if ids is None else ids).shape[:2]
+        return (_token_indices(shape, mask, positions, past, starts.device) >= starts[:, None]).unsqueeze(-1)
+    assert marker is not None
+    if past != 0:
+        return None
+    if ids is None:
+        raise AttachError(
+            "shadow.injection_after is found in input_ids, but the call has inputs_embeds; pass injection_from, the "
+            "number of leading tokens of each sequence without injections"
+        )
+    mask = None if mask is None else mask[:, : ids.shape[1]]  # a static cache's is as long as the cache
+    return injected_tokens(ids, marker, mask, positions).unsqueeze(-1)
+
+
+def _token_indices(
+    shape: torch.Size, mask: Tensor | None, positions: Tensor | None, past: int | Tensor, device: torch.device
+) -> Tensor:
+    """Index of each token in its sequence, padding not counted, (B, T) or (1, T)."""
+    if positions is not None:
+        return positions
+    if mask is not None and mask.shape[1] == past + shape[1]:
+        return mask.long().cumsum(1)[:, -shape[1] :] - 1
+    return (torch.arange(shape[1], device=device) + past).unsqueeze(0)
 
 
 def install_hooks(base: PreTrainedModel) -> list[RemovableHandle]:
@@ -101,8 +146,9 @@ def install_hooks(base: PreTrainedModel) -> list[RemovableHandle]:
     Raises:
         UnsupportedArchitectureError: if the base's architecture is not in the table, or the base would not pass the
             shadow's state and its own cache down to its blocks (``attach/self_check.py``).
-        AttachError: if the base has fewer than two blocks.
+        AttachError: if the base has fewer than two blocks, or transformers sharded it by FSDP at loading.
     """
+    check_layout(base)
     architecture = architecture_of(base.config)
     decoder, blocks = architecture.decoder_of(base), architecture.blocks_of(base)
     if len(blocks) < 2:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from shadowtune.attach.architectures import ARCHITECTURES, Architecture
+from shadowtune.attach.sharding import gathering_blocks
 from shadowtune.compatibility import CACHE, cache_of
 from shadowtune.errors import UnsupportedArchitectureError
 from shadowtune.versions import untested_versions
@@ -79,7 +80,7 @@ def _check_two_tokens(base: PreTrainedModel, decoder: nn.Module, blocks: nn.Modu
         return
     ids = torch.tensor([[1, 2]]).to(cast(nn.Embedding, base.get_input_embeddings()).weight.device)
     positions = torch.arange(2, device=ids.device)[None]
-    with _evaluating(base):
+    with _evaluating(base), gathering_blocks(decoder, blocks):
         probe = _Probe()
         together = decoder(input_ids=ids, position_ids=positions, use_cache=False, shadow=probe).last_hidden_state
         if probe.reached != list(range(len(blocks))):

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   shadowtune calibrate runs/clinc150 --cloud-run runs/clinc150 --deferral-rate 0.2 -o policy.json
   shadowtune calibrate robot.gguf --cloud-run runs/robot --accuracy 0.95 --signal auto -o policy.json
+  shadowtune calibrate robot-int8 --cloud-run runs/robot --accuracy-loss 0.02 -o policy.json
   shadowtune calibrate robot-int8 --cloud http://cloud:8000 --data held-out.jsonl --cost 12 -o policy.json
 
 Edge and cloud answer the examples by greedy decoding. One half of the examples selects the threshold, the other half
-checks it: "promised" and "found" in the table. If no threshold reaches the aim, the error names the best possible.
+checks it: "promised" and "found" in the table. With --accuracy-loss one half selects the signal, and the other half a
+threshold that holds with probability --guarantee. If no threshold reaches the aim, the error names the best possible.
 """
 
 
@@ -42,7 +44,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="defer at most this fraction of requests (0 to 1)",
     )
+    aim.add_argument(
+        "--accuracy-loss",
+        type=float,
+        metavar="X",
+        help="guarantee an accuracy at most X below the cloud's (above 0, below 1), with the fewest deferrals",
+    )
     aim.add_argument("--cost", type=float, metavar="X", help="spend at most this much per request, on average")
+    parser.add_argument(
+        "--guarantee",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="probability of --accuracy-loss (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--minimum",
+        type=int,
+        default=5,
+        metavar="N",
+        help="least examples with a better answer of the cloud, and without, in each half (default: %(default)s)",
+    )
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help="policy.json; a figure is written beside it")
     parser.add_argument("--data", metavar="FILE", help="held-out examples with their answers; default: the run's")
     parser.add_argument("--data-split", default="validation", help="split of the data set (default: %(default)s)")
@@ -68,14 +90,20 @@ def run(arguments: argparse.Namespace) -> int:
     from shadowtune.serving.edge.calibration import calibrate, plot_calibration
 
     figure = new_figure(9, 3.6)
-    done = calibrate(_measure(arguments, prices), aim, arguments.signal, arguments.tag, prices)
+    examples = _measure(arguments, prices)
+    done = calibrate(examples, aim, arguments.signal, arguments.tag, prices, arguments.minimum)
     plot_calibration(figure, done)
     done.policy.save(out)
     out.with_suffix(".png").write_bytes(png(figure))
-    qualities = [vars(quality) for quality in done.qualities]
+    qualities = [asdict(quality) for quality in done.qualities]
     points = _points(done)
-    print_table("Area under accuracy over the fraction of deferred requests", qualities)
+    print_table("Routers: area under accuracy over deferral rate; 95 % intervals", _quality_rows(done))
     print_table(f"{done.policy.signal} below {done.policy.threshold:.6g} is deferred", points)
+    if aim.kind == "accuracy-loss":
+        print_status(
+            f"with probability {aim.confidence:g} the accuracy is at most {aim.value:g} below the cloud's, as long as "
+            "requests are like these examples"
+        )
     if done.found is not None:
         low, high = mean_interval(done.scores)
         print_status(
@@ -89,6 +117,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _aim(arguments: argparse.Namespace) -> "CalibrationTarget":
     from shadowtune.serving.edge.thresholds import CalibrationTarget
 
+    if not 0.5 <= arguments.guarantee < 1:
+        raise ConfigError(f"--guarantee must be at least 0.5 and below 1, got {arguments.guarantee:g}")
+    if arguments.minimum < 0:
+        raise ConfigError(f"--minimum must be at least 0, got {arguments.minimum}")
+    if arguments.accuracy_loss is not None:
+        if not 0 < arguments.accuracy_loss < 1:
+            raise ConfigError(f"--accuracy-loss must be above 0 and below 1, got {arguments.accuracy_loss:g}")
+        return CalibrationTarget("accuracy-loss", arguments.accuracy_loss, arguments.guarantee)
     for kind, high in (("accuracy", 1.0), ("deferral-rate", 1.0), ("cost", float("inf"))):
         value = vars(arguments)[kind.replace("-", "_")]
         if value is None:
@@ -96,7 +132,7 @@ def _aim(arguments: argparse.Namespace) -> "CalibrationTarget":
         if not 0 <= value <= high:
             raise ConfigError(f"--{kind} must be {'0 to 1' if high == 1 else 'at least 0'}, got {value:g}")
         return CalibrationTarget(kind, value)  # type: ignore[arg-type]
-    raise ConfigError("name an aim: --accuracy, --deferral-rate or --cost")
+    raise ConfigError("name an aim: --accuracy, --accuracy-loss, --deferral-rate or --cost")
 
 
 def _check_out(out: Path) -> None:
@@ -111,8 +147,7 @@ def _measure(arguments: argparse.Namespace, prices: Prices) -> "list[Calibration
     """Return the signals, scores and costs of both sides on every example."""
     from shadowtune.cli.answers import edge_source, evaluation_set_of, record_answers, remote_source, run_source
     from shadowtune.serving.edge.confidence import has_tag
-    from shadowtune.serving.edge.router import response_cost
-    from shadowtune.serving.edge.thresholds import CalibrationExample
+    from shadowtune.serving.edge.thresholds import CalibrationExample, response_cost
     from shadowtune.serving.requests import Usage
 
     edge = edge_source(arguments.edge)
@@ -132,8 +167,23 @@ def _measure(arguments: argparse.Namespace, prices: Prices) -> "list[Calibration
             ours.score,
             theirs.score,
             response_cost(prices, Usage(theirs.prompt_tokens, theirs.completion_tokens)),
+            ours.text.strip() != theirs.text.strip(),
         )
         for ours, theirs in zip(*both, strict=True)
+    ]
+
+
+def _quality_rows(done: "Calibration") -> list[dict[str, Any]]:
+    """Return the quality of each router for a table."""
+    return [
+        {
+            "router": each.router,
+            "area": each.area,
+            "area, checked": str(each.checked or "-"),
+            "AUROC of a better answer": str(each.auroc or "-"),
+            "expected calibration error": str(each.calibration_error or "-"),
+        }
+        for each in done.qualities
     ]
 
 

@@ -113,7 +113,8 @@ def _show(plan: "Plan") -> list[dict[str, Any]]:
     print(f"{trials} trials on validation examples, then {len(finals)} runs with {evaluations} evaluations")
     for line in _further_runs(plan):
         print(line)
-    time = f"about {duration(total / plan.config.jobs)} on this machine, roughly, before runs at equal time and memory"
+    where = "on this machine" if plan.config.cluster is None else "on machines as fast as this one"
+    time = f"about {duration(total / plan.config.jobs)} {where}, roughly, before runs at equal time and memory"
     print(time + ("; tasks whose data cannot be read are not included" if unknown else ""))
     return rows
 

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from shadowtune.cli.command import Command, add_json, check_json_target, write_json
+from shadowtune.cli.source import source_path
 from shadowtune.errors import ConfigError
 
 EPILOG = """examples:
@@ -17,7 +18,7 @@ COLORS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("run", metavar="RUN|ADAPTER", help="run of shadowtune train, or a saved shadow")
+    parser.add_argument("run", metavar="RUN|ADAPTER", help="run of shadowtune train, a saved shadow, or its Hub id")
     against = "exported file or directory to compare (default: those beside the run); may be repeated"
     parser.add_argument("--against", action="append", default=[], metavar="PATH", help=against)
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="examples to show (default: %(default)s)")
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from shadowtune.evaluation.diagnosis import diagnose
 
-    found = diagnose(arguments.run, arguments.against, arguments.samples)
+    found = diagnose(source_path(arguments.run), arguments.against, arguments.samples)
     console = Console(soft_wrap=True)
     for number, sample in enumerate(found.samples, 1):
         line = Text(f"example {number}: ")

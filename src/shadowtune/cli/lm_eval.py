@@ -4,17 +4,19 @@ import argparse
 from typing import Any
 
 from shadowtune.cli.command import Command, add_json, check_json_target, print_table, write_json
+from shadowtune.cli.source import SOURCE, open_source
 
 EPILOG = """examples:
   shadowtune lm-eval runs/clinc150 --tasks arc_easy,hellaswag --limit 100
   shadowtune lm-eval runs/clinc150 --tasks mmlu --mode detached --num-fewshot 5
+  shadowtune lm-eval my-name/clinc150 --tasks mmlu --mode attached
   shadowtune lm-eval runs/clinc150 --tasks my_task --include-path my-tasks
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("run", help="run directory of shadowtune train")
+    parser.add_argument("run", help=SOURCE)
     parser.add_argument("--tasks", required=True, help="tasks or groups of the harness, separated by commas")
     parser.add_argument("--mode", default="all", choices=("attached", "detached", "base", "all"), help="default: all")
     parser.add_argument("--limit", type=int, help="most examples of each task, the first ones")
@@ -28,13 +30,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate each mode, print one table."""
     check_json_target(arguments.json)
     from shadowtune.evaluation.harness import evaluate_with_harness
-    from shadowtune.evaluation.run import FinishedRun
 
-    finished = FinishedRun.open(arguments.run)
+    source = open_source(arguments.run)
     rows: list[dict[str, Any]] = []
-    for mode in finished.modes if arguments.mode == "all" else (arguments.mode,):
+    for mode in source.modes if arguments.mode == "all" else (arguments.mode,):
         found = evaluate_with_harness(
-            finished,
+            source,
             mode,
             arguments.tasks.split(","),
             arguments.limit,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shadowtune.evaluation.run import FinishedRun
     from shadowtune.export.card import Card
     from shadowtune.model.causal_lm import ShadowForCausalLM
+    from shadowtune.model.deferral_files import SavedDeferralHead
 
 ScoreAnswers = Callable[[list[str]], list[float]]
 """From the answers to all held-out prompts to the score of each, between 0 and 1."""
@@ -33,6 +34,8 @@ class LoadedRun:
     """Held-out prompts as token ids, or built-in ones."""
     score: ScoreAnswers | None = None
     """Scores answers to held-out prompts."""
+    deferral_head: "SavedDeferralHead | None" = None
+    """For the detached model."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,12 @@ def load_run(path: Path, limit: int) -> LoadedRun:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; name a run of shadowtune train or a saved shadow")
+    from shadowtune.export.deferral import folded_head
+    from shadowtune.model.deferral_files import read_deferral_head
+
     loaded = _load_finished_run(path, limit) if is_run(path) else _load_saved_shadow(path)
+    saved = read_deferral_head(path / "model" if is_run(path) else path)
+    loaded.deferral_head = folded_head(saved, loaded.model.shadow)
     if not loaded.prompts:
         from shadowtune.export.detaching import built_in_prompts
 

@@ -43,6 +43,7 @@ COMMANDS = (
     Entry("plan", "plan:PLAN", "parameters, memory and time of a training run before it starts"),
     Entry("train", "train:TRAIN", "fine-tune a model: shadow, lora, dora or full"),
     Entry("pretrain", "train:PRETRAIN", "train a shadow by itself before any task, on plain text"),
+    Entry("adapt", "adapt:ADAPT", "train a run's detached shadow on further examples, and re-attach it"),
     Entry("evaluate", "evaluate:EVALUATE", "measure a trained run on held-out examples"),
     Entry("lm-eval", "lm_eval:LM_EVAL", "measure a trained run by the lm-evaluation-harness"),
     Entry("compare", "compare:COMPARE", "compare methods on tasks: equal budgets, intervals, a report"),

@@ -15,6 +15,7 @@ from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from shadowtune.export.loading import LoadedModel
     from shadowtune.serving.edge.local import LocalModel
     from shadowtune.serving.engine.engine import LoadedAdapter
 
@@ -33,7 +34,8 @@ EDGE_EPILOG = """examples:
   shadowtune serve edge robot.gguf --cloud http://cloud:8000 --policy-kind verify --cloud-key-file key.txt
   shadowtune serve edge robot-int8 --cloud https://vllm:8000/v1 --cloud-model big --threshold 0.8
 Without --cloud the edge answers everything itself, token by token. With a cloud:
-The policy decides on the edge's whole answer, before the first byte is sent. If the cloud fails or is too slow, the
+The policy decides on the edge's whole answer, before the first byte is sent; --policy-kind token decides at each token
+while the edge streams, and the cloud continues from the first unsure one. If the cloud fails or is too slow, the
 edge's own answer is sent, marked "fallback". See the response headers x-shadowtune-side, -reason, -confidence, -cost.
 """
 
@@ -50,6 +52,20 @@ def add_cloud_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_server(parser)
     parser.add_argument("--no-speculate", action="store_true", help="disable speculative decoding")
+    parser.add_argument(
+        "--learn",
+        metavar="DIR",
+        help="train draft heads on the model's own answers while the server is idle; DIR gets states and token ids of "
+        "answers, no text. Answers do not change",
+    )
+    parser.add_argument(
+        "--prefix-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="most prompt tokens whose keys and values of the base are kept for later requests, of any adapter with "
+        "shadow.injection_after and of the base; 0 keeps none (default: %(default)s)",
+    )
     parser.add_argument(
         "--allow-loading",
         action="store_true",
@@ -74,6 +90,7 @@ def _cloud_app(paths: dict[str, Path], arguments: argparse.Namespace, config: Se
     limits = Limits(
         max_sequences=arguments.max_rows,
         max_queue=arguments.max_queue,
+        prefix_tokens=arguments.prefix_tokens,
         speculation=None if arguments.no_speculate else SpeculationConfig(),
         close_seconds=CLOSE_SECONDS,
     )
@@ -88,7 +105,8 @@ def _cloud_app(paths: dict[str, Path], arguments: argparse.Namespace, config: Se
         except OSError as error:  # an invalid path, or one without permission
             raise CheckpointError(error.strerror or str(error)) from None
 
-    engine = Engine(loaded.base, loaded.tokenizer, loaded.adapters, limits, open_adapter)
+    learn = None if arguments.learn is None else Path(arguments.learn)
+    engine = Engine(loaded.base, loaded.tokenizer, loaded.adapters, limits, open_adapter, learn)
     return create_app(engine, config, "cloud", adapters=engine, counters=engine.counters)
 
 
@@ -123,6 +141,9 @@ def add_edge_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--policy-kind", choices=get_args(PolicyKind), help="default: confidence")
     group.add_argument("--threshold", type=float, help="answers with a lower confidence are deferred (default: 0.5)")
     group.add_argument("--signal", choices=get_args(SignalName), help="measure of confidence (default: logprob)")
+    group.add_argument(
+        "--value", type=float, help="policy kind token: worth of a right token in cloud tokens, in place of --threshold"
+    )
     group.add_argument("--tag", help="answer by which the edge itself asks to defer (default: [REMOTE])")
     add_prices(group)
     group.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and answer (default: the model's)")
@@ -155,7 +176,7 @@ def serve_edge(arguments: argparse.Namespace) -> int:
 def _check_no_policy(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for options that have no effect without a cloud."""
     prices = [f"price_{name}" for name in vars(Prices())]
-    names = ("policy", "policy_kind", "threshold", "signal", "tag", "cloud_model", "cloud_key_file", *prices)
+    names = ("policy", "policy_kind", "threshold", "signal", "tag", "value", "cloud_model", "cloud_key_file", *prices)
     given = [f"--{name.replace('_', '-')}" for name in names if vars(arguments)[name] is not None]
     if given:
         raise ConfigError(f"{', '.join(given)}: there is nothing to decide without a cloud; name one with --cloud URL")
@@ -168,10 +189,13 @@ def policy_of(arguments: argparse.Namespace) -> PolicyConfig:
         ConfigError: if the file or an option is not valid.
     """
     policy = PolicyConfig.load(Path(arguments.policy)) if arguments.policy else PolicyConfig()
-    options = {"kind": arguments.policy_kind, "threshold": arguments.threshold, "signal": arguments.signal}
-    changes = {name: value for name, value in {**options, "tag": arguments.tag}.items() if value is not None}
+    options = {name: vars(arguments)[name] for name in ("threshold", "signal", "tag", "value")}
+    options["kind"] = arguments.policy_kind
+    changes = {name: value for name, value in options.items() if value is not None}
     if changes.get("signal", policy.signal) != policy.signal:
         changes["curve"] = ()  # it was measured with the other signal
+    if changes.get("kind", policy.kind) == "token":
+        changes["curve"] = ()  # it is of whole answers
     return replace(policy, **changes, prices=prices_of(arguments, policy.prices))
 
 
@@ -181,7 +205,8 @@ def _edge_app(arguments: argparse.Namespace, config: ServerConfig, policy: Polic
     from shadowtune.serving.edge.router import Router
     from shadowtune.serving.http.app import create_app
 
-    router = Router(_edge(arguments), RemoteEndpoint(cloud), policy, config.timeout - cloud.deadline)
+    edge = _edge(arguments, policy)
+    router = Router(edge, RemoteEndpoint(cloud), policy, config.timeout - cloud.deadline)
     return create_app(router, config, "edge", policy=router, counters=router.counters)
 
 
@@ -193,7 +218,24 @@ def _lone_edge_app(arguments: argparse.Namespace, config: ServerConfig) -> Any:
     return create_app(edge, config, "edge", counters=edge.counters)
 
 
-def _edge(arguments: argparse.Namespace) -> "LocalModel":
+def _check_deferral_head(opened: "LoadedModel", policy: PolicyConfig, path: Path) -> None:
+    """Raise ConfigError if the policy reads a deferral head that the model does not have, or not at each token."""
+    from shadowtune.export.runtimes import GgufModel
+
+    if opened.deferral_head is None:
+        raise ConfigError(
+            f"signal {policy.signal} of the policy reads a deferral head, and {path} has none; train with "
+            "deferral_fraction, or take another --signal"
+        )
+    if policy.kind == "token" and isinstance(opened.runtime, GgufModel):
+        raise ConfigError(
+            "kind token reads the deferral head at each token, which llama.cpp has for whole answers only; serve an "
+            f"ONNX or transformers directory, or take another --signal than {policy.signal}"
+        )
+
+
+def _edge(arguments: argparse.Namespace, policy: PolicyConfig | None = None) -> "LocalModel":
+    """Load the edge's model, and its deferral head if the policy reads it."""
     from shadowtune.serving.edge.local import LocalModel
 
     path = Path(arguments.edge)
@@ -201,6 +243,10 @@ def _edge(arguments: argparse.Namespace) -> "LocalModel":
     opened = detached_model(open_source(arguments.edge, max_length=arguments.max_length))
     if arguments.max_length is not None:
         opened.max_length = min(opened.max_length, arguments.max_length)
+    if policy is not None and policy.reads_deferral_head:
+        _check_deferral_head(opened, policy, path)
+    elif opened.deferral_head is not None:
+        opened.set_deferral_head(None)  # nothing would read it
     name = path.absolute().stem if path.is_file() else path.absolute().name
     return LocalModel(opened, arguments.name or name, arguments.max_queue)
 

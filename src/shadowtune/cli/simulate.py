@@ -22,6 +22,7 @@ from shadowtune.errors import ConfigError
 if TYPE_CHECKING:
     from shadowtune.serving.simulation.records import RequestRecord
     from shadowtune.serving.simulation.report import PolicySummary
+    from shadowtune.serving.simulation.routing import AccuracyMatch
     from shadowtune.serving.simulation.simulator import SimulationResult
 
 EPILOG = """examples:
@@ -84,10 +85,13 @@ def run(arguments: argparse.Namespace) -> int:
     areas = [{"router": name, "area": area} for name, area in routing.curve_areas(simulator, routers).items()]
     print_table(f"{len(simulator.records)} requests", [_readable(row) for row in rows])
     print_table("Area under accuracy over the fraction of deferred requests", areas)
-    for line in (*summaries, *map(_overload, simulator.overloaded())):
+    by_token = [item for item in policies.items() if item[1].kind == "token"]
+    matches = [routing.match_accuracy(simulator, name, policy) for name, policy in by_token]
+    for line in (*summaries, *matches, *map(_overload, simulator.overloaded())):
         print(line)
     _write(Path(arguments.output), results, routing.threshold_sweep(simulator, name, plotted))
-    details = {"settings": asdict(config), "areas": areas, "verdicts": [vars(summary) for summary in summaries]}
+    details = {"settings": asdict(config), "areas": areas, "summaries": [vars(summary) for summary in summaries]}
+    details["at equal accuracy"] = [_match_row(match) for match in matches]
     write_json(arguments.json, "simulate", rows, **details)
     return 0
 
@@ -150,6 +154,11 @@ def _overload(side: str) -> str:
 
 def _cells(result: "SimulationResult") -> dict[str, Any]:
     return {name: value for name, value in vars(result).items() if name != "scores"}
+
+
+def _match_row(match: "AccuracyMatch") -> dict[str, Any]:
+    whole = None if match.by_answer is None else _cells(match.by_answer)
+    return {"policy": match.policy, "in mid-answer": _cells(match.by_token), "whole answers": whole}
 
 
 def _readable(row: dict[str, Any]) -> dict[str, Any]:

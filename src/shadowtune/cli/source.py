@@ -92,7 +92,13 @@ def detached_model(source: "TrainedModel") -> "LoadedModel":
     if isinstance(source.model, LoadedModel):
         return source.model
     if source.drafts:
-        return wrap_model(source.model.detached(), source.tokenizer, source.prompt_format)
+        from shadowtune.export.deferral import folded_head
+        from shadowtune.model.deferral_files import read_deferral_head
+
+        path = source_path(source.source.name)
+        saved = folded_head(read_deferral_head(path / "model" if is_run(path) else path), source.model.shadow)
+        head = None if saved is None else saved.head
+        return wrap_model(source.model.detached(), source.tokenizer, source.prompt_format, head)
     if len(source.modes) > 1:
         raise ConfigError(f"{source.source.name} is {source.source.kind}; only a shadow runs without its base")
     return wrap_model(source.model, source.tokenizer, source.prompt_format)

@@ -240,7 +240,7 @@ def _points(sample: BootstrapSample) -> dict[str, Any]:
         "points": 100 * estimate.mean,
         "points_low": 100 * estimate.low,
         "points_high": 100 * estimate.high,
-        "verdict": estimate.outcome,
+        "outcome": estimate.outcome,
     }
 
 

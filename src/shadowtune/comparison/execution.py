@@ -1,4 +1,4 @@
-"""Execution of the jobs of a comparison: a process for each, several at a time, no job twice."""
+"""Execution of the jobs of a comparison: a process or a cluster's job for each, several at a time, no job twice."""
 
 import queue
 import threading
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shadowtune.comparison.cluster import Cluster, ClusterWorker
 from shadowtune.comparison.estimate import TimeLeft
 from shadowtune.comparison.job import Job
 from shadowtune.comparison.worker import run
@@ -27,14 +28,21 @@ class Executor:
         jobs: number of jobs at the same time.
         devices: CUDA devices to spread them over; None leaves the choice to each process.
         report: called with a line for each job.
+        cluster: executes the jobs in place of processes of this machine.
     """
 
-    def __init__(self, jobs: int = 1, devices: Sequence[int] | None = None, report: Report = lambda line: None) -> None:
-        self._jobs, self._report = jobs, report
+    def __init__(
+        self,
+        jobs: int = 1,
+        devices: Sequence[int] | None = None,
+        report: Report = lambda line: None,
+        cluster: Cluster | None = None,
+    ) -> None:
+        self._jobs, self._report, self._cluster = jobs, report, cluster
         self._environments: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         for index in range(jobs):
             self._environments.put(_variables(index, jobs, devices))
-        self._alive: set[WorkerProcess] = set()
+        self._alive: set[WorkerProcess | ClusterWorker] = set()
         self._lock = threading.Lock()
         self._stopped = False
 
@@ -69,10 +77,10 @@ class Executor:
                     pool.shutdown(cancel_futures=True)
 
     def _execute(self, job: Job) -> float:
-        """Run a job in a process and return its seconds; an error becomes its result."""
+        """Run a job in a process or on the cluster and return its seconds; an error becomes its result."""
         environment, start = self._environments.get(), time.perf_counter()
         try:
-            with WorkerProcess(job.name, "look at its settings", environment) as worker:
+            with self._start(job, environment) as worker:
                 with self._lock:
                     self._alive.add(worker)
                     if self._stopped:
@@ -89,6 +97,11 @@ class Executor:
         finally:
             self._environments.put(environment)
         return time.perf_counter() - start
+
+    def _start(self, job: Job, environment: Mapping[str, str]) -> WorkerProcess | ClusterWorker:
+        if self._cluster is not None:
+            return self._cluster.worker(job)
+        return WorkerProcess(job.name, "look at its settings", environment)
 
     def _stop(self) -> None:
         with self._lock:

@@ -74,9 +74,9 @@ def _columns(analysis: Analysis) -> list[str]:
         if not rows:
             continue
         best = max(rows, key=lambda name: rows[name]["points"])
-        word = "wins" if rows[best]["verdict"] == "better" else "is first, undecided"
+        word = "wins" if rows[best]["outcome"] == "better" else "is first, undecided"
         found.append(f"{heading_of(each)}: {best} {word} ({_span(rows[best])}, against {rows[best]['against']}).")
-        if best == analysis.reference and rows[best]["verdict"] == "better":
+        if best == analysis.reference and rows[best]["outcome"] == "better":
             won.append(heading_of(each))
         elif analysis.reference in rows and best != analysis.reference:
             own = rows[analysis.reference]
@@ -88,7 +88,7 @@ def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
     """Describe the differences on one task, grouped by outcome."""
     parts = []
     for outcome, words in OUTCOMES.items():
-        against = [f"{row['against']} ({_span(row)})" for row in rows if row["verdict"] == outcome]
+        against = [f"{row['against']} ({_span(row)})" for row in rows if row["outcome"] == outcome]
         if against:
             parts.append(f"{words} {', '.join(against)}")
     return "; ".join(parts)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowtune.comparison.budgets import EqualCosts, Unmet, merged
+from shadowtune.comparison.cluster import Cluster
 from shadowtune.comparison.execution import Executor
 from shadowtune.comparison.job import Job, damaged, read_json, results_version, write_json
 from shadowtune.comparison.plan import Chosen, Plan, Search, run_path
@@ -46,13 +47,15 @@ def compare(plan: Plan, report: Callable[[str], None] = lambda line: None) -> Re
 
     Raises:
         DataError: if a task that is not done yet has no training examples.
+        ConfigError: if the cluster cannot be used from this machine.
     """
     config = plan.config
     file = Path(config.output) / RESULTS
+    cluster = None if config.cluster is None else Cluster(config.cluster, Path(config.output) / "cluster")
     restore_results(file, run_path(config))
     for row in plan.refused():
         report(f"not compared: {row['task']}, {row['method']}: {row['why']}")
-    executor = Executor(config.jobs, config.devices, report)
+    executor = Executor(config.jobs, config.devices, report, cluster)
     searches = plan.searches()
     trials = _trials(searches.values())
     check_training_rows(trials or plan.finals())

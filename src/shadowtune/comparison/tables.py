@@ -76,7 +76,7 @@ def standings_table(columns: Sequence[Analysis]) -> Table:
 
 def standing(row: Row) -> str:
     """Describe a method's difference to the best of the others."""
-    word = {"better": "wins", "worse": "loses"}.get(row["verdict"], "undecided")
+    word = {"better": "wins", "worse": "loses"}.get(row["outcome"], "undecided")
     return f"{word}: {row['points']:+.1f} ({row['points_low']:+.1f} to {row['points_high']:+.1f}) over {row['against']}"
 
 
@@ -213,7 +213,7 @@ def _difference(row: Row) -> dict[str, Any]:
         **mode,
         "points": f"{row['points']:+.1f}",
         "95 % interval": f"{row['points_low']:+.1f} to {row['points_high']:+.1f}",
-        "verdict": row["verdict"],
+        "outcome": row["outcome"],
     }
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from pydantic import StrictInt
 
+from shadowtune.config.cluster import ClusterConfig
 from shadowtune.config.loading import put
 from shadowtune.config.settings import (
     Fraction,
@@ -173,9 +174,11 @@ class CompareConfig:
     test_batch_size: PositiveInt = 32
     """Test examples per batch."""
     jobs: PositiveInt = 1
-    """Runs at the same time."""
+    """Runs at the same time; with a cluster, runs that are queued or running there."""
     devices: list[StrictInt] | None = None
     """Indices of the CUDA devices to use; None uses the first, or the CPU."""
+    cluster: ClusterConfig | None = None
+    """A cluster that executes the runs; null runs them on this machine."""
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without a model or data."""
@@ -273,6 +276,8 @@ class CompareConfig:
     def _shape_errors(self) -> Iterator[str]:
         """Check for empty and misshapen values, and for names that cannot be directories."""
         yield from (f"{name} must not be empty" for name in ("tasks", "methods", "seeds") if not vars(self)[name])
+        if self.cluster is not None and self.devices is not None:
+            yield f"devices={self.devices} are of this machine, and cluster chooses its own; leave devices out"
         for key, mapping in (("tasks", self.tasks), ("methods", self.methods)):
             for name, value in mapping.items():
                 if not re.fullmatch(r"\w[\w.+-]*", name):

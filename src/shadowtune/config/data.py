@@ -12,7 +12,7 @@ from pydantic import StrictBool, StrictInt
 from shadowtune.config.settings import PositiveFloat, PositiveInt, nearest, raise_errors, settings
 from shadowtune.errors import ConfigError
 
-HOLD_OUT = "held_back"
+HOLD_OUT = "hold_out"
 """Value of ``DataConfig.validation`` that splits the validation examples off the training examples."""
 HOLD_OUT_SHARE = 0.1
 """Share of the distinct training examples that is then held out."""
@@ -104,9 +104,9 @@ class DataConfig:
     directory: str | None = None
     """A directory with a task's data sets; None loads them from the task's own source (the Hub)."""
     validation: str | None = None
-    """Examples whose loss is measured during training, a data set as in ``train``; None measures none. "held_back"
+    """Examples whose loss is measured during training, a data set as in ``train``; None measures none. "hold_out"
     holds out a tenth of the training examples, chosen by their contents, and does not train on them; "5%" another
-    share. A task has its own validation examples, which "task" and "held_back" select."""
+    share. A task has its own validation examples, which "task" and "hold_out" select."""
     train_split: str = "train"
     """Split to train on; a single file has none."""
     validation_split: str = "validation"

@@ -18,6 +18,7 @@ from shadowtune.config.settings import (
     Float,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Seconds,
     current_names,
@@ -27,8 +28,12 @@ from shadowtune.config.settings import (
 )
 from shadowtune.errors import ConfigError, ShadowtuneError
 
-PolicyKind = Literal["always-edge", "always-cloud", "tag", "confidence", "verify"]
-SignalName = Literal["logprob", "margin", "entropy", "first", "learned"]
+PolicyKind = Literal["always-edge", "always-cloud", "tag", "confidence", "verify", "token"]
+SignalName = Literal["logprob", "margin", "entropy", "first", "learned", "agreement", "deferral"]
+HEAD_SIGNALS: tuple[SignalName, ...] = ("agreement", "deferral")
+"""Signals of a deferral head, which not every model has."""
+TOKEN_SIGNALS: tuple[SignalName, ...] = ("logprob", "margin", "entropy", "agreement")
+"""Signals that single tokens have."""
 TAG = "[REMOTE]"
 HIGHEST_THRESHOLD = 1.000001
 """Upper bound of thresholds, exclusive; a threshold above 1 defers every request."""
@@ -193,6 +198,10 @@ class Weights:
     """Likewise."""
     length: Float
     """Weight of log(1 + number of the answer's tokens)."""
+    agreement: Float = 0.0
+    """Weight of the log-odds of this signal; 0 if the edge had no deferral head."""
+    deferral: Float = 0.0
+    """Likewise."""
 
 
 @settings
@@ -207,6 +216,35 @@ class CurvePoint:
     """Fraction of the requests that were deferred to the cloud."""
     cost: Float
     """Mean cost of a request, in units of ``Prices``."""
+    correction_rate: Float | None = None
+    """Fraction of the requests that were deferred and got another answer than the edge's; None if not measured."""
+
+
+@settings
+class ReliabilityPoint:
+    """The held-out requests whose confidence lies in one tenth of its range."""
+
+    confidence: Float
+    """Their mean confidence."""
+    accuracy: Float
+    """Fraction whose answer by the cloud was not better."""
+    count: NonNegativeInt
+    """Their number."""
+
+
+@settings
+class DriftConfig:
+    """The alarm that an edge raises when its cloud corrects it more often than expected."""
+
+    enabled: StrictBool = True
+    """Whether corrections are watched."""
+    false_alarm_interval: PositiveFloat = 2000.0
+    """Least expected number of requests between two false alarms. A larger one finds a drift later."""
+    warm_up: PositiveInt = 200
+    """Number of first requests that measure the rate of corrections, where calibration has not; also the number of last
+    requests that are reported."""
+    delta: Annotated[float, Ge(1e-6), Lt(0.5), NUMBER] = 0.05
+    """One minus the confidence level of the upper bound of the expected rate, below which no alarm is raised."""
 
 
 @settings
@@ -216,14 +254,24 @@ class PolicyConfig:
     kind: PolicyKind = "confidence"
     """"always-edge" and "always-cloud" are fixed. "tag" defers requests that the edge answers with ``tag``;
     "confidence" those and the ones with a low confidence; "verify" lets the cloud verify every answer of the edge in
-    one forward pass."""
+    one forward pass; "token" streams the edge's answer up to its first token with a low confidence, and lets the cloud
+    continue from there (greedy requests without tools, JSON schema and log-probabilities; others are treated as by
+    "confidence")."""
     threshold: Annotated[float, Ge(0), Lt(HIGHEST_THRESHOLD), NUMBER] = 0.5
-    """For "confidence": requests with a lower confidence are deferred. From 0 to 1."""
+    """For "confidence": requests with a lower confidence are deferred; for "token", from the first token with a
+    lower one on. From 0 to 1."""
+    value: PositiveFloat | None = None
+    """For "token": worth of a right token, in units of ``prices``. It replaces the threshold: a token is deferred where
+    (1 - confidence) times this exceeds what the cloud costs for the prompt and ``answer_tokens``."""
+    answer_tokens: PositiveInt = 32
+    """For ``value``: expected number of tokens of an answer of the cloud."""
     signal: SignalName = "logprob"
     """Confidence of an answer, computed from its tokens, the end token included. "logprob": their geometric mean
     probability; "margin": the smallest difference of the two highest probabilities; "entropy": 1 minus the mean entropy
-    over its largest value; "first": the first token's probability; "learned": a logistic regression on all four
-    (``weights``)."""
+    over its largest value; "first": the first token's probability; "learned": a logistic regression on all of
+    them (``weights``). Of a model with a deferral head (``deferral_fraction`` of training): "agreement", the
+    probability that the attached model would generate the same tokens; "deferral", 1 minus the probability that the
+    attached model is right where the edge's answer is wrong."""
     tag: str | None = TAG
     """Answer by which an edge that was trained to do so asks to defer; None if there is none."""
     weights: Weights | None = None
@@ -232,6 +280,12 @@ class PolicyConfig:
     """Prices of the cloud."""
     curve: tuple[CurvePoint, ...] = ()
     """Result of every threshold, ascending, as measured by ``shadowtune calibrate``."""
+    examples: NonNegativeInt = 0
+    """Number of held-out requests of the curve."""
+    reliability: tuple[ReliabilityPoint, ...] = ()
+    """How often the confidence is right, measured on other requests than the curve."""
+    drift: DriftConfig = field(default_factory=DriftConfig)
+    """The drift alarm."""
 
     def __post_init__(self) -> None:
         """Check what the signal and the kind need."""
@@ -240,8 +294,18 @@ class PolicyConfig:
     def _conflicts(self) -> Iterator[str]:
         if self.signal == "learned" and self.weights is None:
             yield "signal learned needs its weights; take the policy.json of shadowtune calibrate"
+        if self.kind == "token" and self.signal not in TOKEN_SIGNALS:
+            yield f"kind token needs a signal of single tokens: {', '.join(TOKEN_SIGNALS)}; got {self.signal}"
+        if self.value is not None and self.kind != "token":
+            yield f"value={self.value:g} is for kind token; leave it out"
         if self.kind == "tag" and not self.tag:
             yield f"kind tag needs a tag, such as {TAG}"
+
+    @property
+    def reads_deferral_head(self) -> bool:
+        """Whether the confidence depends on the edge's deferral head."""
+        learned = self.signal == "learned" and self.weights is not None
+        return self.signal in HEAD_SIGNALS or (learned and any(vars(self.weights)[name] for name in HEAD_SIGNALS))
 
     def save(self, file: Path) -> None:
         """Write the policy as JSON."""

@@ -31,6 +31,8 @@ RENAMED = {
 }
 """Settings of release 0.1.0 -> their names now. Until 0.3.0 old ones are read, with a warning where a user writes one.
 """
+RENAMED_VALUES = {("drafter", "feedback"): "draft_head", ("validation", "held_back"): "hold_out"}
+"""Values of settings, by name and old value, likewise."""
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -103,7 +105,7 @@ def raise_errors(errors: Iterable[str]) -> None:
 
 
 def current_names(values: Any, warn: bool = True) -> Any:
-    """Replace the old names of ``RENAMED`` in a mapping, in nested ones and lists of them, and in dotted keys."""
+    """Replace old names and values in a mapping, in nested ones and lists of them, and in dotted keys."""
     if isinstance(values, list):
         return [current_names(value, warn) for value in values]
     if not isinstance(values, Mapping):
@@ -115,8 +117,18 @@ def current_names(values: Any, warn: bool = True) -> Any:
             if warn:
                 warnings.warn(f"the setting {name} is now called {RENAMED[name]}", FutureWarning, stacklevel=3)
             key = f"{above}{dot}{RENAMED[name]}"
-        renamed[key] = current_names(value, warn)
+        renamed[key] = current_value(name, current_names(value, warn), warn)
     return renamed
+
+
+def current_value(name: str, value: Any, warn: bool = True) -> Any:
+    """Replace an old value of the setting ``name``; return any other value as it is."""
+    if not isinstance(value, str) or (name, value) not in RENAMED_VALUES:
+        return value
+    current = RENAMED_VALUES[name, value]
+    if warn:
+        warnings.warn(f"{name} {value} is now called {current}", FutureWarning, stacklevel=4)
+    return current
 
 
 def nearest(word: Any, known: Iterable[str]) -> str:

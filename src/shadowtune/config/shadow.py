@@ -67,6 +67,7 @@ PEFT_COMPUTES: Mapping[str, Any] = MappingProxyType(
         "activation": "gelu",
         "inject_first": True,
         "injection_start": 0.0,
+        "injection_after": None,
         "logit_interpolation": None,
         "variant": "paper",
     }
@@ -92,7 +93,7 @@ class ShadowConfig:
     for every rank, width and depth (``core/stateless.py``). The attached model then needs the shadow's backbone only
     for ``logit_interpolation``, the shadow's loss terms and drafts, and does not run it otherwise. Of the settings of a
     boundary, "stateless" uses ``rank``, ``alpha``, ``dropout``, ``dropout_position``, ``depth_sharing``,
-    ``inject_first``, ``injection_start`` and ``channel_scaling``."""
+    ``inject_first``, ``injection_start``, ``injection_after`` and ``channel_scaling``."""
     rank: PositiveInt = 16
     """r, width of the injection's bottleneck (Eq. 3)."""
     update_width: PositiveInt = 8
@@ -150,6 +151,11 @@ class ShadowConfig:
     draft_rank: PositiveInt | None = None
     """Bottleneck width of a draft head, which drafts from s0 and from the attached model's hidden state one token
     earlier (speculative decoding). Its own loss trains it and changes neither network; None builds none."""
+    draft_layers: tuple[StrictInt, ...] | None = None
+    """Blocks of the base, from 1 to the last (-1), whose inputs the draft head reads as well, one token earlier: a low,
+    a middle and a high one, such as [4, 15, -1] of 30. None reads none, as draft heads of earlier releases do."""
+    draft_steps: PositiveInt = 3
+    """Proposals in a row, each from the one before, that the draft head's loss runs through, as in decoding."""
     update: StrictBool = True
     """False disables Eq. 5-7: every block gets the initial state s0 (the paper's ablation)."""
     depth_sharing: Literal["backbone", "full"] = "backbone"
@@ -169,6 +175,11 @@ class ShadowConfig:
     """Share of the base's blocks, from the first on, that get no injection and run as in the base. No gradient reaches
     them and training keeps none of their activations; in serving their keys and values are the same for every adapter.
     0 injects from the block on that ``inject_first`` names."""
+    injection_after: tuple[StrictInt, ...] | None = None
+    """Token ids that end the prompt which all adapters share, such as those that close the system message. A sequence
+    runs as in the bare base up to the first occurrence of these ids in a row, they included, and gets injections behind
+    it; without an occurrence it gets them from its first token on. The keys and values of the shared prompt are then
+    the base's in every block, and serving computes them once for all adapters. None injects into every token."""
     dropout_position: Literal["rank", "hidden"] = "rank"
     """Dropout after W_down, on r numbers (Eq. 3), or before it, on d numbers."""
     channel_scaling: StrictBool = False
@@ -195,6 +206,16 @@ class ShadowConfig:
             yield (
                 "backbone_loss own leaves the backbone nothing to learn from where shadow_loss_weight, "
                 "distillation_weight and matching_weight are 0; set one of them, or backbone_loss joint"
+            )
+        if self.injection_after is not None and (not self.injection_after or min(self.injection_after) < 0):
+            yield (
+                f"injection_after must be one or more token ids, got {list(self.injection_after)}; leave it out to "
+                "inject into every token"
+            )
+        if self.draft_layers is not None and self.draft_rank is None:
+            yield (
+                f"draft_layers {list(self.draft_layers)} is read by a draft head, but draft_rank builds none; set "
+                "draft_rank, such as 64, or leave draft_layers out"
             )
         if self.init_layers is None:
             return
@@ -306,7 +327,7 @@ def recommended_shadow(values: Mapping[str, Any], whole_base: bool = True) -> di
     return recipe
 
 
-DrafterName = Literal["shadow", "feedback", "ngram", "combined"]
+DrafterName = Literal["shadow", "draft_head", "ngram", "combined"]
 _DraftLength = Annotated[StrictInt, Ge(1), Lt(65)]
 
 
@@ -320,11 +341,15 @@ class SpeculationConfig:
     length: _DraftLength | None = None
     """Tokens drafted before each verification; None adapts the number, 0 included, to the acceptance so far."""
     drafter: DrafterName = "combined"
-    """Source of the drafts. "shadow": the detached shadow. "feedback": the draft head, if one was trained
+    """Source of the drafts. "shadow": the detached shadow. "draft_head": the draft head, if one was trained
     (``draft_rank``). "ngram": the tokens that followed the same n-gram earlier in the text. "combined": ngram where its
-    estimated acceptance is higher than that of feedback, or of the shadow without a draft head."""
+    estimated acceptance is higher than that of draft_head, or of the shadow without a draft head."""
     max_length: _DraftLength = 8
     """Most tokens drafted if the number is adapted."""
+    branches: Annotated[StrictInt, Ge(1), Lt(9)] = 1
+    """Tokens tried at each position. Beside the drafted token its next likely ones are verified in the same pass, as
+    leaves of a tree; 1 is a chain. ``generate`` needs attention that takes a tree as mask ("sdpa", "eager") and a cache
+    without windows or a fixed size, else it drafts a chain, as the server always does."""
     draft_vocabulary: StrictBool = True
     """Draft only tokens that are frequent in the training data, if the shadow was saved with a list of them."""
 

@@ -192,6 +192,11 @@ class TrainConfig:
     drafting_epochs: NonNegativeFloat = 0.0
     """Epochs of a last stage that trains the draft head (shadow.draft_rank) on the attached model's own answers to the
     training prompts, and nothing else. Below 1: one epoch, over that fraction of the prompts."""
+    deferral_fraction: Fraction = 0.0
+    """Fraction of the training examples that is set aside for a deferral head: no network learns them, and a last stage
+    fits on both networks' answers to them where the attached model would choose another token, and where it is right
+    and the detached one wrong. An answer is right if its text equals that of the example. The head is saved with the
+    model, and is a signal of the edge's policy. For the method shadow and causal_lm; 0 trains none."""
     fit_logit_interpolation: StrictBool | Literal["auto"] = False
     """Select ``shadow.logit_interpolation`` after training: of 0, 0.1, ..., 1 the weight with the lowest loss of the
     attached model on the validation examples. Needs ``data.validation``; "auto" does it where that is set."""
@@ -264,6 +269,11 @@ class TrainConfig:
         """Whether the last stage trains the draft head."""
         return self.method == "shadow" and self.drafting_epochs > 0
 
+    @property
+    def trains_deferral_head(self) -> bool:
+        """Whether the last stage fits the deferral head."""
+        return self.deferral_fraction > 0 and (self.method, self.stage, self.task) == ("shadow", "task", "causal_lm")
+
     def _conflicts(self) -> Iterator[str]:
         """Errors of settings that need a task or a precision."""
         if self.data.block_size is not None and self.task != "causal_lm":
@@ -313,6 +323,11 @@ class TrainConfig:
             yield (
                 "fit_logit_interpolation chooses shadow.logit_interpolation of a causal_lm on validation rows: set "
                 "data.validation and method=shadow, or leave it out"
+            )
+        if self.deferral_fraction and (self.task != "causal_lm" or self.data.block_size is not None):
+            yield (
+                f"deferral_fraction={self.deferral_fraction:g} needs prompts with answers: set task=causal_lm and "
+                "leave data.block_size out, or leave deferral_fraction out"
             )
         incomplete = self.task != "causal_lm" or not self.shadow_epochs > 0 or self.data.validation is None
         if self.method == "ensemble" and incomplete:

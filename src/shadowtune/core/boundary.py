@@ -21,6 +21,7 @@ the attached model's plus gamma times the shadow's.
 import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
@@ -66,6 +67,8 @@ class BoundaryModule(Protocol):
     config: ShadowConfig
     first: int
     """Index of the block that the first boundary precedes."""
+    recorded_blocks: tuple[int, ...]
+    """Blocks whose inputs the state of a call keeps, for a draft head."""
 
     def unstack(self) -> list[Any]:
         """Return the parameters of each boundary."""
@@ -86,8 +89,8 @@ class Boundaries(nn.Module):
         count: number of boundaries.
         hidden_size: d, the width of the base.
         config: the shadow's settings.
-        first: index of the block that the first boundary precedes; the others follow block by block. By default 1, or
-            0 with ``config.inject_first``.
+        first: index of the block that the first boundary precedes; the others follow block by block. 1 is the paper's;
+            ``config.first_boundary`` gives that of a base.
 
     With ``config.channel_scaling``, row i of a boundary's W_down is multiplied by ``channel_scales[boundary, i]``. The
     variant "stateless" always has these scales, and the typical size of each block's input in ``input_sizes``.
@@ -96,12 +99,15 @@ class Boundaries(nn.Module):
     bfloat16 base with float32 boundaries computes the boundaries in float32. Under autocast torch chooses the dtype.
     """
 
-    def __init__(self, count: int, hidden_size: int, config: ShadowConfig, first: int | None = None) -> None:
+    def __init__(self, count: int, hidden_size: int, config: ShadowConfig, first: int = 1) -> None:
         super().__init__()
         self.config = config
         self.count = count
-        self.first = (0 if config.inject_first else 1) if first is None else first
+        self.first = first
+        self.recorded_blocks: tuple[int, ...] = ()
         self.kernel: Kernel = "auto"
+        self.dropout = nn.Dropout(config.dropout)
+        """Holds the probability; never called. By its ``p`` trainers switch dropout off, as in any other module."""
         d, r, k = hidden_size, config.rank, config.update_width
         shared = config.depth_sharing == "full"
         injections = min(count, 1) if shared else count
@@ -175,11 +181,14 @@ class Boundaries(nn.Module):
         shadow_states: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the boundary with these parameters, an entry of ``unstack``; arguments and result as in ``forward``."""
+        config, p = self.config, self.dropout.p
+        if p != config.dropout:
+            config = replace(config, dropout=p)
         if isinstance(parameters, StatelessParameters):
-            injected = apply_stateless_boundary(hidden_states, parameters, self.config, self.kernel, self.training)
+            injected = apply_stateless_boundary(hidden_states, parameters, config, self.kernel, self.training)
             return injected, shadow_states
         assert shadow_states is not None
-        return apply_boundary(hidden_states, shadow_states, parameters, self.config, self.kernel, self.training)
+        return apply_boundary(hidden_states, shadow_states, parameters, config, self.kernel, self.training)
 
     @property
     def reads_states(self) -> bool:
@@ -386,13 +395,31 @@ class ShadowState:
         cache: the caller's key-value cache of both networks, which the output of the call gets back.
     """
 
-    __slots__ = ("attached_initial", "boundaries", "cache", "depth", "finalized", "initial", "parameters", "value")
+    __slots__ = (
+        "attached_initial",
+        "boundaries",
+        "cache",
+        "depth",
+        "finalized",
+        "initial",
+        "injected",
+        "lower",
+        "parameters",
+        "recorded",
+        "value",
+    )
 
     def __init__(self, boundaries: BoundaryModule, initial: Tensor | None, cache: Any = None) -> None:
         self.boundaries = boundaries
         self.parameters = boundaries.unstack()
         self.initial = initial
         self.cache = cache
+        self.injected: Tensor | None = None
+        """Which tokens get injections, (B, T, 1) bool; the others run as in the base. None injects into all."""
+        self.lower: Tensor | None = None
+        """Output (B, T, d) of the blocks below the first boundary, the same for every adapter."""
+        self.recorded: dict[int, Tensor] = {}
+        """Inputs (B, T, d) of the blocks of ``recorded_blocks``, without gradients."""
         joint = initial is None or boundaries.config.backbone_loss == "joint"
         self.attached_initial = initial if joint else cast(Tensor, initial).detach()
         """s0 as the attached model uses it: without a gradient where ``backbone_loss`` is "own"."""
@@ -417,10 +444,14 @@ class ShadowState:
                 "to recompute them in the backward pass use model.activation_checkpointing_enable()"
             )
         self.depth = depth
-        if depth < self.boundaries.first:
-            return hidden_states
-        parameters = self.parameters[depth - self.boundaries.first]
-        hidden_states, self.value = self.boundaries.apply_boundary(parameters, hidden_states, self.value)
+        if depth == self.boundaries.first:
+            self.lower = hidden_states
+        if depth >= self.boundaries.first:
+            parameters = self.parameters[depth - self.boundaries.first]
+            corrected, self.value = self.boundaries.apply_boundary(parameters, hidden_states, self.value)
+            hidden_states = self._select(corrected, hidden_states)
+        if depth in self.boundaries.recorded_blocks:
+            self.recorded[depth] = hidden_states.detach()
         return hidden_states
 
     def finalize(self, blocks: int, hidden_states: Tensor) -> Tensor:
@@ -439,4 +470,7 @@ class ShadowState:
                 "down to its blocks, or skips some of them (layer dropout)"
             )
         self.finalized = True
-        return self.boundaries.final_states(hidden_states, self.attached_initial)
+        return self._select(self.boundaries.final_states(hidden_states, self.attached_initial), hidden_states)
+
+    def _select(self, corrected: Tensor, hidden_states: Tensor) -> Tensor:
+        return corrected if self.injected is None else torch.where(self.injected, corrected, hidden_states)

@@ -1,12 +1,18 @@
-r"""The draft head: improves the shadow's drafts in speculative decoding by the attached model's last hidden state.
+r"""The draft head: improves the shadow's drafts in speculative decoding by the attached model's own hidden states.
 
-At token t the attached model's hidden state of the token before is known from the last pass:
+At token t the attached model's hidden states of the token before are known from the last pass: h, the input of the
+head, and x^1 .. x^m, the inputs of m chosen blocks of the base (``ShadowConfig.draft_layers``):
 
-    z_t = s0_t + U silu(D [s0_t; h_(t-1)])            D: 2d -> r, U: r -> d, starting at 0
+    z_t = s0_t + U silu(D [s0_t; h_(t-1)] + E [norm(x^1_(t-1)); ...; norm(x^m_(t-1))])
 
-head(z_t) proposes token t + 1. After the first proposal of a draft h is not known, and z of the token before replaces
-it. Trained beside the task, from states of both networks that get no gradient of it.
+D: 2d -> r, E: m d -> r, U: r -> d starting at 0, norm(x) = x / rms(x). head(z_t) proposes token t + 1. After the first
+proposal of a draft these states are not known: z of the token before replaces h, and the term of E is left out. The
+loss runs through as many proposals in a row (``draft_steps``), each from its predecessor, as in decoding (training-time
+test of EAGLE-3, https://arxiv.org/abs/2503.01840). It is trained beside the task, from states of both networks that get
+no gradient of it. Without ``draft_layers`` there is no E, as in earlier releases.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,58 +20,103 @@ from torch import Tensor, nn
 
 from shadowtune.core.kernels.linear_cross_entropy import Head
 from shadowtune.core.losses import linear_cross_entropy, normalize, shift_and_select
+from shadowtune.errors import ConfigError
 
 
 class DraftHead(nn.Module):
-    """Combines s0 with the hidden state of the token before.
+    """Combines s0 with hidden states of the token before.
 
     Args:
         width: d.
         rank: r.
+        layers: m.
     """
 
-    def __init__(self, width: int, rank: int) -> None:
+    def __init__(self, width: int, rank: int, layers: int = 0) -> None:
         super().__init__()
         self.down = nn.Linear(2 * width, rank, bias=False)
+        self.layers_down = nn.Linear(layers * width, rank, bias=False) if layers else None
         self.up = nn.Linear(rank, width, bias=False)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, initial_states: Tensor, previous_states: Tensor) -> Tensor:
-        """Return z (..., d), the input of the head, from s0 (..., d) and h or z (..., d) of the token before."""
+        """Return z, the input of the head.
+
+        Args:
+            initial_states: s0 (..., d).
+            previous_states: of the token before: ``draft_features`` (..., (1 + m) d), or z (..., d) within a draft.
+        """
         s = initial_states.to(self.down.weight.dtype)
-        both = torch.cat([s, previous_states.to(s.dtype)], -1)
-        correction: Tensor = self.up(F.silu(self.down(both)))
+        width = s.shape[-1]
+        previous = previous_states.to(s.dtype)
+        inner = self.down(torch.cat([s, previous[..., :width]], -1))
+        if self.layers_down is not None and previous.shape[-1] > width:
+            layers = previous[..., width:].unflatten(-1, (-1, width))
+            inner = inner + self.layers_down(F.rms_norm(layers, (width,), eps=1e-6).flatten(-2))
+        correction: Tensor = self.up(F.silu(inner))
         return s + correction
+
+
+def draft_features(hidden_states: Tensor, layers: Sequence[Tensor]) -> Tensor:
+    """Return [h; x^1; ...; x^m] (..., (1 + m) d) in the dtype of h, from h and each x (..., d)."""
+    return torch.cat([hidden_states, *(states.to(hidden_states.dtype) for states in layers)], -1)
+
+
+def resolve_layers(layers: Sequence[int] | None, blocks: int) -> tuple[int, ...]:
+    """Return the indices of the blocks that ``draft_layers`` names, from 0.
+
+    Raises:
+        ConfigError: if one is not a block behind the first, or is named twice.
+    """
+    resolved = tuple(layer + blocks if layer < 0 else layer for layer in layers or ())
+    if len(set(resolved)) < len(resolved) or any(not 0 < layer < blocks for layer in resolved):
+        raise ConfigError(
+            f"draft_layers {list(layers or ())} must be different blocks of the base from 1 to {blocks - 1} (or -1 for "
+            f"the last), such as {[max(1, blocks // 8), blocks // 2, blocks - 1]}"
+        )
+    return resolved
+
+
+def unrolled_proposals(draft_head: DraftHead, features: Tensor, initial_states: Tensor, steps: int) -> list[Tensor]:
+    """Return z (B, T, d) of the first, the second, ... draft in a row of each token; arguments as in ``draft_loss``."""
+    previous, proposals = features, list[Tensor]()
+    for _ in range(steps):
+        previous = draft_head(initial_states, _one_later(previous))
+        proposals.append(previous)
+    return proposals
 
 
 def draft_loss(
     head: Head,
     draft_head: DraftHead,
-    hidden_states: Tensor,
+    features: Tensor,
     initial_states: Tensor,
     labels: Tensor,
+    steps: int,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """Return the mean cross-entropy of first and second proposals at labelled positions; trains the draft head alone.
+    """Return the mean cross-entropy of the first ``steps`` proposals of drafts; trains the draft head alone.
 
     Args:
         head: the base's.
         draft_head: the module.
-        hidden_states: h, (B, T, d), the attached model's last hidden states.
+        features: ``draft_features`` (B, T, (1 + m) d) of the attached model.
         initial_states: s0, (B, T, d).
         labels: (B, T), unshifted.
+        steps: proposals in a row.
         num_items_in_batch: labelled tokens of the whole optimizer step; by default those of this call.
     """
-    h, s = hidden_states.detach(), initial_states.detach()
-    first = draft_head(s, _one_later(h))
-    second = draft_head(s, _one_later(first.detach()))
-    targets, first, second = shift_and_select(labels, first, second)
-    sums = linear_cross_entropy(head, first.to(h.dtype), second.to(h.dtype), targets)
-    assert sums.shadow is not None
+    proposals = unrolled_proposals(draft_head, features.detach(), initial_states.detach(), steps)
+    targets, *vectors = shift_and_select(labels, *proposals)
+    total = features.new_zeros((), dtype=torch.float32)
+    for first in range(0, steps, 2):
+        pair = [vector.to(features.dtype) for vector in vectors[first : first + 2]]
+        sums = linear_cross_entropy(head, pair[0], pair[1] if len(pair) == 2 else None, targets)
+        total = total + sums.base + (0 if sums.shadow is None else sums.shadow)
     count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    return normalize((sums.base + sums.shadow) / 2, count)
+    return normalize(total / steps, count)
 
 
 def _one_later(states: Tensor) -> Tensor:
-    """Shift (B, T, d) states to the next position; zeros come before the first."""
+    """Shift (B, T, n) states to the next position; zeros come before the first."""
     return F.pad(states[:, :-1], (0, 0, 1, 0))

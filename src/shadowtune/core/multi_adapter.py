@@ -77,6 +77,7 @@ class AdapterStack:
     def __init__(self, members: Sequence[Boundaries]) -> None:
         assert len({batching_key(member) for member in members}) == 1
         self.config, self.first = members[0].config, members[0].first
+        self.recorded_blocks = tuple(sorted({block for member in members for block in member.recorded_blocks}))
         like = members[0].injection_downs
         self.injection_columns = _own_columns([member.config.rank for member in members], like)
         gammas = [member.config.logit_interpolation for member in members]
@@ -125,7 +126,7 @@ class BatchedBoundaries:
     """
 
     def __init__(self, stack: AdapterStack, owners: Tensor) -> None:
-        self.config, self.first = stack.config, stack.first
+        self.config, self.first, self.recorded_blocks = stack.config, stack.first, stack.recorded_blocks
         self._parameters, self._owners = stack.parameters, owners
         self._injection_columns = stack.injection_columns[owners]
         self._update_columns = None if stack.update_columns is None else stack.update_columns[owners]

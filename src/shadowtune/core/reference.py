@@ -84,13 +84,19 @@ def stack(
     initial: Tensor,
     p: Mapping[str, Tensor],
     config: ShadowConfig,
+    shared: Sequence[int] | None = None,
 ) -> Tensor:
-    """The whole attached stack: embeddings and s0 in, output of the last block out."""
+    """The whole attached stack: embeddings and s0 in, output of the last block out.
+
+    ``shared`` is the number of each sequence's leading tokens without injections (``shared_prompt.py``).
+    """
     h, s = embedded, initial
     first = config.first_boundary(len(blocks))
     for depth, block in enumerate(blocks):
         if depth >= first:
-            h, s = boundary(depth - first, h, s, p, config)
+            corrected, s = boundary(depth - first, h, s, p, config)
+            lengths = [0] * len(h) if shared is None else shared
+            h = torch.stack([torch.cat([h[row, :n], corrected[row, n:]]) for row, n in enumerate(lengths)])
         h = block(h)
     return h
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from shadowtune.config.data import HOLD_OUT, DataConfig
-from shadowtune.config.settings import nearest
+from shadowtune.config.settings import current_value, nearest
 from shadowtune.data.blocks import BlockReport, encode_blocks
 from shadowtune.data.encoding import EncodedPrompt, EncodingReport, encode_classification, encode_prompts, encode_rows
 from shadowtune.data.examples import FieldNames
@@ -143,7 +143,7 @@ class Dataset:
 
         Args:
             split: of the data set, or part of the task.
-            source: another data set, or "held_back"; for a task, another directory of data sets.
+            source: another data set, or "hold_out"; for a task, another directory of data sets.
             limit: maximum number of rows: of a task a random sample, otherwise the first.
 
         Raises:
@@ -151,7 +151,7 @@ class Dataset:
         """
         if self.task is not None:
             return self.task.rows(split, source or self.settings.directory, limit)
-        if source == HOLD_OUT:
+        if current_value("validation", source) == HOLD_OUT:
             if self.settings.hold_out_share is None:
                 raise DataError(
                     f"training held out no row of {self.settings.source} (data.validation is "

@@ -311,7 +311,7 @@ def _engine_logits(model: Any, tokenizer: Any, prompt: list[int]) -> np.ndarray:
         states = runner.run([decoded], [part])
         decoded.cached += len(part)
     adapter.close()
-    values: np.ndarray = runner.head(states[0, -1]).float().cpu().numpy()
+    values: np.ndarray = runner.head(states.last[0, -1]).float().cpu().numpy()
     return values
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a run with EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness)."""
+"""Evaluation of a trained model with EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness)."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from shadowtune.errors import ConfigError, DataError, ShadowtuneError
-from shadowtune.evaluation.run import FinishedRun
+from shadowtune.evaluation.trained_model import TrainedModel
+from shadowtune.export.loading import LoadedModel
+from shadowtune.model.ensemble import LogitEnsemble
 
 
 def evaluate_with_harness(
-    finished: FinishedRun,
+    source: TrainedModel,
     mode: str,
     tasks: Sequence[str],
     limit: int | None = None,
@@ -18,10 +20,10 @@ def evaluate_with_harness(
     num_fewshot: int | None = None,
     include_path: str | Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Evaluate one mode of a run on tasks of the harness.
+    """Evaluate one mode of a model on tasks of the harness.
 
     Args:
-        finished: a run of a causal language model.
+        source: a causal language model.
         mode: one of its modes.
         tasks: names of tasks or groups of the harness; patterns such as "mmlu_*" are names too.
         limit: number of examples of each task, the first ones.
@@ -35,7 +37,7 @@ def evaluate_with_harness(
 
     Raises:
         ShadowtuneError: if the harness is not installed.
-        ConfigError: if the run predicts classes.
+        ConfigError: if it predicts classes, has no such mode, or is no model of torch.
         DataError: if it has no such task, or the task's data cannot be loaded.
     """
     try:
@@ -43,18 +45,21 @@ def evaluate_with_harness(
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         raise ShadowtuneError("the lm-evaluation-harness is not installed: pip install 'shadowtune[harness]'") from None
-    if finished.config.task == "classification":
-        raise ConfigError(f"{finished.path} is a classification run; the harness needs a language model")
+    name, kind = source.source.name, source.source.kind
+    if source.source.task == "classification":
+        raise ConfigError(f"{name} is {kind}; the harness needs a language model")
+    if isinstance(source.model, LoadedModel | LogitEnsemble):
+        raise ConfigError(f"{name} is {kind}, and the harness runs models of torch; evaluate what it was made of")
     manager = _task_manager(None if include_path is None else str(include_path))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise DataError(
             f"the harness has no task {', '.join(unknown)}; lm_eval ls tasks lists them, --include-path adds your own"
         )
-    with finished.mode(mode) as model:
+    with source.mode(mode) as model:
         try:
             found = simple_evaluate(
-                model=HFLM(pretrained=model.eval(), tokenizer=finished.tokenizer, batch_size=batch_size),
+                model=HFLM(pretrained=model.eval(), tokenizer=source.tokenizer, batch_size=batch_size),
                 tasks=manager.match_tasks(list(tasks)),
                 limit=limit,
                 num_fewshot=num_fewshot,

@@ -8,13 +8,15 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from shadowtune.core.deferral_head import DeferralHead
 from shadowtune.data.chat_template import restore_chat_template
 from shadowtune.data.generation import end_tokens, ends_of_config
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError
 from shadowtune.export import gguf_file, onnx_file
 from shadowtune.export.exporting import FORMATS, read_tokenizer
-from shadowtune.export.runtimes import Runtime, TorchModel
+from shadowtune.export.runtimes import GgufModel, Runtime, Stepwise, TorchModel
+from shadowtune.model.deferral_files import read_deferral_head
 from shadowtune.model.files import reading
 
 POSITIONS = 2048
@@ -37,6 +39,16 @@ class LoadedModel:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Its penalties are the defaults of requests."""
 
+    @property
+    def deferral_head(self) -> DeferralHead | None:
+        """The deferral head of the runtime; None without one."""
+        return self.runtime.deferral_head if isinstance(self.runtime, Stepwise | GgufModel) else None
+
+    def set_deferral_head(self, head: DeferralHead | None) -> None:
+        """Evaluate a head at each token, or none."""
+        assert isinstance(self.runtime, Stepwise | GgufModel)
+        self.runtime.deferral_head = head
+
 
 def load_model(path: Path, max_length: int | None = None) -> LoadedModel:
     """Load a GGUF file, or a directory with ONNX or safetensors.
@@ -49,8 +61,14 @@ def load_model(path: Path, max_length: int | None = None) -> LoadedModel:
         CheckpointError: if it is none of these, or damaged.
         DataError: if its prompt format is damaged.
     """
-    if path.is_file():
-        return _load_gguf(path, max_length)
+    loaded = _load_gguf(path, max_length) if path.is_file() else _load_directory(path, max_length)
+    saved = read_deferral_head(path)
+    if saved is not None:
+        loaded.set_deferral_head(saved.head)
+    return loaded
+
+
+def _load_directory(path: Path, max_length: int | None) -> LoadedModel:
     if not (path / "config.json").is_file():
         hint = "; it is a run: shadowtune detach it first" if (path / "config.yaml").is_file() else ""
         raise CheckpointError(f"{path} holds no detached model (a directory with config.json, or a GGUF file){hint}")
@@ -69,12 +87,16 @@ def load_model(path: Path, max_length: int | None = None) -> LoadedModel:
     return LoadedModel(runtime, tokenizer, form, ends, length, config.vocab_size, generation)
 
 
-def wrap_model(model: Any, tokenizer: Tokenizer, prompt_format: PromptFormat) -> LoadedModel:
+def wrap_model(
+    model: Any, tokenizer: Tokenizer, prompt_format: PromptFormat, deferral_head: DeferralHead | None = None
+) -> LoadedModel:
     """Return a model that is in memory already, plain or attached in its current mode, as a ``LoadedModel``."""
     positions = _positions(model.config.get_text_config(decoder=True))
     ends = frozenset(end_tokens(model, tokenizer, prompt_format.ends))
     size, generation = model.config.vocab_size, model.generation_config
-    return LoadedModel(TorchModel(model), tokenizer, prompt_format, ends, positions, size, generation)
+    runtime = TorchModel(model)
+    runtime.deferral_head = deferral_head
+    return LoadedModel(runtime, tokenizer, prompt_format, ends, positions, size, generation)
 
 
 def _positions(config: PreTrainedConfig) -> int:

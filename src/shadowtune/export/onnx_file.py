@@ -25,6 +25,8 @@ FILE, GENAI_CONFIG = "model.onnx", "genai_config.json"
 FIRST_LOGITS = 2
 """Value in ``attention_mask``, besides 0 and 1, that marks the first new position to get logits; without it, all new
 positions do. Another input would be unknown to other programs, and onnxruntime warns of optional ones."""
+LAST_STATE, DEFERRAL_OUTPUT = "last_hidden_state", "deferral_logits"
+"""The value in the graph that the head reads, and the output that ``export.deferral`` adds."""
 BLOCK = 32
 """Numbers of a row that share one scale, in 8 and 4 bits."""
 
@@ -103,6 +105,7 @@ class _Writer:
             state = self._block(state, index, model.get_submodule(f"model.layers.{index}"))
         kept = graph.node("Slice", state, self.first_kept, graph.constant([_MAX_INT]), graph.constant([1]))
         kept = self._norm(kept, "model.norm")
+        graph.rename(kept, LAST_STATE)
         if self.config.tie_word_embeddings:
             logits = graph.linear(kept, "model.embed_tokens", table)
         else:

@@ -8,15 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shadowtune.compatibility import CACHE, cache_of
+from shadowtune.core.deferral_head import DeferralHead
 from shadowtune.errors import CheckpointError, ShadowtuneError
-from shadowtune.export.onnx_file import FILE, FIRST_LOGITS
+from shadowtune.export.onnx_file import DEFERRAL_OUTPUT, FILE, FIRST_LOGITS
 
 FORCED = 1e6
 """Bias that makes a token the likeliest whatever the logits are."""
@@ -39,35 +40,47 @@ class Runtime(ABC):
         """Return the likeliest tokens after ``input_ids``, one after the other, until one of ``ends`` (left out)."""
 
 
+class TokenLogits(NamedTuple):
+    """Output of a step at its last position."""
+
+    logits: np.ndarray
+    """(V,), float32."""
+    deferral: tuple[float, float] | None
+    """The deferral head's two log-odds, of the token that is chosen here; None without a head."""
+
+
 class Stepwise(Runtime):
     """A runtime that reads a few tokens at a time and keeps a key-value cache."""
 
+    deferral_head: DeferralHead | None = None
+    """Evaluated in each step of ``steps``."""
+
     @abstractmethod
-    def _step(self, input_ids: list[int], cache: Any) -> tuple[np.ndarray, Any]:
-        """Read tokens after those in ``cache`` (None at the start); return the last logits and the longer cache."""
+    def _step(self, input_ids: list[int], cache: Any) -> tuple[TokenLogits, Any]:
+        """Read tokens after those in ``cache`` (None at the start); return the last output and the longer cache."""
 
     def logits(self, input_ids: list[int]) -> np.ndarray:
         """Return the logits (V,) as the model computes them."""
-        return self._step(input_ids, None)[0]
+        return self._step(input_ids, None)[0].logits
 
-    def steps(self, input_ids: list[int]) -> Generator[np.ndarray, int, None]:
-        """Yield the logits (V,) of the token after ``input_ids``; for each token sent, those of the next one."""
+    def steps(self, input_ids: list[int]) -> Generator[TokenLogits, int, None]:
+        """Yield the output for the token after ``input_ids``; for each token sent, that for the next one."""
         start = time.perf_counter()
-        logits, cache = self._step(input_ids, None)
+        output, cache = self._step(input_ids, None)
         self.prompt_seconds = time.perf_counter() - start
         while True:
-            token = yield logits
-            logits, cache = self._step([token], cache)
+            token = yield output
+            output, cache = self._step([token], cache)
 
     def generate(self, input_ids: list[int], max_new_tokens: int, ends: Collection[int] = ()) -> list[int]:
         """Return the likeliest tokens, each the largest of its logits."""
         steps = self.steps(input_ids)
-        logits = next(steps)
+        logits = next(steps).logits
         fresh: list[int] = []
         while len(fresh) < max_new_tokens and (token := int(logits.argmax())) not in ends:
             fresh.append(token)
             if len(fresh) < max_new_tokens:
-                logits = steps.send(token)
+                logits = steps.send(token).logits
         return fresh
 
 
@@ -84,10 +97,15 @@ class TorchModel(Stepwise):
         self.model = loaded.eval()
 
     @torch.inference_mode()
-    def _step(self, input_ids: list[int], cache: Any) -> tuple[np.ndarray, Any]:
-        ids = torch.tensor([input_ids], device=self.model.device)
-        output = self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})
-        return output.logits[0, -1].float().cpu().numpy(), cache_of(output)
+    def _step(self, input_ids: list[int], cache: Any) -> tuple[TokenLogits, Any]:
+        ids, head = torch.tensor([input_ids], device=self.model.device), self.deferral_head
+        states = {} if head is None else {"output_hidden_states": True}
+        output = self.model(ids, use_cache=True, logits_to_keep=1, **states, **{CACHE: cache})
+        deferral = None
+        if head is not None:
+            first, second = head.logits(output.hidden_states[-1][0, -1]).tolist()
+            deferral = (first, second)
+        return TokenLogits(output.logits[0, -1].float().cpu().numpy(), deferral), cache_of(output)
 
 
 class OnnxModel(Stepwise):
@@ -106,9 +124,10 @@ class OnnxModel(Stepwise):
         except (refusals.Fail, refusals.InvalidProtobuf, refusals.InvalidGraph, refusals.NoSuchFile) as error:
             raise CheckpointError(f"onnxruntime cannot read {file}: {str(error).splitlines()[0]}") from None
         self.config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        self._deferral = any(entry.name == DEFERRAL_OUTPUT for entry in self.session.get_outputs())
         self._past = [entry for entry in self.session.get_inputs() if entry.name.startswith("past_key_values.")]
 
-    def _step(self, input_ids: list[int], cache: Any) -> tuple[np.ndarray, Any]:
+    def _step(self, input_ids: list[int], cache: Any) -> tuple[TokenLogits, Any]:
         if cache is None:
             cache = [np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32) for entry in self._past]
         past = cache[0].shape[2]
@@ -121,7 +140,11 @@ class OnnxModel(Stepwise):
             **{entry.name: array for entry, array in zip(self._past, cache, strict=True)},
         }
         logits, *cache = self.session.run(None, feed)
-        return logits[0, -1], cache
+        deferral = None
+        if self._deferral:  # the last output
+            first, second = cache.pop()[0, -1].tolist()
+            deferral = (first, second)
+        return TokenLogits(logits[0, -1], deferral), cache
 
 
 @dataclass(frozen=True)
@@ -142,21 +165,48 @@ class StreamedToken:
 class GgufModel(Runtime):
     """A GGUF file in llama.cpp, on the processor, by the package ``xllamacpp``."""
 
+    deferral_head: DeferralHead | None = None
+    """For ``deferral_logits``."""
+
     def __init__(self, file: str | Path, context: int = 2048, threads: int = 0) -> None:
         """Load the file for sequences of up to ``context`` tokens; ``threads`` 0 leaves their number to llama.cpp."""
+        self._file, self._context, self._threads = file, context, threads
+        self.server = self._start()
+        self._embedder: Any = None
+        self._complete([0], 1)  # starts its thread; a server that is destroyed before that hangs
+
+    def _start(self, embeds: bool = False) -> Any:
+        """Start a server that listens on this machine alone, for completions or for the states of all tokens."""
         import xllamacpp
 
         settings = xllamacpp.CommonParams()
-        settings.model.path = str(file)
-        settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = context, 1, 0
+        settings.model.path = str(self._file)
+        settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = self._context, 1, 0
         settings.warmup, settings.verbosity, settings.fit_params = False, 0, False
-        if threads:
-            settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        if self._threads:
+            settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = self._threads
+        if embeds:
+            settings.embedding, settings.embd_normalize = True, -1
+            settings.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+            settings.n_batch = settings.n_ubatch = self._context
         try:
-            self.server = xllamacpp.Server(settings)  # listens on this machine alone
+            return xllamacpp.Server(settings)
         except RuntimeError as error:
-            raise CheckpointError(f"llama.cpp cannot read {file}: {error}") from None
-        self._complete([0], 1)  # starts its thread; a server that is destroyed before that hangs
+            raise CheckpointError(f"llama.cpp cannot read {self._file}: {error}") from None
+
+    def deferral_logits(self, prompt: list[int], answer: list[int]) -> list[tuple[float, float]]:
+        """Return the deferral head's two log-odds for each token of an answer.
+
+        llama.cpp gives either tokens or states, so this is a pass over both texts by a second instance of the model,
+        which is loaded at the first call; its weights are the same pages of memory.
+        """
+        assert self.deferral_head is not None
+        if self._embedder is None:
+            self._embedder = self._start(embeds=True)
+        body = {"content": prompt + answer[:-1], "embd_normalize": -1}
+        with self._open("/embedding", body, self._embedder) as response:
+            states = torch.tensor(json.load(response)[0]["embedding"])
+        return [(first, second) for first, second in self.deferral_head.logits(states[len(prompt) - 1 :]).tolist()]
 
     def tokenize(self, text: str) -> list[int]:
         """Return llama.cpp's own token ids of a text, special tokens in it included."""
@@ -220,9 +270,9 @@ class GgufModel(Runtime):
             answer: dict[str, Any] = json.load(response)
         return answer
 
-    def _open(self, path: str, body: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.server.listening_address + path, json.dumps(body).encode(), headers)
+    def _open(self, path: str, body: dict[str, Any], server: Any = None) -> Any:
+        headers, address = {"Content-Type": "application/json"}, (server or self.server).listening_address
+        request = urllib.request.Request(address + path, json.dumps(body).encode(), headers)
         try:
             return urllib.request.urlopen(request, timeout=TOKEN_TIMEOUT)
         except urllib.error.HTTPError as error:

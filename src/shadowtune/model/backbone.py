@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shadowtune.attach.architectures import ARCHITECTURES, architecture_of
+from shadowtune.attach.sharding import whole_state, without_partitioning
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.kernels.linear_cross_entropy import LogitsTransform
 from shadowtune.errors import ConfigError
@@ -134,7 +135,9 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the network of a backbone's config, randomly initialized, without token embeddings."""
     small = copy.deepcopy(config)
     small.vocab_size, small.pad_token_id = 1, None  # embedding and head are discarded: do not initialize them
-    backbone = architecture_of(config).decoder_of(AutoModelForCausalLM.from_config(small, trust_remote_code=False))
+    with without_partitioning():
+        model = AutoModelForCausalLM.from_config(small, trust_remote_code=False)
+    backbone = architecture_of(config).decoder_of(model)
     backbone.set_input_embeddings(cast(nn.Module, None))  # never called: inputs_embeds are passed
     backbone.config.vocab_size, backbone.config.pad_token_id = config.vocab_size, config.pad_token_id
     return backbone
@@ -148,7 +151,7 @@ def copy_position_embeddings(backbone: PreTrainedModel, base: PreTrainedModel) -
         return
     source = architecture.decoder_of(base).get_submodule(architecture.position_embeddings)
     target = backbone.get_submodule(architecture.position_embeddings)
-    target.load_state_dict(source.state_dict())
+    target.load_state_dict(whole_state(source))
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,8 @@ def load_pretrained_backbone(path_or_id: str, vocab_size: int, **kwargs: Any) ->
         ConfigError: if it cannot be loaded, or its vocabulary has another size than the base's.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path_or_id, **{"trust_remote_code": False, **kwargs})
+        with without_partitioning():
+            model = AutoModelForCausalLM.from_pretrained(path_or_id, **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the backbone {path_or_id}: {str(error).splitlines()[0]}") from None
     embedding = cast(nn.Embedding, model.get_input_embeddings())

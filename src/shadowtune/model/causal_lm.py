@@ -15,7 +15,8 @@ from transformers.utils import can_return_tuple
 
 from shadowtune.compatibility import CACHE, cache_of, pop_cache, set_cache, takes_cache
 from shadowtune.config.shadow import SpeculationConfig
-from shadowtune.core.draft_head import draft_loss
+from shadowtune.core.boundary import ShadowState
+from shadowtune.core.draft_head import draft_features, draft_loss
 from shadowtune.core.kernels.linear_cross_entropy import Head, LogitsTransform
 from shadowtune.core.losses import (
     IGNORE_INDEX,
@@ -25,13 +26,14 @@ from shadowtune.core.losses import (
     detached_causal_loss,
     joint_causal_loss,
 )
+from shadowtune.core.shared_prompt import shared_prompt_lengths
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
 from shadowtune.model.gathering import gathered, has_whole_weight, is_sharded_linear
 from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
 from shadowtune.model.speculation.decoding import Speculator
-from shadowtune.model.trainer_losses import add_shadow_loss_hooks, check_labels, check_schedule, guard_logits
+from shadowtune.model.trainer_losses import add_shadow_loss_hooks, check_labels, check_schedule, guard_output
 
 
 @dataclass
@@ -52,7 +54,9 @@ class ShadowCausalLMOutput(CausalLMOutputWithPast):
     draft_loss: Tensor | None = None
     """CE of the draft head's proposals."""
     last_hidden_state: Tensor | None = None
-    """h (B, T, d), the input of the head; without labels, if the shadow has a draft head, which needs it."""
+    """h (B, T, d), the input of the head; without labels, if the shadow has a draft head."""
+    draft_features: Tensor | None = None
+    """(B, T, (1 + m) d), what a draft head reads of the attached model: h and the inputs of ``draft_layers``."""
 
 
 class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
@@ -98,6 +102,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         teacher_log_probabilities: Tensor | None = None,
         shadow_states: Tensor | None = None,
         run_shadow: bool = False,
+        injection_from: Tensor | None = None,
         **kwargs: Any,
     ) -> ShadowCausalLMOutput | CausalLMOutputWithPast:
         """Compute logits, and with labels the joint loss (Eq. 8-9).
@@ -111,7 +116,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             shadow_loss_weight: lambda of this call; None takes the config's.
             teacher_tokens, teacher_log_probabilities: (B, T, k), the base's ``core.losses.TopTokens`` if known. In
                 training in mode "detached" they replace its forward pass, unless ``matching_weight`` needs its states.
-            shadow_states, run_shadow: as in ``encode``.
+            shadow_states, run_shadow, injection_from: as in ``encode``.
             **kwargs: further keywords of the base's decoder.
 
         Returns:
@@ -139,6 +144,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache if labels is None else False,
             shadow_states=shadow_states,
+            injection_from=injection_from,
             run_shadow=run_shadow or (labels is not None and self.needs_shadow(weights)),
         )
         hidden_states = cast(Tensor, output.last_hidden_state)
@@ -147,19 +153,17 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             teacher = self._teacher(weights, teacher_tokens, teacher_log_probabilities, inputs)
             module = self.base.get_output_embeddings()
             with gathered(module, hidden_states) if is_sharded_linear(module) else nullcontext():
-                joint = self._loss(
-                    hidden_states, state.initial, teacher, labels, shift_labels, weights, num_items_in_batch
-                )
+                joint = self._loss(hidden_states, state, teacher, labels, shift_labels, weights, num_items_in_batch)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = None if labels is not None and self.training else self.logits_of(hidden_states[:, kept])
         if labels is None and logits is not None and self.training and self.mode == "attached":
-            guard_logits(logits, weights)
-        return self._output(output, logits, joint)
+            guard_output(logits, weights)
+        return self._output(output, logits, joint, state)
 
     def _loss(
         self,
         h: Tensor,
-        s: Tensor | None,
+        state: ShadowState,
         teacher: Tensor | TopTokens | None,
         labels: Tensor,
         shift_labels: Tensor | None,
@@ -167,8 +171,10 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None,
     ) -> JointLoss:
         """Loss of the current mode; when attached and training, that of the draft head is added."""
+        s, layers = state.initial, [state.recorded[block] for block in self.shadow.draft_layers if state.recorded]
         if shift_labels is not None:
             labels, h, s, teacher = _as_unshifted(shift_labels, h, s, teacher)
+            layers = [F.pad(states, (0, 0, 0, 1)) for states in layers]
         if self.mode == "detached":
             assert s is not None
             weights = LossWeights(1.0) if teacher is None else weights
@@ -178,8 +184,9 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         if draft_head is None or not self.training:
             return joint
         assert s is not None
-        previous = self.shadow.boundaries.interpolated(h, s)  # as in drafting
-        draft = draft_loss(self.head, draft_head, previous, s, labels, num_items_in_batch)
+        features = draft_features(self.shadow.boundaries.interpolated(h, s), layers)  # as in drafting
+        steps = self.shadow.config.draft_steps
+        draft = draft_loss(self.head, draft_head, features, s, labels, steps, num_items_in_batch)
         return joint._replace(total=joint.total + draft, draft=draft)
 
     def _teacher(
@@ -193,7 +200,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         return TopTokens(tokens, log_probabilities)
 
     def _output(
-        self, output: BaseModelOutputWithPast, logits: Tensor | None, joint: JointLoss | None
+        self, output: BaseModelOutputWithPast, logits: Tensor | None, joint: JointLoss | None, state: ShadowState
     ) -> ShadowCausalLMOutput:
         drafts = joint is None and self.shadow.draft_head is not None
         result = ShadowCausalLMOutput(
@@ -202,10 +209,15 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             last_hidden_state=output.last_hidden_state if drafts else None,
+            draft_features=self._draft_features(output, state) if drafts else None,
             **loss_terms(joint),
         )
         set_cache(result, cache_of(output))
         return result
+
+    def _draft_features(self, output: BaseModelOutputWithPast, state: ShadowState) -> Tensor:
+        h = cast(Tensor, output.last_hidden_state)
+        return draft_features(h, [state.recorded[block] for block in self.shadow.draft_layers if state.recorded])
 
     @torch.no_grad()
     def base_states(self, **inputs: Any) -> Tensor:
@@ -257,6 +269,24 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
                 kwargs = self._base_settings(**kwargs)
             return cast(GenerationMixin, self.base).generate(*args, **kwargs)
         return super().generate(*args, **kwargs)
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
+    ) -> Any:
+        """Find the shared prompt of each sequence once, in the whole prompt, for all steps (``injection_from``)."""
+        marker, mask = self.shadow.config.injection_after, model_kwargs.get("attention_mask")
+        given, embeds = model_kwargs.get("injection_from"), model_kwargs.get("inputs_embeds")
+        whole = mask is None or mask.shape == input_ids.shape
+        if given is not None:
+            tokens = input_ids.shape[1] if embeds is None else embeds.shape[1]
+            if int(given.max()) > (tokens if mask is None else mask.shape[1]):
+                raise ConfigError(
+                    f"injection_from={given.tolist()} is beyond the prompt of {tokens} tokens; generated tokens always "
+                    "get injections"
+                )
+        elif marker is not None and embeds is None and whole and self.mode == "attached":
+            model_kwargs["injection_from"] = shared_prompt_lengths(input_ids, marker, mask)
+        return cast(Any, super())._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _base_settings(self, generation_config: GenerationConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Keywords with which the base's own ``generate`` follows this model's generation config.

@@ -17,7 +17,7 @@ from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_classifier
 from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
-from shadowtune.model.trainer_losses import check_labels, check_schedule, guard_logits
+from shadowtune.model.trainer_losses import check_labels, check_schedule, guard_output
 
 
 @dataclass
@@ -138,7 +138,7 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
         logits = head(states.to(self.score.weight.dtype))[last]
         joint = None
         if labels is None and self.training and self.mode == "attached":
-            guard_logits(logits, weights)
+            guard_output(logits, weights)
         if labels is not None:
             targets = (labels, num_items_in_batch, example_weights)
             joint = self._loss(logits, states, state.initial, last, weights, targets)

@@ -64,6 +64,7 @@ class ShadowModelConfig(PreTrainedConfig):
         "distillation_loss",
         "matching_loss",
         "draft_loss",
+        "draft_features",
         "last_hidden_state",
     ]
     """Fields of the models' outputs that are not predictions, for ``Trainer.predict`` and ``compute_metrics``."""

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from shadowtune.attach.architectures import architecture_of
+from shadowtune.attach.sharding import whole_state, whole_tensor
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.checkpoint import keep_rope_theta, write_tensors
 from shadowtune.model.files import WEIGHTS
@@ -100,7 +101,7 @@ def _plain(auto: Any, base: PreTrainedModel, shadow: Shadow, **changes: Any) -> 
         setattr(config, name, value)
     keep_rope_theta(config)
     plain = auto.from_config(config, dtype=shadow.boundaries.injection_downs.dtype).to(base.device).eval()
-    missing = architecture_of(config).decoder_of(plain).load_state_dict(shadow.backbone.state_dict(), strict=False)
+    missing = architecture_of(config).decoder_of(plain).load_state_dict(whole_state(shadow.backbone), strict=False)
     assert not missing.unexpected_keys
     plain.get_input_embeddings().weight.copy_(_embeddings(base, shadow))
     return plain
@@ -108,8 +109,8 @@ def _plain(auto: Any, base: PreTrainedModel, shadow: Shadow, **changes: Any) -> 
 
 def _folded_head(head: Any, shadow: Shadow) -> Tensor:
     """W_head W_proj, in the shadow's precision."""
-    weight = head.weight.to(shadow.boundaries.injection_downs.dtype)
-    return weight @ shadow.projection.weight if isinstance(shadow.projection, nn.Linear) else weight
+    weight = whole_tensor(head.weight).to(shadow.boundaries.injection_downs.dtype)
+    return weight @ whole_tensor(shadow.projection.weight) if isinstance(shadow.projection, nn.Linear) else weight
 
 
 def _embeddings(base: PreTrainedModel, shadow: Shadow) -> Tensor:
@@ -117,10 +118,10 @@ def _embeddings(base: PreTrainedModel, shadow: Shadow) -> Tensor:
     if shadow.embedding is not None:
         return shadow.embedding.weight
     embedding = cast(nn.Embedding, base.get_input_embeddings())
-    rows = embedding.weight.to(shadow.boundaries.injection_downs.dtype)
+    rows = whole_tensor(embedding.weight).to(shadow.boundaries.injection_downs.dtype)
     if not isinstance(shadow.input_projection, nn.Linear):
         return rows
-    rows = rows @ shadow.input_projection.weight.T
+    rows = rows @ whole_tensor(shadow.input_projection.weight).T
     if architecture_of(base.config).scales_embeddings:  # the base scales by sqrt(d), the plain model by sqrt(d_s)
         rows = rows * math.sqrt(shadow.input_projection.in_features / shadow.input_projection.out_features)
     return rows

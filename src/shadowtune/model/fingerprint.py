@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
+from shadowtune.attach.sharding import whole_tensor
 
 SAMPLES = 16
 COLUMNS = 4096
@@ -92,11 +93,10 @@ def has_signature(base: PreTrainedModel, signature: Mapping[str, Any]) -> bool:
         heads = (found["head_checksum"], signature["head_checksum"])
         return found["checksum"] == signature["checksum"] and (None in heads or heads[0] == heads[1])
     sums = np.frombuffer(base64.b64decode(signature["sums"]), dtype="<f4")
-    weights = list(_weights(base))
-    bodies = [sum(name != HEAD for name, _ in weights), len(sums) - (signature["head_checksum"] is not None)]
-    if bodies[0] != bodies[1]:
+    body = len(list(architecture_of(base.config).decoder_of(base).named_parameters()))
+    if body != len(sums) - (signature["head_checksum"] is not None):
         return False
-    for expected, (_, parameter) in zip(sums, weights, strict=False):
+    for expected, (_, parameter) in zip(sums, _weights(base), strict=False):
         assert parameter is not None
         total, square = _signed_sum(parameter)
         allowed = 4 * (ROUNDING * math.sqrt(square) + SMALLEST_STEP * math.sqrt(parameter.numel())) + 1e-5 * abs(total)
@@ -106,16 +106,19 @@ def has_signature(base: PreTrainedModel, signature: Mapping[str, Any]) -> bool:
 
 
 def _weights(base: PreTrainedModel) -> Iterator[tuple[str, Tensor | None]]:
-    """Yield names and weights, the head last; None for a weight that is quantized or not in memory."""
+    """Yield names and weights, the head last; None for a weight that is quantized or not in memory.
+
+    Of weights that several processes share, one at a time is whole.
+    """
     if base.config.to_dict().get("quantization_config") is not None:
         yield "", None
         return
     for name, parameter in architecture_of(base.config).decoder_of(base).named_parameters():
-        yield name, None if parameter.is_meta else parameter
+        yield name, None if parameter.is_meta else whole_tensor(parameter)
     head: Any = base.get_output_embeddings()
     embedding: Any = base.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
-        yield HEAD, None if head.weight.is_meta else head.weight
+        yield HEAD, None if head.weight.is_meta else whole_tensor(head.weight)
 
 
 def _chunks(parameter: Tensor) -> Iterator[Tensor]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
+from shadowtune.attach.sharding import gathering_blocks, whole_state, whole_tensor
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import Boundaries
 from shadowtune.core.kernels.linear_cross_entropy import LogitsTransform
@@ -112,7 +113,7 @@ def _measure_scales(base: PreTrainedModel, boundaries: Boundaries) -> None:
 def _from_base_layers(base: PreTrainedModel, config: ShadowConfig, dtype: torch.dtype) -> tuple[Shadow, Initialization]:
     text, architecture = base.config.get_text_config(decoder=True), architecture_of(base.config)
     layers = blocks_to_copy(config.init_layers or (), text)
-    originals = [architecture.blocks_of(base)[layer].state_dict() for layer in layers]
+    originals = [whole_state(architecture.blocks_of(base)[layer]) for layer in layers]
     if not all(_is_dense(tensor) for block in originals for tensor in block.values()):
         raise ConfigError(
             f"init_layers {list(layers)} cannot copy blocks of a quantized or offloaded base, whose stored numbers are "
@@ -129,10 +130,11 @@ def _from_base_layers(base: PreTrainedModel, config: ShadowConfig, dtype: torch.
                 "choose another"
             )
         target.load_state_dict(block)
-    decoder = architecture.decoder_of(base).state_dict()
+    decoder = architecture.decoder_of(base).state_dict(keep_vars=True)
     for name, tensor in shadow.backbone.state_dict().items():  # the final norm, and learned positions
         if not name.startswith(f"{architecture.blocks}."):
-            tensor.copy_(decoder[name].index_select(-1, kept.to(decoder[name].device)))
+            original = whole_tensor(decoder[name])
+            tensor.copy_(original.index_select(-1, kept.to(original.device)))
     if not isinstance(shadow.projection, nn.Linear):
         return shadow, Initialization("base_layers", layers=layers)
     selection = torch.eye(text.hidden_size)[kept]
@@ -268,7 +270,7 @@ def _from_detached(base: PreTrainedModel, config: ShadowConfig, directory: str) 
     _check_sizes(source.network.config, base, config)
     if not torch.allclose(
         source.embedding.weight.float(),
-        cast(Tensor, base.get_input_embeddings().weight).float().to(source.embedding.weight.device),
+        whole_tensor(base.get_input_embeddings().weight).float().to(source.embedding.weight.device),
         rtol=2**-7,  # of bfloat16
         atol=1e-6,
     ):
@@ -298,7 +300,7 @@ def _head_of(base: PreTrainedModel) -> Tensor | None:
     head = base.get_output_embeddings()
     if head is None and base.config.get_text_config(decoder=True).tie_word_embeddings:
         head = base.get_input_embeddings()
-    return None if head is None else cast(Tensor, head.weight).detach()
+    return None if head is None else whole_tensor(head.weight).detach()
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -341,7 +343,9 @@ def measure_squares(base: PreTrainedModel) -> Tensor:
     ]
     training = base.training
     try:
-        architecture.decoder_of(base.eval())(input_ids=tokens.to(base.device), use_cache=False)
+        decoder = architecture.decoder_of(base.eval())
+        with gathering_blocks(decoder, architecture.blocks_of(base)):
+            decoder(input_ids=tokens.to(base.device), use_cache=False)
     finally:
         base.train(training)
         for handle in handles:

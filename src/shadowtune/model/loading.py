@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from shadowtune.compatibility import commit_of, keep_commit
 from shadowtune.config.settings import nearest
+from shadowtune.config.shadow import ShadowConfig
+from shadowtune.core.draft_head import DraftHead, resolve_layers
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import find_file, read_tensors, trained_tensors, write_tensors
 from shadowtune.model.configuration import ShadowModelConfig
@@ -30,6 +33,10 @@ AUTO_KEYWORDS = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs
 IGNORED_SAVE_KEYWORDS = ("safe_serialization", "save_function", "save_original_format", "save_peft_format")
 """Keywords of ``save_pretrained`` that concern how transformers writes other files."""
 REFUSED_SAVE_VALUES = {"safe_serialization": False}
+
+
+DRAFT_HEAD, DRAFT_VOCABULARY = "shadow.draft_head.", "shadow.draft_vocabulary"
+"""Names of tensors that only drafts need."""
 
 
 def absolute_name(name: str) -> str:
@@ -201,6 +208,7 @@ def load_model(
     else:
         config = read_config(path_or_id, **hub)
         tensors = read_tensors(path_or_id, **hub)
+        drop_unusable_drafts(config, tensors, path_or_id)
         loaded = load_base(cls.auto_base, config, base, **shared, **kwargs)
     check_base(config, loaded, check_weights)
     config.name_or_path = path_or_id
@@ -213,6 +221,56 @@ def load_model(
         with reading(f"{GENERATION_CONFIG_NAME} of {path_or_id} is damaged"):
             model.generation_config = GenerationConfig.from_pretrained(path_or_id, **hub)
     return model.eval()
+
+
+def drop_unusable_drafts(config: ShadowModelConfig, tensors: dict[str, Tensor], source: str) -> None:
+    """Leave a draft head or draft vocabulary out of ``config`` and ``tensors`` if it does not fit, with a warning.
+
+    The attached model does not need it: it answers the same without.
+
+    Args:
+        config: of ``config.json``.
+        tensors: of ``model.safetensors``, by name.
+        source: named in the warning.
+    """
+    if config.base_config is None:
+        return
+    with reading(f"config.json of {source} makes no shadow"):
+        text = config.base_config.get_text_config(decoder=True)
+        reason = _draft_head_error(config.shadow_config, text.hidden_size, text.num_hidden_layers, tensors)
+        vocabulary = tensors.get(DRAFT_VOCABULARY)
+        known = vocabulary is None or bool(((vocabulary >= 0) & (vocabulary < text.vocab_size)).all())
+    if reason is not None:
+        config.shadow |= {"draft_rank": None, "draft_layers": None}
+        for name in [name for name in tensors if name.startswith(DRAFT_HEAD)]:
+            del tensors[name]
+        warnings.warn(f"the draft head of {source} is left out: {reason}", stacklevel=2)
+    if not known:
+        config.draft_vocabulary_size = None
+        del tensors[DRAFT_VOCABULARY]
+        warnings.warn(
+            f"the draft vocabulary of {source} is left out: it has tokens beyond the base's {text.vocab_size}",
+            stacklevel=2,
+        )
+
+
+def _draft_head_error(config: ShadowConfig, width: int, blocks: int, tensors: Mapping[str, Tensor]) -> str | None:
+    """Return why the saved draft head cannot be used; None if it can, or if there is none."""
+    if config.draft_rank is None:
+        return None
+    try:
+        layers = resolve_layers(config.draft_layers, blocks)
+    except ConfigError as error:
+        return str(error)
+    with torch.device("meta"):
+        expected = DraftHead(width, config.draft_rank, len(layers)).state_dict()
+    saved = {name.removeprefix(DRAFT_HEAD): part for name, part in tensors.items() if name.startswith(DRAFT_HEAD)}
+    if {name: part.shape for name, part in saved.items()} != {name: part.shape for name, part in expected.items()}:
+        shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in saved.items()) or "no tensors"
+        return f"draft_rank {config.draft_rank} beside a base of width {width} needs other tensors, it has {shapes}"
+    if not all(bool(part.isfinite().all()) for part in saved.values()):
+        return "it holds NaN or infinity"
+    return None
 
 
 def _build_model(cls: Any, config: ShadowModelConfig, base: Any, tensors: Mapping[str, Tensor], path: str) -> Any:

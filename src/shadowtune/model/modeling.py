@@ -22,6 +22,7 @@ from typing_extensions import Self
 from shadowtune.attach.architectures import Architecture, architecture_of
 from shadowtune.attach.cache import split_cache
 from shadowtune.attach.forward import begin_call, check_fit, install_hooks
+from shadowtune.attach.sharding import check_layout, gather_during_forward, take_layout
 from shadowtune.compatibility import CACHE_NAMES, commit_of, set_cache, takes_cache
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
@@ -71,6 +72,7 @@ class ShadowPreTrainedModel(NamedAdapters):
             sizes = (config.base_config, config.backbone_config)
             shadow = Shadow(config.shadow_config, *sizes, draft_vocabulary_size=config.draft_vocabulary_size)
         check_fit(self.base, shadow.boundaries)
+        check_marker(config.shadow_config.injection_after, self.vocab_size)
         self.base.requires_grad_(False)
         self.shadow: Shadow = shadow
         self.mode: Mode = "attached"
@@ -78,6 +80,8 @@ class ShadowPreTrainedModel(NamedAdapters):
         config._attn_implementation = self.base.config._attn_implementation
         self._known_keywords = known_keywords(self, self.architecture.decoder_of(self.base), shadow.backbone)
         self.post_init()
+        take_layout(self, self.base)
+        gather_during_forward(self, self._parameters_read_in_forward())
         for handle in install_hooks(self.base):
             weakref.finalize(self, handle.remove).atexit = False
 
@@ -98,6 +102,7 @@ class ShadowPreTrainedModel(NamedAdapters):
         """
         config = config or ShadowConfig()
         architecture_of(base.config)
+        check_layout(base)
         shadow, initialization = start_shadow(base, config, dtype)
         model_config = ShadowModelConfig(
             shadow=config.to_dict(),
@@ -181,6 +186,11 @@ class ShadowPreTrainedModel(NamedAdapters):
         """Return the trained and saved modules by their paths in the model."""
         return {"shadow": self.shadow}
 
+    def _parameters_read_in_forward(self) -> list[nn.Parameter]:
+        """Return the parameters that a call reads itself, where others are read by the modules that they belong to."""
+        head: Any = self.base.get_output_embeddings()
+        return [*self.shadow.boundaries.parameters(), *(() if head is None else head.parameters())]
+
     @property
     def architecture(self) -> Architecture:
         """The base's entry in the table of architectures."""
@@ -229,6 +239,7 @@ class ShadowPreTrainedModel(NamedAdapters):
         use_cache: bool | None = None,
         shadow_states: Tensor | None = None,
         run_shadow: bool = False,
+        injection_from: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[BaseModelOutputWithPast, ShadowState]:
         """Run the shadow backbone and, when attached, the base's blocks beside it; other keywords go to both networks.
@@ -236,6 +247,9 @@ class ShadowPreTrainedModel(NamedAdapters):
         Args:
             shadow_states: s0 (B, T, d), if ``run_backbone`` has already computed it for these tokens; when attached.
             run_shadow: whether the shadow backbone runs when attached even if the attached model does not need s0.
+            injection_from: (B,) number of each sequence's leading tokens, padding not counted, that run as in the bare
+                base. None takes those up to ``ShadowConfig.injection_after``, or none; a call that continues a cache
+                then injects into every token. ``generate`` finds it once, in the prompt.
 
         Returns:
             The output of the base, or of the shadow backbone when detached. Its ``last_hidden_state`` (B, T, d) is the
@@ -263,6 +277,7 @@ class ShadowPreTrainedModel(NamedAdapters):
         if self.mode == "detached":
             output = self._run_backbone(inputs, cache, use_cache)
             return output, ShadowState(self.shadow.boundaries, output.last_hidden_state)
+        inputs["injection_from"] = injection_from
         call = begin_call(self.base, self.shadow, inputs, cache, use_cache, shadow_states, run_shadow)
         return self.architecture.decoder_of(self.base)(**call), call["shadow"]
 
@@ -412,6 +427,15 @@ class ShadowPreTrainedModel(NamedAdapters):
 def loss_terms(joint: JointLoss | None) -> dict[str, Any]:
     """Return the terms of a joint loss by the field names of the models' outputs."""
     return {} if joint is None else {f"{name}_loss": term for name, term in joint._asdict().items() if name != "total"}
+
+
+def check_marker(marker: tuple[int, ...] | None, vocabulary: int) -> None:
+    """Raise ConfigError if ``injection_after`` has a token that no text can contain."""
+    if marker is not None and max(marker) >= vocabulary:
+        raise ConfigError(
+            f"injection_after={list(marker)} has token {max(marker)}, but the base's vocabulary ends at "
+            f"{vocabulary - 1}; take the ids that its tokenizer gives"
+        )
 
 
 def known_keywords(*modules: nn.Module) -> frozenset[str]:

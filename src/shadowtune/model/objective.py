@@ -77,10 +77,13 @@ def causal_loss(model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Te
 
     The model computes logits at those positions that have a label in some sequence of the batch, for prompts and
     completions a small part of them. ``inputs`` holds ``input_ids``, ``labels`` and ``attention_mask``, each (B, T);
-    packed sequences have ``position_ids`` instead of a mask.
+    packed sequences have ``position_ids`` instead of a mask. ``shift_labels`` (B, T) beside ``labels`` replace them and
+    are not shifted: in context parallelism a position's next label may be another process's.
     """
     inputs = dict(inputs)
-    targets = inputs.pop("labels")[:, 1:]
+    labels, targets = inputs.pop("labels"), inputs.pop("shift_labels", None)
+    if targets is None:
+        targets = labels[:, 1:]
     kept = (targets != IGNORE_INDEX).any(0).nonzero().squeeze(1)
     logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
     targets = targets[:, kept].reshape(-1)

@@ -15,7 +15,7 @@ from shadowtune.attach.cache import can_count, check_holds_keys, count_tokens
 from shadowtune.compatibility import CACHE, takes_cache
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import Boundaries, ShadowState
-from shadowtune.core.draft_head import DraftHead
+from shadowtune.core.draft_head import DraftHead, resolve_layers
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.backbone import FrozenEmbedding, build_backbone
 
@@ -60,7 +60,10 @@ class Shadow(nn.Module):
                 self.input_projection = nn.Linear(width, shadow_width, bias=False)
         first = config.first_boundary(text.num_hidden_layers)
         self.boundaries = Boundaries(text.num_hidden_layers - first, width, config, first)
-        self.draft_head = None if config.draft_rank is None else DraftHead(width, config.draft_rank)
+        self.draft_layers = resolve_layers(config.draft_layers, text.num_hidden_layers)
+        self.boundaries.recorded_blocks = self.draft_layers
+        rank = config.draft_rank
+        self.draft_head = None if rank is None else DraftHead(width, rank, len(self.draft_layers))
         self.requires_grad_(True)
         size = draft_vocabulary_size
         self.register_buffer("draft_vocabulary", None if size is None else torch.zeros(size, dtype=torch.long))

@@ -7,8 +7,8 @@ other adds lambda * log p_shadow to the returned log-probabilities, with its val
 those of the attached model, and the gradient is that of the joint loss under any reduction: whatever a trainer credits
 to a token of the attached model (DPO, KTO, GRPO), it credits, times lambda, to the same token of the detached shadow.
 
-Trainers that compute their loss from logits (TRL's Reward, ORPO, CPO, GKD, OnlineDPO) leave the shadow's
-term out. A hook on the logits stops the first backward pass through them.
+Trainers that compute their loss from logits (TRL's Reward, ORPO, CPO, GKD, OnlineDPO) or from the last hidden states
+(Distillation) leave the shadow's term out. A hook on these stops the first backward pass through them.
 """
 
 from typing import Any, cast
@@ -64,25 +64,25 @@ def check_schedule(config: ShadowConfig, shadow_loss_weight: float | None, num_i
         )
 
 
-def guard_logits(logits: Tensor, weights: LossWeights) -> None:
-    """Make a backward pass that starts at logits of the attached model an error if the joint loss has more terms.
+def guard_output(output: Tensor, weights: LossWeights) -> None:
+    """Make a backward pass through an output of the attached model an error if the joint loss has more terms.
 
     Args:
-        logits: of a call without labels in training.
+        output: logits or last hidden states of a call without labels in training.
         weights: of the call.
     """
-    if not logits.requires_grad or not (weights.shadow or weights.teach) or torch.compiler.is_compiling():
+    if not output.requires_grad or not (weights.shadow or weights.teach) or torch.compiler.is_compiling():
         return
 
     def refuse(gradient: Tensor) -> None:
         raise ConfigError(
             f"a loss was computed from the logits, without the shadow's own terms (shadow_loss_weight="
-            f"{weights.shadow:g}), as TRL's Reward, ORPO, CPO, GKD and OnlineDPO trainers do; use one that passes "
-            "labels (transformers' own, SFT, DPO, KTO, GRPO), or set shadow_loss_weight=0 (in PEFT: "
+            f"{weights.shadow:g}), as TRL's Reward, ORPO, CPO, GKD, Distillation and OnlineDPO trainers do; use one "
+            "that passes labels (transformers' own, SFT, DPO, KTO, GRPO, RLOO), or set shadow_loss_weight=0 (in PEFT: "
             "auxiliary_loss_weight=0) and the distillation weights to 0, which trains the attached model alone"
         )
 
-    logits.register_hook(refuse)
+    output.register_hook(refuse)
 
 
 class HeadlessModel(nn.Module):
@@ -102,6 +102,8 @@ class HeadlessModel(nn.Module):
         output, state = self.model.encode(input_ids, run_shadow=wanted, **kwargs)
         if wanted:
             slot.append(state.initial)
+        elif slot is None and self.model.training and self.model.mode == "attached":
+            guard_output(output.last_hidden_state, self.model.loss_weights())
         return output
 
 

@@ -1,8 +1,8 @@
 """Layouts of several processes that a run supports: what else a launcher asks for is refused before anything is loaded.
 
-Supported are data parallelism (DDP, DeepSpeed ZeRO 1 and 2) and FSDP2, with any kind of state dict: checkpoints are
-written whole in every layout (``sharding``). The others would fail after the last step, save an empty model or train
-with other rates, so they are errors (docs/scaling.md).
+Supported are data parallelism (DDP, DeepSpeed ZeRO 1 to 3) and FSDP2, with any kind of state dict: checkpoints of DDP,
+ZeRO 1 and 2 and FSDP2 are written whole (``sharding``). The others would fail after the last step, save an empty model
+or train with other rates, so they are errors (docs/scaling.md).
 """
 
 import os
@@ -22,9 +22,6 @@ from shadowtune.errors import ConfigError, ShadowtuneError, TrainingError
 NO_WRAP, TRANSFORMER_WRAP = "NO_WRAP", "TRANSFORMER_BASED_WRAP"
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Variables by which torchrun, MPI and srun tell a process how many there are, the most specific one first."""
-
-OTHER_PARALLELISM = {"TP": "tensor", "CP": "context", "SP": "sequence"}
-"""Kinds in the names of accelerate's settings."""
 
 
 def check_parallelism(config: TrainConfig, arguments: TrainingArguments) -> None:
@@ -110,17 +107,15 @@ def shared_error(error: ShadowtuneError) -> ShadowtuneError:
 
 
 def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
-    for kind, words in OTHER_PARALLELISM.items():
-        if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG") and int(_launcher(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) > 1:
-            yield f"{words} parallelism is not supported; set parallelism_config_{kind.lower()}_size: 1, or use FSDP2"
     deepspeed = arguments.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3:
-        yield (
-            "DeepSpeed ZeRO stage 3 hides the weights that a shadow starts from and is checked against; use stage 2 "
-            "(zero_stage: 2), or FSDP with fsdp_version: 2"
-        )
+        gathers = "stage3_gather_16bit_weights_on_model_save"
+        if not deepspeed.deepspeed_config["zero_optimization"].get(gathers):
+            yield f"without zero3_save_16bit_model: true ({gathers}), DeepSpeed ZeRO stage 3 saves no adapter; set it"
+        yield from _whole_model_stages(config, "DeepSpeed ZeRO stage 3")
     if deepspeed is not None and config.nonfinite_loss == "skip":
         yield "nonfinite_loss=skip reads gradients, which DeepSpeed keeps elsewhere; set nonfinite_loss=stop"
+    yield from _other_dimensions()
     if not asks_for_fsdp():
         return
     if _launcher("FSDP_VERSION", "1") != "2":
@@ -133,6 +128,8 @@ def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
         )
     if config.gradient_checkpointing == "reentrant":
         yield "gradient_checkpointing=reentrant runs no hooks of FSDP2; set gradient_checkpointing=non_reentrant"
+    if config.trains_deferral_head:
+        yield "deferral_fraction needs the whole model in every process, which FSDP shards; set deferral_fraction=0"
 
 
 def asks_for_fsdp() -> bool:
@@ -184,3 +181,29 @@ def _launcher(name: str, default: str) -> str:
 
 def _is_set(name: str) -> bool:
     return _launcher(name, "false").lower() in ("true", "1", "yes")
+
+
+def _other_dimensions() -> Iterator[str]:
+    """Dimensions of ``accelerate launch --use_parallelism_config``."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return
+    for name, word in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+        size = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")
+        if size != "1":
+            hint = (
+                ", or train from Python with a base loaded with DistributedConfig(tp_size=...)" if name == "tp" else ""
+            )
+            yield f"{word} parallelism ({name}_size={size}) is not for shadowtune train; set it to 1{hint}"
+
+
+def _whole_model_stages(config: TrainConfig, layout: str) -> Iterator[str]:
+    stages = {  # setting that leaves a stage out -> whether the run has it
+        "fit_logit_interpolation=false": config.fits_logit_interpolation,
+        "distillation_epochs=0": config.distills_answers,
+        "drafting_epochs=0": config.drafter_last,
+        "deferral_fraction=0": config.trains_deferral_head,
+    }
+    for off, wanted in stages.items():
+        if wanted:
+            name = off.partition("=")[0]
+            yield f"{name} needs the whole model in every process, which {layout} shards; set {off}"

@@ -45,6 +45,7 @@ from shadowtune.export.card import (
 )
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.checkpoint import write_older_keys
+from shadowtune.model.deferral_files import SavedDeferralHead, write_deferral_head
 from shadowtune.model.files import writing_into
 from shadowtune.model.methods import (
     load_base,
@@ -126,6 +127,8 @@ class TrainSummary:
     """The part of ``train_seconds`` that the distillation stage took, with its generated answers; None without one."""
     drafting_seconds: float | None = None
     """The part of ``train_seconds`` that the draft head stage took, with its generated answers; None without one."""
+    deferral_seconds: float | None = None
+    """The part of ``train_seconds`` in which the deferral head was fitted, with the answers; None without one."""
     fit_seconds: float | None = None
     """The part of ``train_seconds`` in which a weight of logits was fitted on validation data; None without a fit."""
     best_step: int | None = None
@@ -248,6 +251,7 @@ class ModelRun:
         self.interrupt = GracefulInterrupt()
         self.trainer = self._trainer(config, run, arguments, self.data)
         self.progress = TrainingProgress()
+        self.deferral_head: SavedDeferralHead | None = None
 
     def train(self) -> TrainSummary | None:
         """Run all stages, then save the model and, as the sign that the run has finished, the summary."""
@@ -257,6 +261,7 @@ class ModelRun:
             for stage in stages(self.config):
                 entries |= stage.run(context)
                 record_ends(self.model, self.form.ends)  # transformers has put the tokenizer's end token there
+        self.deferral_head = context.deferral_head
         summary = self._summary(entries)
         self._save(summary)
         if not self.options.main:
@@ -269,6 +274,8 @@ class ModelRun:
     def _report_data(self) -> None:
         data, report = self.data, self.options.report
         ends = data.tokenizer.convert_ids_to_tokens(list(data.prompt_format.ends))
+        if data.deferral is not None:
+            report(f"{len(data.deferral):,} of the examples are set aside for the deferral head")
         if data.formats:
             report(f"read as {data.formats}")
         report(f"data: {data.report}" + (f"; answers end in {', '.join(ends)}" if ends else ""))
@@ -293,9 +300,8 @@ class ModelRun:
         dataset: Any = data.train
         if config.distillation_cache is not None:
             dataset = with_teacher_logits(config, self.model, data, self.trainer.accelerator, report)
-        return StageContext(
-            self.model, dataset, self._fit, data.validation, data.collate, data.tokenizer, config.batch_size, report
-        )
+        fixed = (self.model, dataset, self._fit, data.validation, data.collate, data.tokenizer, config.batch_size)
+        return StageContext(*fixed, report, data.deferral)
 
     def _fit(self, stage: str, dataset: Any) -> TrainOutput:
         """Train in a stage: those on the model's own answers in directories of their own, all else in the run's."""
@@ -358,8 +364,8 @@ class ModelRun:
         trainer.remove_callback(PrinterCallback if bar is None else ProgressCallback)
         if bar is not None:
             trainer.add_callback(bar)
-        if trainer.is_fsdp_enabled and trainer.pop_callback(SampleAnswers) is not None:
-            report("no sample answers: one process alone cannot generate with a sharded model (FSDP)")
+        if trainer.shards_weights and trainer.pop_callback(SampleAnswers) is not None:
+            report("no sample answers: one process alone cannot generate with a sharded model")
         return trainer
 
     def _samples(self, run: RunDirectory, report: Callable[[str], None]) -> SampleAnswers:
@@ -380,7 +386,7 @@ class ModelRun:
             loss = state.best_metric if config.load_best_model_at_end and state.best_metric else measured[-1]
             perplexity = math.exp(min(loss, 700.0))  # beyond it a float overflows
         shadow_seconds = None if self.shadow_only is None else self.shadow_only.train_seconds
-        later = sum(entries.get(name, 0.0) for name in ("distillation_seconds", "fit_seconds", "drafting_seconds"))
+        later = sum(entries.get(f"{name}_seconds", 0.0) for name in ("distillation", "fit", "drafting", "deferral"))
         return TrainSummary(
             method=config.method,
             trainable_parameters=self.trained_parameters,
@@ -411,6 +417,8 @@ class ModelRun:
             else:
                 form = save_tokenizer(self.data.tokenizer, form, staging)
             write_older_keys(staging)
+            if self.deferral_head is not None:
+                write_deferral_head(self.deferral_head, staging)
             self._write_card(staging, form, summary)
 
     def _write_card(self, directory: Path, form: PromptFormat, summary: TrainSummary) -> None:

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
+from shadowtune.attach.sharding import whole_tensor
 from shadowtune.config.loading import dump_config, load_config
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import CheckpointError, ConfigError, TrainingError
@@ -242,10 +243,11 @@ class RunDirectory:
 def base_digest(base: PreTrainedModel) -> str:
     """SHA-256 of a model's config, and of the name, shape, dtype and bytes of each weight."""
     settings = {name: value for name, value in base.config.to_diff_dict().items() if name != "transformers_version"}
-    settings.pop("_name_or_path", None)
+    for name in ("_name_or_path", "distributed_config"):  # where the weights are
+        settings.pop(name, None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in base.state_dict().items():
-        for part in _plain_tensors(tensor):
+    for name, tensor in base.state_dict(keep_vars=True).items():
+        for part in _plain_tensors(whole_tensor(tensor)):
             digest.update(f"{name}:{tuple(part.shape)}:{part.dtype}:".encode())
             digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

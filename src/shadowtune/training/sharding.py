@@ -187,8 +187,9 @@ class ShardedTrainer(Trainer):
 
     @property
     def shares_states(self) -> bool:
-        """Whether processes share weights or the optimizer's state."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        """Whether processes share weights or the optimizer's state, other than by ZeRO 3, which writes files of its own."""
+        plugin = self.args.deepspeed_plugin
+        return bool(self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage < 3))
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**kwargs)

@@ -30,7 +30,9 @@ from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data.generation import generate_answers
 from shadowtune.errors import ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM
+from shadowtune.model.deferral_files import SavedDeferralHead
 from shadowtune.model.modeling import ShadowPreTrainedModel
+from shadowtune.training.deferral import DeferralHeadStage
 from shadowtune.training.interpolation import fit_logit_interpolation
 from shadowtune.training.training_data import Collator
 
@@ -49,10 +51,14 @@ class StageContext:
     collate: Collator | None = None
     """Makes batches of hold-out examples."""
     tokenizer: Any = None
-    """For ``DraftHeadStage``."""
+    """For ``DraftHeadStage`` and ``DeferralHeadStage``."""
     batch_size: int = 8
     report: Callable[[str], None] = lambda line: None
     """Called with messages."""
+    deferral_examples: Any = None
+    """Encoded examples for ``DeferralHeadStage`` that the networks have not learned; None takes ``eval_dataset``."""
+    deferral_head: SavedDeferralHead | None = None
+    """Result of ``DeferralHeadStage``."""
 
     @classmethod
     def from_trainer(cls, trainer: Trainer, **changes: Any) -> "StageContext":
@@ -108,13 +114,41 @@ def train_in_stages(
     Raises:
         ConfigError: if the trainer's model is not a language model with a shadow.
     """
+    with recommended_stages(trainer, shadow_epochs, shadow_learning_rate, report=report) as entries:
+        entries |= _training_entries(trainer.train())
+    return entries
+
+
+@contextmanager
+def recommended_stages(
+    trainer: Trainer,
+    shadow_epochs: float = SHADOW_STAGE["shadow_epochs"],
+    shadow_learning_rate: float = SHADOW_STAGE["shadow_learning_rate"],
+    resumed: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> Iterator[dict[str, Any]]:
+    """Context in which another program calls ``trainer.train()``, with the other stages of the recipe around it.
+
+    Args:
+        trainer: ``transformers.Trainer`` or TRL's ``SFTTrainer``.
+        shadow_epochs: epochs of the first stage; 0 leaves it out, and the joint loss keeps the shadow's.
+        shadow_learning_rate: its peak learning rate.
+        resumed: whether the first stage is done already, in the run whose checkpoint is resumed.
+        report: called with messages.
+
+    Yields:
+        Entries of ``TrainSummary``; at the end the seconds of the fit are added.
+
+    Raises:
+        ConfigError: if the trainer's model is not a language model with a shadow.
+    """
     model = _shadow_model(trainer.model)
     if not isinstance(model, ShadowForCausalLM):
         raise ConfigError(
             f"train_in_stages trains a language model with a shadow, but the trainer has a {type(model).__name__}; "
             "classifiers are trained by trainer.train()"
         )
-    if shadow_epochs:
+    if shadow_epochs and not resumed:
         recipe = OptimizerConfig()
         shadow_only_arguments = {
             "num_train_epochs": shadow_epochs,
@@ -126,20 +160,19 @@ def train_in_stages(
             "load_best_model_at_end": False,
         }
         ShadowOnlyStage().run(StageContext.from_trainer(trainer, **shadow_only_arguments))
-    config = model.shadow.config
+    config, entries = model.shadow.config, dict[str, Any]()
     with _restored_requires_grad(model):
         try:
             if config.variant == "stateless" and shadow_epochs:
                 model.shadow.config = replace(config, shadow_loss_weight=0.0, shadow_loss_weight_end=None)
                 model.freeze_unused()
-            entries = _training_entries(trainer.train())
+            yield entries
         finally:
             model.shadow.config = config
     if trainer.eval_dataset is not None:
         context = StageContext.from_trainer(trainer)
         context.report = report
         entries |= LogitInterpolationStage().run(context)
-    return entries
 
 
 def _shadow_model(model: Any) -> Any:
@@ -173,6 +206,7 @@ def stages(config: TrainConfig) -> list[Stage]:
         DistillationStage(),
         LogitInterpolationStage(),
         DraftHeadStage(config.drafting_epochs, config.seed),
+        DeferralHeadStage(),
     )
     return [stage for stage in every if stage.applies(config)]
 

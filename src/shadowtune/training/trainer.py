@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from shadowtune.attach.sharding import dimensions
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError, TrainingError
 from shadowtune.model.checkpoint import read_tensors
@@ -224,6 +225,12 @@ class ShadowTrainer(ShardedTrainer):
                 return bool(callback.early_stopping_patience_counter >= callback.early_stopping_patience)
         return False
 
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no process has all weights: FSDP, and DeepSpeed ZeRO stage 3."""
+        plugin = self.args.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
     def _total_steps(self) -> int:
         return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
@@ -269,7 +276,7 @@ class ShadowTrainer(ShardedTrainer):
         return [
             name
             for name, parameter in model.named_parameters()
-            if parameter.ndim >= 2 and not name.endswith(("bias", "biases"))
+            if dimensions(parameter) >= 2 and not name.endswith(("bias", "biases"))
         ]
 
     def compute_loss(
@@ -287,7 +294,8 @@ class ShadowTrainer(ShardedTrainer):
         terms = self._objective(model, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Losses are parts of a sum over all processes, but data parallelism averages the gradients.
-            terms = {name: term * self.accelerator.num_processes for name, term in terms.items()}
+            batches = self.accelerator.num_processes // self.get_tp_size()  # ranks of tensor parallelism share one
+            terms = {name: term * batches for name, term in terms.items()}
         if model.training:
             if not self.skip_nonfinite and not is_finite(terms["loss"]):
                 raise TrainingError(self._nonfinite_error(terms["loss"], rows))
@@ -413,7 +421,10 @@ class ShadowTrainer(ShardedTrainer):
                 "start anew, or set load_best_model_at_end=false for the last weights"
             )
         check_complete(Path(best))
-        self._load_weights(best)
+        if self.is_deepspeed_enabled and not self.shares_states:  # ZeRO 3
+            super()._load_best_model()
+        else:
+            self._load_weights(best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._before = read_progress(Path(resume_from_checkpoint))

@@ -1,5 +1,6 @@
 """The training data of a run: rows loaded, encoded, checked against the model, with tokenizer and collator."""
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,8 @@ class TrainingData:
     """Of classification: how labels became numbers."""
     formats: str = ""
     """How the rows were read: the formats, and the number of examples in each and for validation."""
+    deferral: list[dict[str, Any]] | None = None
+    """Examples set aside for the deferral head, which are not in ``train``; None without one."""
 
 
 def load_training_data(config: TrainConfig) -> TrainingData:
@@ -76,13 +79,37 @@ def load_training_data(config: TrainConfig) -> TrainingData:
     if not classify:
         flash = config.attention.startswith("flash")
         collate = PackedCollator(with_bounds=flash) if config.padding_free else CausalCollator(pad)
-        return TrainingData(tokenizer, collate, train, validation, None, report, form, unread, None, formats)
+        fraction = config.deferral_fraction if config.method == "shadow" else 0.0
+        train, deferral = set_aside(train, fraction, config.seed)
+        return TrainingData(tokenizer, collate, train, validation, None, report, form, unread, None, formats, deferral)
     assert isinstance(report, EncodingReport) and report.labels is not None
     num_labels = _count_classes([*train, *(validation or [])], report.labels, config.num_labels)
     given = config.class_weights
     weights = None if given is None else class_weights(given, report.labels, train, num_labels)
     padded = ClassificationCollator(pad, weights)
     return TrainingData(tokenizer, padded, train, validation, num_labels, report, form, unread, report.labels, formats)
+
+
+def set_aside(
+    examples: list[dict[str, Any]], fraction: float, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Split examples into those to learn, in their order, and a random fraction of at least one; None for 0.
+
+    Raises:
+        DataError: if none would be left to learn.
+    """
+    if not fraction:
+        return examples, None
+    count = max(1, round(fraction * len(examples)))
+    if count >= len(examples):
+        raise DataError(
+            f"deferral_fraction={fraction:g} of {len(examples)} training examples leaves none to learn; lower it"
+        )
+    chosen = set(random.Random(f"deferral {seed}").sample(range(len(examples)), count))
+    parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for index, example in enumerate(examples):
+        parts[index in chosen].append(example)
+    return parts
 
 
 def _describe(config: TrainConfig, report: EncodingReport | BlockReport, validation: int | None) -> str:

@@ -81,7 +81,12 @@ def passes(monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize("speculate", [True, 1, 4, *(SpeculationConfig(length=3, drafter=name) for name in DRAFTERS)])
+TREES = [SpeculationConfig(length=3, branches=4), SpeculationConfig(length=2, branches=2, drafter="shadow")]
+
+
+@pytest.mark.parametrize(
+    "speculate", [True, 1, 4, *(SpeculationConfig(length=3, drafter=name) for name in DRAFTERS), *TREES]
+)
 @pytest.mark.parametrize("inputs", [one(), left_padded()], ids=["one", "padded"])
 @pytest.mark.parametrize("settings", [{}, {"variant": "stateless", "alpha": 0.003}], ids=["paper", "stateless"])
 def test_greedy_says_the_same(speculate, inputs, settings):
@@ -91,14 +96,15 @@ def test_greedy_says_the_same(speculate, inputs, settings):
     assert torch.equal(plain, fast)
 
 
-def test_a_thousand_prompts_are_answered_as_without_drafts():
+@pytest.mark.parametrize("speculate", [True, SpeculationConfig(branches=3, length=3)], ids=["chain", "tree"])
+def test_a_thousand_prompts_are_answered_as_without_drafts(speculate):
     model, differing = perturbed_model(), 0
     for seed in range(10):
         ids, mask = tokens(100, 10, seed), torch.ones(100, 10, dtype=torch.long)
         for row in range(100):  # lengths from 3 to 10
             mask[row, : row % 8] = 0
         settings = {"input_ids": ids * mask, "attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
-        drafted, plain = model.generate(**settings, speculate=True), model.generate(**settings)
+        drafted, plain = model.generate(**settings, speculate=speculate), model.generate(**settings)
         differing += int((drafted != plain).any(1).sum())
     assert differing == 0
 

@@ -1,9 +1,10 @@
 import random
+from dataclasses import replace
 
 import pytest
 
 from shadowtune.config.serving import Prices, Weights
-from shadowtune.errors import ShadowtuneError
+from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.evaluation.report import new_figure, png
 from shadowtune.serving.edge.calibration import (
     calibrate,
@@ -39,8 +40,8 @@ def mixed(count=600, seed=0):
     return found
 
 
-def made(data, target=("deferral-rate", 0.3), signal="auto"):
-    return calibrate(data, CalibrationTarget(*target), signal, "[REMOTE]", Prices())
+def made(data, target=("deferral-rate", 0.3), signal="auto", minimum=0):
+    return calibrate(data, CalibrationTarget(*target), signal, "[REMOTE]", Prices(), minimum)
 
 
 def test_the_signal_that_tells_most_is_found_and_the_threshold_holds_on_the_other_half():
@@ -48,8 +49,8 @@ def test_the_signal_that_tells_most_is_found_and_the_threshold_holds_on_the_othe
     quality = {each.router: each for each in done.qualities}
     assert done.policy.signal in ("margin", "learned")
     for name in ("logprob", "entropy", "first", "random"):
-        assert quality["margin"].checked > quality[name].checked + 0.05
-    assert quality["oracle"].checked >= quality["margin"].checked
+        assert quality["margin"].checked.value > quality[name].checked.value + 0.05
+    assert quality["oracle"].checked.value >= quality["margin"].checked.value
     assert done.promised.deferral_rate <= 0.3
     assert done.found.deferral_rate == pytest.approx(done.promised.deferral_rate, abs=0.1)
     assert done.found.accuracy == pytest.approx(done.promised.accuracy, abs=0.1)
@@ -61,7 +62,7 @@ def test_what_is_learned_from_all_signals_beats_each_of_them_on_rows_it_never_sa
     done = made(mixed())
     assert done.policy.signal == "learned"
     assert done.policy.weights is not None
-    quality = {each.router: each.checked for each in done.qualities}
+    quality = {each.router: each.checked.value for each in done.qualities}
     others = [value for name, value in quality.items() if name not in ("learned", "oracle")]
     assert quality["learned"] > max(others) + 0.02
 
@@ -115,6 +116,47 @@ def test_more_regularized_than_certain():
     assert sure == sorted(sure)
     assert sure[0] < 0.2 < 0.8 < sure[-1]
     assert abs(weights.logprob) < 100
+
+
+def test_qualities_have_intervals_that_hold_them():
+    done = made(rows())
+    quality = {each.router: each for each in done.qualities}
+    assert quality["margin"].auroc.low > 0.7 > quality["entropy"].auroc.low
+    assert quality["entropy"].auroc.low < 0.5 < quality["entropy"].auroc.high
+    assert quality["margin"].calibration_error.value < 0.12 < quality["entropy"].calibration_error.value
+    for each in done.qualities:
+        measured = [each.checked, each.auroc, each.calibration_error]
+        assert all(one.low <= one.value <= one.high + 1e-9 for one in measured[: 1 if each.auroc is None else 2])
+    assert (quality["oracle"].auroc, quality["random"].calibration_error) == (None, None)
+    assert sum(each.count for each in done.policy.reliability) == 200
+
+
+def test_a_guaranteed_loss_is_kept_on_new_rows():
+    done = made(rows(2000), ("accuracy-loss", 0.1), "margin")
+    assert done.found is None
+    assert done.promised in done.policy.curve and done.policy.examples == 1000
+    new = [row for row in rows(20_000, seed=9) if row.signals.margin >= done.policy.threshold]
+    assert sum(1 - row.edge_score for row in new) / 20_000 <= 0.1
+    assert done.promised.deferral_rate < 0.75
+
+
+def test_a_deferral_head_gives_signals_and_without_one_they_are_refused():
+    headed = [
+        replace(row, signals=replace(row.signals, agreement=row.signals.margin, deferral=row.signals.first))
+        for row in rows()
+    ]
+    done = made(headed, signal="agreement")
+    assert done.policy.signal == "agreement" and done.policy.reads_deferral_head
+    assert {each.router for each in done.qualities} >= {"agreement", "deferral"}
+    assert fit_learned_router(headed).agreement != 0.0
+    with pytest.raises(ConfigError, match="needs a deferral head"):
+        made(rows(), signal="agreement")
+    assert "agreement" not in {each.router for each in made(rows()).qualities}
+
+
+def test_one_kind_of_rows_is_refused():
+    with pytest.raises(ShadowtuneError, match="better in 0 of 400"):
+        made([replace(row, edge_score=1.0) for row in rows()], minimum=5)
 
 
 def test_the_picture_is_drawn():

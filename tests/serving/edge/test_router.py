@@ -1,10 +1,10 @@
 import asyncio
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import httpx2
 import pytest
 
-from shadowtune.config.serving import CloudConfig, CurvePoint, PolicyConfig, Prices, ServerConfig
+from shadowtune.config.serving import CloudConfig, CurvePoint, DriftConfig, PolicyConfig, Prices, ServerConfig
 from shadowtune.errors import ConfigError
 from shadowtune.export.loading import wrap_model
 from shadowtune.serving.edge.local import LocalModel
@@ -205,12 +205,38 @@ def test_the_threshold_changes_while_it_runs():
     assert (first, second) == ("edge", "cloud")
     assert told["threshold"] == 1.0
     assert (told["kind"], told["signal"]) == ("confidence", "logprob")
-    assert told["curve"] == [{"threshold": 0.0, "accuracy": 0.5, "deferral_rate": 0.0, "cost": 0.0}]
+    assert told["curve"] == [asdict(CurvePoint(0.0, 0.5, 0.0, 0.0))]
+
+
+@pytest.mark.parametrize(("said", "corrected"), [(EDGE, False), ("other", True)])
+def test_the_cloud_s_answers_are_watched(said, corrected):
+    async def run():
+        async with cloud_that(answer(said)) as fake:
+            cloud = RemoteEndpoint(CloudConfig(fake.url, model="big"))
+            policy = PolicyConfig(threshold=1.0, drift=DriftConfig(warm_up=2))
+            router = Router(LocalModel(wrap_model(MODEL, TOKENIZER, FORMAT), "tiny"), cloud, policy)
+            for _ in range(2):
+                found = await router.generate(CHAT)
+                assert [piece async for piece in found]
+                await found.aclose()
+            told = router.describe()["drift"], router.counters()
+            await router.aclose()
+            return told
+
+    drift, counters = asyncio.run(run())
+    assert (drift["rate"], drift["expected"], drift["requests"]) == (corrected, corrected, 2)
+    assert counters["correction_rate"] == corrected and counters["drift_alarms"] == 0
 
 
 def test_a_policy_without_a_threshold_has_none_to_change():
     router = Router(None, None, PolicyConfig(kind="verify"))
-    assert router.describe() == {"kind": "verify", "threshold": None, "signal": None, "curve": []}
+    told = router.describe()
+    assert {name: told[name] for name in ("kind", "threshold", "signal", "curve")} == {
+        "kind": "verify",
+        "threshold": None,
+        "signal": None,
+        "curve": [],
+    }
     with pytest.raises(ConfigError, match="no threshold"):
         router.set_threshold(0.5)
 

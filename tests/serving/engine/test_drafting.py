@@ -92,10 +92,11 @@ def test_large_batches_on_a_cpu_need_better_drafts():
     assert not length.worth(0, torch.cat([chances, others]), torch.cat([torch.ones(1), others]))
 
 
-def test_feedback_sees_the_state_that_chose_the_last_token(monkeypatch):
+@pytest.mark.parametrize("layers", [None, (1, -1)])
+def test_a_draft_head_sees_the_state_that_chose_the_last_token(layers, monkeypatch):
     """The drafter is told each row's own, whichever rows there are."""
     base = tiny_base()
-    models = {"a": adapter(base, draft_rank=4)}
+    models = {"a": adapter(base, draft_rank=4, draft_layers=layers)}
     learned = []
     learn = drafting.make_drafter
 
@@ -105,11 +106,11 @@ def test_feedback_sees_the_state_that_chose_the_last_token(monkeypatch):
         return drafter
 
     monkeypatch.setattr(drafting, "make_drafter", watched)
-    served = engine(models, speculation=SpeculationConfig(length=2, drafter="feedback"))
+    served = engine(models, speculation=SpeculationConfig(length=2, drafter="draft_head"))
     assert answers(served, [request(length=5)]) == [alone(models["a"], prompt(5))]
     said = alone(models["a"], prompt(5))
     with torch.no_grad():
-        hidden = models["a"](torch.tensor([prompt(5) + said])).last_hidden_state[0]
+        hidden = models["a"](torch.tensor([prompt(5) + said])).draft_features[0]
     assert len(learned) > 3
     for state in learned:
         distance = (hidden[4:] - state[0]).abs().amax(-1)
@@ -117,6 +118,19 @@ def test_feedback_sees_the_state_that_chose_the_last_token(monkeypatch):
     torch.testing.assert_close(learned[0][0], hidden[4], rtol=1e-3, atol=1e-4)
 
 
-def test_feedback_that_was_not_trained_is_refused():
+def test_a_draft_head_that_was_not_trained_is_refused():
     with pytest.raises(ConfigError, match="draft_rank"):
-        engine(one_model(), speculation=SpeculationConfig(drafter="feedback"))
+        engine(one_model(), speculation=SpeculationConfig(drafter="draft_head"))
+
+
+def test_draft_heads_that_read_different_blocks_share_a_batch():
+    base = tiny_base()
+    models = {
+        "a": adapter(base, 1, draft_rank=4, draft_layers=(1, -1)),
+        "b": adapter(base, 2, draft_rank=5, draft_layers=(2,)),
+        "c": adapter(base, 3, draft_rank=3),
+    }
+    requests = [request(model, 5 + index) for index, model in enumerate([*models, *models])]
+    served = engine(models, speculation=SpeculationConfig(length=2, drafter="draft_head"))
+    assert answers(served, requests) == [alone(models[each.model], each.prompt) for each in requests]
+    assert served.counters()["verified_draft_tokens"] > 0

@@ -53,8 +53,15 @@ def test_a_cloud_has_no_policy(asking):
 
 def test_an_edges_policy_is_shown_and_turned(asking):
     client = asking(role="edge", controls={"policy": FakePolicy()})
-    point = {"threshold": 0.5, "accuracy": 0.9, "deferral_rate": 0.2, "cost": 3.0}
-    shown = {"kind": "confidence", "threshold": 0.5, "signal": "logprob", "curve": [point]}
+    point = {"threshold": 0.5, "accuracy": 0.9, "deferral_rate": 0.2, "cost": 3.0, "correction_rate": None}
+    shown = {
+        "kind": "confidence",
+        "threshold": 0.5,
+        "signal": "logprob",
+        "curve": [point],
+        "reliability": [],
+        "drift": None,
+    }
     assert client.get("/v1/policy").json() == shown
     assert client.put("/v1/policy", json={"threshold": 0.75}).json() == {**shown, "threshold": 0.75}
     assert client.put("/v1/policy", json={"threshold": 7}).status_code == 400

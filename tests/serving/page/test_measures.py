@@ -29,6 +29,35 @@ def test_an_edge_without_a_policy_hides_it(visit, stub, watch):
     expect(page.locator("#policy")).to_be_hidden()
 
 
+def test_a_drift_alarm_is_shown_and_said(visit, stub):
+    drift = {"expected": 0.1, "bound": 0.12, "rate": 0.08, "requests": 200, "evidence": 0.0, "alarms": 0}
+    stub.be_an_edge(drift={**drift, "alarmed": False})
+    page = visit()
+    expect(page.locator("#drift")).to_have_text(
+        "The cloud corrected 8.0 % of the last 200 requests; expected are 10.0 %."
+    )
+    expect(page.locator("#drift")).not_to_have_class("small fault")
+    stub.be_an_edge(drift={**drift, "rate": 0.3, "alarms": 1, "alarmed": True})
+    page = visit()
+    expect(page.locator("#drift")).to_contain_text("run shadowtune calibrate again")
+    expect(page.locator("#drift")).to_have_class("small fault")
+
+
+def test_the_reliability_of_the_confidence_is_drawn(visit, stub):
+    stub.be_an_edge()
+    page = visit()
+    expect(page.locator("#curve")).to_be_visible()
+    expect(page.locator("#reliability")).to_be_hidden()
+    bins = [{"confidence": 0.25, "accuracy": 0.1, "count": 5}, {"confidence": 0.85, "accuracy": 0.9, "count": 80}]
+    stub.be_an_edge(reliability=bins)
+    page = visit()
+    points = page.locator("#reliability circle")
+    expect(points).to_have_count(2)
+    low, high = ({name: float(points.nth(n).get_attribute(name)) for name in ("cx", "cy", "r")} for n in (0, 1))
+    assert low["cx"] < high["cx"] and low["cy"] > high["cy"] and low["r"] < high["r"]
+    assert "85 % sure, 90 % right" in page.locator("#reliability svg").get_attribute("aria-label")
+
+
 def test_the_curve_marks_the_threshold_and_says_what_it_promises(visit, stub):
     stub.be_an_edge()
     page = visit()

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from shadowtune.config.serving import PolicyConfig, SimulationConfig
+from shadowtune.errors import DataError
 from shadowtune.serving.edge.confidence import Signals
 from shadowtune.serving.simulation import routing
 from shadowtune.serving.simulation.records import RecordedAnswer, RequestRecord
@@ -160,3 +161,56 @@ def test_lora_is_among_the_fixed_ones_only_where_every_request_has_its_answer(si
     assert "lora-cloud" not in [
         r.policy for r in routing.baselines(Simulator([*with_lora, simulator.records[0]], CONFIG))
     ]
+
+
+def token_simulator():
+    """Edge answers of four tokens and an end, the cloud's of six; they part at the given token."""
+    records = []
+    for parts, sure in ((2, [0.9, 0.9, 0.2, 0.9, 0.9]), (0, [0.9, 0.9, 0.9, 0.3, 0.9]), (4, [0.9] * 5)):
+        ids = [5, 6, 7, 8]
+        edge = RecordedAnswer("edge", float(parts == 4), 0.5, 0.1, 8, 5, ids, token_confidences={"logprob": sure})
+        cloud = RecordedAnswer("cloud", 1.0, 1.2, 0.2, 8, 6, [*ids[:parts], 9, 9, 9, 9][:5])
+        records.append(RequestRecord(edge, cloud))
+    return Simulator(records, CONFIG)
+
+
+def test_a_deferral_in_mid_answer_costs_the_edge_its_part_and_the_cloud_the_rest():
+    simulator = token_simulator()
+    policy = PolicyConfig("token", threshold=0.5)
+    result = routing.apply_policy(simulator, "mine", policy)
+    assert result.scores == [1.0, 0.0, 1.0]  # continued, contradicted, of the edge
+    assert result.deferral_rate == pytest.approx(2 / 3)
+    continued, contradicted = simulator.mid_answer(0, 2), simulator.mid_answer(1, 3)
+    assert [(step.server, pytest.approx(step.seconds)) for step in continued.trace.steps] == [
+        ("edge", 0.1 + 2 * 0.1),
+        ("cloud", 0.2 * 10 / 8 + 0.2 * 3),
+    ]
+    assert continued.cost == pytest.approx((8 + 6) / 1000)
+    assert [step.server for step in contradicted.trace.steps] == ["edge", "cloud", "edge"]
+    assert contradicted.trace.steps[2].seconds == pytest.approx(0.1 * 11 / 8 + 0.1)
+    assert contradicted.cost == pytest.approx((8 + 3) / 1000)
+    never = routing.apply_policy(simulator, "never", PolicyConfig("token", threshold=0.0))
+    assert never.scores == simulator.run("edge", simulator.at_edge).scores
+
+
+def test_with_a_cost_model_dear_prompts_are_not_deferred():
+    simulator = token_simulator()
+    dear = PolicyConfig("token", value=20.0, answer_tokens=8)  # 8 + 8 tokens: defers below 0.2
+    assert routing.apply_policy(simulator, "mine", dear).deferral_rate == 0
+    assert routing.apply_policy(simulator, "mine", replace(dear, value=32.0)).deferral_rate == pytest.approx(2 / 3)
+
+
+def test_mid_answer_is_compared_with_whole_answers_at_no_less_accuracy():
+    records = [
+        replace(record, edge=replace(record.edge, signals=Signals(level, 0.5, 0.5, 0.5, 5)))
+        for record, level in zip(token_simulator().records, (0.2, 0.1, 0.3), strict=True)
+    ]
+    match = routing.match_accuracy(Simulator(records, CONFIG), "mine", PolicyConfig("token", threshold=0.25))
+    assert match.by_token.accuracy == match.by_answer.accuracy == pytest.approx(2 / 3)
+    assert match.by_answer.deferral_rate == pytest.approx(1 / 3)
+    assert "on whole answers by logprob: accuracy 66.7%" in str(match)
+
+
+def test_old_recordings_have_no_tokens_and_say_so(simulator):
+    with pytest.raises(DataError, match="delete them to record anew"):
+        routing.apply_policy(simulator, "mine", PolicyConfig("token"))

@@ -55,6 +55,7 @@ SETTINGS: dict[str, Any] = {
     "activation": "silu",
     "inject_first": False,
     "injection_start": 0.0,
+    "injection_after": None,
     "logit_interpolation": None,
     "variant": "paper",
 }

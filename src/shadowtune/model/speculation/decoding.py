@@ -23,11 +23,13 @@ from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.draft_length import Costs, DraftLength
 from shadowtune.model.speculation.drafters import WARPERS, AdaptiveDrafter, DraftBatch, make_drafter
+from shadowtune.model.speculation.tree import DraftTree, move_slot, takes_trees
 from shadowtune.model.speculation.verification import (
     Process,
     Proposal,
     SpeculationStatistics,
     VerificationResult,
+    leaf,
     verify_greedy,
     verify_sequence,
 )
@@ -137,7 +139,7 @@ class Speculator:
         loop = _Loop(self, model, sequences, cache, generation_config, logits_processor)
         if model._valid_auto_compile_criteria(model_kwargs, generation_config):
             loop.forward = model.get_compiled_call(generation_config.compile_config)
-        loop.choose_first(first.logits[:, -1:].float(), first.last_hidden_state)
+        loop.choose_first(first.logits[:, -1:].float(), first.draft_features)
         del first
         while sequences.running:
             loop.round()
@@ -167,16 +169,21 @@ class _Loop:
         self._sample: bool = generation_config.do_sample
         self.forward = model.__call__
         config = speculator.config
-        costs = Costs.of(model.device.type, draft_share(model, config), len(sequences.lengths))
-        length = DraftLength(costs, config.longest, config.length is not None)
-        self._drafter = AdaptiveDrafter(make_drafter(config, model, processors, self._sample), length)
         # Masked slots can stay in the cache only where nothing counts slots: no windows, no fixed size.
         plain = all(type(layer) is DynamicLayer for layer in cache.layers)
         self._aligned = generation_config.return_dict_in_generate or not plain
+        branches = config.branches
+        if branches > 1 and (self._aligned or not takes_trees(model.base, model.shadow.backbone)):
+            branches = 1
+            reason = "its cache counts slots" if self._aligned else "its attention takes no tree as mask"
+            warnings.warn(f"drafting a chain in place of a tree of {config.branches} branches: {reason}", stacklevel=3)
+        costs = Costs.of(model.device.type, draft_share(model, config), len(sequences.lengths))
+        length = DraftLength(costs, config.longest, config.length is not None, branches)
+        self._drafter = AdaptiveDrafter(make_drafter(config, model, processors, self._sample, branches), length)
 
-    def choose_first(self, logits: Tensor, hidden_states: Tensor | None) -> None:
-        """Choose the first tokens, from logits (B, 1, V) and hidden states (B, T, d) of the prompts."""
-        self._drafter.drafter.learn(None if hidden_states is None else hidden_states[:, -1])
+    def choose_first(self, logits: Tensor, features: Tensor | None) -> None:
+        """Choose the first tokens, from logits (B, 1, V) and draft features (B, T, n) of the prompts."""
+        self._drafter.drafter.learn(None if features is None else features[:, -1])
         for index, result in enumerate(self._verify(logits, [])):
             self._append(index, result.tokens)
 
@@ -185,18 +192,11 @@ class _Loop:
         sequences = self._sequences
         running = sequences.running
         draft = self._draft()
-        tokens = torch.stack([sequences.last()[:, 0], *(proposal.tokens for proposal in draft.proposals)], 1)
-        new = tokens.shape[1]
-        output = self.forward(
-            input_ids=tokens,
-            attention_mask=sequences.mask(new),
-            position_ids=sequences.next_positions(0, new),
-            past_key_values=self._cache,
-            use_cache=True,
-            shadow_states=draft.states,
-            return_dict=True,
-        )
+        inputs = self._pass_inputs(draft)
+        new = inputs["input_ids"].shape[1]
+        output = self.forward(**inputs, past_key_values=self._cache, use_cache=True, return_dict=True)
         results = self._verify(output.logits.float(), draft.proposals)
+        ends = self._join_branches(results, draft.proposals)
         most = min(len(results[index].tokens) for index in running) if self._aligned else new
         kept = [new] * len(results)
         for index in running:
@@ -204,13 +204,43 @@ class _Loop:
         accepted, emitted = [results[index].accepted for index in running], [kept[index] for index in running]
         self._statistics.add(len(draft.proposals), accepted, emitted)
         self._drafter.learn(draft, accepted, emitted)
-        if output.last_hidden_state is not None:
-            ends = torch.tensor(kept, device=tokens.device) - 1
-            indices = torch.arange(len(kept), device=tokens.device)
-            self._drafter.drafter.learn(output.last_hidden_state[indices, ends])
+        if output.draft_features is not None:
+            chosen = [ends.get(index, count - 1) for index, count in enumerate(kept)]
+            self._drafter.drafter.learn(output.draft_features[torch.arange(len(kept)), chosen])
         slots = max(kept[index] for index in sequences.running or running)
         drop_last(self._cache, new - slots)
         sequences.commit([min(count, slots) if index in running else slots for index, count in enumerate(kept)], slots)
+
+    def _pass_inputs(self, draft: DraftBatch) -> dict[str, Any]:
+        """Return tokens, mask, positions and s0 of the verifying pass; of a tree if there are alternatives."""
+        sequences = self._sequences
+        tokens = torch.stack([sequences.last()[:, 0], *(proposal.tokens for proposal in draft.proposals)], 1)
+        others = _alternatives(draft.proposals)
+        if others is None:
+            count = tokens.shape[1]
+            mask, positions, states = sequences.mask(count), sequences.next_positions(0, count), draft.states
+        else:
+            model, past, slots = self._model, sequences.attention_mask, sequences.slots
+            tree = DraftTree(len(draft.proposals), others.shape[2], tokens.device)
+            positions = sequences.positions[:, None] + tree.depths
+            leaves = others.flatten(1)
+            leaf_mask = tree.mask(tree.chain, past, slots, model.shadow.backbone)
+            leaf_states = model.run_backbone(leaves, leaf_mask, positions[:, tree.chain :], self._cache)
+            tokens, states = torch.cat([tokens, leaves], 1), torch.cat([draft.states, leaf_states], 1)
+            mask = tree.mask(0, past, slots, model.base)
+        return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "shadow_states": states}
+
+    def _join_branches(self, results: Sequence[VerificationResult], proposals: Sequence[Proposal]) -> dict[int, int]:
+        """Move chosen alternatives behind the accepted chain in the cache; return their nodes by sequence."""
+        others, slots, ends = _alternatives(proposals), self._sequences.slots, dict[int, int]()
+        if others is None:
+            return ends
+        for index in self._sequences.running:
+            result = results[index]
+            if result.branch is not None:
+                ends[index] = leaf(len(proposals), others.shape[2], result.accepted, result.branch)
+                move_slot(self._cache, index, slots + ends[index], slots + result.accepted + 1)
+        return ends
 
     def _draft(self) -> DraftBatch:
         sequences = self._sequences
@@ -235,7 +265,7 @@ class _Loop:
         if not self._sample and len(self._processors) == 0:
             drafts = [proposal.tokens for proposal in proposals]
             empty = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
-            return verify_greedy(logits, torch.stack(drafts, 1) if drafts else empty)
+            return verify_greedy(logits, torch.stack(drafts, 1) if drafts else empty, _alternatives(proposals))
         results = []
         for index, length in enumerate(sequences.lengths):
             if sequences.done[index]:
@@ -263,6 +293,12 @@ class _Loop:
             for token in tokens[:count]:
                 self._streamer.put(torch.tensor([token]))
         return count
+
+
+def _alternatives(proposals: Sequence[Proposal]) -> Tensor | None:
+    """Return the alternatives of all drafts, (B, g, k); None for a chain."""
+    known = [proposal.alternatives for proposal in proposals if proposal.alternatives is not None]
+    return torch.stack(known, 1) if known else None
 
 
 class SequenceBatch:

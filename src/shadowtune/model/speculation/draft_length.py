@@ -65,6 +65,8 @@ class DraftLength:
     """Most tokens at once."""
     fixed: bool = False
     """Whether to always draft the most tokens."""
+    branches: int = 1
+    """Tokens that are verified for each drafted one, itself included."""
     accepted: list[float] = field(default_factory=lambda: [0.0] * LEVELS)
     """Accepted drafts by level of confidence."""
     verified: list[float] = field(default_factory=lambda: [0.0] * LEVELS)
@@ -110,7 +112,7 @@ class DraftLength:
         for ahead in range(drafted + 1, self.longest + 1):  # later tokens may pay for this one
             reach = reach * chances
             gain += rate * float(reach.mean())
-            longer = self.costs.pass_time(ahead + 1) - self.costs.pass_time(drafted + 1)
+            longer = self._pass_time(ahead) - self._pass_time(drafted)
             cost = longer + self.costs.draft * (ahead - drafted)
             if gain > cost:
                 return True
@@ -131,7 +133,7 @@ class DraftLength:
                     self.verified[level] += 1
                     self.accepted[level] += count > index
         self.tokens = 0.9 * self.tokens + emitted
-        self.time = 0.9 * self.time + self.costs.pass_time(len(confidences) + 1) + self.costs.draft * attempts
+        self.time = 0.9 * self.time + self._pass_time(len(confidences)) + self.costs.draft * attempts
         if not attempts:
             return
         self.failures = 0 if any(accepted) else self.failures + 1
@@ -140,6 +142,10 @@ class DraftLength:
         elif self.failures >= 4:
             self.idle, self.failures = self.pause, 3
             self.pause = min(2 * self.pause, PAUSES[1])
+
+    def _pass_time(self, drafted: int) -> float:
+        """Return the time of a pass that verifies so many drafted tokens, and their alternatives."""
+        return self.costs.pass_time(1 + drafted * self.branches)
 
 
 def _levels(confidence: Tensor) -> list[int]:

@@ -47,7 +47,7 @@ class Drafter(Protocol):
         """
 
     def learn(self, hidden_states: Tensor | None) -> None:
-        """Receive the attached model's last hidden states (B, d), from which the last tokens were chosen."""
+        """Receive ``draft_features`` (B, n) of the attached model at the positions that chose the last tokens."""
 
 
 class ShadowDrafter:
@@ -57,7 +57,8 @@ class ShadowDrafter:
         head: the base's.
         vocabulary: (K,) tokens to choose from; None chooses from all, as does a head whose weight is not known.
         warpers: processors of the scores when sampling; None drafts the likeliest token.
-        draft_head: draft head that joins s0 with the attached model's last hidden state; None drafts from s0 alone.
+        draft_head: draft head that joins s0 with the attached model's hidden states; None drafts from s0 alone.
+        branches: tokens at each position, of which one is the draft and the others its alternatives.
     """
 
     reads_states = True
@@ -68,8 +69,9 @@ class ShadowDrafter:
         vocabulary: Tensor | None,
         warpers: LogitsProcessorList | None,
         draft_head: DraftHead | None = None,
+        branches: int = 1,
     ) -> None:
-        self._head, self._draft_head = head, draft_head
+        self._head, self._draft_head, self._branches = head, draft_head, branches
         self._previous: Tensor | None = None
         self._warpers: Callable[[Any, Tensor], Tensor] | None = warpers
         self._vocabulary = None if head.weight is None else vocabulary
@@ -87,10 +89,20 @@ class ShadowDrafter:
         if self._warpers is None:
             top = scores.max(-1)
             confidence = (top.values - scores.logsumexp(-1)).exp()
-            return Proposal(self._token_ids(top.indices), confidence)
+            others = self._alternatives(scores, top.indices)
+            return Proposal(self._token_ids(top.indices), confidence, alternatives=others)
         empty = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
         q = self._warpers(empty, scores).softmax(-1)
-        return Proposal(self._token_ids(torch.multinomial(q, 1)[:, 0]), q.amax(-1), q, self._vocabulary)
+        columns = torch.multinomial(q, 1)[:, 0]
+        others = self._alternatives(scores, columns)
+        return Proposal(self._token_ids(columns), q.amax(-1), q, self._vocabulary, alternatives=others)
+
+    def _alternatives(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
+        """Return the likeliest tokens (B, branches - 1) but the chosen columns; None for a chain."""
+        count = min(self._branches, scores.shape[1]) - 1
+        if count == 0:
+            return None
+        return self._token_ids(scores.scatter(1, chosen[:, None], -torch.inf).topk(count).indices)
 
     def learn(self, hidden_states: Tensor | None) -> None:
         """Start the next draft from these states."""
@@ -139,12 +151,17 @@ class CombinedDrafter:
         device = shadow.tokens.device
         confidence = ngram.confidence.to(device)
         better = confidence > shadow.confidence
+        others = shadow.alternatives
+        if others is not None:  # the shadow's own draft is the first alternative to that of the text
+            own = torch.cat([shadow.tokens[:, None], others[:, :-1]], 1)
+            others = torch.where(better[:, None], own, others)
         return Proposal(
             torch.where(better, ngram.tokens.to(device), shadow.tokens),
             torch.where(better, confidence, shadow.confidence),
             shadow.probabilities,
             shadow.vocabulary,
             ~better,
+            others,
         )
 
     def learn(self, hidden_states: Tensor | None) -> None:
@@ -152,7 +169,9 @@ class CombinedDrafter:
         self._shadow.learn(hidden_states)
 
 
-def make_drafter(config: SpeculationConfig, model: Any, processors: LogitsProcessorList, sample: bool) -> Drafter:
+def make_drafter(
+    config: SpeculationConfig, model: Any, processors: LogitsProcessorList, sample: bool, branches: int = 1
+) -> Drafter:
     """Make the drafter of one call of ``generate``.
 
     Args:
@@ -160,18 +179,19 @@ def make_drafter(config: SpeculationConfig, model: Any, processors: LogitsProces
         model: the attached model.
         processors: those of the call.
         sample: whether tokens are drawn.
+        branches: tokens at each position, the alternatives of a draft included.
 
     Raises:
-        ConfigError: if the settings ask for "feedback" and it was not trained.
+        ConfigError: if the settings ask for "draft_head" and it was not trained.
     """
     if config.drafter == "ngram":
         return NgramDrafter()
     warpers = LogitsProcessorList(each for each in processors if isinstance(each, WARPERS)) if sample else None
     vocabulary = model.draft_vocabulary if config.draft_vocabulary else None
     draft_head = None if config.drafter == "shadow" else model.shadow.draft_head
-    if config.drafter == "feedback" and draft_head is None:
-        raise ConfigError("drafter feedback needs a shadow that was trained with draft_rank; choose shadow")
-    shadow = ShadowDrafter(model.head, vocabulary, warpers, draft_head)
+    if config.drafter == "draft_head" and draft_head is None:
+        raise ConfigError("drafter draft_head needs a shadow that was trained with draft_rank; choose shadow")
+    shadow = ShadowDrafter(model.head, vocabulary, warpers, draft_head, branches)
     return CombinedDrafter(shadow) if config.drafter == "combined" else shadow
 
 

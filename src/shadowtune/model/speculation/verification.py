@@ -4,6 +4,9 @@ Each token is chosen as plain decoding would choose it, so drafts change nothing
 accepted if it is the likeliest token. Sampling (the rejection sampler of Leviathan et al., 2023,
 https://arxiv.org/abs/2211.17192, algorithm 1): a draft x from q is accepted with probability min(1, p(x) / q(x)); the
 first rejected one is replaced by a token drawn from (p - q)_+, normalized. So each token is distributed as p.
+
+A draft may be a tree: a chain of tokens with alternatives of each as leaves. The token that the chain ends with is
+chosen as above, alternatives or not; if it is one of them, the pass has computed its logits, and gives one token more.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,6 +34,8 @@ class Proposal(NamedTuple):
     """(K,) token ids of the columns of q; None for all in order."""
     drawn: Tensor | None = None
     """(B,) which sequences were drawn from q; None means all if there is a q."""
+    alternatives: Tensor | None = None
+    """(B, k), further likely tokens, verified beside the drafted one; None for none."""
 
 
 class VerificationResult(NamedTuple):
@@ -39,19 +44,41 @@ class VerificationResult(NamedTuple):
     tokens: list[int]
     """The accepted drafts, and one more token that the model chose itself."""
     accepted: int
-    """Number of accepted drafts."""
+    """Number of accepted drafts of the chain."""
+    branch: int | None = None
+    """Which alternative of the first rejected draft was chosen; None for none of them."""
 
 
-def verify_greedy(logits: Tensor, drafts: Tensor) -> list[VerificationResult]:
+def verify_greedy(logits: Tensor, drafts: Tensor, alternatives: Tensor | None = None) -> list[VerificationResult]:
     """Accept drafts while they are the likeliest tokens; for sequences without logits processors.
 
     Args:
-        logits: (B, g + 1, V), at the last token and each of the drafts.
+        logits: (B, g + 1 + g k, V), at the last token, each of the drafts, and the alternatives of each.
         drafts: (B, g).
+        alternatives: (B, g, k); None for none.
     """
-    chosen = logits.argmax(-1)
-    accepted = (chosen[:, :-1] == drafts).long().cumprod(1).sum(1).tolist()
-    return [VerificationResult(ids[: count + 1], count) for ids, count in zip(chosen.tolist(), accepted, strict=True)]
+    chosen, length = logits.argmax(-1), drafts.shape[1]
+    accepted = (chosen[:, :length] == drafts).long().cumprod(1).sum(1).tolist()
+    results = []
+    for index, (ids, count) in enumerate(zip(chosen.tolist(), accepted, strict=True)):
+        result = VerificationResult(ids[: count + 1], count)
+        if alternatives is not None and count < length:
+            branch = _find(alternatives[index, count], ids[count])
+            if branch is not None:
+                node = leaf(length, alternatives.shape[2], count, branch)
+                result = VerificationResult([*result.tokens, ids[node]], count, branch)
+        results.append(result)
+    return results
+
+
+def leaf(length: int, alternatives: int, step: int, branch: int) -> int:
+    """Return the index of an alternative in a pass over the last token, ``length`` drafts and their alternatives."""
+    return 1 + length + step * alternatives + branch
+
+
+def _find(alternatives: Tensor, token: int) -> int | None:
+    known: list[int] = alternatives.tolist()
+    return known.index(token) if token in known else None
 
 
 def verify_sequence(
@@ -66,25 +93,37 @@ def verify_sequence(
     """Accept or reject the drafts of one sequence one by one, as plain decoding would choose.
 
     Args:
-        tokens: (n,) the sequence and, from index ``length``, space for the drafts, which is written to.
+        tokens: (n,) the sequence and, from index ``length``, space for further tokens, which is written to. Tokens
+            behind its end are chosen without those before them, for the caller drops them.
         length: tokens of the sequence so far.
-        logits: (g + 1, V) of this sequence, float32.
+        logits: (g + 1 + g k, V) of this sequence, float32, as in ``verify_greedy``.
         index: of the sequence in the proposals.
         proposals: g of them.
         process: the logits processors.
         sample: whether tokens are drawn, or the likeliest taken.
     """
     emitted: list[int] = []
-    for step in range(len(logits)):
-        prefix = tokens[None, : length + step]
-        scores = process(prefix, logits[step : step + 1])[0]
-        proposal = proposals[step] if step < len(proposals) else None
-        verify = _verify_sampled if sample else _verify_likeliest
-        token, accepted = verify(scores, proposal, index)
+    verify = _verify_sampled if sample else _verify_likeliest
+
+    def choose(node: int, proposal: Proposal | None) -> bool:
+        prefix = tokens[None, : length + len(emitted)]
+        token, accepted = verify(process(prefix, logits[node : node + 1])[0], proposal, index)
+        if length + len(emitted) < len(tokens):
+            tokens[length + len(emitted)] = token
         emitted.append(token)
-        if not accepted:
+        return accepted
+
+    for step, proposal in enumerate(proposals):
+        if choose(step, proposal):
+            continue
+        if proposal.alternatives is None:
             return VerificationResult(emitted, step)
-        tokens[length + step] = token
+        others = proposal.alternatives[index]
+        branch = _find(others, emitted[-1])
+        if branch is not None:
+            choose(leaf(len(proposals), len(others), step, branch), None)
+        return VerificationResult(emitted, step, branch)
+    choose(len(proposals), None)
     return VerificationResult(emitted, len(proposals))
 
 

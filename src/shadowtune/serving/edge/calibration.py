@@ -3,20 +3,34 @@
 The learned router is a logistic regression: the probability that the cloud's answer would not be better.
 """
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
-from shadowtune.config.serving import CurvePoint, PolicyConfig, Prices, SignalName, Weights
+from shadowtune.config.serving import (
+    HEAD_SIGNALS,
+    CurvePoint,
+    PolicyConfig,
+    Prices,
+    ReliabilityPoint,
+    SignalName,
+    Weights,
+)
+from shadowtune.core.calibration_metrics import auroc, expected_calibration_error, reliability
+from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.serving.edge.confidence import features, learned_confidence
+from shadowtune.serving.edge.risk import controlled_threshold
 from shadowtune.serving.edge.thresholds import (
     ALWAYS,
     CalibrationExample,
     CalibrationTarget,
     area,
+    area_of,
     at_threshold,
     choose_threshold,
     confidences,
@@ -28,21 +42,46 @@ from shadowtune.serving.edge.thresholds import (
 from shadowtune.tables import keep_within, line_style
 
 SIGNALS: tuple[SignalName, ...] = get_args(SignalName)
+"""Signals of an edge with a deferral head."""
+PLAIN_SIGNALS = tuple(name for name in SIGNALS if name not in HEAD_SIGNALS)
+"""Signals of any edge."""
 FOLDS = 5
+MINIMUM = 5
+"""Least examples that the cloud answers better, and that it does not, in each half."""
+RESAMPLES = 500
+"""Of a bootstrap."""
 WEIGHT_DECAY = 1e-2
 """On the squared weights of standardized features; keeps them finite where the examples are separable."""
 
 
 @dataclass(frozen=True)
+class BootstrapInterval:
+    """An estimate with its 95 % interval, by resampling the examples."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Return the three numbers in a few words."""
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+@dataclass(frozen=True)
 class RouterQuality:
-    """Areas under accuracy over deferral rate."""
+    """How well a router tells which requests to defer."""
 
     router: str
     """A signal, "random" or "oracle"."""
     area: float
-    """On the half that chose the policy; of the learned router out of fold."""
-    checked: float | None
-    """On the other half; None if it is empty."""
+    """Under accuracy over deferral rate, on the half that chose the policy; of the learned router out of fold."""
+    checked: BootstrapInterval | None
+    """The same on the other half; None if it is empty."""
+    auroc: BootstrapInterval | None = None
+    """Of "the cloud's answer is better" on the other half: 0.5 is chance."""
+    calibration_error: BootstrapInterval | None = None
+    """Expected calibration error of the confidence, as the probability that the cloud's answer is not better, on the
+    other half."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +92,7 @@ class Calibration:
     promised: CurvePoint
     """Of the chosen threshold, on the half that chose it."""
     found: CurvePoint | None
-    """Of the chosen threshold, on the other half; None if it is empty."""
+    """Of the chosen threshold, on the other half; None if it is empty, or chose the threshold."""
     scores: list[float]
     """Of each example of the other half, with this policy."""
     qualities: list[RouterQuality]
@@ -67,52 +106,139 @@ def calibrate(
     signal: SignalName | Literal["auto"],
     tag: str | None,
     prices: Prices,
+    minimum: int = MINIMUM,
 ) -> Calibration:
     """Choose threshold and signal, and check them on held-out examples.
 
     Args:
-        examples: at least one, in any order; half of them, drawn with a fixed seed, choose.
+        examples: at least one, in any order; half of them, drawn with a fixed seed, choose. For a guaranteed loss of
+            accuracy that half chooses the signal alone, and the other one the threshold.
         target: of the threshold.
         signal: the confidence; "auto" takes the signal with the largest area.
         tag: the answer by which the edge's model itself defers.
         prices: by which the costs of the examples were computed.
+        minimum: least examples of either kind in each half; see ``check_examples``.
 
     Raises:
-        ShadowtuneError: if no threshold reaches the target.
+        ShadowtuneError: if no threshold reaches the target, or the examples are too few to choose one.
     """
+    check_examples(examples, minimum)
     drawn = random.Random(0).sample(list(examples), len(examples))
     half = (len(examples) + 1) // 2
     chosen, others = drawn[:half], drawn[half:]
+    signals = available_signals(examples)
+    if signal != "auto" and signal not in signals:
+        raise ConfigError(
+            f"signal {signal} needs a deferral head, which this edge has none of; train with deferral_fraction, or "
+            f"take one of {', '.join(signals)}"
+        )
     weights = fit_learned_router(chosen)
     curves = {
         name: deferral_curve(
             chosen, out_of_fold_confidences(chosen) if name == "learned" else confidences(chosen, name)
         )
-        for name in SIGNALS
+        for name in signals
     }
-    best = max(SIGNALS, key=lambda name: area(curves[name])) if signal == "auto" else signal
-    promised = choose_threshold(curves[best], target, len(chosen))
-    checks = {name: confidences(others, name, weights) for name in SIGNALS}
-    qualities = [
-        RouterQuality(name, area(curves[name]), area(deferral_curve(others, checks[name])) if others else None)
-        for name in SIGNALS
-    ]
-    for name, bound in (("random", random_area), ("oracle", oracle_area)):
-        qualities.append(RouterQuality(name, bound(chosen), bound(others) if others else None))
+    best = max(signals, key=lambda name: area(curves[name])) if signal == "auto" else signal
+    checks = {name: confidences(others, name, weights) for name in signals}
+    guaranteed = target.kind == "accuracy-loss"
+    if guaranteed:
+        promised = controlled_threshold(others, checks[best], target.value, 1 - target.confidence)
+        curve = deferral_curve(others, checks[best])
+    else:
+        promised, curve = choose_threshold(curves[best], target, len(chosen)), curves[best]
     policy = PolicyConfig(
         threshold=promised.threshold,
         signal=best,
         tag=tag,
         weights=weights if best == "learned" else None,
         prices=prices,
-        curve=thinned(curves[best], promised),
+        curve=thinned(curve, promised),
+        examples=len(others if guaranteed else chosen),
+        reliability=_reliability(others, checks[best]),
     )
     scores = [
         each.cloud_score if level < promised.threshold else each.edge_score
         for each, level in zip(others, checks[best], strict=True)
     ]
-    found = at_threshold(others, checks[best], promised.threshold) if others else None
-    return Calibration(policy, promised, found, scores, qualities, curves)
+    found = at_threshold(others, checks[best], promised.threshold) if others and not guaranteed else None
+    return Calibration(policy, promised, found, scores, _qualities(chosen, others, curves, checks), curves)
+
+
+def check_examples(examples: Sequence[CalibrationExample], minimum: int) -> None:
+    """Raise ShadowtuneError if either half could hold too few examples of a kind to choose a threshold by.
+
+    Args:
+        examples: of both halves.
+        minimum: least examples that the cloud answers better, and that it does not, in each half.
+    """
+    count, helped = len(examples), sum(each.cloud_helps for each in examples)
+    kinds = ((helped, "better", "always-edge"), (count - helped, "no better", "always-cloud"))
+    for number, words, policy in kinds:
+        if number < 2 * minimum:
+            enough = math.ceil(2 * minimum * (count + 1) / (number + 0.5))
+            raise ShadowtuneError(
+                f"the cloud's answer is {words} in {number} of {count} examples, of at least {2 * minimum} that choose "
+                f"and check a threshold: about {enough} examples would suffice at this rate; name more, lower "
+                f"--minimum, or serve with --policy-kind {policy}"
+            )
+
+
+def _qualities(
+    chosen: Sequence[CalibrationExample],
+    others: Sequence[CalibrationExample],
+    curves: Mapping[SignalName, Sequence[CurvePoint]],
+    checks: Mapping[SignalName, Sequence[float]],
+) -> list[RouterQuality]:
+    """Return the quality of each signal, of random deferral and of the oracle."""
+    areas: dict[str, float] = {name: area(curve) for name, curve in curves.items()}
+    areas |= {"random": random_area(chosen), "oracle": oracle_area(chosen)}
+    if not others:
+        return [RouterQuality(name, value, None) for name, value in areas.items()]
+    edge, cloud = (np.asarray([vars(each)[f"{side}_score"] for each in others], float) for side in ("edge", "cloud"))
+    helps = (cloud > edge).astype(float)
+    found = []
+    for name in checks:
+        sure = np.asarray(checks[name], float)
+
+        def area_at(rows: np.ndarray, sure: np.ndarray = sure) -> float:
+            return area_of(sure[rows], edge[rows], cloud[rows])
+
+        def auroc_at(rows: np.ndarray, sure: np.ndarray = sure) -> float:
+            return auroc(-sure[rows], helps[rows])
+
+        def error_at(rows: np.ndarray, sure: np.ndarray = sure) -> float:
+            return expected_calibration_error(np.clip(sure[rows], 0.0, 1.0), 1 - helps[rows])
+
+        intervals = (_bootstrap(measure, len(others)) for measure in (area_at, auroc_at, error_at))
+        found.append(RouterQuality(name, areas[name], *intervals))
+    bounds: dict[str, Callable[[np.ndarray], float]] = {
+        "random": lambda rows: float((edge[rows] + cloud[rows]).mean() / 2),
+        "oracle": lambda rows: area_of((edge - cloud)[rows], edge[rows], cloud[rows]),
+    }
+    found += [RouterQuality(name, areas[name], _bootstrap(bound, len(others))) for name, bound in bounds.items()]
+    return found
+
+
+def _bootstrap(measure: Callable[[np.ndarray], float], count: int) -> BootstrapInterval:
+    """Estimate a measure, a function of the numbers of the examples to use, with its percentile interval."""
+    rng = np.random.default_rng(0)
+    drawn = [measure(rng.integers(0, count, count)) for _ in range(RESAMPLES)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return BootstrapInterval(measure(np.arange(count)), float(low), float(high))
+
+
+def _reliability(examples: Sequence[CalibrationExample], sure: Sequence[float]) -> tuple[ReliabilityPoint, ...]:
+    if not examples:
+        return ()
+    bins = reliability(np.clip(np.asarray(sure, float), 0.0, 1.0), [not each.cloud_helps for each in examples])
+    return tuple(ReliabilityPoint(each.confidence, each.accuracy, each.count) for each in bins)
+
+
+def available_signals(examples: Sequence[CalibrationExample]) -> tuple[SignalName, ...]:
+    """Return the signals that the edge computed for every example."""
+    headless = any(each.signals.agreement is None for each in examples)
+    return PLAIN_SIGNALS if headless else SIGNALS
 
 
 def fit_learned_router(examples: Sequence[CalibrationExample]) -> Weights:

@@ -4,8 +4,11 @@
     margin  = min_i (p_i^(1) - p_i^(2))   smallest difference between the two most likely tokens
     entropy = 1 - 1/n sum H_i / log V     1 is certain, 0 is uniform
     first   = p_1                         probability of the first token
-    learned = sigmoid(b + w · x)          x = log-odds of the four above, log(1 + n)
+    learned = sigmoid(b + w · x)          x = log-odds of the four above, log(1 + n), log-odds of the two below
+    agreement = prod_i (1 - sigmoid(a_i)) probability that the attached model would generate the same tokens
+    deferral = 1 - sigmoid(1/n sum b_i)   1 - probability that the attached model is right where this answer is wrong
 
+a_i and b_i are the log-odds of the deferral head (``core.deferral_head``), where the model has one.
 The end-of-text token is one of the n tokens: where a label may go on, not going on is a part of the answer. All
 probabilities are the model's own, before temperature and the rest of the sampling.
 """
@@ -13,12 +16,13 @@ probabilities are the model's own, before temperature and the rest of the sampli
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
-from shadowtune.config.serving import PolicyConfig, SignalName, Weights
+from shadowtune.config.serving import TOKEN_SIGNALS, PolicyConfig, SignalName, Weights
+from shadowtune.core.deferral_head import answer_log_odds, log_agreement
 
 EPSILON = 1e-6
 """Distance from 0 and 1 to which signals are clipped, for finite log-odds."""
@@ -34,6 +38,9 @@ class Signals:
     first: float
     length: int
     """Tokens of the answer, with the one that ends it."""
+    agreement: float | None = None
+    """None without a deferral head, as ``deferral``."""
+    deferral: float | None = None
 
 
 NO_SIGNALS = Signals(0.0, 0.0, 0.0, 0.0, 0)
@@ -53,6 +60,8 @@ class TokenStatistics:
     """Divided by its largest value, log V."""
     top: tuple[tuple[int, float], ...] = ()
     """The most likely ids and their log-probabilities, best first."""
+    deferral: tuple[float, float] | None = None
+    """The deferral head's two log-odds; None without a head."""
 
 
 def statistics_from_logits(logits: Tensor, token: int, top: int) -> TokenStatistics:
@@ -84,34 +93,72 @@ def signals_of(tokens: Sequence[TokenStatistics]) -> Signals:
     """Combine the statistics of an answer's tokens."""
     if not tokens:
         return NO_SIGNALS
+    known = [token.deferral for token in tokens if token.deferral is not None]
+    agreement = deferral = None
+    if len(known) == len(tokens):
+        logits = torch.tensor(known)
+        agreement = float(log_agreement(logits).exp())
+        deferral = float(1 - answer_log_odds(logits).sigmoid())
     return Signals(
         logprob=math.exp(min(0.0, statistics.fmean(token.logprob for token in tokens))),
         margin=min(token.margin for token in tokens),
         entropy=1 - statistics.fmean(token.entropy for token in tokens),
         first=math.exp(min(0.0, tokens[0].logprob)),
         length=len(tokens),
+        agreement=agreement,
+        deferral=deferral,
     )
 
 
-def features(signals: Signals) -> tuple[float, float, float, float, float]:
-    """Return the inputs of the learned router in the order of ``Weights``: four log-odds and log(1 + length)."""
-    logprob, margin, entropy, first = map(_log_odds, (signals.logprob, signals.margin, signals.entropy, signals.first))
-    return logprob, margin, entropy, first, math.log1p(signals.length)
+def features(signals: Signals) -> tuple[float, ...]:
+    """Return the inputs of the learned router in the order of ``Weights``, log-odds and log(1 + length).
+
+    Those of the deferral head are 0 without one.
+    """
+    four = map(_log_odds, (signals.logprob, signals.margin, signals.entropy, signals.first))
+    two = (0.0 if share is None else _log_odds(share) for share in (signals.agreement, signals.deferral))
+    return (*four, math.log1p(signals.length), *two)
 
 
 def learned_confidence(weights: Weights, signals: Signals) -> float:
     """Return the learned router's probability that the cloud's answer would not be better."""
-    factors = (weights.logprob, weights.margin, weights.entropy, weights.first, weights.length)
+    _, *factors = astuple(weights)
     score = weights.bias + sum(weight * value for weight, value in zip(factors, features(signals), strict=True))
     return 1 / (1 + math.exp(-score)) if score > -700 else 0.0
 
 
 def confidence(signals: Signals, signal: SignalName, weights: Weights | None = None) -> float:
-    """Return the confidence of an answer by one signal, from 0 to 1."""
+    """Return the confidence of an answer by one signal, from 0 to 1; 0 for a signal that the edge could not compute."""
     if signal == "learned":
         assert weights is not None
         return learned_confidence(weights, signals)
-    return float(vars(signals)[signal])
+    return float(vars(signals)[signal] or 0.0)
+
+
+def token_confidence(token: TokenStatistics, signal: SignalName) -> float:
+    """Return the confidence of one token by one of ``TOKEN_SIGNALS``, from 0 to 1; 0 if it is not known."""
+    assert signal in TOKEN_SIGNALS
+    if signal == "agreement":
+        return 0.0 if token.deferral is None else 1 / (1 + math.exp(min(token.deferral[0], 700.0)))
+    if signal == "margin":
+        return token.margin
+    return 1 - token.entropy if signal == "entropy" else math.exp(min(0.0, token.logprob))
+
+
+def token_threshold(policy: PolicyConfig, prompt_tokens: int) -> float:
+    """Return the confidence below which a token is deferred, by a policy of kind "token".
+
+    With ``value`` it is that at which the expected gain of asking the cloud, (1 - confidence) value, equals the cost.
+
+    Args:
+        policy: the policy.
+        prompt_tokens: number of the prompt's tokens.
+    """
+    if policy.value is None:
+        return policy.threshold
+    prices = policy.prices
+    cost = prices.request + prices.prompt * prompt_tokens + prices.completion * policy.answer_tokens
+    return max(0.0, 1 - cost / policy.value)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ def decoding_steps(
         RequestError: for ``min_tokens`` with a GGUF file, or if no token can be sampled.
     """
     runtime, top = opened.runtime, request.top_logprobs or 0
+    if limit < 1:
+        return
     if isinstance(runtime, GgufModel):
         if request.min_tokens:
             raise RequestError("min_tokens is not supported by a GGUF file; leave it out", param="min_tokens")
@@ -57,10 +59,11 @@ def decoding_steps(
         return
     assert isinstance(runtime, Stepwise)
     warp, source = logits_processors(request.sampling, len(ids), opened.generation), random_generator(request.sampling)
-    logits_of, sequence = runtime.steps(ids), list(ids)
-    logits = torch.tensor(next(logits_of))
+    steps, sequence = runtime.steps(ids), list(ids)
+    output = next(steps)
     ends = sorted(opened.ends | set(request.stop_token_ids))
     for count in range(1, limit + 1):
+        logits = torch.tensor(output.logits)
         allowed = logits.clone() if matcher is None else matcher.restrict(logits)
         if count <= request.min_tokens:
             allowed[ends] = -torch.inf
@@ -71,10 +74,11 @@ def decoding_steps(
         if matcher is not None and chosen not in ends:
             matcher.advance(chosen)
         complete = matcher is not None and matcher.complete
-        yield DecodingStep(statistics_from_logits(logits, chosen, top), None, count, complete)
+        token = replace(statistics_from_logits(logits, chosen, top), deferral=output.deferral)
+        yield DecodingStep(token, None, count, complete)
         if count < limit:
             sequence.append(chosen)
-            logits = torch.tensor(logits_of.send(chosen))
+            output = steps.send(chosen)
 
 
 def _llama_settings(

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 
 from shadowtune.export.loading import LoadedModel
@@ -28,6 +29,8 @@ from shadowtune.serving.requests import (
 from shadowtune.serving.validation import RequestValidator
 
 LOGGER = logging.getLogger(__name__)
+StopsBefore = Callable[[TokenStatistics, int], bool]
+"""(a chosen token, number of the prompt's tokens) -> whether the answer stops before it."""
 CLOSE_SECONDS = 10.0
 """Seconds to wait for an answer that was asked to stop; a model that hangs is abandoned."""
 
@@ -42,8 +45,17 @@ class LocalStream:
         ids: list[int],
         limit: int,
         matcher: SchemaMatcher | None = None,
+        prefix: tuple[int, ...] = (),
+        stops_before: StopsBefore | None = None,
     ) -> None:
         self.decision = RoutingDecision("edge", "detached")
+        self.generated = list(prefix)
+        """Tokens of the answer so far, without the one that ends it."""
+        self.statistics: list[TokenStatistics] = []
+        """Of each token that was chosen, with the one that ends the answer; complete once the last chunk has come."""
+        self.stopped_before: str | None = None
+        """Text of the token that ``stops_before`` refused, which ended the stream; None if it did not."""
+        self._stops_before = stops_before
         self.signals: Signals = NO_SIGNALS
         """Confidence of the answer; complete once the last chunk has come."""
         self.owner = request.owner
@@ -111,16 +123,24 @@ class LocalStream:
         ends = (frozenset() if request.ignore_eos else self._opened.ends) | set(request.stop_token_ids)
         detokenizer = IncrementalDetokenizer(self._opened.tokenizer, request.stop, request.min_tokens)
         tokens: list[TokenStatistics] = []
-        count = 0
+        begun = count = len(self.generated)
         finish: FinishReason = "length"
-        steps = decoding_steps(self._opened, self._ids, request, self._limit, self._follower)
+        if begun:
+            yield OutputChunk("".join(map(detokenizer.add, self.generated)), usage_so_far=Usage(len(self._ids), count))
+        remaining = replace(request, min_tokens=max(0, request.min_tokens - begun))
+        ids, limit = self._ids + self.generated, max(0, self._limit - begun)
+        steps = decoding_steps(self._opened, ids, remaining, limit, self._follower)
         try:
             for step in steps:
+                if self._stops_before is not None and self._stops_before(step.token, len(self._ids)):
+                    self.stopped_before = str(self._opened.tokenizer.decode([step.token.id], skip_special_tokens=True))
+                    return
                 tokens.append(step.token)
-                count = step.count
+                count = begun + step.count
                 if step.token.id in ends:
                     finish = "stop"
                     break
+                self.generated.append(step.token.id)
                 text = detokenizer.add(step.token.id) if step.text is None else detokenizer.add_text(step.text)
                 yield OutputChunk(text, self._logprobs(step.token), usage_so_far=Usage(len(self._ids), count))
                 if detokenizer.stopped or step.complete:
@@ -130,8 +150,17 @@ class LocalStream:
                     return
         finally:
             steps.close()
-        self.signals = signals_of(tokens)
+        self.statistics = self._with_deferral(tokens, count - begun)
+        self.signals = signals_of(self.statistics)
         yield OutputChunk(detokenizer.flush(), (), finish, Usage(len(self._ids), count))
+
+    def _with_deferral(self, tokens: list[TokenStatistics], count: int) -> list[TokenStatistics]:
+        """Evaluate the deferral head on a complete answer of llama.cpp, unless it left out tokens of a character."""
+        runtime = self._opened.runtime
+        if not isinstance(runtime, GgufModel) or runtime.deferral_head is None or len(tokens) != count or not tokens:
+            return tokens
+        found = runtime.deferral_logits(self._ids, [token.id for token in tokens])
+        return [replace(token, deferral=logits) for token, logits in zip(tokens, found, strict=True)]
 
     def _logprobs(self, token: TokenStatistics) -> tuple[GeneratedToken, ...]:
         if self._request.top_logprobs is None:
@@ -179,8 +208,16 @@ class LocalModel:
         """Return why it can never answer again; None while it can."""
         return self._failure
 
-    async def generate(self, request: GenerationRequest) -> LocalStream:
+    async def generate(
+        self, request: GenerationRequest, prefix: tuple[int, ...] = (), stops_before: StopsBefore | None = None
+    ) -> LocalStream:
         """Queue a request.
+
+        Args:
+            request: the request; with a schema it has neither of the following.
+            prefix: tokens with which the answer begins; the stream yields their text first.
+            stops_before: called for each further token, in the model's thread; the stream ends, without a finish
+                reason, before the first one for which it returns true.
 
         Raises:
             RequestError: 400 if its prompt is invalid or too long, 404 for another model, 429 if the queue is full, 503
@@ -193,7 +230,7 @@ class LocalModel:
         if request.schema is not None and not isinstance(self._opened.runtime, GgufModel):
             matcher = await self._tokenizing.run(object(), partial(self._schemas.compile, request.schema))
         self._check_available(request)  # again: it may have changed meanwhile
-        stream = LocalStream(self._opened, request, ids, limit, matcher)
+        stream = LocalStream(self._opened, request, ids, limit, matcher, prefix, stops_before)
         self._streams.add(stream)
         self._queue.append(stream)
         self._thread.submit(self._run_next).add_done_callback(self._record_failure)
@@ -203,6 +240,10 @@ class LocalModel:
         """Return the token ids of a request's prompt; raises RequestError as ``generate`` does."""
         self._check_name(request.model)
         return await self._tokenize(request)
+
+    async def answer_tokens(self, text: str) -> list[int]:
+        """Return the token ids of an answer's text."""
+        return await self._tokenizing.run(object(), partial(self._validator.token_ids, text, "prediction"))
 
     async def detokenize(self, model: str, tokens: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included; raises RequestError for invalid ids."""

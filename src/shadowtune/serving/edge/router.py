@@ -1,19 +1,24 @@
 """Route each request: the edge answers in full, the policy decides, and the cloud answers what is deferred.
 
-The first byte goes to the client after the decision, so that it never sees two answers.
+The first byte goes to the client after the decision, so that it never sees two answers. A policy of kind "token"
+decides while the edge streams (``mid_answer``).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shadowtune.config.serving import PolicyConfig, Prices
 from shadowtune.errors import ConfigError
 from shadowtune.serving.edge.confidence import PolicyDecision, decide
+from shadowtune.serving.edge.drift import DriftMonitor
 from shadowtune.serving.edge.local import LocalModel
+from shadowtune.serving.edge.mid_answer import MidAnswerStream, routes_by_token
 from shadowtune.serving.edge.openai_api import RemoteError
 from shadowtune.serving.edge.remote import RemoteEndpoint
+from shadowtune.serving.edge.thresholds import response_cost
 from shadowtune.serving.requests import (
     GenerationRequest,
     GenerationStream,
@@ -23,6 +28,12 @@ from shadowtune.serving.requests import (
     RoutingDecision,
     Usage,
 )
+
+MID_ANSWER_COUNTERS = tuple(
+    f"mid_answer_{outcome}" for outcome in ("confident", "unsure", "continued", "contradicted", "fallback")
+)
+"""Answers of a policy of kind "token": of the edge alone, of the cloud alone, by the cloud from a text of the edge
+on, by the edge because the cloud disagreed, and by the edge because the cloud failed."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class RoutedStream:
         decision: as far as known before the first chunk.
         prices: of the cloud, if it answers.
         draft: the edge's text, if the cloud verifies it.
+        observe: called with the cloud's whole text.
     """
 
     def __init__(
@@ -50,9 +62,10 @@ class RoutedStream:
         decision: RoutingDecision,
         prices: Prices | None = None,
         draft: str | None = None,
+        observe: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.decision = decision
-        self._source, self._prices, self._draft = source, prices, draft
+        self._source, self._prices, self._draft, self._observe = source, prices, draft, observe
 
     async def __aiter__(self) -> AsyncIterator[OutputChunk]:
         """Yield the chunks."""
@@ -73,15 +86,11 @@ class RoutedStream:
             await self._source.aclose()
 
     def _complete(self, text: str, usage: Usage) -> None:
+        self._observe(text)
         if self._prices is not None:
             self.decision = replace(self.decision, cost=response_cost(self._prices, usage))
         if self._draft is not None:
             self.decision = replace(self.decision, reason="agreed" if text == self._draft else "corrected")
-
-
-def response_cost(prices: Prices, usage: Usage) -> float:
-    """Return the cost of a response of the cloud."""
-    return prices.request + prices.prompt * usage.prompt_tokens + prices.completion * usage.completion_tokens
 
 
 class Router:
@@ -102,14 +111,25 @@ class Router:
         self, edge: LocalModel, cloud: RemoteEndpoint, policy: PolicyConfig, edge_deadline: float = 60.0
     ) -> None:
         self.edge, self.cloud, self.policy, self.edge_deadline = edge, cloud, policy, edge_deadline
+        self.drift = DriftMonitor(policy)
+        self._mid_answer: Counter[str] = Counter(dict.fromkeys(MID_ANSWER_COUNTERS, 0))
 
     def models(self) -> list[ModelCard]:
         """Return the edge's model."""
         return self.edge.models()
 
     def counters(self) -> dict[str, float]:
-        """Return the edge's running and waiting requests, and whether the cloud's circuit breaker is open."""
-        return {**self.edge.counters(), "cloud_circuit_open": float(self.cloud.breaker.state == "open")}
+        """Return the edge's running and waiting requests, the state of the circuit breaker, and of the drift alarm."""
+        status = self.drift.status()
+        return {
+            **self.edge.counters(),
+            "cloud_circuit_open": float(self.cloud.breaker.state == "open"),
+            "correction_rate": status.rate,
+            "drift_evidence": status.evidence,
+            "drift_alarms": status.alarms,
+            "drift_alarmed": float(status.alarmed),
+            **self._mid_answer,
+        }
 
     def failure(self) -> str | None:
         """Return why the edge's model can never answer again; None while it can."""
@@ -124,14 +144,16 @@ class Router:
         return await self.edge.detokenize(model, tokens)
 
     def describe(self) -> Mapping[str, Any]:
-        """Return kind, threshold, signal and curve of the policy."""
+        """Return kind, threshold, signal and curve of the policy, and the state of its drift alarm."""
         policy = self.policy
-        tunable = policy.kind == "confidence"
+        tunable = policy.kind == "confidence" or (policy.kind == "token" and policy.value is None)
         return {
             "kind": policy.kind,
             "threshold": policy.threshold if tunable else None,
             "signal": policy.signal if tunable else None,
             "curve": [asdict(point) for point in policy.curve] if tunable else [],
+            "reliability": [asdict(point) for point in policy.reliability] if tunable else [],
+            "drift": asdict(self.drift.status()) if policy.drift.enabled else None,
         }
 
     def set_threshold(self, threshold: float) -> None:
@@ -140,13 +162,14 @@ class Router:
         Raises:
             ConfigError: if the policy has none, or it is out of range.
         """
-        if self.policy.kind != "confidence":
+        if self.describe()["threshold"] is None:
             raise ConfigError(
                 f"policy {self.policy.kind} has no threshold; start the server with --policy-kind confidence"
             )
         self.policy = replace(self.policy, threshold=threshold)
+        self.drift.set_policy(self.policy)
 
-    async def generate(self, request: GenerationRequest) -> RoutedStream:
+    async def generate(self, request: GenerationRequest) -> "RoutedStream | MidAnswerStream":
         """Answer at the edge, decide, and ask the cloud if the answer is deferred.
 
         Raises:
@@ -161,6 +184,8 @@ class Router:
         if policy.kind == "always-cloud":
             return await self._answer_in_cloud(request, policy)
         try:
+            if routes_by_token(policy, request):
+                return await self._begin_at_edge(request, policy)
             edge = await self._answer_at_edge(request, policy)
         except RequestError as error:
             try:
@@ -168,7 +193,9 @@ class Router:
             except RemoteError:
                 raise error from None
         decision = edge.decision
+        greedy = request.sampling.temperature == 0
         if not decision.defer:
+            self.drift.observe(False, greedy)
             return RoutedStream(edge.chunks, RoutingDecision("edge", decision.reason, decision.confidence))
         draft = edge.text if policy.kind == "verify" else None
         read = Usage(sum(chunk.usage.prompt_tokens for chunk in edge.chunks if chunk.usage), 0)
@@ -178,13 +205,25 @@ class Router:
             return RoutedStream(edge.chunks, RoutingDecision("fallback", error.reason, decision.confidence))
         cost = response_cost(policy.prices, read)
         return RoutedStream(
-            source, RoutingDecision("cloud", decision.reason, decision.confidence, cost), policy.prices, draft
+            source,
+            RoutingDecision("cloud", decision.reason, decision.confidence, cost),
+            policy.prices,
+            draft,
+            lambda text: self.drift.observe(text.strip() != edge.text.strip(), greedy),
         )
 
     async def aclose(self) -> None:
         """Let the edge finish, and close the connections to the cloud."""
         await self.edge.aclose()
         await self.cloud.aclose()
+
+    async def _begin_at_edge(self, request: GenerationRequest, policy: PolicyConfig) -> MidAnswerStream:
+        def observe(replaced: bool) -> None:
+            self.drift.observe(replaced, greedy=True)
+
+        stream = MidAnswerStream(self.edge, self.cloud, request, policy, self._mid_answer, observe)
+        await stream.begin()
+        return stream
 
     async def _answer_at_edge(self, request: GenerationRequest, policy: PolicyConfig) -> EdgeAnswer:
         stream = await self.edge.generate(request)

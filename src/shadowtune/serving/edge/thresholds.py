@@ -15,12 +15,18 @@ from typing import Literal
 
 import numpy as np
 
-from shadowtune.config.serving import CurvePoint, SignalName, Weights
+from shadowtune.config.serving import CurvePoint, Prices, SignalName, Weights
 from shadowtune.errors import ShadowtuneError
 from shadowtune.serving.edge.confidence import Signals, confidence
+from shadowtune.serving.requests import Usage
 
 ALWAYS = -1.0
 """Confidence of an answer that is deferred whatever the threshold: the tag."""
+
+
+def response_cost(prices: Prices, usage: Usage) -> float:
+    """Return the cost of a response of the cloud."""
+    return prices.request + prices.prompt * usage.prompt_tokens + prices.completion * usage.completion_tokens
 
 
 @dataclass(frozen=True)
@@ -36,14 +42,27 @@ class CalibrationExample:
     cloud_score: float
     cost: float
     """Of the cloud's answer."""
+    corrected: bool = False
+    """Whether the cloud's answer is another text than the edge's."""
+
+    @property
+    def cloud_helps(self) -> bool:
+        """Whether the cloud's answer is better."""
+        return self.cloud_score > self.edge_score
 
 
 @dataclass(frozen=True)
 class CalibrationTarget:
-    """The target of a threshold: an accuracy at the least cost, or the best accuracy within a deferral rate or cost."""
+    """The target of a threshold.
 
-    kind: Literal["accuracy", "deferral-rate", "cost"]
+    An accuracy at the least cost, the best accuracy within a deferral rate or cost, or the fewest deferrals with a
+    guaranteed loss of accuracy, compared with the cloud alone.
+    """
+
+    kind: Literal["accuracy", "deferral-rate", "cost", "accuracy-loss"]
     value: float
+    confidence: float = 0.95
+    """Probability of the guarantee."""
 
 
 def confidences(
@@ -67,13 +86,17 @@ def deferral_curve(examples: Sequence[CalibrationExample], sure: Sequence[float]
     cloud = np.asarray([each.cloud_score for each in examples], float)[order]
     cost = np.asarray([each.cost for each in examples], float)[order]
     starts = [0, *(np.flatnonzero(np.diff(levels)) + 1).tolist(), len(examples)]
-    gains, costs = (np.concatenate([[0.0], np.cumsum(values)]) for values in (cloud - edge, cost))
+    corrected = np.asarray([each.corrected for each in examples], float)[order]
+    gains, costs, corrections = (
+        np.concatenate([[0.0], np.cumsum(values)]) for values in (cloud - edge, cost, corrected)
+    )
     return [
         CurvePoint(
             _threshold(levels, start),
             float((edge.sum() + gains[start]) / len(examples)),
             start / len(examples),
             float(costs[start] / len(examples)),
+            float(corrections[start] / len(examples)),
         )
         for start in starts
     ]
@@ -94,6 +117,15 @@ def area(points: Sequence[CurvePoint]) -> float:
     """Return the area under accuracy over deferral rate from 0 to 1: the mean accuracy of all rates."""
     pairs = itertools.pairwise(points)
     return sum((b.deferral_rate - a.deferral_rate) * (a.accuracy + b.accuracy) / 2 for a, b in pairs)
+
+
+def area_of(sure: np.ndarray, edge: np.ndarray, cloud: np.ndarray) -> float:
+    """Return the area of a deferral curve without making its points; arguments are (N,): confidences and scores."""
+    order = np.argsort(sure, kind="stable")
+    levels = sure[order]
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(levels)) + 1, [len(levels)]])
+    heights = (edge.sum() + np.concatenate([[0.0], np.cumsum((cloud - edge)[order])])[starts]) / len(levels)
+    return float((np.diff(starts) * (heights[1:] + heights[:-1])).sum() / 2 / len(levels))
 
 
 def random_area(examples: Sequence[CalibrationExample]) -> float:
@@ -150,6 +182,7 @@ def at_threshold(examples: Sequence[CalibrationExample], sure: Sequence[float], 
         sum(each.cloud_score if deferred else each.edge_score for each, deferred in pairs) / len(pairs),
         sum(deferred for _, deferred in pairs) / len(pairs),
         sum(each.cost for each, deferred in pairs if deferred) / len(pairs),
+        sum(each.corrected for each, deferred in pairs if deferred) / len(pairs),
     )
 
 

@@ -5,6 +5,8 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -13,10 +15,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.core.prepacked_linear import prepacked_linear
 from shadowtune.data.prompt_format import PromptFormat
-from shadowtune.errors import ConfigError
+from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.serving.engine.drafting import BatchDrafter, SequenceState
 from shadowtune.serving.engine.kv_cache import KVCache
+from shadowtune.serving.engine.learning import DraftHeadLearner
 
 LOG = logging.getLogger(__name__)
 
@@ -59,6 +62,8 @@ class Adapter:
         self.max_positions = max_positions(backbone.config)
         self._contexts = ExitStack()
         self._contexts.enter_context(prepacked_linear(model.shadow))
+        self.learner: DraftHeadLearner | None = None
+        """Trains the draft head; None if it does not learn."""
 
     @property
     def runs_backbone(self) -> bool:
@@ -73,9 +78,29 @@ class Adapter:
             LOG.warning("adapter %r has weights that are NaN or infinite; its answers fail", self.name)
         return finite
 
-    def close(self) -> None:
-        """Undo the prepacking of the model's linear layers."""
+    def learn_in(self, directory: Path) -> None:
+        """Let the draft head learn from the answers, in a directory of all adapters; if it cannot, log one line."""
+        if self.drafter is None or not self.needs_last_hidden:
+            LOG.warning(
+                "adapter %r does not learn: it has no draft head (shadow.draft_rank), or never drafts", self.name
+            )
+            return
+        try:
+            own = directory / quote(self.name, safe="")
+            self.learner = DraftHeadLearner(self.name, self.model, own, self._repack)
+        except CheckpointError as error:
+            LOG.warning("adapter %r answers without learning: %s", self.name, error)
+
+    def _repack(self) -> None:
+        """Drop copies of the weights, after a change of them."""
         self._contexts.close()
+        self._contexts.enter_context(prepacked_linear(self.model.shadow))
+
+    def close(self) -> None:
+        """Undo the prepacking of the model's linear layers, and save what the draft head learned from."""
+        self._contexts.close()
+        if self.learner is not None:
+            self.learner.close()
 
     def initial_states(
         self, sequences: Sequence[SequenceState], tokens: Sequence[Sequence[int]], seen: int = 0

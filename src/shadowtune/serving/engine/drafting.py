@@ -24,7 +24,7 @@ class SequenceState(Protocol):
     max_length: int
     """Most tokens of prompt and output."""
     last_hidden: Tensor | None
-    """The attached model's last hidden state (d,) that produced the last token."""
+    """The attached model's draft features (n,) where the last token was chosen."""
 
     @property
     def remaining(self) -> int:

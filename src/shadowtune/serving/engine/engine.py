@@ -31,6 +31,8 @@ BASE = "base"
 """Name of the bare base among the models."""
 CLOSING = "the server is closing; ask again later"
 POLL_SECONDS = 0.05
+LEARN_SECONDS = 1.0
+"""Between two looks for something to learn from, while the engine is idle."""
 JOIN_SECONDS = 5.0
 """Seconds to wait for a thread that is stopping; a pass that hangs is left behind."""
 
@@ -93,6 +95,7 @@ class Engine:
         limits: its capacity.
         open_adapter: how ``load`` reads a path; None takes directories of ``save_pretrained``, with or without
             ``prompt_format.json``.
+        learn: directory in which draft heads learn from answers while the engine is idle; None learns nothing.
 
     Raises:
         UnsupportedArchitectureError: if base or a backbone cannot be served in batches.
@@ -106,10 +109,12 @@ class Engine:
         adapters: Mapping[str, LoadedAdapter],
         limits: Limits | None = None,
         open_adapter: Callable[[str], LoadedAdapter] | None = None,
+        learn: Path | None = None,
     ) -> None:
+        self._learn = learn
         self._base, self._limits = base, limits or Limits()
         self._open_adapter = open_adapter or self._open_directory
-        self._runner, self._statistics = ModelRunner(base), EngineStatistics()
+        self._runner, self._statistics = ModelRunner(base, self._limits.prefix_tokens), EngineStatistics()
         self._scheduler = Scheduler(self._runner, self._limits, self._statistics)
         self._processor = RequestProcessor(base, tokenizer, self._limits)
         self._created = int(time.time())
@@ -252,12 +257,22 @@ class Engine:
         with prepacked_linear(self._base):
             while not self._closing or self._scheduler.busy or not self._commands.empty():
                 if not self._scheduler.busy:
-                    self._commands.get()()
+                    self._next_command()()
                 while not self._commands.empty():
                     self._commands.get()()
                 self._scheduler.step()
         for adapter in self._adapters.values():
             adapter.close()
+
+    def _next_command(self) -> Callable[[], None]:
+        """Wait for a command; meanwhile draft heads learn, step by step."""
+        while True:
+            learners = [each.learner for each in list(self._adapters.values()) if each.learner is not None]
+            more = any(learner.step() for learner in learners)
+            with contextlib.suppress(queue.Empty):
+                if not learners:
+                    return self._commands.get()
+                return self._commands.get_nowait() if more else self._commands.get(timeout=LEARN_SECONDS)
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
@@ -289,7 +304,10 @@ class Engine:
         return ShadowForCausalLM.from_pretrained(path, base=self._base), PromptFormat.load(Path(path))
 
     def _make_adapter(self, name: str, loaded: LoadedAdapter) -> Adapter:
-        return Adapter(name, *loaded, self._base, self._limits.speculation)
+        adapter = Adapter(name, *loaded, self._base, self._limits.speculation)
+        if self._learn is not None:
+            adapter.learn_in(self._learn)
+        return adapter
 
     def _card(self, adapter: Adapter | None, root: str) -> ModelCard:
         length, conversations = self._processor.max_model_len(adapter), self._processor.takes_conversations(adapter)

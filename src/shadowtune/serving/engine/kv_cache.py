@@ -57,6 +57,11 @@ class AttentionMasks:
         assert len(sliding) <= 1, "transformers' configs have one window"
         self._window = next(iter(sliding), None)
 
+    @property
+    def single(self) -> bool:
+        """Whether all layers take the same mask."""
+        return self._window is None or not self._has_full
+
     def __call__(self, positions: Tensor, keys: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """Return the causal mask (B, 1, T, keys), or one for each layer type if there are two.
 
@@ -157,6 +162,20 @@ class KVCache:
             for layer in self._layers:
                 layer.reset()
 
+    def prefix(self, sequence: object, tokens: int, layers: int | None = None) -> list[tuple[Tensor, ...]]:
+        """Return views of the first ``tokens`` keys and values of a sequence, (1, heads, tokens, width), by layer.
+
+        Those of the first ``layers`` layers, or of all.
+        """
+        slot = self._slots[sequence]
+        return [layer.read(slot, tokens) for layer in self._layers[:layers]]
+
+    def write_prefix(self, sequence: object, layers: Sequence[tuple[Tensor, ...]], tokens: int) -> None:
+        """Copy the first ``tokens`` keys and values of the first layers, as ``prefix`` returns them, to a slot."""
+        self.capacity = (_doubled(self.capacity[0], len(self._sequences)), _doubled(self.capacity[1], tokens))
+        for layer, (keys, values) in zip(self._layers[: len(layers)], layers, strict=True):
+            layer.write(self._slots[sequence], keys[:, :, :tokens], values[:, :, :tokens])
+
     def inputs(
         self, sequences: Sequence[object], starts: Sequence[int], counts: Sequence[int], width: int
     ) -> dict[str, Any]:
@@ -205,6 +224,18 @@ class SlotLayer(CacheLayerMixin):
         self.keys[indices.slots, :, indices.positions] = key_states.transpose(1, 2)
         self.values[indices.slots, :, indices.positions] = value_states.transpose(1, 2)
         return self.keys[indices.read, :, : indices.length], self.values[indices.read, :, : indices.length]
+
+    def read(self, slot: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the first keys and values of a slot, (1, heads, tokens, width) each."""
+        assert self.keys is not None and self.values is not None
+        return self.keys[slot : slot + 1, :, :tokens], self.values[slot : slot + 1, :, :tokens]
+
+    def write(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Write the first keys and values of a slot, (1, heads, tokens, width) each."""
+        self.keys, self.values = self._fit(self.keys, keys), self._fit(self.values, values)
+        self.is_initialized = True
+        self.keys[slot, :, : keys.shape[2]] = keys[0]
+        self.values[slot, :, : values.shape[2]] = values[0]
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot to another."""

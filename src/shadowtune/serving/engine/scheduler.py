@@ -12,10 +12,12 @@ from torch import Tensor
 
 from shadowtune.config.settings import check_range
 from shadowtune.config.shadow import SpeculationConfig
+from shadowtune.core.draft_head import draft_features
 from shadowtune.model.speculation.drafters import DraftBatch
 from shadowtune.model.speculation.verification import SpeculationStatistics
 from shadowtune.serving.engine.drafting import BatchDrafter
-from shadowtune.serving.engine.model_runner import InitialStates, ModelRunner
+from shadowtune.serving.engine.learning import MAX_TOKENS
+from shadowtune.serving.engine.model_runner import InitialStates, ModelRunner, PassStates
 from shadowtune.serving.engine.sequence import LazyLogits, Sequence
 from shadowtune.serving.requests import RequestError
 
@@ -40,6 +42,8 @@ class Limits:
     """Most tokens in the cache: sequences times the longest ``max_length`` of them. None sets no bound."""
     prefill_tokens: int = 512
     """Most prompt tokens processed between two decoding steps."""
+    prefix_tokens: int = 4096
+    """Most tokens in the prefix cache: beginnings of prompts that run as in the bare base. 0 keeps none."""
     speculation: SpeculationConfig | None = field(default_factory=SpeculationConfig)
     """How shadows draft; None never drafts."""
     reserve: int = 1
@@ -52,7 +56,7 @@ class Limits:
         """Check the ranges."""
         one = (1, None)
         check_range(self, max_sequences=one, max_model_len=one, max_tokens=one, prefill_tokens=one)
-        check_range(self, max_queue=(0, None), reserve=(0, None), close_seconds=(0, None))
+        check_range(self, max_queue=(0, None), reserve=(0, None), close_seconds=(0, None), prefix_tokens=(0, None))
 
 
 @dataclass
@@ -70,6 +74,10 @@ class EngineStatistics:
     failed: int = 0
     """Requests ended by an error."""
     prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    """Of these, tokens whose keys and values came from the prefix cache, in every block."""
+    lower_cached_prompt_tokens: int = 0
+    """Of these, tokens over which only the blocks above an adapter's ``injection_start`` ran."""
     completion_tokens: int = 0
     passes: int = 0
     """Passes of the base."""
@@ -169,7 +177,7 @@ class Scheduler:
     def _prefill_batch(self) -> list[Sequence]:
         """The oldest unprefilled sequence of the owner with the fewest sequences, and others of similar length."""
         limit, held = self._limits.prefill_tokens, self._held()
-        pending = [each for each in self._running if not each.prefilled]
+        pending = self._ready([each for each in self._running if not each.prefilled])
         pending.sort(key=lambda each: held[each.request.owner])
         if not pending:
             return []
@@ -183,6 +191,32 @@ class Scheduler:
                 width = wider
         return batch
 
+    def _ready(self, pending: list[Sequence]) -> list[Sequence]:
+        """Begin sequences with what is known of their prompts; return those that a prefill pass can go on with.
+
+        A sequence waits while another one computes what it can reuse. Networks run over reused tokens, an adapter's
+        backbone or the blocks above the reused ones, for one sequence in each step.
+        """
+        limit, statistics = self._limits.prefill_tokens, self._statistics
+        ready, spent = list[Sequence](), False
+        for each in sorted(pending, key=lambda each: each.untouched):
+            with _FailSequences(self, [each]):
+                if each.untouched:
+                    runs = each.adapter is not None and each.adapter.runs_backbone
+                    if (spent and runs) or any(self._runner.waits_for(each, other) for other in ready):
+                        continue
+                    reused = self._runner.reuse(each, limit)
+                    statistics.prompt_tokens += reused
+                    statistics.cached_prompt_tokens += reused
+                    spent = spent or (runs and reused > 0)
+                if each.reused is not None and not spent:
+                    count, spent = self._runner.run_upper(each, limit), True
+                    statistics.prompt_tokens += count
+                    statistics.lower_cached_prompt_tokens += count
+            if each in self._running and each.reused is None:
+                ready.append(each)
+        return ready
+
     def _prefill(self, sequences: list[Sequence]) -> None:
         """Process the next chunk of each prompt, with the prediction after the last."""
         chunks = [each.next_chunk(self._limits.prefill_tokens) for each in sequences]
@@ -194,7 +228,11 @@ class Scheduler:
                 continue
             if expected is None:
                 each.cached = start + len(tokens)
+            if start < len(each.shared_prompt) <= each.cached:
+                self._runner.keep(each)
+            if expected is None:
                 continue
+            self._runner.keep_lower(each)
             each.accepted = count
             self._statistics.accepted_prediction_tokens += count
             self._statistics.rejected_prediction_tokens += len(each.prediction) - count
@@ -226,6 +264,10 @@ class Scheduler:
                 continue  # a failed sequence says nothing about acceptance
             own_accepted, own_gained = zip(*(results[each] for each in own), strict=True)
             drafter.learn(draft, own_accepted, own_gained)
+            owner = own[0].adapter
+            if owner is not None and owner.learner is not None and draft.proposals:
+                length = len(draft.proposals)
+                owner.learner.observe(sum(own_accepted), sum(min(count + 1, length) for count in own_accepted))
             for each in own:
                 self._statistics.drafts.add(len(drafted[each]), results[each][:1], results[each][1:])
         for each in sequences:
@@ -244,13 +286,13 @@ class Scheduler:
         Returns:
             Of each sequence, the number of accepted expected tokens, and of generated tokens.
         """
-        hidden = self._runner.run(sequences, tokens, known)
+        output = self._runner.run(sequences, tokens, known)
         self._statistics.passes += 1
         positions, firsts = list[tuple[int, int]](), list[int]()
         for number, (line, ahead) in enumerate(zip(tokens, expected, strict=True)):
             firsts.append(len(positions))
             positions += [] if ahead is None else [(number, at) for at in range(len(line) - 1 - len(ahead), len(line))]
-        states = _select(hidden, positions)
+        states = _select(output.last, positions)
         logits = LazyLogits(states, self._runner.head)
         accepted, gained = [0] * len(sequences), [0] * len(sequences)
         for number, (each, first, ahead) in enumerate(zip(sequences, firsts, expected, strict=True)):
@@ -261,7 +303,14 @@ class Scheduler:
                 accepted[number] = each.verify(logits, first, ahead)
             gained[number] = len(each.tokens) - before
             if each in self._running and each.adapter is not None and each.adapter.needs_last_hidden:
-                each.last_hidden = states[first + gained[number] - 1]
+                at = first + gained[number] - 1
+                blocks = each.adapter.model.shadow.draft_layers
+                layers = [_select(output.blocks[block], positions[at : at + 1])[0] for block in blocks]
+                each.last_hidden = draft_features(states[at], layers)
+                if each.adapter.learner is not None and output.initial is not None:
+                    _record(
+                        each, output, number, tokens[number], (len(tokens[number]) - len(ahead) - 1, gained[number])
+                    )
         self._statistics.completion_tokens += sum(gained)
         return accepted, gained
 
@@ -271,6 +320,11 @@ class Scheduler:
         if sequence.finish_reason is not None:
             self._remove(sequence)
             self._statistics.finished += 1
+            if sequence.record and sequence.adapter is not None and sequence.adapter.learner is not None:
+                features, states, ids = zip(*sequence.record, strict=True)
+                sequence.adapter.learner.add(
+                    torch.cat(features), torch.cat(states), [one for part in ids for one in part]
+                )
         if chunk is not None:
             sequence.deliver(chunk)
         if sequence.finish_reason is not None:
@@ -314,6 +368,17 @@ class _FailSequences:
         reason = f"the pass over this request failed ({type(error).__name__}); the server's log says more"
         self._scheduler.fail(self._sequences, RequestError(reason, 500))
         return True
+
+
+def _record(sequence: Sequence, output: PassStates, number: int, tokens: list[int], kept: tuple[int, int]) -> None:
+    """Keep the states of a pass at ``kept`` (first, count) tokens of a sequence for its draft head to learn from."""
+    assert sequence.adapter is not None and output.initial is not None
+    if len(sequence.record) >= MAX_TOKENS:
+        return
+    own = slice(kept[0], kept[0] + kept[1])
+    layers = [output.blocks[block][number, own] for block in sequence.adapter.model.shadow.draft_layers]
+    features = draft_features(output.last[number, own], layers)
+    sequence.record.append((features.clone(), output.initial[number, own].clone(), tokens[own]))
 
 
 def _select(hidden: Tensor, positions: list[tuple[int, int]]) -> Tensor:

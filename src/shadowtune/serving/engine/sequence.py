@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from shadowtune.core.shared_prompt import shared_prompt_length
 from shadowtune.serving.constrained import SchemaMatcher
 from shadowtune.serving.detokenizer import IncrementalDetokenizer
 from shadowtune.serving.engine.adapter import Adapter
@@ -138,10 +139,20 @@ class Sequence:
         self.request, self.adapter, self.deliver, self.max_length = request, adapter, deliver, max_length
         self.tokens, self.prompt_length = list(tokenized.prompt), len(tokenized.prompt)
         self.prediction, self.accepted = tokenized.prediction, 0
+        marker = None if adapter is None else adapter.boundaries.config.injection_after
+        shared = self.prompt_length if adapter is None else shared_prompt_length(self.tokens, marker)
+        self.shared_prompt = self.tokens[:shared]
+        """Leading tokens of the prompt that run as in the bare base."""
         self.cached = 0
         """Number of tokens in the key-value caches."""
+        self.lower_states: list[Tensor] | None = []
+        """Output of the blocks below the first injection, (1, T, d) of each part of the prompt; None if not known."""
+        self.reused: tuple[int, Tensor] | None = None
+        """Leading tokens whose lower blocks are reused, and the output of these (1, T, d); None once all have run."""
+        self.record: list[tuple[Tensor, Tensor, list[int]]] = []
+        """Draft features (t, n), s0 (t, d) and ids of the generated tokens of each pass, if its draft head learns."""
         self.last_hidden: Tensor | None = None
-        """The attached model's last hidden state (d,) that produced the last token, where a drafter reads it."""
+        """The attached model's draft features (n,) where the last token was chosen, if a drafter reads them."""
         self.finish_reason: FinishReason | None = None
         self._stop_tokens, self._sampler, self._tokenizer = stop_tokens, sampler, tokenizer
         self._detokenizer = IncrementalDetokenizer(tokenizer, request.stop, request.min_tokens)
@@ -151,6 +162,11 @@ class Sequence:
     def prefilled(self) -> bool:
         """Whether the whole prompt was processed, and the first token generated."""
         return len(self.tokens) > self.prompt_length
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no network has run over the prompt yet, and nothing of it is reused."""
+        return self.cached == 0 and self.reused is None
 
     @property
     def remaining(self) -> int:

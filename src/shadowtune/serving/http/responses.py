@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from shadowtune.config.serving import CurvePoint
+from shadowtune.config.serving import CurvePoint, ReliabilityPoint
 from shadowtune.serving.requests import FinishReason, ModelCard
 
 
@@ -220,6 +220,18 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
+class DriftInfo(BaseModel):
+    """State of the drift alarm: how often the cloud corrects the edge."""
+
+    expected: float | None
+    bound: float | None
+    rate: float
+    requests: int
+    evidence: float
+    alarms: int
+    alarmed: bool
+
+
 class PolicyResponse(BaseModel):
     """The current routing policy."""
 
@@ -227,6 +239,8 @@ class PolicyResponse(BaseModel):
     threshold: float | None
     signal: str | None
     curve: list[CurvePoint]
+    reliability: list[ReliabilityPoint] = []
+    drift: DriftInfo | None = None
 
 
 class RecentRequest(BaseModel):

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shadowtune.config.serving import TOKEN_SIGNALS
 from shadowtune.config.settings import from_mapping
 from shadowtune.errors import ConfigError, DataError
-from shadowtune.serving.edge.confidence import NO_SIGNALS, Signals
+from shadowtune.serving.edge.confidence import NO_SIGNALS, Signals, token_confidence
 from shadowtune.serving.edge.local import LocalStream
 from shadowtune.serving.requests import Backend, GenerationRequest, Usage
 
@@ -32,6 +33,8 @@ class RecordedAnswer:
     """Token ids of the answer, by the same tokenizer on both sides."""
     signals: Signals = NO_SIGNALS
     """Confidence signals of the edge's model."""
+    token_confidences: dict[str, list[float]] = field(default_factory=dict)
+    """Confidence of each token of the edge's answer and of its end, by signal."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,12 @@ def _differences(found: Any, wanted: Mapping[str, Any]) -> Iterator[str]:
     yield from (name for name in wanted if found.get(name) != wanted[name])
 
 
+def _confidences(stream: LocalStream) -> tuple[Signals, dict[str, list[float]]]:
+    """Return the signals of an answer, and of its tokens."""
+    known = [name for name in TOKEN_SIGNALS if name != "agreement" or stream.signals.agreement is not None]
+    return stream.signals, {name: [token_confidence(token, name) for token in stream.statistics] for name in known}
+
+
 async def measure(
     backend: Backend,
     request: GenerationRequest,
@@ -140,5 +149,5 @@ async def measure(
         usage.prompt_tokens,
         usage.completion_tokens,
         tokenize(text),
-        stream.signals if isinstance(stream, LocalStream) else NO_SIGNALS,
+        *(_confidences(stream) if isinstance(stream, LocalStream) else ()),
     )

@@ -1,10 +1,11 @@
 """Routing policies in simulation: fixed sides, random, oracle, confidence with any threshold, verified drafts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from shadowtune.config.serving import CurvePoint, PolicyConfig
-from shadowtune.serving.edge.confidence import decide, has_tag
+from shadowtune.config.serving import CurvePoint, PolicyConfig, SignalName
+from shadowtune.errors import DataError
+from shadowtune.serving.edge.confidence import decide, has_tag, token_threshold
 from shadowtune.serving.edge.thresholds import (
     CalibrationExample,
     area,
@@ -14,6 +15,7 @@ from shadowtune.serving.edge.thresholds import (
     random_area,
     thinned,
 )
+from shadowtune.serving.simulation.records import RecordedAnswer
 from shadowtune.serving.simulation.simulator import RequestOutcome, SimulationResult, Simulator
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -74,9 +76,64 @@ def apply_policy(simulator: Simulator, name: str, policy: PolicyConfig) -> Simul
         return simulator.run(name, simulator.at_cloud)
     if policy.kind == "verify":
         return simulator.run(name, simulator.verified)
+    if policy.kind == "token":
+        return _by_token(simulator, name, policy)
     answers = [record.edge for record in simulator.records]
     defer = [decide(policy, answer.text, answer.signals).defer for answer in answers]
     return routed(simulator, name, defer, policy.threshold if policy.kind == "confidence" else None)
+
+
+def _by_token(simulator: Simulator, name: str, policy: PolicyConfig) -> SimulationResult:
+    """Defer each answer at its first unsure token."""
+
+    def outcome(number: int) -> RequestOutcome:
+        edge = simulator.records[number].edge
+        threshold = token_threshold(policy, edge.prompt_tokens)
+        sure = _token_confidences(edge, policy)
+        index = next((index for index, level in enumerate(sure) if level < threshold), None)
+        return simulator.at_edge(number) if index is None else simulator.mid_answer(number, index)
+
+    return simulator.run(name, outcome, policy.threshold if policy.value is None else None)
+
+
+def _token_confidences(answer: RecordedAnswer, policy: PolicyConfig) -> list[float]:
+    try:
+        return answer.token_confidences[policy.signal]
+    except KeyError:
+        raise DataError(
+            f"the recorded answers of the edge have no confidence of tokens by {policy.signal}; delete them to record "
+            "anew, by an edge that has it"
+        ) from None
+
+
+@dataclass(frozen=True)
+class AccuracyMatch:
+    """Deferral in mid-answer beside whole-answer routing that is at least as accurate; ``str`` gives a sentence."""
+
+    policy: str
+    signal: SignalName
+    by_token: SimulationResult
+    by_answer: SimulationResult | None
+    """The cheapest threshold on whole answers; None if none is as accurate."""
+
+    def __str__(self) -> str:
+        own, other = self.by_token, self.by_answer
+        begin = f"{self.policy}, in mid-answer: accuracy {own.accuracy:.1%}, cost {own.cost:.4g}, p50 {own.p50:.3g} s"
+        if other is None:
+            return f"{begin}; no threshold on whole answers by {self.signal} is as accurate"
+        return (
+            f"{begin}; on whole answers by {self.signal}: accuracy {other.accuracy:.1%}, cost {other.cost:.4g}, "
+            f"p50 {other.p50:.3g} s"
+        )
+
+
+def match_accuracy(simulator: Simulator, name: str, policy: PolicyConfig) -> AccuracyMatch:
+    """Compare a policy of kind "token" with whole-answer routing by the same signal at no less accuracy."""
+    own = apply_policy(simulator, name, policy)
+    whole = PolicyConfig(signal=policy.signal, tag=policy.tag, prices=policy.prices)
+    able = [each for each in threshold_sweep(simulator, name, whole) if each.accuracy >= own.accuracy - 1e-12]
+    best = min(able, key=lambda each: (each.cost, each.p50), default=None)
+    return AccuracyMatch(name, policy.signal, own, best)
 
 
 def threshold_sweep(

@@ -14,7 +14,7 @@ import torch
 
 from shadowtune.config.serving import Arrivals, Prices, SimulationConfig
 from shadowtune.errors import DataError
-from shadowtune.serving.edge.router import response_cost
+from shadowtune.serving.edge.thresholds import response_cost
 from shadowtune.serving.requests import Usage
 from shadowtune.serving.simulation.records import RecordedAnswer, RequestRecord
 
@@ -190,6 +190,32 @@ class Simulator:
         per_token = (cloud.seconds - cloud.first_seconds) / max(1, cloud.completion_tokens - 1)
         seconds = verification + per_token * max(0, cloud.completion_tokens - accepted - 1)
         return self._cloud_outcome(number, (self._edge_step(record.edge),), seconds, cloud, max(0, draft - accepted))
+
+    def mid_answer(self, number: int, index: int) -> RequestOutcome:
+        """Return the outcome of one request whose edge answer the cloud continues from its token ``index`` on.
+
+        The edge decodes up to that token, the cloud verifies the text so far in one pass and, if it agrees, continues.
+        Otherwise the edge completes its answer, after a pass over prompt and text. Seconds are estimated as in
+        ``verified``, those of the edge's tokens as equal parts of its decoding.
+        """
+        record = self.records[number]
+        edge, cloud = record.edge, record.cloud
+        per_token = (edge.seconds - edge.first_seconds) / max(1, edge.completion_tokens - 1)
+        begun = ServiceStep("edge", (edge.first_seconds + per_token * index) / self.config.edge_speed)
+        verification = cloud.first_seconds * (1 + index / max(1, cloud.prompt_tokens))
+        if common_prefix(record) >= min(index, len(edge.tokens)):
+            rate = (cloud.seconds - cloud.first_seconds) / max(1, cloud.completion_tokens - 1)
+            seconds = verification + rate * max(0, cloud.completion_tokens - index - 1)
+            return self._cloud_outcome(number, (begun,), seconds, cloud)
+        up, down = self._latencies[number]
+        up += self._transfer_seconds(record.request_bytes)
+        checked = ServiceStep("cloud", verification / self.config.cloud_speed, up)
+        rest = edge.first_seconds * (1 + index / max(1, edge.prompt_tokens))
+        rest += per_token * max(0, edge.completion_tokens - index - 1)
+        back = down + self._transfer_seconds(0)
+        completed = ServiceStep("edge", rest / self.config.edge_speed, back)
+        cost = response_cost(self._prices, Usage(cloud.prompt_tokens, index))
+        return RequestOutcome(edge.score, cost, 1.0, RequestTrace((begun, checked, completed)))
 
     def run(
         self, policy: str, outcome: Callable[[int], RequestOutcome], threshold: float | None = None

@@ -1,0 +1,146 @@
+"""Weights that several processes share: DTensors (tensor parallelism) and the parameters of DeepSpeed ZeRO stage 3.
+
+ZeRO-3 leaves an empty parameter in each module, and its engine gathers a module's own parameters around that module's
+forward. Everything that reads weights otherwise uses the functions below, which all processes must call alike.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations import deepspeed as integration
+
+from shadowtune.errors import AttachError
+
+LAYOUT = ("_tp_size", "_fsdp_size", "_device_mesh", "_mesh_manager", "_is_distributed_loading_by_transformers")
+"""Attributes of a model that transformers has sharded at loading."""
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 has taken the numbers out of a parameter."""
+    return "ds_id" in vars(tensor)
+
+
+def shares_weights(module: nn.Module) -> bool:
+    """Whether this process has only a part of some weight."""
+    return any(is_partitioned(parameter) or _is_dtensor(parameter) for parameter in module.parameters())
+
+
+def dimensions(parameter: Tensor) -> int:
+    """Return the number of dimensions of the whole parameter."""
+    return len(vars(parameter)["ds_shape"]) if is_partitioned(parameter) else parameter.ndim
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor with all of its numbers: itself unless it is shared, else a copy without a gradient."""
+    if is_partitioned(tensor):
+        with _gathered([tensor]):
+            return tensor.detach().clone()
+    if _is_dtensor(tensor):
+        return cast(Any, tensor.detach()).full_tensor()
+    return tensor
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor  # not in every build of torch
+
+    return isinstance(tensor, DTensor)
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return ``module.state_dict()`` with all numbers of every tensor."""
+    return {name: whole_tensor(tensor).detach() for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+@contextlib.contextmanager
+def gathering_blocks(decoder: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Context in which a decoder runs outside of the engine of ZeRO-3: each block gathers its weights for its call."""
+    if not any(is_partitioned(parameter) for parameter in decoder.parameters()):
+        yield
+        return
+    handles, contexts, inside = [], contextlib.ExitStack(), set[int]()
+    for block in blocks:
+        inside |= {id(parameter) for parameter in block.parameters()}
+        handles.append(block.register_forward_pre_hook(lambda module, args: _enter(contexts, module)))
+        handles.append(block.register_forward_hook(lambda module, args, output: contexts.pop_all().close()))
+    try:
+        with _gathered([parameter for parameter in decoder.parameters() if id(parameter) not in inside]):
+            yield
+    finally:
+        contexts.close()
+        for handle in handles:
+            handle.remove()
+
+
+def _enter(contexts: contextlib.ExitStack, module: nn.Module) -> None:
+    contexts.enter_context(_gathered(list(module.parameters())))
+
+
+def _gathered(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
+    import deepspeed  # an optional dependency, which is there if it has partitioned a parameter
+
+    context: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+    return context
+
+
+def gather_during_forward(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let the engine of ZeRO-3 gather parameters around the forward and backward pass of a module that reads them.
+
+    The engine finds a module's own parameters; these are of its submodules, whose ``forward`` it does not call.
+    """
+    if integration.is_deepspeed_zero3_enabled():
+        import deepspeed  # an optional dependency, which is there if its stage is 3
+
+        for parameter in parameters:
+            deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def take_layout(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Mark a model as transformers marks the base that it sharded at loading (``distributed_config=``).
+
+    By these marks trainers give all processes of a tensor parallel group the same batch, count its labels once, and do
+    not shard the model again.
+    """
+    for name in LAYOUT:
+        if name in vars(base):
+            setattr(model, name, vars(base)[name])
+    if "distributed_config" in vars(base.config):
+        model.config.distributed_config = base.config.distributed_config
+
+
+def check_layout(base: PreTrainedModel) -> None:
+    """Refuse a base that transformers sharded by FSDP at loading: the whole of it must run, a shadow runs its parts.
+
+    Raises:
+        AttachError: with a layout to use instead.
+    """
+    if vars(base).get("_is_fsdp_managed_module"):
+        raise AttachError(
+            f"the base was sharded at loading by DistributedConfig(fsdp_size={vars(base)['_fsdp_size']}), beside which "
+            "a shadow does not run; load it without, and shard the model in training: accelerate launch with "
+            "fsdp_version: 2, or DeepSpeed"
+        )
+
+
+@contextlib.contextmanager
+def without_partitioning() -> Iterator[None]:
+    """Context in which transformers builds and loads whole models under ZeRO-3 too.
+
+    A shadow's initialization reads and writes its weights, and must draw the random numbers that one process draws. The
+    engine partitions them when it starts.
+    """
+    reference = integration._hf_deepspeed_config_weak_ref  # transformers has functions to set it and none to read it
+    config = None if reference is None else reference()
+    if config is None:
+        yield
+        return
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration.set_hf_deepspeed_config(config)

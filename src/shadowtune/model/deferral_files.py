@@ -1,0 +1,130 @@
+"""Files of a deferral head: ``deferral_head.json`` and, in directories, ``deferral_head.safetensors`` beside a model.
+
+The JSON file has the SHA-256 of the model's weights, and a head is refused beside other ones: its states would mean
+something else. A GGUF file ``NAME.gguf`` has ``NAME.deferral_head.json``, which holds the weights too.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shadowtune.core.deferral_head import DeferralHead
+from shadowtune.errors import CheckpointError
+from shadowtune.model.checkpoint import read_file, save_readable, tensor_checksum
+from shadowtune.model.files import writing_into
+
+JSON_FILE, TENSORS_FILE = "deferral_head.json", "deferral_head.safetensors"
+SCHEMA = 1
+CHUNK = 1 << 22
+"""Bytes of a weights file that are hashed at a time."""
+
+
+@dataclass(frozen=True)
+class SavedDeferralHead:
+    """A deferral head with what is known about it."""
+
+    head: DeferralHead
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    """Of the fit, on examples that it did not see: plain values."""
+
+
+def weights_digest(model: Path) -> str:
+    """Return the SHA-256 of a model's weights, as hexadecimal digits.
+
+    Args:
+        model: a GGUF file, or a directory; of the latter all ``*.safetensors`` and ``*.onnx`` files count.
+
+    Raises:
+        CheckpointError: if a file cannot be read, or the directory has none.
+    """
+    if model.is_file():
+        return _file_digest(model)
+    files = sorted(file for pattern in ("*.safetensors", "*.onnx") for file in model.glob(pattern))
+    names = {file.name: file for file in files if file.name != TENSORS_FILE}
+    if not names:
+        raise CheckpointError(f"{model} has no weights, to which a deferral head could belong")
+    digest = hashlib.sha256()
+    for name, file in names.items():
+        digest.update(f"{name}:{_file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def write_deferral_head(saved: SavedDeferralHead, model: Path) -> None:
+    """Write a head beside the weights of a model, which must be complete.
+
+    Args:
+        saved: the head, of the states of this very model.
+        model: a directory, or a GGUF file.
+
+    Raises:
+        CheckpointError: if the files cannot be written, or there are no weights.
+    """
+    head = DeferralHead(saved.head.weight.cpu().contiguous(), saved.head.bias.cpu())
+    tensors = {"weight": head.weight, "bias": head.bias}
+    described: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model_sha256": weights_digest(model),
+        "width": head.width,
+        "outputs": ["log-odds of another token", "log-odds of a better answer"],
+        "reads": "the state that the language model's head reads, of each generated token",
+        "quality": dict(saved.quality),
+    }
+    single = model.is_file()
+    with writing_into(model.parent if single else model) as staging:
+        if single:
+            described |= {name: tensor.tolist() for name, tensor in tensors.items()}
+        else:
+            described["sha256"] = tensor_checksum(tensors)
+            save_readable(tensors, staging / TENSORS_FILE)
+        text = json.dumps(described, indent=None if single else 2) + "\n"
+        (staging / _json_file(model).name).write_text(text, encoding="utf-8")
+
+
+def read_deferral_head(model: Path) -> SavedDeferralHead | None:
+    """Return the head beside a model, a directory or a GGUF file; None if there is none.
+
+    Raises:
+        CheckpointError: if it belongs to other weights, or a file is damaged.
+    """
+    file = _json_file(model)
+    if not file.is_file():
+        return None
+    damaged = f"{file} is damaged; train the deferral head anew, or delete the file to do without it"
+    try:
+        described: Any = json.loads(file.read_text(encoding="utf-8"))
+        expected, width, quality = described["model_sha256"], described["width"], dict(described["quality"])
+        single = model.is_file()
+        stored = described if single else read_file(str(model / TENSORS_FILE), checked=False)
+        weight, bias = (torch.as_tensor(stored[name], dtype=torch.float32) for name in ("weight", "bias"))
+        intact = single or tensor_checksum(stored) == described["sha256"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise CheckpointError(damaged) from None
+    if expected != weights_digest(model):
+        raise CheckpointError(
+            f"{file} belongs to other weights than those of {model}; export both anew, or delete the file to do "
+            "without a deferral head"
+        )
+    shapes = tuple(weight.shape) == (2, width) and tuple(bias.shape) == (2,)
+    if not (shapes and intact and bool(weight.isfinite().all()) and bool(bias.isfinite().all())):
+        raise CheckpointError(damaged)
+    return SavedDeferralHead(DeferralHead(weight, bias), quality)
+
+
+def _json_file(model: Path) -> Path:
+    return model.with_name(f"{model.stem}.{JSON_FILE}") if model.is_file() else model / JSON_FILE
+
+
+def _file_digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
+    return digest.hexdigest()
