@@ -131,7 +131,9 @@ def zero_optimizer_state(optimizer: Any, groups: list[list[nn.Parameter]]) -> di
     from deepspeed.utils import safe_get_full_optimizer_state
     from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 
-    inner, state, settings = optimizer.optimizer, {}, []
+    inner: Any = optimizer.optimizer
+    state: dict[int, dict[str, Tensor]] = {}
+    settings: list[dict[str, Any]] = []
     for group, parameters in zip(inner.param_groups, groups, strict=True):
         partition = group["params"][0]
         flat = inner.state.get(partition, {})
@@ -187,7 +189,7 @@ class ShardedTrainer(Trainer):
 
     @property
     def shares_states(self) -> bool:
-        """Whether processes share weights or the optimizer's state, other than by ZeRO 3, which writes files of its own."""
+        """Whether processes share weights or the optimizer's state; ZeRO 3 aside, which has files of its own."""
         plugin = self.args.deepspeed_plugin
         return bool(self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage < 3))
 
