@@ -1,6 +1,7 @@
 """``ShadowForCausalLM``: a frozen causal language model and its shadow as one transformers model."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -26,11 +27,11 @@ from shadowtune.core.losses import (
     detached_causal_loss,
     joint_causal_loss,
 )
-from shadowtune.core.prepacked_linear import is_plain_linear
 from shadowtune.core.shared_prompt import shared_prompt_lengths
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
+from shadowtune.model.gathering import gathered, has_whole_weight, is_sharded_linear
 from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
 from shadowtune.model.speculation.decoding import Speculator
 from shadowtune.model.trainer_losses import add_shadow_loss_hooks, check_labels, check_schedule, guard_output
@@ -151,7 +152,9 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         joint = None
         if labels is not None:
             teacher = self._teacher(weights, teacher_tokens, teacher_log_probabilities, inputs)
-            joint = self._loss(hidden_states, state, teacher, labels, shift_labels, weights, num_items_in_batch)
+            module = self.base.get_output_embeddings()
+            with gathered(module, hidden_states) if is_sharded_linear(module) else nullcontext():
+                joint = self._loss(hidden_states, state, teacher, labels, shift_labels, weights, num_items_in_batch)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = None
         if labels is None or not self.training:
@@ -243,7 +246,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
     def head(self) -> Head:
         """The base's head for the losses; its weight is known if it is an ordinary linear layer and frozen."""
         module = self.base.get_output_embeddings()
-        if not is_plain_linear(module) or module.weight.requires_grad or module.weight.is_meta:  # trained, offloaded
+        if not has_whole_weight(module) or module.weight.requires_grad or module.weight.is_meta:  # trained, offloaded
             return Head(self.logits_of)
         return Head(self.logits_of, module.weight, module.bias, self._logits_transform)
 
