@@ -41,7 +41,7 @@ ALLOWED = {  # third-party package -> parts of ours that may import it
         "__init__",
     },
     "triton": {"core"},
-    "deepspeed": {"attach"},
+    "deepspeed": {"attach", "training"},
     "liger_kernel": set(),
     "accelerate": {"training"},
     "peft": {"model", "peft", "integrations"},

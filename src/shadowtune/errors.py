@@ -4,6 +4,9 @@
 class ShadowtuneError(Exception):
     """Base class of all errors raised on purpose: the message names the thing, its value and a hint."""
 
+    in_every_process = False
+    """Whether every process of a launch raises the same error, of which the first one's line is enough."""
+
 
 class ConfigError(ShadowtuneError, ValueError):
     """A setting is unknown, of the wrong type or out of its range."""

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from shadowtune.attach.architectures import architecture_of
+from shadowtune.attach.sharding import device_of
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.causal_lm import ShadowCausalLMOutput, ShadowForCausalLM
@@ -410,7 +411,7 @@ def _model_of(base: PreTrainedModel, config: ShadowtuneConfig) -> ShadowPreTrain
     saved.backbone_config._attn_implementation = base.config._attn_implementation
     made = kind(saved, base)
     for module in made.trained_modules().values():
-        module.to(base.device)
+        module.to(device_of(base))
     return made
 
 

@@ -282,3 +282,14 @@ def test_the_dropout_module_holds_the_probability(name):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0
     torch.testing.assert_close(boundaries.train()(1, h, s)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["paper", "bias", "stateless", "full_sharing"])
+def test_parameters_and_state_follow_the_hidden_state_to_its_device(name):
+    """The blocks of a base may be on several devices; "meta" stands for another one."""
+    boundaries = perturbed_boundaries(**VARIANTS[name])
+    h, s = torch.randn(2, 5, WIDTH), torch.randn(2, 5, WIDTH)
+    expected = boundaries(1, h, s)
+    found = boundaries(1, h.to("meta"), s)
+    assert [each.device.type for each in found] == ["meta", "meta"]
+    assert [each.shape for each in found] == [each.shape for each in expected]

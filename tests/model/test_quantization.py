@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.errors import ShadowtuneError
-from shadowtune.model.methods import quantization_arguments
+from shadowtune.model.methods import make_trainable, quantization_arguments
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturb, tokens
 
@@ -48,6 +48,26 @@ def test_a_quantized_base_trains_decodes_saves_and_loads(directory, quantization
     )
     exact = quantization != "nf4"  # bitsandbytes repacks its weights at the first call, with other rounding
     torch.testing.assert_close(again(ids).logits, model(ids).logits, **({} if exact else {"rtol": 0.0, "atol": 0.05}))
+
+
+def test_gradients_are_the_same_after_an_evaluation(directory):
+    pytest.importorskip("bitsandbytes")
+    model = make_trainable(load(directory, "nf4"), "shadow", shadow=ShadowConfig(rank=4, update_width=3, dropout=0.0))
+    perturb(model)
+    ids = tokens(2, 9)
+
+    def gradients():
+        model.zero_grad()
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    after = gradients()
+    assert all(before[name].abs().max() > 0 for name in before)
+    for name, gradient in before.items():
+        torch.testing.assert_close(after[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_a_missing_library_is_named_with_the_way_to_get_it(monkeypatch):

@@ -282,12 +282,17 @@ def test_drafts_are_used_in_grpo_where_asked(tmp_path, monkeypatch):
     assert used
 
 
-def test_without_peft_the_base_is_passed_as_the_reference(tmp_path):
+@pytest.mark.parametrize("given", ["base", "reference"])
+def test_without_peft_the_base_is_passed_as_the_reference(given, tmp_path):
     model = ShadowForCausalLM.from_base(tiny_base(), SETTINGS)
     args = quiet(DPOConfig, tmp_path, gradient_checkpointing=False)
     dataset = Dataset.from_list(DATA["dpo"])
     trainer = DPOTrainer(
-        model, ref_model=model.base, args=args, train_dataset=dataset, processing_class=tiny_tokenizer()
+        model,
+        ref_model=model.base if given == "base" else model.reference(),
+        args=args,
+        train_dataset=dataset,
+        processing_class=tiny_tokenizer(),
     )
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     loss = trainer.compute_loss(model.train(), batch)

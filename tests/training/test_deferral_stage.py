@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from shadowtune.cli.main import main
+from shadowtune.cli.push import model_files
 from shadowtune.cli.source import detached_model, open_source
 from shadowtune.core.deferral_head import DeferralHead
 from shadowtune.data.collate import CausalCollator
@@ -185,14 +186,12 @@ def test_a_head_of_another_model_is_refused(kind, tmp_path):
         read_deferral_head(path)
 
 
-@pytest.mark.parametrize("damage", ["{", '{"schema": 1}', None])
+@pytest.mark.parametrize("damage", [lambda text: "{", lambda text: "{}", lambda text: text.replace("[[", "[[1.5, ", 1)])
 def test_a_damaged_head_is_one_line(damage, tmp_path):
     path = write("safetensors", tmp_path)
     write_deferral_head(SavedDeferralHead(random_head(32)), path)
-    if damage is None:
-        (path / "deferral_head.safetensors").write_bytes(b"no")
-    else:
-        (path / "deferral_head.json").write_text(damage)
+    file = path / "deferral_head.json"
+    file.write_text(damage(file.read_text()))
     with pytest.raises(CheckpointError, match="damaged"):
         read_deferral_head(path)
 
@@ -200,3 +199,10 @@ def test_a_damaged_head_is_one_line(damage, tmp_path):
 def test_a_head_of_another_width_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="reads states of width 8"):
         add_deferral_head(SavedDeferralHead(random_head(8)), write("safetensors", tmp_path))
+
+
+def test_a_gguf_file_is_pushed_with_its_head(tmp_path):
+    path = write("gguf", tmp_path)
+    assert model_files(path) == {"model.gguf": path}
+    write_deferral_head(SavedDeferralHead(random_head(32)), path)
+    assert model_files(path) == {"model.gguf": path, "model.deferral_head.json": tmp_path / "model.deferral_head.json"}

@@ -1,12 +1,27 @@
 """Launchers' settings that a run does not support are refused before the base is loaded."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+
+from shadowtune import ShadowConfig
 from shadowtune.config.settings import from_mapping
 from shadowtune.config.training import TrainConfig
-from shadowtune.errors import ConfigError
+from shadowtune.errors import ConfigError, TrainingError
+from shadowtune.model.causal_lm import ShadowForCausalLM
+from shadowtune.training import parallelism
+from shadowtune.training.parallelism import (
+    asks_for_checkpointing,
+    check_parallelism,
+    check_same_inputs,
+    converted_losses,
+    fsdp_plugin,
+)
 from shadowtune.training.run import train
-from tests.support.runs import rows_file
+from shadowtune.training.trainer import training_arguments
+from tests.support.bases import tiny_base
+from tests.support.runs import rows_file, run_config
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 
@@ -21,13 +36,10 @@ def settings(tmp_path, **changes) -> TrainConfig:
     ("launcher", "changes", "words"),
     [
         ({"FSDP_VERSION": "1"}, {}, "fsdp_version: 2"),
-        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "set FULL_STATE_DICT"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "gradient_checkpointing"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading"),
-        ({}, {"fit_logit_interpolation": True}, "fit_logit_interpolation=false"),
-        ({}, {"preset": "recommended"}, "fit_logit_interpolation=false"),
-        ({}, {"drafting_epochs": 1.0, "shadow": {"draft_rank": 2}}, "drafting_epochs=0"),
-        ({}, {"distillation_epochs": 1.0, "shadow": {"variant": "stateless"}}, "distillation_epochs=0"),
+        ({}, {"gradient_checkpointing": "reentrant"}, "gradient_checkpointing=non_reentrant"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, {}, "started 8 processes, but 1"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, {}, "torchrun --nproc-per-node"),
     ],
 )
 def test_layouts_of_fsdp_that_lose_something_are_refused(launcher, changes, words, tmp_path, monkeypatch):
@@ -46,14 +58,13 @@ class Plugin:
         self.deepspeed_config = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": gathers}}
 
 
-def test_fsdp2_with_whole_state_dicts_and_zero_pass_and_zero_3_that_saves_no_adapter_is_refused(tmp_path, monkeypatch):
-    from shadowtune.training.parallelism import check_parallelism
-    from shadowtune.training.trainer import training_arguments
-
+def test_fsdp2_and_zero_pass_and_zero_3_that_saves_no_adapter_is_refused(tmp_path, monkeypatch):
     config = settings(tmp_path)
     arguments = training_arguments(config, tmp_path / "checkpoints")
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)
+    check_parallelism(config, arguments)
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
     check_parallelism(config, arguments)
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     for plugin in (Plugin(2, False), Plugin(3, True)):
@@ -65,6 +76,47 @@ def test_fsdp2_with_whole_state_dicts_and_zero_pass_and_zero_3_that_saves_no_ada
     arguments.deepspeed_plugin = Plugin(3, True)
     with pytest.raises(ConfigError, match="drafting_epochs=0"):
         check_parallelism(settings(tmp_path, drafting_epochs=1.0, shadow={"draft_rank": 2}), arguments)
+    with pytest.raises(ConfigError, match="nonfinite_loss=stop"):
+        check_parallelism(replace(config, nonfinite_loss="skip"), arguments)
+
+
+def test_a_layout_that_one_process_cannot_have_is_an_error(tmp_path, monkeypatch):
+    config = run_config(tmp_path)
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="another layout than NO"):
+        train(config, quiet=True)
+
+
+def test_the_classes_of_the_blocks_are_found_and_losses_stay_float32(monkeypatch):
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    model = ShadowForCausalLM.from_base(tiny_base(), ShadowConfig(rank=4))
+    plugin = fsdp_plugin(model, bf16=True)
+    assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
+    assert not plugin.activation_checkpointing
+    assert asks_for_checkpointing()
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert fsdp_plugin(model, bf16=True) is None
+
+
+def test_processes_that_read_different_things_say_what(monkeypatch):
+    others = {"the training rows": "a", "the setting seed": 1}
+    monkeypatch.setattr(parallelism, "gather_object", lambda own: [*own, others])
+    check_same_inputs(others, processes=2)
+    with pytest.raises(ConfigError, match="the setting seed of process 1 differ from those of process 0") as caught:
+        check_same_inputs({**others, "the setting seed": 2}, processes=2)
+    assert caught.value.in_every_process
+
+
+def test_the_end_of_another_process_is_one_line_and_other_errors_stay():
+    with pytest.raises(TrainingError, match="process 1 stops"), converted_losses(1):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:37")
+    with pytest.raises(RuntimeError, match="shape"), converted_losses(1):
+        raise RuntimeError("shape '[2]' is invalid")
 
 
 @pytest.mark.parametrize("dimension", ["tp", "cp", "sp"])

@@ -8,7 +8,6 @@ transformers is an error here, and not a wrong result later.
 import contextlib
 import inspect
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from shadowtune.attach.architectures import ARCHITECTURES, Architecture
-from shadowtune.attach.sharding import gathering_blocks
+from shadowtune.attach.sharding import device_of, gathering_blocks
 from shadowtune.compatibility import CACHE, cache_of
 from shadowtune.errors import UnsupportedArchitectureError
 from shadowtune.versions import untested_versions
@@ -78,7 +77,7 @@ def _check_two_tokens(base: PreTrainedModel, decoder: nn.Module, blocks: nn.Modu
     """
     if any(parameter.is_meta for parameter in base.parameters()):
         return
-    ids = torch.tensor([[1, 2]]).to(cast(nn.Embedding, base.get_input_embeddings()).weight.device)
+    ids = torch.tensor([[1, 2]]).to(device_of(base))
     positions = torch.arange(2, device=ids.device)[None]
     with _evaluating(base), gathering_blocks(decoder, blocks):
         probe = _Probe()

@@ -26,7 +26,7 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 def shares_weights(module: nn.Module) -> bool:
     """Whether this process has only a part of some weight."""
-    return any(is_partitioned(parameter) or _is_dtensor(parameter) for parameter in module.parameters())
+    return any(is_partitioned(parameter) or is_dtensor(parameter) for parameter in module.parameters())
 
 
 def dimensions(parameter: Tensor) -> int:
@@ -39,12 +39,13 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     if is_partitioned(tensor):
         with _gathered([tensor]):
             return tensor.detach().clone()
-    if _is_dtensor(tensor):
-        return cast(Any, tensor.detach()).full_tensor()
+    if is_dtensor(tensor):
+        return cast(Tensor, cast(Any, tensor.detach()).full_tensor())
     return tensor
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is a part of one that several processes share (tensor parallelism, FSDP2)."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
     from torch.distributed.tensor import DTensor  # not in every build of torch
@@ -111,6 +112,11 @@ def take_layout(model: PreTrainedModel, base: PreTrainedModel) -> None:
             setattr(model, name, vars(base)[name])
     if "distributed_config" in vars(base.config):
         model.config.distributed_config = base.config.distributed_config
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return the device of the first weights that are in memory: those offloaded by ``device_map`` are on "meta"."""
+    return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), model.device)
 
 
 def check_layout(base: PreTrainedModel) -> None:

@@ -109,6 +109,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         return entry.load().run(arguments)
     except ShadowtuneError as error:
+        if error.in_every_process and os.environ.get("RANK", "0") != "0":
+            return 2
         return _fail(str(error))
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""

@@ -80,7 +80,9 @@ def model_files(path: Path) -> dict[str, Path | bytes]:
         CheckpointError: if there is no model.
     """
     if path.is_file() and path.suffix == ".gguf":
-        return {path.name: path}
+        from shadowtune.model.deferral_files import head_file
+
+        return {file.name: file for file in (path, head_file(path)) if file.is_file()}
     directory = path / "model" if is_run(path) else path
     if not directory.is_dir():
         reason = "the run has not finished training" if is_run(path) else "name a run, a directory or a GGUF file"

@@ -260,11 +260,6 @@ class PolicyConfig:
     threshold: Annotated[float, Ge(0), Lt(HIGHEST_THRESHOLD), NUMBER] = 0.5
     """For "confidence": requests with a lower confidence are deferred; for "token", from the first token with a
     lower one on. From 0 to 1."""
-    value: PositiveFloat | None = None
-    """For "token": worth of a right token, in units of ``prices``. It replaces the threshold: a token is deferred where
-    (1 - confidence) times this exceeds what the cloud costs for the prompt and ``answer_tokens``."""
-    answer_tokens: PositiveInt = 32
-    """For ``value``: expected number of tokens of an answer of the cloud."""
     signal: SignalName = "logprob"
     """Confidence of an answer, computed from its tokens, the end token included. "logprob": their geometric mean
     probability; "margin": the smallest difference of the two highest probabilities; "entropy": 1 minus the mean entropy
@@ -286,6 +281,11 @@ class PolicyConfig:
     """How often the confidence is right, measured on other requests than the curve."""
     drift: DriftConfig = field(default_factory=DriftConfig)
     """The drift alarm."""
+    value: PositiveFloat | None = None
+    """For "token": worth of a right token, in units of ``prices``. It replaces the threshold: a token is deferred where
+    (1 - confidence) times this exceeds what the cloud costs for the prompt and ``answer_tokens``."""
+    answer_tokens: PositiveInt = 32
+    """For ``value``: expected number of tokens of an answer of the cloud."""
 
     def __post_init__(self) -> None:
         """Check what the signal and the kind need."""

@@ -181,6 +181,10 @@ class Boundaries(nn.Module):
         shadow_states: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the boundary with these parameters, an entry of ``unstack``; arguments and result as in ``forward``."""
+        if self.injection_downs.device != hidden_states.device:  # the base's blocks are on several (device_map)
+            parameters = _on_device(parameters, hidden_states.device)
+        if shadow_states is not None:
+            shadow_states = shadow_states.to(hidden_states.device)
         config, p = self.config, self.dropout.p
         if p != config.dropout:
             config = replace(config, dropout=p)
@@ -251,6 +255,7 @@ class Boundaries(nn.Module):
 
 def interpolate(hidden_states: Tensor, initial_states: Tensor, gamma: float | Tensor) -> Tensor:
     """Return h_L + gamma s0 in the dtype of h_L, both (..., d); gamma is one number, or one for each token (..., 1)."""
+    initial_states = initial_states.to(hidden_states.device)
     return (hidden_states.to(initial_states.dtype) + gamma * initial_states).to(hidden_states.dtype)
 
 
@@ -326,6 +331,14 @@ def _correction(h: Tensor, s: Tensor, injection: Mlp, config: ShadowConfig, trai
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else x @ weight + bias
+
+
+def _on_device(parameters: Any, device: torch.device) -> Any:
+    """Return the parameters of a boundary, tensors in nested tuples, on a device."""
+    if not isinstance(parameters, tuple):
+        return None if parameters is None else parameters.to(device)
+    parts = [_on_device(part, device) for part in parameters]
+    return tuple(parts) if type(parameters) is tuple else type(parameters)(*parts)
 
 
 Operation = Callable[..., tuple[Tensor, Tensor]]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from shadowtune.attach.sharding import device_of
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.errors import ConfigError
@@ -85,7 +86,7 @@ class NamedAdapters(PreTrainedModel):
         self._inactive[self.active_adapter] = InactiveAdapter(self.trained_modules(), self.config)
         self.active_adapter, self.config = name, chosen.config
         for path, module in chosen.modules.items():
-            setattr(self, path, module.to(self.base.device).train(self.training))
+            setattr(self, path, module.to(device_of(self.base)).train(self.training))
 
     def delete_adapter(self, name: str) -> None:  # type: ignore[override]
         """Remove an adapter that is not active.

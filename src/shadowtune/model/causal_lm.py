@@ -1,6 +1,7 @@
 """``ShadowForCausalLM``: a frozen causal language model and its shadow as one transformers model."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from shadowtune.attach.sharding import device_of
 from shadowtune.compatibility import CACHE, cache_of, pop_cache, set_cache, takes_cache
 from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.core.boundary import ShadowState
@@ -25,11 +27,11 @@ from shadowtune.core.losses import (
     detached_causal_loss,
     joint_causal_loss,
 )
-from shadowtune.core.prepacked_linear import is_plain_linear
 from shadowtune.core.shared_prompt import shared_prompt_lengths
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
+from shadowtune.model.gathering import gathered, has_whole_weight, is_sharded_linear
 from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
 from shadowtune.model.speculation.decoding import Speculator
 from shadowtune.model.trainer_losses import add_shadow_loss_hooks, check_labels, check_schedule, guard_output
@@ -150,9 +152,15 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         joint = None
         if labels is not None:
             teacher = self._teacher(weights, teacher_tokens, teacher_log_probabilities, inputs)
-            joint = self._loss(hidden_states, state, teacher, labels, shift_labels, weights, num_items_in_batch)
+            module = self.base.get_output_embeddings()
+            with gathered(module, hidden_states) if is_sharded_linear(module) else nullcontext():
+                joint = self._loss(hidden_states, state, teacher, labels, shift_labels, weights, num_items_in_batch)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = None if labels is not None and self.training else self.logits_of(hidden_states[:, kept])
+        logits = None
+        if labels is None or not self.training:
+            logits = self.logits_of(hidden_states[:, kept])
+            source = input_ids if inputs_embeds is None else inputs_embeds
+            logits = logits if source is None else logits.to(source.device)  # of several (device_map)
         if labels is None and logits is not None and self.training and self.mode == "attached":
             guard_output(logits, weights)
         return self._output(output, logits, joint, state)
@@ -172,6 +180,10 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             labels, h, s, teacher = _as_unshifted(shift_labels, h, s, teacher)
             layers = [F.pad(states, (0, 0, 0, 1)) for states in layers]
+        weight = self.head.weight
+        device = h.device if weight is None else weight.device  # that of the last block or of the head (device_map)
+        h, labels, s = h.to(device), labels.to(device), None if s is None else s.to(device)
+        layers = [states.to(device) for states in layers]
         if self.mode == "detached":
             assert s is not None
             weights = LossWeights(1.0) if teacher is None else weights
@@ -223,14 +235,18 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
         """Apply the base's head and the architecture's logits transform: (..., d) -> (..., V)."""
-        logits = self.base.get_output_embeddings()(hidden_states.to(self.base.dtype))
+        logits = self.base.get_output_embeddings()(hidden_states.to(self.base.dtype)).to(hidden_states.device)
+        return self.transform_logits(logits)
+
+    def transform_logits(self, logits: Tensor) -> Tensor:
+        """Apply the architecture's transform (scale, soft-capping), if it has one, to the head's products (..., V)."""
         return logits if self._logits_transform is None else self._logits_transform(logits)
 
     @property
     def head(self) -> Head:
         """The base's head for the losses; its weight is known if it is an ordinary linear layer and frozen."""
         module = self.base.get_output_embeddings()
-        if not is_plain_linear(module) or module.weight.requires_grad:
+        if not has_whole_weight(module) or module.weight.requires_grad or module.weight.is_meta:  # trained, offloaded
             return Head(self.logits_of)
         return Head(self.logits_of, module.weight, module.bias, self._logits_transform)
 
@@ -328,7 +344,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         vocabulary = self.base.config.get_text_config(decoder=True).vocab_size
         if len(tokens) == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
             raise ConfigError(f"a draft vocabulary is a list of token ids from 0 to {vocabulary - 1}, got {tokens}")
-        self.shadow.draft_vocabulary = tokens.to(self.base.device)
+        self.shadow.draft_vocabulary = tokens.to(device_of(self.base))
         self.config.draft_vocabulary_size = len(tokens)
 
     def set_logit_interpolation(self, gamma: float | None) -> None:

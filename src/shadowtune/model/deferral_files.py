@@ -1,7 +1,8 @@
-"""Files of a deferral head: ``deferral_head.json`` and, in directories, ``deferral_head.safetensors`` beside a model.
+"""The file of a deferral head, ``deferral_head.json`` beside a model, ``NAME.deferral_head.json`` beside ``NAME.gguf``.
 
-The JSON file has the SHA-256 of the model's weights, and a head is refused beside other ones: its states would mean
-something else. A GGUF file ``NAME.gguf`` has ``NAME.deferral_head.json``, which holds the weights too.
+It has the head's weights, and the SHA-256 of the model's: a head is refused beside other ones, whose states would mean
+something else. It is no safetensors file, because programs such as vLLM read every such file of a directory as the
+model's.
 """
 
 import hashlib
@@ -15,10 +16,10 @@ import torch
 
 from shadowtune.core.deferral_head import DeferralHead
 from shadowtune.errors import CheckpointError
-from shadowtune.model.checkpoint import read_file, save_readable, tensor_checksum
+from shadowtune.model.checkpoint import tensor_checksum
 from shadowtune.model.files import writing_into
 
-JSON_FILE, TENSORS_FILE = "deferral_head.json", "deferral_head.safetensors"
+FILE = "deferral_head.json"
 SCHEMA = 1
 CHUNK = 1 << 22
 """Bytes of a weights file that are hashed at a time."""
@@ -33,6 +34,11 @@ class SavedDeferralHead:
     """Of the fit, on examples that it did not see: plain values."""
 
 
+def head_file(model: Path) -> Path:
+    """Return the path of the head of a model, a directory or a GGUF file; it need not exist."""
+    return model.with_name(f"{model.stem}.{FILE}") if model.is_file() else model / FILE
+
+
 def weights_digest(model: Path) -> str:
     """Return the SHA-256 of a model's weights, as hexadecimal digits.
 
@@ -45,12 +51,11 @@ def weights_digest(model: Path) -> str:
     if model.is_file():
         return _file_digest(model)
     files = sorted(file for pattern in ("*.safetensors", "*.onnx") for file in model.glob(pattern))
-    names = {file.name: file for file in files if file.name != TENSORS_FILE}
-    if not names:
+    if not files:
         raise CheckpointError(f"{model} has no weights, to which a deferral head could belong")
     digest = hashlib.sha256()
-    for name, file in names.items():
-        digest.update(f"{name}:{_file_digest(file)}\n".encode())
+    for file in files:
+        digest.update(f"{file.name}:{_file_digest(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -73,16 +78,11 @@ def write_deferral_head(saved: SavedDeferralHead, model: Path) -> None:
         "outputs": ["log-odds of another token", "log-odds of a better answer"],
         "reads": "the state that the language model's head reads, of each generated token",
         "quality": dict(saved.quality),
+        "sha256": tensor_checksum(tensors),
+        **{name: tensor.tolist() for name, tensor in tensors.items()},
     }
-    single = model.is_file()
-    with writing_into(model.parent if single else model) as staging:
-        if single:
-            described |= {name: tensor.tolist() for name, tensor in tensors.items()}
-        else:
-            described["sha256"] = tensor_checksum(tensors)
-            save_readable(tensors, staging / TENSORS_FILE)
-        text = json.dumps(described, indent=None if single else 2) + "\n"
-        (staging / _json_file(model).name).write_text(text, encoding="utf-8")
+    with writing_into(model.parent if model.is_file() else model) as staging:
+        (staging / head_file(model).name).write_text(json.dumps(described) + "\n", encoding="utf-8")
 
 
 def read_deferral_head(model: Path) -> SavedDeferralHead | None:
@@ -91,17 +91,15 @@ def read_deferral_head(model: Path) -> SavedDeferralHead | None:
     Raises:
         CheckpointError: if it belongs to other weights, or a file is damaged.
     """
-    file = _json_file(model)
+    file = head_file(model)
     if not file.is_file():
         return None
     damaged = f"{file} is damaged; train the deferral head anew, or delete the file to do without it"
     try:
         described: Any = json.loads(file.read_text(encoding="utf-8"))
         expected, width, quality = described["model_sha256"], described["width"], dict(described["quality"])
-        single = model.is_file()
-        stored = described if single else read_file(str(model / TENSORS_FILE), checked=False)
-        weight, bias = (torch.as_tensor(stored[name], dtype=torch.float32) for name in ("weight", "bias"))
-        intact = single or tensor_checksum(stored) == described["sha256"]
+        weight, bias = (torch.tensor(described[name], dtype=torch.float32) for name in ("weight", "bias"))
+        intact = tensor_checksum({"weight": weight, "bias": bias}) == described["sha256"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise CheckpointError(damaged) from None
     if expected != weights_digest(model):
@@ -113,10 +111,6 @@ def read_deferral_head(model: Path) -> SavedDeferralHead | None:
     if not (shapes and intact and bool(weight.isfinite().all()) and bool(bias.isfinite().all())):
         raise CheckpointError(damaged)
     return SavedDeferralHead(DeferralHead(weight, bias), quality)
-
-
-def _json_file(model: Path) -> Path:
-    return model.with_name(f"{model.stem}.{JSON_FILE}") if model.is_file() else model / JSON_FILE
 
 
 def _file_digest(file: Path) -> str:

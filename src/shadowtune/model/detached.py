@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from shadowtune.attach.architectures import architecture_of
-from shadowtune.attach.sharding import whole_state, whole_tensor
+from shadowtune.attach.sharding import device_of, whole_state, whole_tensor
 from shadowtune.errors import ShadowtuneError
 from shadowtune.model.checkpoint import keep_rope_theta, write_tensors
 from shadowtune.model.files import WEIGHTS
@@ -41,8 +41,9 @@ def detached_causal_lm(
 
     Raises:
         ShadowtuneError: if base and backbone transform logits differently (soft-capping, scaling), so that no plain
-            model of the backbone's architecture has the same logits.
+            model of the backbone's architecture has the same logits; or if the base's embedding or head is offloaded.
     """
+    _check_in_memory(base)
     architecture, base_config = architecture_of(base.config), base.config.get_text_config(decoder=True)
     own = architecture_of(shadow.backbone.config)
     if own.logits_transform is not architecture.logits_transform:
@@ -81,6 +82,16 @@ def detached_classifier(
     return plain
 
 
+def _check_in_memory(base: PreTrainedModel) -> None:
+    """Raise ShadowtuneError if the base's embedding or head, which become the plain model's, are offloaded."""
+    for name, module in (("embedding", base.get_input_embeddings()), ("head", base.get_output_embeddings())):
+        if module.weight.is_meta:
+            raise ShadowtuneError(
+                f"the base's {name} is offloaded, and the detached model needs it; load the base without device_map, "
+                "or with this part in memory"
+            )
+
+
 def write_plain(model: PreTrainedModel, directory: Path) -> None:
     """Write config, generation config and weights of a plain model into ``directory``; the weights with a checksum.
 
@@ -100,7 +111,7 @@ def _plain(auto: Any, base: PreTrainedModel, shadow: Shadow, **changes: Any) -> 
     for name, value in changes.items():
         setattr(config, name, value)
     keep_rope_theta(config)
-    plain = auto.from_config(config, dtype=shadow.boundaries.injection_downs.dtype).to(base.device).eval()
+    plain = auto.from_config(config, dtype=shadow.boundaries.injection_downs.dtype).to(device_of(base)).eval()
     missing = architecture_of(config).decoder_of(plain).load_state_dict(whole_state(shadow.backbone), strict=False)
     assert not missing.unexpected_keys
     plain.get_input_embeddings().weight.copy_(_embeddings(base, shadow))

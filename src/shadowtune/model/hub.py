@@ -10,6 +10,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from shadowtune.errors import CheckpointError, ConfigError
+from shadowtune.model.deferral_files import FILE
 from shadowtune.model.files import one_line, reading
 
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data")
@@ -45,6 +46,8 @@ def download_model(repository: str) -> Path:
         if any(name.endswith(".safetensors") for name in root):
             root = [name for name in root if not name.endswith(OTHER_FORMATS)]
         elif len(ggufs) == 1 and "model.onnx" not in root:
+            if (head := f"{ggufs[0].removesuffix('.gguf')}.{FILE}") in root:
+                hf_hub_download(repository, head)
             return Path(hf_hub_download(repository, ggufs[0]))
         elif ggufs:
             names = ", ".join(ggufs)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
-from shadowtune.attach.sharding import gathering_blocks, whole_state, whole_tensor
+from shadowtune.attach.sharding import device_of, gathering_blocks, whole_state, whole_tensor
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.boundary import Boundaries
 from shadowtune.core.kernels.linear_cross_entropy import LogitsTransform
@@ -270,7 +270,7 @@ def _from_detached(base: PreTrainedModel, config: ShadowConfig, directory: str) 
     _check_sizes(source.network.config, base, config)
     if not torch.allclose(
         source.embedding.weight.float(),
-        whole_tensor(base.get_input_embeddings().weight).float().to(source.embedding.weight.device),
+        whole_tensor(cast(Tensor, base.get_input_embeddings().weight)).float().to(source.embedding.weight.device),
         rtol=2**-7,  # of bfloat16
         atol=1e-6,
     ):
@@ -345,7 +345,7 @@ def measure_squares(base: PreTrainedModel) -> Tensor:
     try:
         decoder = architecture.decoder_of(base.eval())
         with gathering_blocks(decoder, architecture.blocks_of(base)):
-            decoder(input_ids=tokens.to(base.device), use_cache=False)
+            decoder(input_ids=tokens.to(device_of(base)), use_cache=False)
     finally:
         base.train(training)
         for handle in handles:

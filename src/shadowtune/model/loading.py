@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from shadowtune.attach.sharding import device_of
 from shadowtune.compatibility import commit_of, keep_commit
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
@@ -288,7 +289,7 @@ def _build_model(cls: Any, config: ShadowModelConfig, base: Any, tensors: Mappin
     for prefix, module in model.trained_modules().items():
         for name, tensor in module.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(tensors.get(f"{prefix}.{name}", tensor).dtype)
-        module.to(base.device)
+        module.to(device_of(base))
     return model
 
 

@@ -6,12 +6,13 @@ frozen weights); ``make_trainable`` adds what a method trains; ``load_trained`` 
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -128,6 +129,7 @@ def get_shadow_model(
         config = ShadowConfig.recommended()
     elif not isinstance(config, ShadowConfig):
         config = ShadowConfig.from_peft(config)
+    _keep_differentiable(base)
     classifies = base.get_output_embeddings() is None
     kind = ShadowForSequenceClassification if classifies else ShadowForCausalLM
     return cast(Any, kind).from_base(base, config, dtype=dtype)
@@ -154,6 +156,7 @@ def make_trainable(
         ConfigError: if PEFT has no such type or setting, or the type is not supported here.
         ShadowtuneError: if the method needs Hugging Face PEFT and it is not installed.
     """
+    _keep_differentiable(base)
     if method == "shadow":
         return SHADOW_CLASSES[task].from_base(base, shadow, dtype=dtype)
     if method == "ensemble":
@@ -164,6 +167,20 @@ def make_trainable(
         return cast(nn.Module, base).to(dtype).requires_grad_(True)
     settings = (peft or {}) if method == "peft" else _lora_settings(lora or LoraConfig(), dora=method == "dora")
     return _add_adapters(base, settings, task, dtype)
+
+
+def _keep_differentiable(base: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs, as it does in the first evaluation.
+
+    Its product with repacked weights has no backward pass, so every gradient after that evaluation would be wrong.
+    """
+    if "bitsandbytes" not in sys.modules:
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _lora_settings(lora: LoraConfig, dora: bool) -> dict[str, Any]:
@@ -194,6 +211,18 @@ def import_peft() -> Any:
             "methods lora, dora and peft need Hugging Face PEFT: pip install 'shadowtune[peft]'"
         ) from None
     return peft
+
+
+def adapter_names(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names that a ``PeftModel`` gives tensors in its files -> their names in ``model.state_dict()``.
+
+    Args:
+        model: a ``PeftModel``.
+        tensors: of its state dict, each another object.
+    """
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    saved = import_peft().get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
+    return {name: names[id(tensor)] for name, tensor in saved.items()}
 
 
 def _peft_config(settings: Mapping[str, Any], task: str) -> Any:

@@ -22,7 +22,7 @@ from typing_extensions import Self
 from shadowtune.attach.architectures import Architecture, architecture_of
 from shadowtune.attach.cache import split_cache
 from shadowtune.attach.forward import begin_call, check_fit, install_hooks
-from shadowtune.attach.sharding import check_layout, gather_during_forward, take_layout
+from shadowtune.attach.sharding import check_layout, device_of, gather_during_forward, take_layout
 from shadowtune.compatibility import CACHE_NAMES, commit_of, set_cache, takes_cache
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
@@ -34,6 +34,7 @@ from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint, base_signature
 from shadowtune.model.initialization import start_shadow
 from shadowtune.model.loading import absolute_name, check_save_keywords, load_model, save_model
+from shadowtune.model.reference import ReferenceModel
 from shadowtune.model.shadow import Shadow
 from shadowtune.model.trainer_losses import HeadlessModel
 
@@ -115,7 +116,7 @@ class ShadowPreTrainedModel(NamedAdapters):
             initialization=asdict(initialization),
             name_or_path=base.config.name_or_path or "",  # where trainers find a tokenizer and a reference model
         )
-        return cls(model_config, base, shadow.to(base.device))
+        return cls(model_config, base, shadow.to(device_of(base)))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -212,6 +213,10 @@ class ShadowPreTrainedModel(NamedAdapters):
             yield
         finally:
             self.set_mode(mode)
+
+    def reference(self) -> ReferenceModel:
+        """Return the base alone as a model for ``ref_model=``, which shares the base and has no parameters."""
+        return ReferenceModel(self)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
         """Raise ConfigError: the correction depends on the input, so no weights equal it. See ``detached``."""

@@ -14,9 +14,11 @@ Trainers that compute their loss from logits (TRL's Reward, ORPO, CPO, GKD, Onli
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from shadowtune.attach.sharding import is_dtensor, is_partitioned, whole_tensor
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.core.losses import IGNORE_INDEX, LossWeights
 from shadowtune.errors import ConfigError
@@ -137,6 +139,21 @@ def _offer_slot(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return None
 
 
+def _logits(model: Any, states: Tensor) -> Tensor:
+    """Apply the base's head to states (N, d) by its weight, as TRL's fused head does, where that can be read.
+
+    A call of the head's module would let FSDP free the weight that the fused head keeps for its backward pass.
+    """
+    module = model.base.get_output_embeddings()
+    weight = whole_tensor(module.weight) if is_dtensor(module.weight) else module.weight
+    if is_partitioned(module.weight) or type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        return cast(Tensor, model.logits_of(states))
+    if weight.is_meta:  # offloaded
+        return cast(Tensor, model.logits_of(states))
+    bias = None if module.bias is None else whole_tensor(module.bias)
+    return cast(Tensor, model.transform_logits(F.linear(states.to(weight), weight, bias)))
+
+
 def _add_shadow_gradient(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     weight = model.shadow.config.shadow_loss_weight
     if not kwargs.get(SLOT) or weight == 0:
@@ -146,7 +163,7 @@ def _add_shadow_gradient(model: Any, args: Any, kwargs: dict[str, Any], output: 
     else:
         targets, states = kwargs["labels"][:, 1:], kwargs[SLOT][0][:, :-1]
     kept = targets != IGNORE_INDEX
-    log_probs = torch.log_softmax(model.logits_of(states[kept]).float(), -1)
+    log_probs = torch.log_softmax(_logits(model, states[kept]).float(), -1)
     chosen = log_probs.gather(1, targets[kept].unsqueeze(1)).squeeze(1)
     term = output.log_probs.new_zeros(targets.shape).masked_scatter(kept, weight * chosen.to(output.log_probs.dtype))
     output.log_probs = output.log_probs + (term - term.detach())

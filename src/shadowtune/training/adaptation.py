@@ -15,7 +15,7 @@ from shadowtune.config.training import TrainConfig
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError, ConfigError, TrainingError
 from shadowtune.model.checkpoint import read_tensors, write_tensors
-from shadowtune.model.deferral_files import JSON_FILE, TENSORS_FILE
+from shadowtune.model.deferral_files import FILE
 from shadowtune.model.files import writing_into
 from shadowtune.training.run import TrainSummary, train
 from shadowtune.training.run_directory import RunDirectory
@@ -114,7 +114,7 @@ def reattach(adapter: Path, trained: Path, directory: Path) -> None:
         raise CheckpointError(f"{trained} is no shadow of the shapes of {adapter}: {differing[0]} differs")
     if directory.is_dir():
         shutil.rmtree(directory)
-    left_out = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", JSON_FILE, TENSORS_FILE)
+    left_out = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", FILE)
     shutil.copytree(adapter, directory, ignore=left_out)
     with writing_into(directory) as staging:
         write_tensors(staging, {**own, **{name: learned[name].to(own[name].dtype) for name in names}})

@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from shadowtune.errors import CheckpointError, ShadowtuneError, TrainingError
 from shadowtune.model.files import is_write_error, replace_directory, staging_of, write_reason
 from shadowtune.models import file_sha256
+from shadowtune.training.parallelism import is_lost_process
 
 PROGRESS = "progress.json"
 DIGESTS = "files.json"
@@ -63,7 +64,7 @@ def atomic_directory(target: Path, accelerator: Accelerator, checkpoints: Path |
     except Exception as error:  # of any kind: tokenizers raises bare ones for a full disk
         shutil.rmtree(staging.parent, ignore_errors=True)
         cause = error.__cause__ if isinstance(error, CheckpointError) else error  # of a nested save
-        if isinstance(cause, ShadowtuneError) or not isinstance(cause, Exception):
+        if isinstance(cause, ShadowtuneError) or not isinstance(cause, Exception) or is_lost_process(cause):
             raise
         if not is_write_error(cause) and not isinstance(cause, RuntimeError):  # torch.save's for a full disk
             raise

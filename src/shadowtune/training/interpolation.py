@@ -21,6 +21,7 @@ from shadowtune.core.losses import IGNORE_INDEX, shift_and_select, summed_cross_
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.detached import write_plain
 from shadowtune.model.ensemble import SMALL, LogitEnsemble, write_weight
+from shadowtune.model.gathering import gathered_root
 from shadowtune.model.methods import load_trained
 from shadowtune.training.training_data import Collator, load_training_data
 
@@ -61,7 +62,8 @@ def fit_logit_interpolation(
             targets, h, s = shift_and_select(labels, output.last_hidden_state, state.initial)
             yield lambda gamma, h=h, s=s: model.logits_of(interpolate(h, s, gamma)), targets  # type: ignore[misc]
 
-    fit = _fit(interpolations())
+    with gathered_root(model):
+        fit = _fit(interpolations())
     model.set_logit_interpolation(fit.gamma or None)
     return fit
 

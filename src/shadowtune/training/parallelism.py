@@ -1,26 +1,109 @@
 """Layouts of several processes that a run supports: what else a launcher asks for is refused before anything is loaded.
 
-Supported are data parallelism (DDP, DeepSpeed ZeRO 1 to 3) and FSDP2 with whole state dicts. The others would fail
-after the last step, save an empty model or train with other rates, so they are errors (docs/distributed.md).
+Supported are data parallelism (DDP, DeepSpeed ZeRO 1 to 3) and FSDP2, with any kind of state dict: checkpoints of DDP,
+ZeRO 1 and 2 and FSDP2 are written whole (``sharding``). The others would fail after the last step, save an empty model
+or train with other rates, so they are errors (docs/scaling.md).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-from accelerate.utils import FullyShardedDataParallelPlugin
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
 from shadowtune.config.settings import raise_errors
 from shadowtune.config.training import TrainConfig
+from shadowtune.errors import ConfigError, ShadowtuneError, TrainingError
+
+NO_WRAP, TRANSFORMER_WRAP = "NO_WRAP", "TRANSFORMER_BASED_WRAP"
+PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Variables by which torchrun, MPI and srun tell a process how many there are, the most specific one first."""
 
 
 def check_parallelism(config: TrainConfig, arguments: TrainingArguments) -> None:
-    """Check what the launcher asks for.
+    """Check what the launcher asks for, and that the processes that it started have found each other.
 
     Raises:
         ConfigError: with all settings of the launcher or of the run that are not supported, and what to set instead.
     """
-    raise_errors(_errors(config, arguments))
+    raise_errors((*_launch_errors(arguments.world_size), *_errors(config, arguments)))
+
+
+def _launch_errors(found: int) -> Iterator[str]:
+    asked = next((int(os.environ[name]) for name in PROCESS_COUNTS if name in os.environ), None)
+    if asked is None and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+        yield (
+            "accelerate launch was asked for several processes and has started one, as it does on CPUs; use torchrun "
+            "--nproc-per-node N -m shadowtune train ..., with the same environment"
+        )
+    elif asked is not None and asked != found:
+        yield (
+            f"the launcher has started {asked} processes, but {found} found each other; use torchrun --nproc-per-node "
+            "N -m shadowtune train ..., on several machines with --nnodes and --rdzv-endpoint"
+        )
+
+
+def check_same_inputs(own: Mapping[str, Any], processes: int) -> None:
+    """Compare what the processes are about to train with; every process must call it.
+
+    Args:
+        own: by a description such as "the training rows", a value or digest of this process.
+        processes: their number.
+
+    Raises:
+        ConfigError: in every process, naming the first one that has something else than process 0.
+    """
+    if processes == 1:
+        return
+    first, *others = gather_object([dict(own)])
+    for rank, other in enumerate(others, start=1):
+        differing = [words for words in first if first[words] != other.get(words)]
+        if differing:
+            raise shared_error(
+                ConfigError(
+                    f"{' and '.join(differing)} of process {rank} differ from those of process 0; give every process "
+                    "the same settings, files and package versions"
+                )
+            )
+
+
+def is_lost_process(error: BaseException | None) -> bool:
+    """Return whether an error says that another process of the launch has ended.
+
+    NCCL has a class of its own for it; of gloo there is only the text.
+    """
+    closed = ("Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in closed)
+    )
+
+
+@contextmanager
+def converted_losses(rank: int) -> Iterator[None]:
+    """Context in which the end of another process becomes a TrainingError of one line.
+
+    Args:
+        rank: of this process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ShadowtuneError) or not is_lost_process(error):
+            raise
+        raise TrainingError(
+            f"process {rank} stops, because another process of the launch has ended; its own message says why, and "
+            "--resume goes on from the last checkpoint"
+        ) from error
+
+
+def shared_error(error: ShadowtuneError) -> ShadowtuneError:
+    """Mark an error as one that every process raises."""
+    error.in_every_process = True
+    return error
 
 
 def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
@@ -30,20 +113,74 @@ def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
         if not deepspeed.deepspeed_config["zero_optimization"].get(gathers):
             yield f"without zero3_save_16bit_model: true ({gathers}), DeepSpeed ZeRO stage 3 saves no adapter; set it"
         yield from _whole_model_stages(config, "DeepSpeed ZeRO stage 3")
+    if deepspeed is not None and config.nonfinite_loss == "skip":
+        yield "nonfinite_loss=skip reads gradients, which DeepSpeed keeps elsewhere; set nonfinite_loss=stop"
     yield from _other_dimensions()
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
+    if not asks_for_fsdp():
         return
-    plugin = FullyShardedDataParallelPlugin()
-    if plugin.fsdp_version != 2:
+    if _launcher("FSDP_VERSION", "1") != "2":
         yield "FSDP version 1 joins parameters and with them their learning rates; set fsdp_version: 2"
         return
-    if "SHARDED" in str(plugin.state_dict_type):
-        yield "fsdp_state_dict_type SHARDED_STATE_DICT leaves no adapter that loads; set FULL_STATE_DICT"
-    if plugin.activation_checkpointing:
-        yield "fsdp_activation_checkpointing wraps the blocks that a shadow hooks; set gradient_checkpointing instead"
-    if plugin.cpu_ram_efficient_loading:
-        yield "fsdp_cpu_ram_efficient_loading cannot place a shadow's buffers; set it to false"
-    yield from _whole_model_stages(config, "FSDP")
+    if _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        yield (
+            "fsdp_cpu_ram_efficient_loading loads the base in one process alone, but every process starts its shadow "
+            "from it; set it to false"
+        )
+    if config.gradient_checkpointing == "reentrant":
+        yield "gradient_checkpointing=reentrant runs no hooks of FSDP2; set gradient_checkpointing=non_reentrant"
+    if config.trains_deferral_head:
+        yield "deferral_fraction needs the whole model in every process, which FSDP shards; set deferral_fraction=0"
+
+
+def asks_for_fsdp() -> bool:
+    """Return whether the launcher asks for FSDP."""
+    return _is_set("ACCELERATE_USE_FSDP")
+
+
+def asks_for_deepspeed() -> bool:
+    """Return whether the launcher asks for DeepSpeed."""
+    return _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
+def asks_for_checkpointing() -> bool:
+    """Return whether the launcher asks for activation checkpointing (``fsdp_activation_checkpointing``).
+
+    FSDP's own wraps the blocks, whose hooks would run again in the backward pass. The models' own does the same work.
+    """
+    return asks_for_fsdp() and _is_set("FSDP_ACTIVATION_CHECKPOINTING")
+
+
+def fsdp_plugin(model: Any, bf16: bool) -> FullyShardedDataParallelPlugin | None:
+    """Return the layout of FSDP2 that the launcher asks for, completed for a model; None if it asks for none.
+
+    Each block of the base and of the backbone is gathered by itself, whether or not the launcher names their classes.
+    In bfloat16, gradients are averaged and losses returned in float32, which accelerate would do in bfloat16.
+
+    Args:
+        model: that will be trained; transformers' or PEFT's.
+        bf16: whether blocks compute in bfloat16; parameters stay in their own precision.
+    """
+    if not asks_for_fsdp():
+        return None
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
+    policy = _launcher("FSDP_AUTO_WRAP_POLICY", NO_WRAP).upper()
+    plugin = FullyShardedDataParallelPlugin(
+        auto_wrap_policy=TRANSFORMER_WRAP if policy == NO_WRAP else policy, mixed_precision_policy=precision
+    )
+    plugin.activation_checkpointing = False
+    if plugin.transformer_cls_names_to_wrap is None:
+        present = {type(module).__name__ for module in model.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
+    return plugin
+
+
+def _launcher(name: str, default: str) -> str:
+    """Return a setting of accelerate's launcher, which its processes find in their environment."""
+    return os.environ.get(name, default)
+
+
+def _is_set(name: str) -> bool:
+    return _launcher(name, "false").lower() in ("true", "1", "yes")
 
 
 def _other_dimensions() -> Iterator[str]:

@@ -27,7 +27,6 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
-from shadowtune.attach.sharding import shares_weights
 from shadowtune.config.training import TrainConfig
 from shadowtune.data.chat_template import save_tokenizer
 from shadowtune.data.formats import describe_unread
@@ -69,7 +68,7 @@ from shadowtune.training.callbacks import (
 )
 from shadowtune.training.checkpoints import TrainingProgress, atomic_directory, convert_write_errors
 from shadowtune.training.interpolation import join_ensemble
-from shadowtune.training.parallelism import check_parallelism
+from shadowtune.training.parallelism import check_parallelism, check_same_inputs, converted_losses
 from shadowtune.training.run_directory import DISTILLATION_DIRECTORY, DRAFT_HEAD_DIRECTORY, InputDigests, RunDirectory
 from shadowtune.training.samples import SampleAnswers
 from shadowtune.training.stage_settings import (
@@ -180,7 +179,7 @@ def train(
     check_parallelism(config, arguments)
     if options.resume and run.is_finished(config):
         return _read_summary(run, options)
-    with _claimed(run, config, options):
+    with converted_losses(arguments.process_index), _claimed(run, config, options):
         if config.method == "ensemble" and arguments.world_size > 1:
             raise ConfigError("method=ensemble trains in one process; start one")
         before = []
@@ -233,9 +232,11 @@ class ModelRun:
         self._report_data()
         settings = joint_settings(config) if config.has_shadow_only_stage else config
         base = load_run_base(settings, self.data.num_labels, self.data.labels)
-        reads = options.main or shares_weights(base)  # each process then holds a part of what is read
-        digests = InputDigests.of(base, self.data) if reads else None
-        if digests is not None and options.main and options.resume:
+        digests = InputDigests.of(base, self.data)
+        settings_read = {f"the setting {name}": value for name, value in asdict(config).items()}
+        packages = {"the versions of installed packages": provenance()["versions"]}
+        check_same_inputs({**settings_read, **digests.described(), **packages}, arguments.world_size)
+        if options.main and options.resume:
             run.check_inputs(digests)
         self.model = build_model(settings, self.data.num_labels, base)
         check_data(self.data, self.model)
@@ -244,7 +245,7 @@ class ModelRun:
         record_ends(self.model, self.form.ends)
         self.trained_parameters = self._prepare_model()
         with arguments.main_process_first(local=False):
-            if digests is not None and options.main:
+            if options.main:
                 run.begin(config, options.resume)
                 digests.save(run.path)
         self.interrupt = GracefulInterrupt()

@@ -83,6 +83,10 @@ class InputDigests:
         validation = None if data.validation is None else examples_fingerprint(data.validation)
         return cls(base_digest(base), tokenizer_digest(data.tokenizer), examples_fingerprint(data.train), validation)
 
+    def described(self) -> dict[str, str | None]:
+        """Return the digests by their names in error messages."""
+        return {words: asdict(self)[name] for name, words in DESCRIPTIONS.items()}
+
     def save(self, directory: Path) -> None:
         """Write ``inputs.json`` into a run directory; raises CheckpointError if that fails."""
         with writing_into(directory) as staging:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
@@ -35,6 +35,8 @@ from shadowtune.training.checkpoints import (
     write_digests,
     write_progress,
 )
+from shadowtune.training.parallelism import asks_for_checkpointing
+from shadowtune.training.sharding import ShardedTrainer
 
 BACKBONE_PARTS = ("shadow.backbone.", "shadow.projection.", "shadow.input_projection.")
 LORA_B_PARTS = (".lora_B.", ".lora_embedding_B.")
@@ -54,6 +56,8 @@ def training_arguments(config: TrainConfig, checkpoints: Path, quiet: bool = Fal
     """
     _check_trackers(config.trackers)
     optimizer, checkpointing = config.optimizer, config.gradient_checkpointing
+    if checkpointing == "off" and asks_for_checkpointing():
+        checkpointing = "non_reentrant"
     save_steps = config.eval_steps if config.load_best_model_at_end else config.save_steps
     try:
         arguments = TrainingArguments(
@@ -135,7 +139,7 @@ class EpochSampler(Sampler[int]):
         return iter(self.order)
 
 
-class ShadowTrainer(Trainer):
+class ShadowTrainer(ShardedTrainer):
     """Trainer of every method: shadow, LoRA, DoRA, full fine-tuning and others of PEFT.
 
     Args:
@@ -204,6 +208,8 @@ class ShadowTrainer(Trainer):
                 if self.args.load_best_model_at_end:
                     self._load_best_model()
                 return TrainOutput(state.global_step, losses[-1], {})
+            if self.shares_states:
+                self._load_from_checkpoint(resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.args.load_best_model_at_end and self.state.best_global_step and not self.state.best_model_checkpoint:
             self._load_best_model()  # whose error says what is missing
@@ -250,6 +256,7 @@ class ShadowTrainer(Trainer):
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad:
                 groups.setdefault((self._rate_index(name), name in decayed), []).append(parameter)
+        self._groups = [list(group) for _, group in sorted(groups.items())]
         settings = [
             {"params": group, "lr": rates[part], "weight_decay": self.args.weight_decay if decay else 0.0}
             for (part, decay), group in sorted(groups.items())
@@ -414,7 +421,7 @@ class ShadowTrainer(Trainer):
                 "start anew, or set load_best_model_at_end=false for the last weights"
             )
         check_complete(Path(best))
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled and not self.shares_states:  # ZeRO 3
             super()._load_best_model()
         else:
             self._load_weights(best)
@@ -430,7 +437,9 @@ class ShadowTrainer(Trainer):
         self._load_weights(resume_from_checkpoint, model)
 
     def _load_weights(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        if isinstance(self.model, ShadowPreTrainedModel) and not self.is_fsdp_enabled:
+        if self.shares_states:
+            self._load_shared_weights(checkpoint)
+        elif isinstance(self.model, ShadowPreTrainedModel):
             load_tensors(self.model.trained_modules(), read_tensors(checkpoint), checkpoint)
         else:
             super()._load_from_checkpoint(checkpoint, model)

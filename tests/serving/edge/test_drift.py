@@ -37,9 +37,9 @@ def delay(seed, shift, warm=300, limit=3000, **rates):
 
 def test_false_alarms_come_at_most_once_in_two_thousand_requests():
     draw, detector = random.Random(0), DriftDetector(0.1, 2000.0)
-    alarms = sum(detector.update(draw.random() < 0.1) for _ in range(200_000))
-    assert alarms <= 100
-    assert alarms > 2  # the bound is not idle
+    alarms = sum(detector.update(draw.random() < 0.1) for _ in range(100_000))
+    assert alarms <= 50
+    assert alarms > 1  # the bound is not idle
 
 
 def test_a_shift_of_a_fifth_out_of_scope_is_found_within_two_hundred_requests():

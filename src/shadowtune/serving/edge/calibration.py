@@ -48,7 +48,7 @@ PLAIN_SIGNALS = tuple(name for name in SIGNALS if name not in HEAD_SIGNALS)
 FOLDS = 5
 MINIMUM = 5
 """Least examples that the cloud answers better, and that it does not, in each half."""
-RESAMPLES = 500
+RESAMPLES = 300
 """Of a bootstrap."""
 WEIGHT_DECAY = 1e-2
 """On the squared weights of standardized features; keeps them finite where the examples are separable."""

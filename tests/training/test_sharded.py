@@ -1,0 +1,133 @@
+"""Two processes that share the weights give the result of one: ZeRO stage 3 and tensor parallelism."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from shadowtune import ShadowConfig, ShadowForCausalLM, attach
+from shadowtune.errors import AttachError
+from tests.support.bases import tiny_base
+from tests.support.processes import run_processes
+from tests.support.runs import arguments, causal_rows, model_directory, trainer_of
+from tests.support.shadows import perturbed_model, tokens
+
+ZERO3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_gather_16bit_weights_on_model_save": True,
+        "stage3_param_persistence_threshold": 0,  # else the tiny parameters stay whole
+    },
+    **dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        "auto",
+    ),
+}
+SETTINGS = {
+    "joint": {},
+    "base_layers": {"init_layers": (1,), "distillation_weight": 0.5},
+    "pruned": {"init_layers": (0,), "hidden_size": 16, "num_attention_heads": 2, "variant": "stateless"},
+}
+
+
+def learn(folder: Path, base, mode: str, settings, batch: int, **options):
+    """Train a new shadow of a base for three steps; what is compared."""
+    torch.manual_seed(1)
+    model = ShadowForCausalLM.from_base(base, ShadowConfig(rank=4, update_width=3, dropout=0.0, **settings))
+    with torch.no_grad():
+        model.shadow.boundaries.injection_ups.normal_(std=0.1)
+    model.set_mode(mode)
+    model.shadow.boundaries.requires_grad_(mode == "attached")
+    plain = {"max_steps": 3, "weight_decay": 0.1, "max_grad_norm": 1.0, "logging_steps": 1}
+    args = arguments(folder, per_device_train_batch_size=batch, **plain, **options)
+    trainer = trainer_of(model, args, causal_rows(12), backbone_learning_rate=3e-3)
+    trainer.train()
+    trainer.save_model(str(folder / "model"))
+    log = [
+        {name: line[name] for name in ("loss", "shadow_loss", "grad_norm")} for line in trainer.state.log_history[:3]
+    ]
+    return model, log, (model.config.base_fingerprint, model.config.base_signature)
+
+
+def with_zero3(folder: Path, directory: str, settings, mode: str):
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    args = arguments(folder, deepspeed=ZERO3, per_device_train_batch_size=2, max_steps=3)  # before the base is loaded
+    base = AutoModelForCausalLM.from_pretrained(directory)
+    assert base.get_input_embeddings().weight.numel() == 0
+    assert args.deepspeed_plugin is not None
+    return learn(folder, base, mode, settings, 2, deepspeed=ZERO3)[1:]
+
+
+def with_tensor_parallelism(folder: Path, directory: str, settings, mode: str):
+    import accelerate.parallelism_config
+    from transformers.distributed import DistributedConfig
+
+    # accelerate knows tensor parallelism on accelerators only
+    accelerate.parallelism_config.ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+    torch.distributed.init_process_group("gloo")
+    base = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(tp_size=2))
+    model, *found = learn(folder, base, mode, settings, 4)
+    return (*found, outputs(model.eval()))
+
+
+def alone(folder: Path, directory: str, settings, mode: str):
+    model, *found = learn(folder, AutoModelForCausalLM.from_pretrained(directory), mode, settings, 4)
+    return (*found, outputs(model.eval()))
+
+
+@torch.no_grad()
+def outputs(model):
+    ids = tokens(2, 6)
+    logits = [model.set_mode(mode)(input_ids=ids).logits for mode in ("detached", "base", "attached")]
+    detached = model.detached()(input_ids=ids).logits
+    return [*logits, detached, model.generate(ids, max_new_tokens=4, do_sample=False, speculate=True)]
+
+
+def compare(one, two, first: Path, second: Path):
+    for line, other in zip(one[0], two[0], strict=True):
+        assert other == pytest.approx(line, rel=1e-4)
+    assert one[1] == two[1]
+    expected, found = (load_file(path / "model" / "model.safetensors") for path in (first, second))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "mode"), [("joint", "attached"), ("base_layers", "detached"), ("pruned", "attached")]
+)
+def test_zero_3_gives_the_result_of_one_process(settings, mode, tmp_path):
+    pytest.importorskip("deepspeed")
+    directory = model_directory(tmp_path / "base")
+    given = (directory, SETTINGS[settings], mode)
+    (one,) = run_processes(alone, 1, tmp_path / "1", tmp_path / "one", *given)
+    two = run_processes(with_zero3, 2, tmp_path / "2", tmp_path / "two", *given, DS_ACCELERATOR="cpu")
+    for each in two:
+        compare(one, each, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "tied"), [("joint", False), ("base_layers", True)])
+def test_tensor_parallelism_gives_the_result_of_one_process(settings, tied, tmp_path):
+    directory = model_directory(tmp_path / "base", tie_word_embeddings=tied)
+    given = (directory, SETTINGS[settings], "attached")
+    (one,) = run_processes(alone, 1, tmp_path / "1", tmp_path / "one", *given)
+    two = run_processes(with_tensor_parallelism, 2, tmp_path / "2", tmp_path / "two", *given)
+    for each in two:
+        compare(one, each, tmp_path / "one", tmp_path / "two")
+        for expected, found in zip(one[2], each[2], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_that_transformers_sharded_by_fsdp_is_refused():
+    shadow = perturbed_model().shadow
+    base = tiny_base()
+    base._is_fsdp_managed_module, base._fsdp_size = True, 2
+    for make in (lambda: ShadowForCausalLM.from_base(base), lambda: attach(base, shadow)):
+        with pytest.raises(AttachError, match="fsdp_size=2"):
+            make()
