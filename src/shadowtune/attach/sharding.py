@@ -1,18 +1,20 @@
-"""Weights that several processes share: DTensors (tensor parallelism) and the parameters of DeepSpeed ZeRO stage 3.
+"""Weights that several processes share: DTensors (tensor parallelism, FSDP2), and parameters of DeepSpeed ZeRO stage 3.
 
-ZeRO-3 leaves an empty parameter in each module, and its engine gathers a module's own parameters around that module's
-forward. Everything that reads weights otherwise uses the functions below, which all processes must call alike.
+FSDP2 keeps a part of each parameter in every process, ZeRO-3 leaves an empty one in each module, and both gather the
+weights of a module around its forward call. Everything that reads weights otherwise uses the functions below, which all
+processes must call alike, because gathering is a collective operation.
 """
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as integration
 
+from shadowtune.core.prepacked_linear import is_plain_linear
 from shadowtune.errors import AttachError
 
 LAYOUT = ("_tp_size", "_fsdp_size", "_device_mesh", "_mesh_manager", "_is_distributed_loading_by_transformers")
@@ -44,18 +46,86 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def in_process_group() -> bool:
+    """Whether this process is one of several; the classes of their layouts are not in every build of torch."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a part of one that several processes share (tensor parallelism, FSDP2)."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not in_process_group():
         return False
-    from torch.distributed.tensor import DTensor  # not in every build of torch
+    from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def is_sharded_by_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 (``fully_shard``) was applied to the module itself."""
+    if not in_process_group():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def is_sharded_linear(module: nn.Module) -> bool:
+    """Whether it is an ordinary linear layer to which FSDP2 itself was applied."""
+    return is_sharded_by_fsdp(module) and type(module).__bases__[1:] == (nn.Linear,)  # after FSDPModule
+
+
+def has_whole_weight(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is an ordinary linear layer whose whole weight is in this process."""
+    if is_sharded_linear(module):
+        return not is_dtensor(cast(Tensor, module.weight))
+    return is_plain_linear(module)
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
     """Return ``module.state_dict()`` with all numbers of every tensor."""
     return {name: whole_tensor(tensor).detach() for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+@contextlib.contextmanager
+def gathered_root(model: nn.Module) -> Iterator[None]:
+    """Context in which parts of a model may be called by themselves, though FSDP2 was applied to it.
+
+    Blocks are gathered by their own calls, but what lies between them only by a call of the whole model. It does
+    nothing to other models.
+    """
+    if not is_sharded_by_fsdp(model):
+        yield
+        return
+    with _unsharded(model):
+        yield
+
+
+@contextlib.contextmanager
+def gathered_linear(module: nn.Module, inputs: Tensor) -> Iterator[None]:
+    """Context in which the weight of a linear layer may be read, though FSDP2 shards it.
+
+    The fused loss reads the head's weight without a call of the head; otherwise all logits would have to exist.
+
+    Args:
+        module: any layer; those for which ``is_sharded_linear`` does not hold stay as they are.
+        inputs: (..., d_in), inputs of the layer, whose values are not used.
+    """
+    if not is_sharded_linear(module):
+        yield
+        return
+    with torch.no_grad():  # a layer tied to the embedding shares its group, whose forward ends when both have run
+        module(inputs.detach().reshape(-1, inputs.shape[-1])[:0])
+    with _unsharded(module):
+        yield
+
+
+@contextlib.contextmanager
+def _unsharded(module: Any) -> Iterator[None]:
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
 
 
 @contextlib.contextmanager

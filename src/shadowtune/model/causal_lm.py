@@ -1,7 +1,6 @@
 """``ShadowForCausalLM``: a frozen causal language model and its shadow as one transformers model."""
 
 import copy
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from shadowtune.attach.sharding import device_of
+from shadowtune.attach.sharding import device_of, gathered_linear, has_whole_weight
 from shadowtune.compatibility import CACHE, cache_of, pop_cache, set_cache, takes_cache
 from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.core.boundary import ShadowState
@@ -31,7 +30,6 @@ from shadowtune.core.shared_prompt import shared_prompt_lengths
 from shadowtune.errors import ConfigError
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.detached import detached_causal_lm
-from shadowtune.model.gathering import gathered, has_whole_weight, is_sharded_linear
 from shadowtune.model.modeling import ShadowPreTrainedModel, check_keywords, loss_terms
 from shadowtune.model.speculation.decoding import Speculator
 from shadowtune.model.trainer_losses import add_shadow_loss_hooks, check_labels, check_schedule, guard_output
@@ -152,8 +150,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         joint = None
         if labels is not None:
             teacher = self._teacher(weights, teacher_tokens, teacher_log_probabilities, inputs)
-            module = self.base.get_output_embeddings()
-            with gathered(module, hidden_states) if is_sharded_linear(module) else nullcontext():
+            with gathered_linear(self.base.get_output_embeddings(), hidden_states):
                 joint = self._loss(hidden_states, state, teacher, labels, shift_labels, weights, num_items_in_batch)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = None

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from shadowtune.attach.sharding import whole_tensor
 from shadowtune.model.modeling import ShadowPreTrainedModel
-from shadowtune.training.sharding import whole
 
 
 class MetricsFile(TrainerCallback):
@@ -178,7 +178,7 @@ class SkipNonfiniteSteps(TrainerCallback):
         """Remove all gradients if one is not finite; optimizers ignore parameters without a gradient."""
         assert model is not None
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if not torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients))):
+        if not torch.isfinite(whole_tensor(torch.nn.utils.get_total_norm(gradients))):
             model.zero_grad(set_to_none=True)
             self.steps += 1
 

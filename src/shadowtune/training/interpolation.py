@@ -15,13 +15,13 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from shadowtune.attach.sharding import gathered_root
 from shadowtune.config.training import TrainConfig
 from shadowtune.core.boundary import interpolate
 from shadowtune.core.losses import IGNORE_INDEX, shift_and_select, summed_cross_entropy
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.detached import write_plain
 from shadowtune.model.ensemble import SMALL, LogitEnsemble, write_weight
-from shadowtune.model.gathering import gathered_root
 from shadowtune.model.methods import load_trained
 from shadowtune.training.training_data import Collator, load_training_data
 

@@ -21,6 +21,7 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from shadowtune.attach.sharding import whole_tensor
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import read_tensors, trained_tensors
 from shadowtune.model.methods import adapter_names
@@ -31,9 +32,9 @@ ZERO_STATES = ("exp_avg", "exp_avg_sq")
 """Moments of Adam, the only optimizer of ``ShadowTrainer``."""
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that no other process has a part of, on the CPU if it was gathered."""
-    return tensor.full_tensor().cpu().clone() if isinstance(tensor, DTensor) else tensor
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """Return the whole tensor, without a gradient."""
+    return whole_tensor(tensor.detach()).cpu()
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def trained_state(model: nn.Module, precise: bool = False) -> dict[str, Tensor]:
     gathered: dict[int, Tensor] = {}  # tied parameters stay one tensor
     for tensor in tensors.values():
         if id(tensor) not in gathered:
-            gathered[id(tensor)] = _master(tensor) if precise and tensor.requires_grad else whole(tensor.detach())
+            gathered[id(tensor)] = _master(tensor) if precise and tensor.requires_grad else _on_cpu(tensor)
     return {name: gathered[id(tensor)] for name, tensor in tensors.items()}
 
 
@@ -98,7 +99,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Gather the state of an optimizer of DTensors or of ordinary tensors, as ``state_dict`` of one process."""
     state = optimizer.state_dict()
     moments = {
-        index: {name: whole(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+        index: {name: _on_cpu(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         for index, values in state["state"].items()
     }
     return {**state, "state": moments}

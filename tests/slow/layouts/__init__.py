@@ -8,6 +8,7 @@ from shadowtune.config.training import LoraConfig
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+ZERO_3 = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
 TENSOR_PARALLEL = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}
 
 
@@ -24,7 +25,7 @@ LAYOUTS = {
     "FSDP2, full state dict": Layout({**FSDP2, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}),
     "FSDP2, sharded state dict": Layout({**FSDP2, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}),
     "ZeRO 2": Layout({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "deepspeed"),
-    "ZeRO 3": Layout({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "deepspeed"),
+    "ZeRO 3": Layout({**DEEPSPEED, **ZERO_3}, "deepspeed"),
     "TP": Layout(TENSOR_PARALLEL),
 }
 
