@@ -24,7 +24,7 @@ from shadowtune.config.training import DataConfig, TrainConfig
 from shadowtune.training.checkpoints import check_checkpoint
 from shadowtune.training.run import train
 from shadowtune.training.trainer import ShadowTrainer  # noqa: F401  (registers the model type)
-from tests.slow.layouts import CELLS, CHECKS, LAYOUTS, SHADOW, Layout
+from tests.slow.layouts import BEST, CELLS, CHECKS, LAYOUTS, SHADOW, Layout
 from tests.support.runs import model_directory, rows_file, run_config
 from tests.support.shadows import tokens
 
@@ -41,6 +41,8 @@ def workplace(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("layouts")
     model_directory(path / "model-causal_lm", hidden_size=64, intermediate_size=128)
     rows_file(path / "causal_lm.jsonl")
+    others = (path / "causal_lm.jsonl").read_text().replace('"completion": "', '"completion": "and ')
+    (path / "others.jsonl").write_text(others)
     for cell in CELLS:
         train(replace(settings(path, cell), output=str(path / f"one, {cell}")), quiet=True)
     return path
@@ -48,6 +50,7 @@ def workplace(tmp_path_factory) -> Path:
 
 def settings(path: Path, cell: str) -> TrainConfig:
     rows = str(path / "causal_lm.jsonl")
+    validation = rows if cell != BEST else str(path / "others.jsonl")
     common = {
         "shadow": SHADOW,
         "batch_size": 2,
@@ -56,7 +59,7 @@ def settings(path: Path, cell: str) -> TrainConfig:
         "save_steps": 2,
         "load_best_model_at_end": True,
         "keep_checkpoints": 3,
-        "data": DataConfig(train=rows, validation=rows),
+        "data": DataConfig(train=rows, validation=validation),
     }
     return run_config(path, **{**common, **CELLS[cell]})
 

@@ -31,9 +31,9 @@ def shares_weights(module: nn.Module) -> bool:
     return any(is_partitioned(parameter) or is_dtensor(parameter) for parameter in module.parameters())
 
 
-def dimensions(parameter: Tensor) -> int:
-    """Return the number of dimensions of the whole parameter."""
-    return len(vars(parameter)["ds_shape"]) if is_partitioned(parameter) else parameter.ndim
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of the whole tensor."""
+    return cast(torch.Size, vars(tensor)["ds_shape"]) if is_partitioned(tensor) else tensor.shape
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -79,6 +79,26 @@ def has_whole_weight(module: nn.Module) -> TypeGuard[nn.Linear]:
     if is_sharded_linear(module):
         return not is_dtensor(cast(Tensor, module.weight))
     return is_plain_linear(module)
+
+
+@torch.no_grad()
+def write_whole(tensor: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor, which every process has, into one of which each process may keep only its part."""
+    if is_partitioned(tensor):
+        with _gathered([tensor], writer=0):
+            tensor.copy_(whole)
+    else:
+        tensor.copy_(part_of(whole.to(tensor.device, tensor.dtype), tensor))
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor, which every process has, as the DTensor that ``like`` is; itself if that is none."""
+    if not is_dtensor(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    layout = cast(Any, like)
+    return distribute_tensor(whole.to(like.device), layout.device_mesh, layout.placements, src_data_rank=None)
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
@@ -152,10 +172,11 @@ def _enter(contexts: contextlib.ExitStack, module: nn.Module) -> None:
     contexts.enter_context(_gathered(list(module.parameters())))
 
 
-def _gathered(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
+def _gathered(parameters: list[Any], writer: int | None = None) -> contextlib.AbstractContextManager[Any]:
+    """Context in which parameters of ZeRO-3 are whole; what the process ``writer`` writes into them stays."""
     import deepspeed  # an optional dependency, which is there if it has partitioned a parameter
 
-    context: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+    context: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, writer)
     return context
 
 

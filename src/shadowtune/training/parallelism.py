@@ -109,9 +109,6 @@ def shared_error(error: ShadowtuneError) -> ShadowtuneError:
 def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
     deepspeed = arguments.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3:
-        gathers = "stage3_gather_16bit_weights_on_model_save"
-        if not deepspeed.deepspeed_config["zero_optimization"].get(gathers):
-            yield f"without zero3_save_16bit_model: true ({gathers}), DeepSpeed ZeRO stage 3 saves no adapter; set it"
         yield from _whole_model_stages(config, "DeepSpeed ZeRO stage 3")
     if deepspeed is not None and config.nonfinite_loss == "skip":
         yield "nonfinite_loss=skip reads gradients, which DeepSpeed keeps elsewhere; set nonfinite_loss=stop"

@@ -1,9 +1,9 @@
 """Trained tensors and optimizer states that several processes share: gathered whole for a checkpoint, and loaded.
 
-FSDP2 keeps a part of each tensor in every process (``DTensor``); DeepSpeed's ZeRO 1 and 2 keep whole weights, but parts
-of the optimizer's state, and of a float32 copy of 16-bit weights. A checkpoint holds neither: it has the trained
-tensors and the optimizer's state as one process would write them, so that it is as small as under DDP, and a run
-begun in one layout continues in another one.
+FSDP2 keeps a part of each tensor in every process (``DTensor``), as ZeRO 3 of DeepSpeed does; ZeRO 1 and 2 keep whole
+weights. All stages of ZeRO share the optimizer's state and a float32 copy of the weights, which Adam updates.
+A checkpoint holds no parts: it has the trained tensors and the optimizer's state as one process would write them, so
+that it is as small as under DDP, and a run begun in one layout continues in another one.
 
 All functions are collective where the model is shared: every process must call them, in the same order.
 """
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from shadowtune.attach.sharding import whole_tensor
+from shadowtune.attach.sharding import is_partitioned, part_of, whole_shape, whole_tensor, write_whole
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import read_tensors, trained_tensors
 from shadowtune.model.methods import adapter_names
@@ -71,28 +71,21 @@ def _master(parameter: Tensor) -> Tensor:
     from deepspeed.utils import safe_get_full_fp32_param
 
     copy: Tensor | None = safe_get_full_fp32_param(parameter)
-    return parameter.detach() if copy is None else copy.detach().cpu()
+    return _on_cpu(parameter if copy is None else copy)
 
 
 @torch.no_grad()
 def load_state(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy whole tensors into a model that FSDP2 may share; each process keeps its part.
+    """Copy whole tensors into a model that processes may share; each keeps its part.
 
     Raises:
         CheckpointError: naming ``source``, if a name or shape does not fit the model.
     """
     own = _saved_tensors(model)
     for name, tensor in tensors.items():
-        if name not in own or own[name].shape != tensor.shape:
+        if name not in own or whole_shape(own[name]) != tensor.shape:
             raise CheckpointError(f"{source} does not fit the model: {name} of shape {tuple(tensor.shape)}")
-        own[name].copy_(part_of(tensor.to(own[name].device, own[name].dtype), own[name]))
-
-
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor, laid out as ``like`` is; every process has it, so nothing is sent."""
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        write_whole(own[name], tensor)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -126,20 +119,16 @@ def zero_optimizer_state(optimizer: Any, groups: list[list[nn.Parameter]]) -> di
     """Gather the state of DeepSpeed's partitioned Adam, in the form of ``optimizer_state``.
 
     Args:
-        optimizer: DeepSpeed's ZeRO optimizer; its own ``optimizer`` is Adam of one flat partition per group.
+        optimizer: DeepSpeed's ZeRO optimizer; its own ``optimizer`` is Adam of flat partitions.
         groups: the trained parameters by group, in the order in which the optimizer was made.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
-    from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 
-    inner: Any = optimizer.optimizer
     state: dict[int, dict[str, Tensor]] = {}
     settings: list[dict[str, Any]] = []
-    for group, parameters in zip(inner.param_groups, groups, strict=True):
-        partition = group["params"][0]
-        flat = inner.state.get(partition, {})
-        if "step" in flat:
-            lazy_init_hp_params_optimizer_state(parameters, partition, inner.state)
+    for number, (group, parameters) in enumerate(zip(optimizer.optimizer.param_groups, groups, strict=True)):
+        flat = optimizer.optimizer.state.get(_partitions(optimizer, number)[0], {})
+        _show_moments(optimizer, number, parameters)
         first = sum(len(each["params"]) for each in settings)
         settings.append({name: value for name, value in group.items() if name != "params"})
         settings[-1]["params"] = list(range(first, first + len(parameters)))
@@ -148,6 +137,30 @@ def zero_optimizer_state(optimizer: Any, groups: list[list[nn.Parameter]]) -> di
                 moments = {name: safe_get_full_optimizer_state(parameter, name).cpu() for name in ZERO_STATES}
                 state[index] = {"step": torch.as_tensor(flat["step"]).cpu(), **moments}
     return {"state": state, "param_groups": settings}
+
+
+def _partitions(optimizer: Any, number: int) -> list[Tensor]:
+    """Return this process's flat tensors of a group of parameters: one, or with ZeRO 3 one for each of its parts."""
+    if not isinstance(optimizer, _zero_3()):
+        return cast(list[Tensor], optimizer.optimizer.param_groups[number]["params"])
+    groups = optimizer.sub_group_to_group_id
+    return [flat for part, flat in enumerate(optimizer.fp32_partitioned_groups_flat) if groups[part] == number]
+
+
+def _zero_3() -> type:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    return cast(type, DeepSpeedZeroOptimizer_Stage3)
+
+
+def _show_moments(optimizer: Any, number: int, parameters: list[nn.Parameter]) -> None:
+    """Let DeepSpeed's functions find the moments of parameters in those of the partitions; ZeRO 3 looks there."""
+    from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
+
+    if not isinstance(optimizer, _zero_3()):
+        (flat,) = _partitions(optimizer, number)
+        if "step" in optimizer.optimizer.state.get(flat, {}):
+            lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.optimizer.state)
 
 
 @torch.no_grad()
@@ -160,23 +173,38 @@ def load_zero_state(
         state: what ``optimizer_state`` or ``zero_optimizer_state`` returned.
         weights: trained tensors in float32 by ``id`` of their parameter.
     """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-    from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
-
     inner, index = optimizer.optimizer, 0
-    for group, saved, parameters in zip(inner.param_groups, state["param_groups"], groups, strict=True):
-        flat = group["params"][0]
-        group.update({name: value for name, value in saved.items() if name != "params"})
+    for number, (saved, parameters) in enumerate(zip(state["param_groups"], groups, strict=True)):
+        inner.param_groups[number].update({name: value for name, value in saved.items() if name != "params"})
         moments = [state["state"].get(index + offset) for offset in range(len(parameters))]
-        if moments and moments[0] is not None:
+        for flat in _partitions(optimizer, number) if moments and moments[0] is not None else ():
             zeros = {name: torch.zeros_like(flat) for name in ZERO_STATES}
             inner.state[flat] = {"step": moments[0]["step"].clone(), **zeros}
-            lazy_init_hp_params_optimizer_state(parameters, flat, inner.state)
+        _show_moments(optimizer, number, parameters)
         for parameter, values in zip(parameters, moments, strict=True):
-            safe_set_full_fp32_param(parameter, weights[id(parameter)].to(parameter.device, torch.float32))
+            write_master(parameter, weights[id(parameter)])
             for name in ZERO_STATES if values is not None else ():
-                safe_set_full_optimizer_state(parameter, values[name].to(parameter.device, torch.float32), name)
+                write_master(parameter, values[name], name)
         index += len(parameters)
+
+
+def write_master(parameter: Tensor, whole: Tensor, moment: str | None = None) -> None:
+    """Write DeepSpeed's float32 copy of a trained parameter, or a moment of it; each process keeps its part."""
+    from deepspeed import utils
+
+    whole = whole.to(parameter.device, torch.float32)
+    if is_partitioned(parameter):  # whose own function for whole tensors fails where parts are padded
+        size, rank = cast(Any, parameter).ds_tensor.numel(), torch.distributed.get_rank()
+        part = F.pad(whole.flatten(), (0, size * torch.distributed.get_world_size() - whole.numel()))
+        part = part[size * rank : size * (rank + 1)]
+        if moment is None:
+            utils.safe_set_local_fp32_param(parameter, part)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, part, moment)
+    elif moment is None:
+        utils.safe_set_full_fp32_param(parameter, whole)
+    else:
+        utils.safe_set_full_optimizer_state(parameter, whole, moment)
 
 
 class ShardedTrainer(Trainer):
@@ -190,9 +218,8 @@ class ShardedTrainer(Trainer):
 
     @property
     def shares_states(self) -> bool:
-        """Whether processes share weights or the optimizer's state; ZeRO 3 aside, which has files of its own."""
-        plugin = self.args.deepspeed_plugin
-        return bool(self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage < 3))
+        """Whether processes share weights or the optimizer's state."""
+        return bool(self.is_fsdp_enabled or self.args.deepspeed_plugin is not None)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**kwargs)
@@ -257,10 +284,7 @@ class ShardedTrainer(Trainer):
         optimizer: Any = self.optimizer
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
         if self.is_deepspeed_enabled:
-            model = cast(nn.Module, self.model)
-            own, saved = dict(model.named_parameters()), checkpoint_tensors(model, checkpoint)
-            weights = {id(own[name]): tensor for name, tensor in saved.items() if name in own}
-            load_zero_state(optimizer.optimizer, self._groups, state, weights)
+            load_zero_state(optimizer.optimizer, self._groups, state, self._checkpoint_weights(checkpoint))
         else:
             load_optimizer_state(optimizer, state)
         scheduler = torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
@@ -270,6 +294,16 @@ class ShardedTrainer(Trainer):
         """Load a checkpoint's tensors into the model, before or after it is shared."""
         model = cast(nn.Module, self.model)
         load_state(model, checkpoint_tensors(model, checkpoint), checkpoint)
+        if self.deepspeed is not None:  # its engine runs: later saves take its float32 copies
+            weights = self._checkpoint_weights(checkpoint)
+            for parameter in (each for group in self._groups for each in group):
+                write_master(parameter, weights[id(parameter)])
+
+    def _checkpoint_weights(self, checkpoint: str) -> dict[int, Tensor]:
+        """Read the tensors of a checkpoint by ``id`` of their parameter."""
+        model = cast(nn.Module, self.model)
+        own = dict(model.named_parameters())
+        return {id(own[name]): tensor for name, tensor in checkpoint_tensors(model, checkpoint).items() if name in own}
 
 
 def checkpoint_tensors(model: nn.Module, checkpoint: str) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-from shadowtune.attach.sharding import dimensions
+from shadowtune.attach.sharding import whole_shape
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError, TrainingError
 from shadowtune.model.checkpoint import read_tensors
@@ -276,7 +276,7 @@ class ShadowTrainer(ShardedTrainer):
         return [
             name
             for name, parameter in model.named_parameters()
-            if dimensions(parameter) >= 2 and not name.endswith(("bias", "biases"))
+            if len(whole_shape(parameter)) >= 2 and not name.endswith(("bias", "biases"))
         ]
 
     def compute_loss(
@@ -421,10 +421,7 @@ class ShadowTrainer(ShardedTrainer):
                 "start anew, or set load_best_model_at_end=false for the last weights"
             )
         check_complete(Path(best))
-        if self.is_deepspeed_enabled and not self.shares_states:  # ZeRO 3
-            super()._load_best_model()
-        else:
-            self._load_weights(best)
+        self._load_weights(best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._before = read_progress(Path(resume_from_checkpoint))

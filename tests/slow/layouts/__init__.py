@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shadowtune import ShadowConfig
-from shadowtune.config.training import LoraConfig
+from shadowtune.config.training import LoraConfig, OptimizerConfig
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
@@ -33,6 +33,9 @@ SHADOW = ShadowConfig(rank=4, update_width=3, dropout=0.0)
 STATELESS = ShadowConfig(rank=4, variant="stateless", dropout=0.0, shadow_loss_weight=0.0)
 DRAFTING = ShadowConfig(rank=4, update_width=3, dropout=0.0, draft_rank=2)
 
+BEST = "best checkpoint"
+"""A column whose validation loss rises, so that the weights that are kept are not the last ones."""
+
 CELLS: dict[str, dict[str, Any]] = {  # column -> settings of its run that differ from the first one's
     "train": {},
     "shadow-only stage": {"shadow_epochs": 1.0},
@@ -42,6 +45,7 @@ CELLS: dict[str, dict[str, Any]] = {  # column -> settings of its run that diffe
     "checkpointing": {"gradient_checkpointing": "non_reentrant"},
     "nf4": {"base_quantization": "nf4"},
     "lora": {"method": "lora", "shadow": ShadowConfig(), "lora": LoraConfig(rank=4, dropout=0.0)},
+    BEST: {"optimizer": OptimizerConfig(learning_rate=3e-2)},
     "full": {"method": "full", "shadow": ShadowConfig()},
 }
 CHECKS = ("kill, resume", "resume from DDP", "save", "reload")
