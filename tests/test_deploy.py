@@ -81,14 +81,15 @@ def run_job(file, directory, *arguments, **environment):
     programs.mkdir()
     scripts = {
         "scontrol": 'echo "$@" > "$LOG.scontrol"; printf "node7\\nnode8\\n"',
-        "srun": 'printf "%s\\n" "$@" > "$LOG.srun"',
+        "srun": 'printf "%s\\n" "$@" > "$LOG.srun"; env > "$LOG.environment"',
         "shadowtune": 'printf "%s\\n" "$@" > "$LOG.shadowtune"; env | grep -c ^SLURM_ > "$LOG.variables" || true',
     }
     for name, script in scripts.items():
         (programs / name).write_text(f"#!/bin/sh\n{script}\n")
         (programs / name).chmod(0o755)
     path = f"{programs}:{os.environ['PATH']}"
-    variables = {**os.environ, "PATH": path, "LOG": str(directory / "log"), **environment}
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    variables = {**inherited, "PATH": path, "LOG": str(directory / "log"), **environment}
     done = subprocess.run(["bash", file, *arguments], env=variables, capture_output=True, text=True, check=False)
     logs = {each.suffix[1:]: each.read_text().splitlines() for each in directory.glob("log.*")}
     return done, logs
@@ -113,6 +114,20 @@ def test_a_run_on_several_nodes_is_what_torchrun_and_the_command_line_understand
     (command,) = [command for command in COMMANDS if command.name == name]
     parsed = build_parser(command).parse_args(arguments)
     assert parsed.settings == ["c.yaml", "data.template=a b"] and parsed.resume
+
+
+def test_a_run_in_another_layout_has_the_variables_of_accelerate(tmp_path):
+    file = ROOT / "deploy" / "slurm" / "train.sbatch"
+    done, logs = run_job(file, tmp_path, "c.yaml", **SLURM, LAYOUT="zero3", SLURM_CPUS_PER_TASK="36")
+    assert done.returncode == 0, done.stderr
+    expected = {"ACCELERATE_USE_DEEPSPEED=true", "ACCELERATE_DEEPSPEED_ZERO_STAGE=3", "SRUN_CPUS_PER_TASK=36"}
+    assert expected | {"OMP_NUM_THREADS=5"} <= set(logs["environment"])
+
+
+def test_an_unknown_layout_is_one_line(tmp_path):
+    done, logs = run_job(ROOT / "deploy" / "slurm" / "train.sbatch", tmp_path, "c.yaml", **SLURM, LAYOUT="fsdp")
+    assert (done.returncode, logs) == (2, {})
+    assert done.stderr == "LAYOUT=fsdp is not one of ddp, fsdp2, zero2, zero3\n"
 
 
 def test_the_controller_of_a_comparison_hands_its_own_jobs_settings_to_no_run(tmp_path):

@@ -53,12 +53,11 @@ def test_layouts_of_fsdp_that_lose_something_are_refused(launcher, changes, word
 class Plugin:
     """Stands for accelerate's, whose package may be missing."""
 
-    def __init__(self, stage: int, gathers: bool):
+    def __init__(self, stage: int):
         self.zero_stage = stage
-        self.deepspeed_config = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": gathers}}
 
 
-def test_fsdp2_and_zero_pass_and_zero_3_that_saves_no_adapter_is_refused(tmp_path, monkeypatch):
+def test_fsdp2_and_zero_pass_and_stages_that_need_the_whole_model_are_refused(tmp_path, monkeypatch):
     config = settings(tmp_path)
     arguments = training_arguments(config, tmp_path / "checkpoints")
     for name, value in FSDP.items():
@@ -67,13 +66,9 @@ def test_fsdp2_and_zero_pass_and_zero_3_that_saves_no_adapter_is_refused(tmp_pat
     monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
     check_parallelism(config, arguments)
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    for plugin in (Plugin(2, False), Plugin(3, True)):
-        arguments.deepspeed_plugin = plugin
+    for stage in (2, 3):
+        arguments.deepspeed_plugin = Plugin(stage)
         check_parallelism(config, arguments)
-    arguments.deepspeed_plugin = Plugin(3, False)
-    with pytest.raises(ConfigError, match="zero3_save_16bit_model: true"):
-        check_parallelism(config, arguments)
-    arguments.deepspeed_plugin = Plugin(3, True)
     with pytest.raises(ConfigError, match="drafting_epochs=0"):
         check_parallelism(settings(tmp_path, drafting_epochs=1.0, shadow={"draft_rank": 2}), arguments)
     with pytest.raises(ConfigError, match="nonfinite_loss=stop"):

@@ -87,7 +87,7 @@ class ShadowtunePlugin(BasePlugin):
         if cfg.get("fsdp_config") or cfg.get("deepspeed"):
             raise ConfigError(
                 "adapter: shadowtune trains with DDP in Axolotl; leave fsdp_config and deepspeed out, or use "
-                "shadowtune train (docs/distributed.md)"
+                "shadowtune train (docs/scaling.md)"
             )
 
     def load_adapter(

@@ -34,7 +34,7 @@ ZERO_STATES = ("exp_avg", "exp_avg_sq")
 
 def _on_cpu(tensor: Tensor) -> Tensor:
     """Return the whole tensor, without a gradient."""
-    return whole_tensor(tensor.detach()).cpu()
+    return whole_tensor(tensor).detach().cpu()
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from shadowtune.config.training import LoraConfig, OptimizerConfig
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
-ZERO_3 = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
 TENSOR_PARALLEL = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}
 
 
@@ -25,7 +24,7 @@ LAYOUTS = {
     "FSDP2, full state dict": Layout({**FSDP2, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}),
     "FSDP2, sharded state dict": Layout({**FSDP2, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}),
     "ZeRO 2": Layout({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "deepspeed"),
-    "ZeRO 3": Layout({**DEEPSPEED, **ZERO_3}, "deepspeed"),
+    "ZeRO 3": Layout({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "deepspeed"),
     "TP": Layout(TENSOR_PARALLEL),
 }
 
@@ -45,7 +44,7 @@ CELLS: dict[str, dict[str, Any]] = {  # column -> settings of its run that diffe
     "checkpointing": {"gradient_checkpointing": "non_reentrant"},
     "nf4": {"base_quantization": "nf4"},
     "lora": {"method": "lora", "shadow": ShadowConfig(), "lora": LoraConfig(rank=4, dropout=0.0)},
-    BEST: {"optimizer": OptimizerConfig(learning_rate=3e-2)},
+    BEST: {"optimizer": OptimizerConfig(learning_rate=3e-2, schedule="constant")},
     "full": {"method": "full", "shadow": ShadowConfig()},
 }
 CHECKS = ("kill, resume", "resume from DDP", "save", "reload")
