@@ -141,23 +141,23 @@ def zero_optimizer_state(optimizer: Any, groups: list[list[nn.Parameter]]) -> di
 
 def _partitions(optimizer: Any, number: int) -> list[Tensor]:
     """Return this process's flat tensors of a group of parameters: one, or with ZeRO 3 one for each of its parts."""
-    if not isinstance(optimizer, _zero_3()):
+    if not _is_zero_3(optimizer):
         return cast(list[Tensor], optimizer.optimizer.param_groups[number]["params"])
     groups = optimizer.sub_group_to_group_id
     return [flat for part, flat in enumerate(optimizer.fp32_partitioned_groups_flat) if groups[part] == number]
 
 
-def _zero_3() -> type:
+def _is_zero_3(optimizer: Any) -> bool:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-    return cast(type, DeepSpeedZeroOptimizer_Stage3)
+    return isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
 
 
 def _show_moments(optimizer: Any, number: int, parameters: list[nn.Parameter]) -> None:
     """Let DeepSpeed's functions find the moments of parameters in those of the partitions; ZeRO 3 looks there."""
     from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 
-    if not isinstance(optimizer, _zero_3()):
+    if not _is_zero_3(optimizer):
         (flat,) = _partitions(optimizer, number)
         if "step" in optimizer.optimizer.state.get(flat, {}):
             lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.optimizer.state)

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-from shadowtune.attach.sharding import whole_shape
+from shadowtune.attach.sharding import whole_shape, whole_tensor
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError, TrainingError
 from shadowtune.model.checkpoint import read_tensors
@@ -386,7 +386,7 @@ class ShadowTrainer(ShardedTrainer):
         """
         step = self.state.global_step
         for name, parameter in cast(nn.Module, self.model).named_parameters():
-            if parameter.requires_grad and not is_finite(parameter):
+            if parameter.requires_grad and not is_finite(whole_tensor(parameter)):
                 raise TrainingError(f"{name} holds NaN or infinite values at step {step}; not saved")
         directory, progress = Path(super()._get_output_dir(trial)), self.progress()
         target = directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
