@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from shadowtune import ShadowConfig, ShadowForCausalLM, attach
-from shadowtune.errors import AttachError
+from shadowtune.attach.sharding import whole_shape, write_whole
+from shadowtune.errors import AttachError, TrainingError
 from tests.support.bases import tiny_base
 from tests.support.processes import run_processes
 from tests.support.runs import arguments, causal_rows, model_directory, trainer_of
@@ -61,6 +62,27 @@ def with_zero3(folder: Path, directory: str, settings, mode: str):
     return learn(folder, base, mode, settings, 2, deepspeed=ZERO3)[1:]
 
 
+class Spoil(TrainerCallback):
+    """Puts NaN into a weight after a step."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        weight = model.shadow.boundaries.injection_ups
+        write_whole(weight, torch.full(whole_shape(weight), torch.nan))
+
+
+def save_spoiled_weights(folder: Path, directory: str):
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    args = arguments(folder, deepspeed=ZERO3, max_steps=1, save_strategy="steps", save_steps=1)
+    model = ShadowForCausalLM.from_base(AutoModelForCausalLM.from_pretrained(directory), ShadowConfig(rank=4))
+    trainer = trainer_of(model, args, causal_rows(12))
+    trainer.add_callback(Spoil)
+    with pytest.raises(TrainingError, match="injection_ups holds NaN"):
+        trainer.train()
+    return list(folder.glob("**/model.safetensors"))
+
+
 def with_tensor_parallelism(folder: Path, directory: str, settings, mode: str):
     import accelerate.parallelism_config
     from transformers.distributed import DistributedConfig
@@ -110,6 +132,16 @@ def test_zero_3_gives_the_result_of_one_process(settings, mode, tmp_path):
     two = run_processes(with_zero3, 2, tmp_path / "2", tmp_path / "two", *given, DS_ACCELERATOR="cpu")
     for each in two:
         compare(one, each, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor.*:FutureWarning")  # deepspeed calls it
+@pytest.mark.filterwarnings("ignore:.*reduce_scatter_tensor.*:FutureWarning")
+def test_a_weight_with_nan_that_zero_3_keeps_in_parts_is_not_saved(tmp_path):
+    pytest.importorskip("deepspeed")
+    directory = model_directory(tmp_path / "base")
+    found = run_processes(save_spoiled_weights, 2, tmp_path / "2", tmp_path / "two", directory, DS_ACCELERATOR="cpu")
+    assert found == [[], []]
 
 
 @pytest.mark.slow
