@@ -54,5 +54,6 @@ bench decode --model "$MODEL" --adapter-dtype "$DTYPE" --batch 1 --new 32 --cand
 bench evaluate --model "$MODEL" --rows 8 --batch 8 --new 8 --baselines one-by-one
 bench speculate --model "$MODEL" --candidate speculate-4 --baselines attached,base --rows 1 --new 32
 bench passes --model "$MODEL" --tokens 1,4,8,16 --baselines base,drafting
+bench prefix --model "$MODEL" --adapters 4 --shared "$LENGTH"
 bench serving --model "$MODEL" --streams 16 --adapters 2 --baselines batched
 exit "$failed"

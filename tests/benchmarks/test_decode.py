@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from benchmarks.generation import DECODERS, DecodeCandidate, DecodeSettings, plan_decode
-from benchmarks.methods import METHODS, OURS
+from benchmarks.methods import CUDA_BASELINES, METHODS, OURS
 from shadowtune.errors import ConfigError, ShadowtuneError
 
 SMALL = {"model": "tiny", "prompt": 5, "new": 3, "batch": (2,)}
-PLAIN = [name for name, decoder in DECODERS.items() if not decoder.compiled]
+PLAIN = [name for name, decoder in DECODERS.items() if not decoder.compiled and decoder.method not in CUDA_BASELINES]
 
 
 @pytest.fixture(autouse=True)

@@ -177,11 +177,11 @@ class Other(TorchModel):
         self.by = by
 
     def _step(self, input_ids, cache):
-        logits, longer = super()._step(input_ids, cache)
+        found, longer = super()._step(input_ids, cache)
         if cache is not None:
-            second = logits.argsort()[-2]
-            logits[second] = logits.max() + self.by
-        return logits, longer
+            second = found.logits.argsort()[-2]
+            found.logits[second] = found.logits.max() + self.by
+        return found, longer
 
 
 def test_another_choice_counts_unless_both_tokens_are_as_likely():

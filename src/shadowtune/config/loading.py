@@ -110,7 +110,10 @@ def settings_file(path: str | Path) -> Path:
 
 def shipped_settings() -> list[str]:
     """Return the names of the settings files that come with the package, as ``settings_file`` takes them."""
-    return sorted(f"configs/{file.relative_to(SHIPPED).as_posix()}" for file in SHIPPED.rglob("*.yaml"))
+    files = (file.relative_to(SHIPPED) for file in SHIPPED.rglob("*.yaml"))
+    return sorted(
+        f"configs/{file.as_posix()}" for file in files if file.parts[0] != "accelerate"
+    )  # read by another program
 
 
 def dump_config(config: Any, path: str | Path) -> None:

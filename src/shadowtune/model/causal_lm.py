@@ -243,7 +243,9 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
     def head(self) -> Head:
         """The base's head for the losses; its weight is known if it is an ordinary linear layer and frozen."""
         module = self.base.get_output_embeddings()
-        if not has_whole_weight(module) or module.weight.requires_grad or module.weight.is_meta:  # trained, offloaded
+        if not has_whole_weight(module) or module.weight.requires_grad:  # quantized, sharded or trained
+            return Head(self.logits_of)
+        if module.weight.is_meta and not next(self.shadow.parameters()).is_meta:  # offloaded; a plan has neither
             return Head(self.logits_of)
         return Head(self.logits_of, module.weight, module.bias, self._logits_transform)
 
