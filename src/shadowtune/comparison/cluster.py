@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shadowtune.comparison.job import Job
 
 POLL_SECONDS = 1.0
-"""Seconds between two looks at a job; submitit asks the scheduler itself at most every few seconds."""
+"""Seconds between two polls of a job; submitit asks the scheduler itself at most every few seconds."""
 VISIBLE_SECONDS = 60.0
 """Seconds in which a network file system must show what a node has written."""
 COMMANDS = ("sbatch", "srun", "sacct", "scancel")

@@ -245,7 +245,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         module = self.base.get_output_embeddings()
         if not has_whole_weight(module) or module.weight.requires_grad:  # quantized, sharded or trained
             return Head(self.logits_of)
-        if module.weight.is_meta and not next(self.shadow.parameters()).is_meta:  # offloaded; a plan has neither
+        if module.weight.is_meta and device_of(self).type != "meta":  # offloaded; a plan has no weights at all
             return Head(self.logits_of)
         return Head(self.logits_of, module.weight, module.bias, self._logits_transform)
 
