@@ -249,6 +249,14 @@ class TestValidationRows:
         finals = plan.finals({("words", "lora"): {}})
         assert {each.config.data.learn_validation for each in finals} == {True}
 
+    def test_a_piece_learns_the_rows_of_the_whole(self, tmp_path):
+        given = {"methods": {"lora": None, **self.SHADOW}, "validation_rows": "all"}
+        whole, piece = (Plan.of(compare_config(tmp_path, **given, **only)) for only in ({}, {"only": ["lora"]}))
+        jobs = {each.method: each for each in whole.finals()}
+        (alone,) = piece.finals()
+        assert alone.config.data.learn_validation
+        assert (alone.config, alone.rows) == (jobs["lora"].config, jobs["lora"].rows)
+
     def test_without_a_reader_nothing_is_said(self, tmp_path, invented):
         config = compare_config(tmp_path)
         assert not any(

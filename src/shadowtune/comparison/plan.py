@@ -274,11 +274,15 @@ class Plan:
         return learned, self.digests.validation(settings.data)
 
     def _shared_rows(self, stage: str, task: str, method: str) -> dict[str, Any]:
-        """Settings that train a method on the validation examples that others select by, if the config asks for it."""
+        """Settings that train a method on the validation examples that others select by, if the config asks for it.
+
+        The others are all methods of the config: a piece of a comparison learns from the rows that the whole does.
+        """
         config = self.config
         if config.validation_rows != "all" or stage == "trial" or config.kind(method) == "base":
             return {}
-        readers = [run for name in config.trained_methods if (run := config.train_config(task, name)).reads_validation]
+        trained = (name for name in config.methods if config.kind(name) != "base")
+        readers = [run for name in trained if (run := config.train_config(task, name)).reads_validation]
         if not readers or config.train_config(task, method).reads_validation:
             return {}
         data = readers[0].data
