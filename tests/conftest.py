@@ -74,6 +74,7 @@ PROCESSES = (
     "tests/model/test_files.py",
     "tests/model/test_loading.py::test_another_process_needs_only_the_import",
     "tests/serving/engine/test_failures.py::test_the_process_ends_with_an_error_code",
+    "tests/serving/edge/test_llama_cpp_cloud.py",
     "tests/serving/http/test_clients.py",
     "tests/serving/http/test_server.py",
     "tests/test_models.py",

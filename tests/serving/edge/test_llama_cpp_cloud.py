@@ -1,0 +1,185 @@
+"""An edge before llama.cpp's own server: a cloud that is not ours, started for real."""
+
+import asyncio
+import importlib.util
+import json
+import logging
+
+import httpx2
+import pytest
+
+from shadowtune.config.serving import CloudConfig, PolicyConfig
+from shadowtune.export.exporting import FORMATS
+from shadowtune.export.loading import load_model
+from shadowtune.serving.edge.confidence import token_confidence
+from shadowtune.serving.edge.local import LocalModel
+from shadowtune.serving.edge.remote import RemoteEndpoint
+from shadowtune.serving.edge.router import Router
+from tests.export.support import plain_model
+from tests.serving.edge.llama_cpp import llama_server
+from tests.serving.edge.models import FORMAT, answered, ask, gather
+from tests.support.tokenizers import tiny_tokenizer
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs xllamacpp")
+COUNT = 12
+CHAT = [{"role": "user", "content": "say one"}]
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+TOOL = {"type": "function", "function": {"name": "go", "parameters": SCHEMA}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The same weights for the cloud, a GGUF file, and for the edge, with a vocabulary that can write JSON."""
+    folder = tmp_path_factory.mktemp("foreign")
+    model, tokenizer = plain_model()[0], tiny_tokenizer(more='{}[]"_')
+    found = {"gguf": folder / "model.gguf", "safetensors": folder / "safetensors"}
+    found["safetensors"].mkdir()
+    for kind, path in found.items():
+        FORMATS[kind].write(model, tokenizer, path, "f32", FORMAT)
+    return found
+
+
+@pytest.fixture(scope="module")
+def address(files):
+    with llama_server(files["gguf"]) as (_, url):
+        yield url
+
+
+def direct(address, path="chat/completions", **body):
+    response = httpx2.post(f"{address}/v1/{path}", json={"model": "x", "temperature": 0, **body}, trust_env=False)
+    return response.json()
+
+
+def routed(files, address, request, policy, model=None, **settings):
+    """Return chunks, decision and counters of a router with one request."""
+
+    async def run():
+        edge = LocalModel(load_model(files["safetensors"]), "tiny")
+        config = CloudConfig(address, model=model, retries=0, **settings)
+        router = Router(edge, RemoteEndpoint(config), policy)
+        try:
+            chunks, stream = await gather(router, request)
+            return chunks, stream.decision, router.counters()
+        finally:
+            await router.aclose()
+
+    return asyncio.run(run())
+
+
+def text(chunks):
+    return "".join(chunk.text for chunk in chunks)
+
+
+def unsure_case(files):
+    """A request, the threshold below its least sure token but the first, and the edge's whole answer."""
+    model = load_model(files["safetensors"])
+    for start in range(3, 60):
+        request = ask(prompt=[start, start + 1, start + 2, 9], max_tokens=COUNT)
+        chunks, stream = answered(LocalModel(model, "tiny"), request)
+        sure = [token_confidence(token, "logprob") for token in stream.statistics]
+        index = sure.index(min(sure))
+        if index >= 2 and len(sure) == COUNT and all(chunk.text for chunk in chunks[:COUNT]):
+            return request, (min(sure) + min(sure[:index])) / 2, text(chunks)
+    raise AssertionError("no request of this model has its least sure token late")
+
+
+@pytest.mark.parametrize("model", [None, "nobody"])
+def test_it_answers_what_is_deferred_under_any_model_name(files, address, model):
+    request = ask(max_tokens=COUNT)
+    expected = direct(address, "completions", prompt=list(request.prompt), max_tokens=COUNT)["choices"][0]["text"]
+    chunks, decision, _ = routed(files, address, request, PolicyConfig(kind="always-cloud"), model)
+    assert text(chunks) == expected != ""
+    assert (decision.side, decision.reason) == ("cloud", "always-cloud")
+    assert chunks[-1].finish_reason == "length" and chunks[-1].usage.completion_tokens == COUNT
+    assert decision.cost > 0
+
+
+def test_its_log_probabilities_are_those_of_the_same_weights_here(files, address):
+    request = ask(max_tokens=4, top_logprobs=2)
+    own, _, _ = routed(files, address, request, PolicyConfig(kind="always-edge"))
+    theirs, _, _ = routed(files, address, request, PolicyConfig(kind="always-cloud"))
+    both = [[token for chunk in chunks for token in chunk.tokens] for chunks in (own, theirs)]
+    assert [token.text for token in both[0]] == [token.text for token in both[1]] and len(both[1]) == 4
+    for ours, other in zip(*both, strict=True):
+        assert other.logprob == pytest.approx(ours.logprob, abs=0.02)
+        assert len(other.top) == 2
+
+
+def test_a_cloud_without_predictions_answers_anew_and_the_client_sees_one_answer(files, address):
+    request, threshold, whole = unsure_case(files)
+    chunks, decision, counters = routed(files, address, request, PolicyConfig(kind="token", threshold=threshold))
+    assert text(chunks) == whole  # both have the same weights
+    assert (decision.side, decision.reason) == ("cloud", "continued")
+    assert counters["mid_answer_continued"] == 1
+    assert chunks[-1].usage.completion_tokens == COUNT  # the cloud generated all of them
+    assert chunks[-1].usage.accepted_prediction_tokens == 0
+
+
+def cut_off(address, events):
+    """Return a coroutine function for ``cloud_that``: the server's own answer, cut off after so many events."""
+    host, port = address.removeprefix("http://").split(":")
+
+    async def relay(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        upstream, sink = await asyncio.open_connection(host, int(port))
+        sink.write(head + await reader.readexactly(length))
+        seen = b""
+        while seen.count(b"data: ") <= events and (part := await upstream.read(1)):
+            seen += part
+            writer.write(part)
+        await writer.drain()
+        sink.close()
+        writer.close()
+
+    return relay
+
+
+def test_an_answer_that_breaks_off_after_the_deferral_is_completed_by_the_edge(files, address, caplog):
+    request, threshold, whole = unsure_case(files)
+    policy = PolicyConfig(kind="token", threshold=threshold)
+
+    async def run():
+        server = await asyncio.start_server(cut_off(address, 5), "127.0.0.1", 0)
+        config = CloudConfig(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", model="x", retries=0)
+        router = Router(LocalModel(load_model(files["safetensors"]), "tiny"), RemoteEndpoint(config), policy)
+        try:
+            chunks, stream = await gather(router, request)
+            return chunks, stream.decision, router.counters()
+        finally:
+            await router.aclose()
+            server.close()
+
+    with caplog.at_level(logging.WARNING, "shadowtune.serving"):
+        chunks, decision, counters = asyncio.run(run())
+    assert text(chunks) == whole
+    assert (decision.side, decision.reason) == ("fallback", "cloud broke off")
+    assert counters["mid_answer_fallback"] == 1
+    assert "cloud broke off" in caplog.text and "the edge completes the answer" in caplog.text
+
+
+def test_a_server_that_is_gone_leaves_the_edges_answer(files):
+    request, threshold, whole = unsure_case(files)
+    with llama_server(files["gguf"]) as (process, url):
+        process.kill()
+        process.wait()
+    for policy in (PolicyConfig(kind="token", threshold=threshold), PolicyConfig(kind="always-cloud")):
+        chunks, decision, _ = routed(files, url, request, policy)
+        assert text(chunks) == whole
+        assert (decision.side, decision.reason) == ("fallback", "cloud unreachable")
+
+
+def test_a_schema_holds(files, address):
+    request = ask(prompt=None, messages=CHAT, schema=SCHEMA, max_tokens=200)
+    chunks, decision, _ = routed(files, address, request, PolicyConfig(kind="always-cloud"))
+    assert json.loads(text(chunks))["a"] in ("x", "y")
+    assert decision.side == "cloud"
+
+
+def test_a_required_tool_is_called(files, address):
+    request = ask(prompt=None, messages=CHAT, tools=(TOOL,), forwarded={"tool_choice": "required"}, max_tokens=200)
+    chunks, decision, _ = routed(files, address, request, PolicyConfig(kind="always-cloud"))
+    print(text(chunks))
+    calls = [call for chunk in chunks for call in chunk.tool_calls]
+    assert decision.side == "cloud" and calls[0].name == "go"
+    assert json.loads("".join(call.arguments for call in calls))["a"] in ("x", "y")
