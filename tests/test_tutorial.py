@@ -16,7 +16,7 @@ TINY = {
     ", 1200)": ", 60)",
     ", 300)": ", 12)",
     "smollm2-135m": "tiny",
-    "--hand-over 0.3": "--hand-over 0.3 --minimum 0",
+    "--deferral-rate 0.3": "--deferral-rate 0.3 --minimum 0",
     "--output runs/tickets": "--output runs/tickets max_steps=2 shadow_epochs=1 logging_steps=1",
 }
 """Text of the tutorial -> what the test puts in its place, so that it takes seconds."""

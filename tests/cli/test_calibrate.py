@@ -108,3 +108,10 @@ def test_one_cloud_and_one_aim_must_be_named(more):
     with pytest.raises(SystemExit) as stopped:
         main(["calibrate", "edge", "-o", "p.json", *more])
     assert stopped.value.code == 2
+
+
+def test_the_old_name_of_the_deferral_rate_is_read_with_a_warning(shadow_run, held_out, tmp_path):
+    out = tmp_path / "policy.json"
+    with pytest.warns(FutureWarning, match="--hand-over is now called --deferral-rate"):
+        assert calibrate(shadow_run, held_out, out, "--cloud-run", shadow_run, "--hand-over", 0.5) == 0
+    assert PolicyConfig.load(out).curve

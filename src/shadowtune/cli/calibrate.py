@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
-from shadowtune.cli.options import add_cloud, add_prices, cloud_of, prices_of
+from shadowtune.cli.options import add_cloud, add_prices, add_renamed, cloud_of, prices_of
 from shadowtune.config.serving import TAG, Prices, SignalName
 from shadowtune.errors import ConfigError
 
@@ -38,12 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     aim = parser.add_mutually_exclusive_group(required=True)
     aim.add_argument("--accuracy", type=float, metavar="A", help="reach this accuracy (0 to 1) at the lowest cost")
     aim.add_argument(
-        "--deferral-rate",
-        "--hand-over",
-        type=float,
-        metavar="R",
-        help="defer at most this fraction of requests (0 to 1)",
+        "--deferral-rate", type=float, metavar="R", help="defer at most this fraction of requests (0 to 1)"
     )
+    add_renamed(aim, "--hand-over", "--deferral-rate", type=float)
     aim.add_argument(
         "--accuracy-loss",
         type=float,

@@ -2,8 +2,9 @@
 
 import argparse
 import os
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from shadowtune.config.serving import CloudConfig, Prices
 from shadowtune.config.shadow import DrafterName, SpeculationConfig
@@ -47,6 +48,30 @@ def prices_of(arguments: argparse.Namespace, known: Prices) -> Prices:
     """Return the given prices, and ``known`` for the others."""
     given = {name: vars(arguments)[f"price_{name}"] for name in vars(known)}
     return Prices(**{name: vars(known)[name] if value is None else value for name, value in given.items()})
+
+
+class _RenamedOption(argparse.Action):
+    """Set the option of the new name, and warn."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Store the value."""
+        warnings.warn(f"{option} is now called --{self.dest.replace('_', '-')}", FutureWarning, stacklevel=2)
+        setattr(namespace, self.dest, values)
+
+
+def add_renamed(parser: "argparse._ActionsContainer", old: str, new: str, **settings: Any) -> None:
+    """Accept an option under its old name until 0.3.0, with a warning and out of the help.
+
+    Args:
+        parser: that has the new one.
+        old: the option as typed.
+        new: likewise.
+        settings: of the new one, such as its type.
+    """
+    dest = new.removeprefix("--").replace("-", "_")
+    parser.add_argument(old, dest=dest, action=_RenamedOption, help=argparse.SUPPRESS, **settings)
 
 
 def add_speculation(parser: argparse.ArgumentParser) -> None:

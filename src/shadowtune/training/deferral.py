@@ -3,7 +3,8 @@
 On examples that neither network has learned, the detached shadow answers greedily, and one pass of the attached model
 over prompt and answer gives the states s0 and the tokens that the attached model would choose instead. Two logistic
 regressions are fitted to them: of single tokens, and of whole answers (``core.deferral_head``). An answer is right if
-its text equals that of the labels.
+its text equals that of the labels. Answers that only the attached model has right are few, so that the second one may
+learn "the attached model would replace a token" instead, and is then rescaled to them.
 """
 
 import time
@@ -171,22 +172,28 @@ def fit_deferral_head(answered: Sequence[AnsweredExample]) -> SavedDeferralHead:
     differs = torch.cat([each.differs for each in answered])[:MAX_TOKENS]
     means = torch.stack([each.states.mean(0) for each in answered])
     helps = torch.tensor([each.helps for each in answered])
+    replaced = torch.stack([each.differs.max() for each in answered])
     fits = {
         "differs": fit_logistic(states, differs, numbers.repeat_interleave(lengths)[:MAX_TOKENS]),
-        "helps": fit_logistic(means, helps, numbers),
+        "helps": fit_logistic(means, helps, numbers, replaced),
     }
     weight, bias, mean, spread = (torch.stack(parts) for parts in zip(*(fit[:4] for fit in fits.values()), strict=True))
     quality = {f"{name}_{key}": value for name, fit in fits.items() for key, value in fit.quality.items()}
     return SavedDeferralHead(standardized_head(weight, bias, mean, spread), quality)
 
 
-def fit_logistic(inputs: Tensor, labels: Tensor, groups: Tensor) -> LogisticFit:
+def fit_logistic(inputs: Tensor, labels: Tensor, groups: Tensor, proxy: Tensor | None = None) -> LogisticFit:
     """Fit a logistic regression whose penalty is chosen by cross-validation.
+
+    The log-odds are rescaled by two parameters that are fitted to those out of fold (Platt scaling), so that they are
+    neither overconfident nor shrunk by the penalty.
 
     Args:
         inputs: (N, d).
         labels: (N,), 0 or 1. If all are equal, the weights are 0 and the bias has the smoothed share.
         groups: (N,), int; inputs of one group are in one fold.
+        proxy: (N,), other labels that may be learned in place of ``labels`` where these are rare: those whose rescaled
+            log-odds have the smaller log-loss of ``labels`` are taken.
     """
     inputs, labels = inputs.double(), labels.double()
     count, positive = len(labels), float(labels.sum())
@@ -198,11 +205,27 @@ def fit_logistic(inputs: Tensor, labels: Tensor, groups: Tensor) -> LogisticFit:
         return LogisticFit(torch.zeros_like(mean), bias, mean, spread, {**quality, "auroc": 0.5})
     standardized = (inputs - mean) / spread
     folds = groups % min(FOLDS, int(groups.max()) + 1)
-    outcomes = {penalty: _out_of_fold(standardized, labels, folds, penalty) for penalty in PENALTIES}
-    best = min(PENALTIES, key=lambda penalty: float(_log_loss(outcomes[penalty], labels)))
-    weight, bias = _fit(standardized, labels, best)
-    quality |= {"auroc": auroc(outcomes[best].numpy(), labels.numpy()), "penalty": best}
-    return LogisticFit(weight, bias, mean, spread, {**quality, "log_loss": float(_log_loss(outcomes[best], labels))})
+    learned = [labels] if proxy is None or len(proxy.unique()) < 2 else [labels, proxy.double()]
+    found = []
+    for number, targets in enumerate(learned):
+        for penalty in PENALTIES:
+            odds = _out_of_fold(standardized, targets, folds, penalty)
+            slope, offset = _rescaling(odds, labels)
+            rescaled = slope * odds + offset
+            found.append((float(_log_loss(rescaled, labels)), number, penalty, slope, offset, rescaled))
+    loss, number, penalty, slope, offset, rescaled = min(found, key=lambda each: each[0])
+    weight, bias = _fit(standardized, learned[number], penalty)
+    quality |= {"auroc": auroc(rescaled.numpy(), labels.numpy()), "penalty": penalty, "proxy": float(number)}
+    return LogisticFit(slope * weight, slope * bias + offset, mean, spread, {**quality, "log_loss": loss})
+
+
+def _rescaling(log_odds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return slope (at least 0) and offset with which log-odds (N,) fit labels (N,) of both kinds best."""
+    spread = log_odds.std(correction=0).clamp_min(1e-9)
+    slope, offset = _fit(log_odds[:, None] / spread, labels, 1e-6)
+    if slope[0] > 0:
+        return slope[0] / spread, offset
+    return torch.zeros_like(offset), (labels.mean() / (1 - labels.mean())).log()
 
 
 def _out_of_fold(inputs: Tensor, labels: Tensor, folds: Tensor, penalty: float) -> Tensor:

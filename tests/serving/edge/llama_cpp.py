@@ -25,7 +25,7 @@ def serve(file, alias):
 
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.model_alias = file, {alias}
-    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = 512, 1, 0
+    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = 1024, 1, 0
     settings.warmup, settings.verbosity, settings.fit_params = False, 0, False
     settings.use_jinja = True  # for tools
     server = xllamacpp.Server(settings)

@@ -11,27 +11,35 @@ import pytest
 from shadowtune.config.serving import CloudConfig, PolicyConfig
 from shadowtune.export.exporting import FORMATS
 from shadowtune.export.loading import load_model
-from shadowtune.serving.edge.confidence import token_confidence
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.edge.remote import RemoteEndpoint
 from shadowtune.serving.edge.router import Router
 from tests.export.support import plain_model
+from tests.serving.edge.foreign import CHAT, COUNT, MARKS, SCHEMA, TOOL, routed, text, unsure_case
 from tests.serving.edge.llama_cpp import llama_server
-from tests.serving.edge.models import FORMAT, answered, ask, gather
+from tests.serving.edge.models import FORMAT, ask, gather
 from tests.support.tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs xllamacpp")
-COUNT = 12
-CHAT = [{"role": "user", "content": "say one"}]
-SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
-TOOL = {"type": "function", "function": {"name": "go", "parameters": SCHEMA}}
+TEMPLATE = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] %}{{ message['content'] }}{% endif %}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '\n<tool_call>\n{\"name\": \"' + call.function.name + '\", \"arguments\": ' }}"
+    "{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""With tools, whose format llama.cpp derives from what the template makes of a call."""
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """The same weights for the cloud, a GGUF file, and for the edge, with a vocabulary that can write JSON."""
     folder = tmp_path_factory.mktemp("foreign")
-    model, tokenizer = plain_model()[0], tiny_tokenizer(more='{}[]"_')
+    model, tokenizer = plain_model()[0], tiny_tokenizer(TEMPLATE, more=MARKS)
+    model.config.max_position_embeddings = 1024  # the tools alone have 300 characters
     found = {"gguf": folder / "model.gguf", "safetensors": folder / "safetensors"}
     found["safetensors"].mkdir()
     for kind, path in found.items():
@@ -45,49 +53,20 @@ def address(files):
         yield url
 
 
+def opened(files):
+    return load_model(files["safetensors"])
+
+
 def direct(address, path="chat/completions", **body):
     response = httpx2.post(f"{address}/v1/{path}", json={"model": "x", "temperature": 0, **body}, trust_env=False)
     return response.json()
-
-
-def routed(files, address, request, policy, model=None, **settings):
-    """Return chunks, decision and counters of a router with one request."""
-
-    async def run():
-        edge = LocalModel(load_model(files["safetensors"]), "tiny")
-        config = CloudConfig(address, model=model, retries=0, **settings)
-        router = Router(edge, RemoteEndpoint(config), policy)
-        try:
-            chunks, stream = await gather(router, request)
-            return chunks, stream.decision, router.counters()
-        finally:
-            await router.aclose()
-
-    return asyncio.run(run())
-
-
-def text(chunks):
-    return "".join(chunk.text for chunk in chunks)
-
-
-def unsure_case(files):
-    """A request, the threshold below its least sure token but the first, and the edge's whole answer."""
-    model = load_model(files["safetensors"])
-    for start in range(3, 60):
-        request = ask(prompt=[start, start + 1, start + 2, 9], max_tokens=COUNT)
-        chunks, stream = answered(LocalModel(model, "tiny"), request)
-        sure = [token_confidence(token, "logprob") for token in stream.statistics]
-        index = sure.index(min(sure))
-        if index >= 2 and len(sure) == COUNT and all(chunk.text for chunk in chunks[:COUNT]):
-            return request, (min(sure) + min(sure[:index])) / 2, text(chunks)
-    raise AssertionError("no request of this model has its least sure token late")
 
 
 @pytest.mark.parametrize("model", [None, "nobody"])
 def test_it_answers_what_is_deferred_under_any_model_name(files, address, model):
     request = ask(max_tokens=COUNT)
     expected = direct(address, "completions", prompt=list(request.prompt), max_tokens=COUNT)["choices"][0]["text"]
-    chunks, decision, _ = routed(files, address, request, PolicyConfig(kind="always-cloud"), model)
+    chunks, decision, _ = routed(opened(files), address, request, PolicyConfig(kind="always-cloud"), model)
     assert text(chunks) == expected != ""
     assert (decision.side, decision.reason) == ("cloud", "always-cloud")
     assert chunks[-1].finish_reason == "length" and chunks[-1].usage.completion_tokens == COUNT
@@ -96,8 +75,8 @@ def test_it_answers_what_is_deferred_under_any_model_name(files, address, model)
 
 def test_its_log_probabilities_are_those_of_the_same_weights_here(files, address):
     request = ask(max_tokens=4, top_logprobs=2)
-    own, _, _ = routed(files, address, request, PolicyConfig(kind="always-edge"))
-    theirs, _, _ = routed(files, address, request, PolicyConfig(kind="always-cloud"))
+    own, _, _ = routed(opened(files), address, request, PolicyConfig(kind="always-edge"))
+    theirs, _, _ = routed(opened(files), address, request, PolicyConfig(kind="always-cloud"))
     both = [[token for chunk in chunks for token in chunk.tokens] for chunks in (own, theirs)]
     assert [token.text for token in both[0]] == [token.text for token in both[1]] and len(both[1]) == 4
     for ours, other in zip(*both, strict=True):
@@ -106,8 +85,8 @@ def test_its_log_probabilities_are_those_of_the_same_weights_here(files, address
 
 
 def test_a_cloud_without_predictions_answers_anew_and_the_client_sees_one_answer(files, address):
-    request, threshold, whole = unsure_case(files)
-    chunks, decision, counters = routed(files, address, request, PolicyConfig(kind="token", threshold=threshold))
+    request, threshold, whole = unsure_case(opened(files))
+    chunks, decision, counters = routed(opened(files), address, request, PolicyConfig(kind="token", threshold=threshold))
     assert text(chunks) == whole  # both have the same weights
     assert (decision.side, decision.reason) == ("cloud", "continued")
     assert counters["mid_answer_continued"] == 1
@@ -136,13 +115,13 @@ def cut_off(address, events):
 
 
 def test_an_answer_that_breaks_off_after_the_deferral_is_completed_by_the_edge(files, address, caplog):
-    request, threshold, whole = unsure_case(files)
+    request, threshold, whole = unsure_case(opened(files))
     policy = PolicyConfig(kind="token", threshold=threshold)
 
     async def run():
         server = await asyncio.start_server(cut_off(address, 5), "127.0.0.1", 0)
         config = CloudConfig(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", model="x", retries=0)
-        router = Router(LocalModel(load_model(files["safetensors"]), "tiny"), RemoteEndpoint(config), policy)
+        router = Router(LocalModel(opened(files), "tiny"), RemoteEndpoint(config), policy)
         try:
             chunks, stream = await gather(router, request)
             return chunks, stream.decision, router.counters()
@@ -159,27 +138,30 @@ def test_an_answer_that_breaks_off_after_the_deferral_is_completed_by_the_edge(f
 
 
 def test_a_server_that_is_gone_leaves_the_edges_answer(files):
-    request, threshold, whole = unsure_case(files)
+    request, threshold, whole = unsure_case(opened(files))
     with llama_server(files["gguf"]) as (process, url):
         process.kill()
         process.wait()
     for policy in (PolicyConfig(kind="token", threshold=threshold), PolicyConfig(kind="always-cloud")):
-        chunks, decision, _ = routed(files, url, request, policy)
+        chunks, decision, _ = routed(opened(files), url, request, policy)
         assert text(chunks) == whole
         assert (decision.side, decision.reason) == ("fallback", "cloud unreachable")
 
 
 def test_a_schema_holds(files, address):
     request = ask(prompt=None, messages=CHAT, schema=SCHEMA, max_tokens=200)
-    chunks, decision, _ = routed(files, address, request, PolicyConfig(kind="always-cloud"))
+    chunks, decision, _ = routed(opened(files), address, request, PolicyConfig(kind="always-cloud"))
     assert json.loads(text(chunks))["a"] in ("x", "y")
     assert decision.side == "cloud"
 
 
-def test_a_required_tool_is_called(files, address):
-    request = ask(prompt=None, messages=CHAT, tools=(TOOL,), forwarded={"tool_choice": "required"}, max_tokens=200)
-    chunks, decision, _ = routed(files, address, request, PolicyConfig(kind="always-cloud"))
-    print(text(chunks))
+def test_a_request_with_tools_gets_what_the_server_itself_answers(files, address):
+    fields = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 300}
+    expected = direct(address, messages=CHAT, **fields)["choices"][0]["message"]
+    request = ask(prompt=None, messages=CHAT, tools=(TOOL,), forwarded={"tool_choice": "required"}, max_tokens=300)
+    chunks, decision, _ = routed(opened(files), address, request, PolicyConfig(kind="always-cloud"))
     calls = [call for chunk in chunks for call in chunk.tool_calls]
-    assert decision.side == "cloud" and calls[0].name == "go"
-    assert json.loads("".join(call.arguments for call in calls))["a"] in ("x", "y")
+    found = [each["function"] for each in expected.get("tool_calls", [])]
+    assert text(chunks) == (expected["content"] or "") and decision.side == "cloud"
+    assert "".join(call.arguments for call in calls) == "".join(each["arguments"] for each in found)
+    assert text(chunks) or calls

@@ -65,7 +65,7 @@ def routed(
     """Let the edge answer everything, and the cloud again where ``defer`` is true."""
     return simulator.run(
         policy,
-        lambda number: simulator.deferred(number) if defer[number] else simulator.at_edge(number),
+        lambda number: simulator.deferred(number) if defer[number] else simulator.at_edge(number, streamed=False),
         threshold,
     )
 
@@ -74,6 +74,8 @@ def apply_policy(simulator: Simulator, name: str, policy: PolicyConfig) -> Simul
     """Route as ``Router`` does with this policy."""
     if policy.kind == "always-cloud":
         return simulator.run(name, simulator.at_cloud)
+    if policy.kind == "always-edge":
+        return simulator.run(name, simulator.at_edge)
     if policy.kind == "verify":
         return simulator.run(name, simulator.verified)
     if policy.kind == "token":
@@ -118,13 +120,17 @@ class AccuracyMatch:
 
     def __str__(self) -> str:
         own, other = self.by_token, self.by_answer
-        begin = f"{self.policy}, in mid-answer: accuracy {own.accuracy:.1%}, cost {own.cost:.4g}, p50 {own.p50:.3g} s"
+        begin = f"{self.policy}, in mid-answer: {_measures(own)}"
         if other is None:
             return f"{begin}; no threshold on whole answers by {self.signal} is as accurate"
-        return (
-            f"{begin}; on whole answers by {self.signal}: accuracy {other.accuracy:.1%}, cost {other.cost:.4g}, "
-            f"p50 {other.p50:.3g} s"
-        )
+        return f"{begin}; on whole answers by {self.signal}: {_measures(other)}"
+
+
+def _measures(result: SimulationResult) -> str:
+    return (
+        f"accuracy {result.accuracy:.1%}, cost {result.cost:.4g}, p50 {result.p50:.3g} s, "
+        f"first token {result.first_p50:.3g} s"
+    )
 
 
 def match_accuracy(simulator: Simulator, name: str, policy: PolicyConfig) -> AccuracyMatch:

@@ -7,7 +7,7 @@ import heapq
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -41,6 +41,12 @@ class RequestTrace:
     steps: tuple[ServiceStep, ...]
     return_latency: float = 0.0
     """Seconds of network after the last server."""
+    first_step: int = -1
+    """Index of the step in which the first token that the client gets is generated."""
+    first_seconds: float | None = None
+    """From the begin of that step to this token; None for the whole step."""
+    first_latency: float | None = None
+    """Seconds of network from that server to the client; None for ``return_latency``."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class ReplayTiming:
 
     latencies: list[float]
     """Seconds from each request's arrival to its complete answer, in the order of the requests."""
+    first_latencies: list[float]
+    """Likewise to its first token."""
     seconds: float
     """From the first arrival to the last answer."""
 
@@ -64,7 +72,7 @@ def replay(traces: Sequence[RequestTrace], arrivals: Arrivals, seed: int = 0) ->
     times = _arrival_times(len(traces), arrivals, seed)
     waiting = list(range(len(traces) - 1, len(times) - 1, -1))
     arrived = dict(enumerate(times))
-    ended = [0.0] * len(traces)
+    ended, first = [0.0] * len(traces), [0.0] * len(traces)
     free: dict[Server, float] = {"edge": 0.0, "cloud": 0.0}
     # (time, request, index of the step it reaches), so that ties are served in the order of the requests
     events = [_event(traces[request], request, 0, time) for request, time in arrived.items()]
@@ -74,7 +82,12 @@ def replay(traces: Sequence[RequestTrace], arrivals: Arrivals, seed: int = 0) ->
         trace = traces[request]
         if index < len(trace.steps):
             step = trace.steps[index]
-            free[step.server] = max(time, free[step.server]) + step.seconds
+            begun = max(time, free[step.server])
+            free[step.server] = begun + step.seconds
+            if index == trace.first_step % len(trace.steps):
+                seconds = step.seconds if trace.first_seconds is None else trace.first_seconds
+                back = trace.return_latency if trace.first_latency is None else trace.first_latency
+                first[request] = begun + seconds + back
             heapq.heappush(events, _event(trace, request, index + 1, free[step.server]))
             continue
         ended[request] = time
@@ -83,7 +96,8 @@ def replay(traces: Sequence[RequestTrace], arrivals: Arrivals, seed: int = 0) ->
             arrived[following] = time
             heapq.heappush(events, _event(traces[following], following, 0, time))
     latencies = [end - arrived[request] for request, end in enumerate(ended)]
-    return ReplayTiming(latencies, max(ended) - times[0])
+    first_latencies = [moment - arrived[request] for request, moment in enumerate(first)]
+    return ReplayTiming(latencies, first_latencies, max(ended) - times[0])
 
 
 def _event(trace: RequestTrace, request: int, index: int, sent: float) -> tuple[float, int, int]:
@@ -132,6 +146,9 @@ class SimulationResult:
     p99: float
     seconds: float
     """From the first arrival to the last answer."""
+    first_p50: float = 0.0
+    """Median seconds from a request's arrival to the first token that its client gets."""
+    first_p90: float = 0.0
     threshold: float | None = None
     """Of the confidence below which requests were deferred."""
     scores: list[float] = field(repr=False, default_factory=list)
@@ -162,20 +179,22 @@ class Simulator:
         self.uniforms = [rng.random() for _ in records]
         """A number from 0 to 1 for each request, for random routers."""
 
-    def at_edge(self, number: int) -> RequestOutcome:
-        """Return the outcome of one request that the edge answers."""
+    def at_edge(self, number: int, streamed: bool = True) -> RequestOutcome:
+        """Return the outcome of one request that the edge answers: token by token, or as a whole after a decision."""
         edge = self.records[number].edge
-        return RequestOutcome(edge.score, 0.0, 0.0, RequestTrace((self._edge_step(edge),)))
+        first = edge.first_seconds / self.config.edge_speed if streamed else None
+        return RequestOutcome(edge.score, 0.0, 0.0, RequestTrace((self._edge_step(edge),), first_seconds=first))
 
     def at_cloud(self, number: int, answer: RecordedAnswer | None = None) -> RequestOutcome:
         """Return the outcome of one request that goes straight to the cloud, which gives ``answer`` or its own."""
         cloud = answer or self.records[number].cloud
-        return self._cloud_outcome(number, (), cloud.seconds, cloud)
+        return self._cloud_outcome(number, (), cloud.seconds, cloud.first_seconds, cloud)
 
     def deferred(self, number: int) -> RequestOutcome:
         """Return the outcome of one request that the edge answers first and the cloud anew."""
         record = self.records[number]
-        return self._cloud_outcome(number, (self._edge_step(record.edge),), record.cloud.seconds, record.cloud)
+        cloud = record.cloud
+        return self._cloud_outcome(number, (self._edge_step(record.edge),), cloud.seconds, cloud.first_seconds, cloud)
 
     def verified(self, number: int) -> RequestOutcome:
         """Return the outcome of one request whose edge answer the cloud verifies in one pass and corrects.
@@ -189,7 +208,8 @@ class Simulator:
         verification = cloud.first_seconds * (1 + draft / max(1, cloud.prompt_tokens))
         per_token = (cloud.seconds - cloud.first_seconds) / max(1, cloud.completion_tokens - 1)
         seconds = verification + per_token * max(0, cloud.completion_tokens - accepted - 1)
-        return self._cloud_outcome(number, (self._edge_step(record.edge),), seconds, cloud, max(0, draft - accepted))
+        before, rejected = (self._edge_step(record.edge),), max(0, draft - accepted)
+        return self._cloud_outcome(number, before, seconds, verification, cloud, rejected)
 
     def mid_answer(self, number: int, index: int) -> RequestOutcome:
         """Return the outcome of one request whose edge answer the cloud continues from its token ``index`` on.
@@ -206,7 +226,8 @@ class Simulator:
         if common_prefix(record) >= min(index, len(edge.tokens)):
             rate = (cloud.seconds - cloud.first_seconds) / max(1, cloud.completion_tokens - 1)
             seconds = verification + rate * max(0, cloud.completion_tokens - index - 1)
-            return self._cloud_outcome(number, (begun,), seconds, cloud)
+            outcome = self._cloud_outcome(number, (begun,), seconds, verification, cloud)
+            return outcome if index == 0 else replace(outcome, trace=self._begun_at_edge(outcome.trace, edge))
         up, down = self._latencies[number]
         up += self._transfer_seconds(record.request_bytes)
         checked = ServiceStep("cloud", verification / self.config.cloud_speed, up)
@@ -215,7 +236,8 @@ class Simulator:
         back = down + self._transfer_seconds(0)
         completed = ServiceStep("edge", rest / self.config.edge_speed, back)
         cost = response_cost(self._prices, Usage(cloud.prompt_tokens, index))
-        return RequestOutcome(edge.score, cost, 1.0, RequestTrace((begun, checked, completed)))
+        trace = self._begun_at_edge(RequestTrace((begun, checked, completed)), edge)
+        return RequestOutcome(edge.score, cost, 1.0, trace)
 
     def run(
         self, policy: str, outcome: Callable[[int], RequestOutcome], threshold: float | None = None
@@ -231,6 +253,7 @@ class Simulator:
         timing = replay([each.trace for each in ended], Arrivals.parse(self.config.arrivals), self.config.seed)
         shares = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
         p50, p90, p99 = torch.tensor(timing.latencies, dtype=torch.float64).quantile(shares).tolist()
+        first_p50, first_p90, _ = torch.tensor(timing.first_latencies, dtype=torch.float64).quantile(shares).tolist()
         return SimulationResult(
             policy,
             accuracy=statistics.fmean(each.score for each in ended),
@@ -239,6 +262,8 @@ class Simulator:
             p50=p50,
             p90=p90,
             p99=p99,
+            first_p50=first_p50,
+            first_p90=first_p90,
             seconds=timing.seconds,
             threshold=threshold,
             scores=[each.score for each in ended],
@@ -252,16 +277,38 @@ class Simulator:
         taken: dict[Server, float] = {"edge": edge, "cloud": cloud}
         return [server for server, seconds in taken.items() if rate * seconds >= 1]
 
+    def _begun_at_edge(self, trace: RequestTrace, edge: RecordedAnswer) -> RequestTrace:
+        """Return a trace whose first token is the edge's."""
+        seconds = edge.first_seconds / self.config.edge_speed
+        return replace(trace, first_step=0, first_seconds=seconds, first_latency=0.0)
+
     def _edge_step(self, answer: RecordedAnswer) -> ServiceStep:
         return ServiceStep("edge", answer.seconds / self.config.edge_speed)
 
     def _cloud_outcome(
-        self, number: int, before: tuple[ServiceStep, ...], seconds: float, answer: RecordedAnswer, rejected: int = 0
+        self,
+        number: int,
+        before: tuple[ServiceStep, ...],
+        seconds: float,
+        first_seconds: float,
+        answer: RecordedAnswer,
+        rejected: int = 0,
     ) -> RequestOutcome:
+        """Return the outcome of one request that the cloud answers in the end.
+
+        Args:
+            number: of the request.
+            before: steps of the edge.
+            seconds: of the cloud's work on this machine.
+            first_seconds: of them up to the first token.
+            answer: of the cloud.
+            rejected: draft tokens that are paid for beside those of the answer.
+        """
         up, down = self._latencies[number]
         up += self._transfer_seconds(self.records[number].request_bytes)
         step = ServiceStep("cloud", seconds / self.config.cloud_speed, up)
-        trace = RequestTrace((*before, step), down + self._transfer_seconds(len(answer.text.encode())))
+        back, first = down + self._transfer_seconds(len(answer.text.encode())), first_seconds / self.config.cloud_speed
+        trace = RequestTrace((*before, step), back, first_seconds=first, first_latency=down + self._transfer_seconds(0))
         cost = response_cost(self._prices, Usage(answer.prompt_tokens, answer.completion_tokens + rejected))
         return RequestOutcome(answer.score, cost, 1.0, trace)
 

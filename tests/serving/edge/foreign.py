@@ -1,0 +1,53 @@
+"""An edge before a server that is not ours."""
+
+import asyncio
+
+from shadowtune.config.serving import CloudConfig
+from shadowtune.serving.edge.confidence import token_confidence
+from shadowtune.serving.edge.local import LocalModel
+from shadowtune.serving.edge.remote import RemoteEndpoint
+from shadowtune.serving.edge.router import Router
+from tests.serving.edge.models import answered, ask, gather
+
+COUNT = 12
+CHAT = [{"role": "user", "content": "say one"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": ["x", "y"]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "go", "parameters": SCHEMA}}
+MARKS = '{}[]"_<>/'
+"""Characters of JSON and of tool calls, for the vocabulary."""
+
+
+def routed(opened, address, request, policy, model=None):
+    """Return chunks, decision and counters of a router with one request."""
+
+    async def run():
+        config = CloudConfig(address, model=model, retries=0)
+        router = Router(LocalModel(opened, "tiny"), RemoteEndpoint(config), policy)
+        try:
+            chunks, stream = await gather(router, request)
+            return chunks, stream.decision, router.counters()
+        finally:
+            await router.aclose()
+
+    return asyncio.run(run())
+
+
+def text(chunks):
+    return "".join(chunk.text for chunk in chunks)
+
+
+def unsure_case(opened):
+    """A request whose least sure token is not among the first two, a threshold for it, and the whole answer."""
+    for start in range(3, 60):
+        request = ask(prompt=[start, start + 1, start + 2, 9], max_tokens=COUNT)
+        chunks, stream = answered(LocalModel(opened, "tiny"), request)
+        sure = [token_confidence(token, "logprob") for token in stream.statistics]
+        index = sure.index(min(sure))
+        if index >= 2 and len(sure) == COUNT and all(chunk.text for chunk in chunks[:COUNT]):
+            return request, (min(sure) + min(sure[:index])) / 2, text(chunks)
+    raise AssertionError("no request of this model has its least sure token late")

@@ -1,0 +1,116 @@
+"""An edge before vLLM's server of a plain model: a cloud that is not ours, without predictions."""
+
+import json
+import os
+import subprocess
+import time
+
+import httpx2
+import pytest
+
+from shadowtune.config.serving import PolicyConfig
+from shadowtune.export.loading import wrap_model
+from tests.serving.edge.foreign import CHAT, COUNT, MARKS, SCHEMA, TOOL, routed, text, unsure_case
+from tests.serving.edge.models import FORMAT, ask
+from tests.serving.vllm.support import PYTHON, needs_vllm, save_base, wide_base
+from tests.support.tokenizers import tiny_tokenizer
+
+pytestmark = needs_vllm
+START_SECONDS = 900
+PORT = 18391
+CLOUD = PolicyConfig(kind="always-cloud")
+ENVIRONMENT = {
+    "KMP_BLOCKTIME": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+OPTIONS = "--enforce-eager --max-model-len 128 --block-size 32 --max-logprobs 1 --dtype float32 --disable-log-stats"
+
+
+@pytest.fixture(scope="module")
+def model():
+    base = wide_base().eval()
+    base.generation_config.eos_token_id = 2
+    return base, tiny_tokenizer(more=MARKS)
+
+
+@pytest.fixture(scope="module")
+def opened(model):
+    return wrap_model(*model, FORMAT)
+
+
+@pytest.fixture(scope="module")
+def address(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    save_base(model[0], folder / "base")
+    model[1].save_pretrained(folder / "base")
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "base")]
+    command += ["--served-model-name", "plain", "--host", "127.0.0.1", "--port", str(PORT), *OPTIONS.split()]
+    url, log = f"http://127.0.0.1:{PORT}", folder / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, env={**os.environ, **ENVIRONMENT}, stdout=file, stderr=subprocess.STDOUT
+        )
+    until = time.monotonic() + START_SECONDS
+    while not _is_up(url):
+        assert process.poll() is None and time.monotonic() < until, log.read_text()[-4000:]
+        time.sleep(1)
+    yield url
+    process.terminate()
+    process.wait(120)
+
+
+def _is_up(url):
+    try:
+        return httpx2.get(f"{url}/health", trust_env=False).status_code == 200
+    except httpx2.HTTPError:
+        return False
+
+
+def test_it_answers_what_is_deferred(opened, address):
+    request = ask(max_tokens=COUNT)
+    own, _, _ = routed(opened, address, request, PolicyConfig(kind="always-edge"))
+    chunks, decision, _ = routed(opened, address, request, CLOUD)
+    assert text(chunks) == text(own) != ""  # the same weights
+    assert (decision.side, decision.reason) == ("cloud", "always-cloud")
+    assert chunks[-1].finish_reason == "length" and chunks[-1].usage.completion_tokens == COUNT
+
+
+def test_under_an_unknown_model_name_the_edge_answers_and_says_why(opened, address):
+    request = ask(max_tokens=COUNT)
+    own, _, _ = routed(opened, address, request, PolicyConfig(kind="always-edge"))
+    chunks, decision, _ = routed(opened, address, request, CLOUD, model="nobody")
+    assert text(chunks) == text(own)
+    assert (decision.side, decision.reason) == ("fallback", "cloud answered 404")
+
+
+def test_log_probabilities_come_from_it_and_where_it_refuses_them_from_the_edge(opened, address):
+    chunks, decision, _ = routed(opened, address, ask(max_tokens=4, top_logprobs=1), CLOUD)
+    assert decision.side == "cloud" and len([token for chunk in chunks for token in chunk.tokens]) == 4
+    chunks, decision, _ = routed(opened, address, ask(max_tokens=4, top_logprobs=3), CLOUD)
+    assert (decision.side, decision.reason) == ("fallback", "cloud answered 400")
+    assert len([token for chunk in chunks for token in chunk.tokens]) == 4
+
+
+def test_a_schema_holds(opened, address):
+    request = ask(prompt=None, messages=CHAT, schema=SCHEMA, max_tokens=80)
+    chunks, decision, _ = routed(opened, address, request, CLOUD)
+    assert decision.side == "cloud"
+    assert json.loads(text(chunks))["a"] in ("x", "y")
+
+
+def test_tools_that_it_does_not_parse_are_answered_by_the_edge(opened, address):
+    request = ask(prompt=None, messages=CHAT, tools=(TOOL,), forwarded={"tool_choice": "auto"}, max_tokens=COUNT)
+    chunks, decision, _ = routed(opened, address, request, CLOUD)
+    assert (decision.side, decision.reason) == ("fallback", "cloud answered 400")
+    assert chunks[-1].finish_reason is not None
+
+
+def test_a_deferral_in_mid_answer_is_one_answer(opened, address):
+    request, threshold, whole = unsure_case(opened)
+    chunks, decision, counters = routed(opened, address, request, PolicyConfig(kind="token", threshold=threshold))
+    assert text(chunks) == whole
+    assert (decision.side, decision.reason) == ("cloud", "continued")
+    assert counters["mid_answer_continued"] == 1
+    assert chunks[-1].usage.completion_tokens == COUNT and chunks[-1].usage.accepted_prediction_tokens == 0
