@@ -177,8 +177,10 @@ def _quality_rows(done: "Calibration") -> list[dict[str, Any]]:
             "router": each.router,
             "area": each.area,
             "area, checked": str(each.checked or "-"),
+            "share of the gap": str(each.gap_share or "-"),
             "AUROC of a better answer": str(each.auroc or "-"),
             "expected calibration error": str(each.calibration_error or "-"),
+            "after isotonic regression": str(each.isotonic_error or "-"),
         }
         for each in done.qualities
     ]

@@ -69,3 +69,35 @@ def expected_calibration_error(
     bins = reliability(confidences, labels) if len(confidences) else []
     count = sum(each.count for each in bins)
     return sum(each.count * abs(each.accuracy - each.confidence) for each in bins) / max(count, 1)
+
+
+def isotonic_fit(
+    confidences: Sequence[float] | np.ndarray, labels: Sequence[float] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit the rising step function with the least squared error, by pooling adjacent violators.
+
+    Barlow and Brunk, 1972. Confidences that are equal get one value, however the examples are ordered.
+
+    Args:
+        confidences: (N,), N > 0.
+        labels: (N,), 0 to 1.
+
+    Returns:
+        Different confidences (K,), rising, and the calibrated value (K,) of each.
+    """
+    levels, inverse, counts = np.unique(np.asarray(confidences, float), return_inverse=True, return_counts=True)
+    means = np.bincount(inverse, np.asarray(labels, float)) / counts
+    pooled: list[tuple[float, int, int]] = []  # mean, examples, levels
+    for mean, count in zip(means.tolist(), counts.tolist(), strict=True):
+        width = 1
+        while pooled and pooled[-1][0] >= mean:
+            other, others, more = pooled.pop()
+            mean = (mean * count + other * others) / (count + others)
+            count, width = count + others, width + more
+        pooled.append((mean, count, width))
+    return levels, np.repeat([mean for mean, _, _ in pooled], [width for _, _, width in pooled])
+
+
+def isotonic_values(fitted: tuple[np.ndarray, np.ndarray], confidences: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return the calibrated value (N,) of each confidence (N,), linear between those of the fit and constant beyond."""
+    return np.interp(np.asarray(confidences, float), *fitted)

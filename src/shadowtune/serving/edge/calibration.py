@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -21,7 +22,13 @@ from shadowtune.config.serving import (
     SignalName,
     Weights,
 )
-from shadowtune.core.calibration_metrics import auroc, expected_calibration_error, reliability
+from shadowtune.core.calibration_metrics import (
+    auroc,
+    expected_calibration_error,
+    isotonic_fit,
+    isotonic_values,
+    reliability,
+)
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.serving.edge.confidence import features, learned_confidence
 from shadowtune.serving.edge.risk import controlled_threshold
@@ -82,6 +89,10 @@ class RouterQuality:
     calibration_error: BootstrapInterval | None = None
     """Expected calibration error of the confidence, as the probability that the cloud's answer is not better, on the
     other half."""
+    isotonic_error: BootstrapInterval | None = None
+    """The same after an isotonic regression that was fitted to the half that chose the policy."""
+    gap_share: BootstrapInterval | None = None
+    """Share of the way from the area of random deferral to the oracle's, on the other half; None if these are equal."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +144,10 @@ def calibrate(
             f"take one of {', '.join(signals)}"
         )
     weights = fit_learned_router(chosen)
-    curves = {
-        name: deferral_curve(
-            chosen, out_of_fold_confidences(chosen) if name == "learned" else confidences(chosen, name)
-        )
-        for name in signals
+    levels = {
+        name: out_of_fold_confidences(chosen) if name == "learned" else confidences(chosen, name) for name in signals
     }
+    curves = {name: deferral_curve(chosen, sure) for name, sure in levels.items()}
     best = max(signals, key=lambda name: area(curves[name])) if signal == "auto" else signal
     checks = {name: confidences(others, name, weights) for name in signals}
     guaranteed = target.kind == "accuracy-loss"
@@ -162,7 +171,7 @@ def calibrate(
         for each, level in zip(others, checks[best], strict=True)
     ]
     found = at_threshold(others, checks[best], promised.threshold) if others and not guaranteed else None
-    return Calibration(policy, promised, found, scores, _qualities(chosen, others, curves, checks), curves)
+    return Calibration(policy, promised, found, scores, _qualities(chosen, others, curves, levels, checks), curves)
 
 
 def check_examples(examples: Sequence[CalibrationExample], minimum: int) -> None:
@@ -188,21 +197,35 @@ def _qualities(
     chosen: Sequence[CalibrationExample],
     others: Sequence[CalibrationExample],
     curves: Mapping[SignalName, Sequence[CurvePoint]],
+    levels: Mapping[SignalName, Sequence[float]],
     checks: Mapping[SignalName, Sequence[float]],
 ) -> list[RouterQuality]:
-    """Return the quality of each signal, of random deferral and of the oracle."""
+    """Return the quality of each signal, of random deferral and of the oracle.
+
+    Args:
+        chosen: examples of the half that chose the policy.
+        others: of the other half.
+        curves: of each signal on ``chosen``.
+        levels: confidences of ``chosen``.
+        checks: confidences of ``others``.
+    """
     areas: dict[str, float] = {name: area(curve) for name, curve in curves.items()}
     areas |= {"random": random_area(chosen), "oracle": oracle_area(chosen)}
     if not others:
         return [RouterQuality(name, value, None) for name, value in areas.items()]
     edge, cloud = (np.asarray([vars(each)[f"{side}_score"] for each in others], float) for side in ("edge", "cloud"))
     helps = (cloud > edge).astype(float)
+    kept = [float(not each.cloud_helps) for each in chosen]
     found = []
     for name in checks:
         sure = np.asarray(checks[name], float)
+        isotonic = isotonic_values(isotonic_fit(levels[name], kept), sure)
 
         def area_at(rows: np.ndarray, sure: np.ndarray = sure) -> float:
             return area_of(sure[rows], edge[rows], cloud[rows])
+
+        def gap_at(rows: np.ndarray, sure: np.ndarray = sure) -> float:
+            return _gap_share(sure[rows], edge[rows], cloud[rows])
 
         def auroc_at(rows: np.ndarray, sure: np.ndarray = sure) -> float:
             return auroc(-sure[rows], helps[rows])
@@ -211,13 +234,21 @@ def _qualities(
             return expected_calibration_error(np.clip(sure[rows], 0.0, 1.0), 1 - helps[rows])
 
         intervals = (_bootstrap(measure, len(others)) for measure in (area_at, auroc_at, error_at))
-        found.append(RouterQuality(name, areas[name], *intervals))
+        corrected = _bootstrap(partial(error_at, sure=isotonic), len(others))
+        gap = _bootstrap(gap_at, len(others)) if bool((edge != cloud).any()) else None
+        found.append(RouterQuality(name, areas[name], *intervals, corrected, gap))
     bounds: dict[str, Callable[[np.ndarray], float]] = {
         "random": lambda rows: float((edge[rows] + cloud[rows]).mean() / 2),
         "oracle": lambda rows: area_of((edge - cloud)[rows], edge[rows], cloud[rows]),
     }
     found += [RouterQuality(name, areas[name], _bootstrap(bound, len(others))) for name, bound in bounds.items()]
     return found
+
+
+def _gap_share(sure: np.ndarray, edge: np.ndarray, cloud: np.ndarray) -> float:
+    """Return how far an area is from random deferral's to the oracle's; 0 if no order of examples differs."""
+    chance, best = float((edge + cloud).mean() / 2), area_of(edge - cloud, edge, cloud)
+    return (area_of(sure, edge, cloud) - chance) / (best - chance) if best - chance > 1e-12 else 0.0
 
 
 def _bootstrap(measure: Callable[[np.ndarray], float], count: int) -> BootstrapInterval:
