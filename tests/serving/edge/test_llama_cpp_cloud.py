@@ -27,7 +27,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] %}{{ message['content'] }}{% endif %}"
     "{% for call in message['tool_calls'] or [] %}"
-    "{{ '\n<tool_call>\n{\"name\": \"' + call.function.name + '\", \"arguments\": ' }}"
+    '{{ \'\n<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
     "{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -86,7 +86,9 @@ def test_its_log_probabilities_are_those_of_the_same_weights_here(files, address
 
 def test_a_cloud_without_predictions_answers_anew_and_the_client_sees_one_answer(files, address):
     request, threshold, whole = unsure_case(opened(files))
-    chunks, decision, counters = routed(opened(files), address, request, PolicyConfig(kind="token", threshold=threshold))
+    chunks, decision, counters = routed(
+        opened(files), address, request, PolicyConfig(kind="token", threshold=threshold)
+    )
     assert text(chunks) == whole  # both have the same weights
     assert (decision.side, decision.reason) == ("cloud", "continued")
     assert counters["mid_answer_continued"] == 1

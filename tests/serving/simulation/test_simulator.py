@@ -124,3 +124,20 @@ def test_without_requests_there_is_nothing_to_replay():
 def test_a_side_is_overloaded_if_requests_come_faster_than_it_can_answer(arrivals, speed, sides):
     config = SimulationConfig(arrivals=arrivals, cloud_speed=speed)
     assert Simulator([record(answered(seconds=0.1), answered(seconds=1.0))], config).overloaded() == sides
+
+
+def test_the_first_token_comes_as_the_route_allows():
+    both = record(answered(seconds=0.3, first=0.1), answered(seconds=1.0, first=0.4))
+    simulator = Simulator([both], STILL)
+    expected = {
+        "streamed": (simulator.at_edge, 0.1),
+        "decided about": (lambda number: simulator.at_edge(number, streamed=False), 0.3),
+        "cloud": (simulator.at_cloud, 0.05 + 0.4 + 0.05),
+        "deferred": (simulator.deferred, 0.3 + 0.05 + 0.4 + 0.05),
+        "in mid-answer": (lambda number: simulator.mid_answer(number, 2), 0.1),
+        "at the first token": (lambda number: simulator.mid_answer(number, 0), 0.1 + 0.05 + 0.4 + 0.05),
+    }
+    for name, (outcome, seconds) in expected.items():
+        result = simulator.run(name, outcome)
+        assert result.first_p50 == pytest.approx(seconds), name
+        assert result.first_p50 <= result.p50
