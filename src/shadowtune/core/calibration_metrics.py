@@ -100,4 +100,4 @@ def isotonic_fit(
 
 def isotonic_values(fitted: tuple[np.ndarray, np.ndarray], confidences: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return the calibrated value (N,) of each confidence (N,), linear between those of the fit and constant beyond."""
-    return np.interp(np.asarray(confidences, float), *fitted)
+    return np.asarray(np.interp(np.asarray(confidences, float), *fitted))
