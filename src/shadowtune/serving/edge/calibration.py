@@ -233,10 +233,10 @@ def _qualities(
         def error_at(rows: np.ndarray, sure: np.ndarray = sure) -> float:
             return expected_calibration_error(np.clip(sure[rows], 0.0, 1.0), 1 - helps[rows])
 
-        intervals = (_bootstrap(measure, len(others)) for measure in (area_at, auroc_at, error_at))
+        checked, separation, error = (_bootstrap(measure, len(others)) for measure in (area_at, auroc_at, error_at))
         corrected = _bootstrap(partial(error_at, sure=isotonic), len(others))
         gap = _bootstrap(gap_at, len(others)) if bool((edge != cloud).any()) else None
-        found.append(RouterQuality(name, areas[name], *intervals, corrected, gap))
+        found.append(RouterQuality(name, areas[name], checked, separation, error, corrected, gap))
     bounds: dict[str, Callable[[np.ndarray], float]] = {
         "random": lambda rows: float((edge[rows] + cloud[rows]).mean() / 2),
         "oracle": lambda rows: area_of((edge - cloud)[rows], edge[rows], cloud[rows]),
