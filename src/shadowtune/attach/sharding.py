@@ -19,6 +19,8 @@ from shadowtune.errors import AttachError
 
 LAYOUT = ("_tp_size", "_fsdp_size", "_device_mesh", "_mesh_manager", "_is_distributed_loading_by_transformers")
 """Attributes of a model that transformers has sharded at loading."""
+PARTS = "parts"
+"""Name of the mesh of a base that was loaded in parts (``sharded_loading``)."""
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -58,6 +60,11 @@ def is_dtensor(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether a tensor was loaded in parts, and FSDP2 has not taken it over: its module cannot run."""
+    return is_dtensor(tensor) and cast(Any, tensor).device_mesh.mesh_dim_names == (PARTS,)
 
 
 def is_sharded_by_fsdp(module: nn.Module) -> bool:
@@ -150,17 +157,21 @@ def _unsharded(module: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gathering_blocks(decoder: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Context in which a decoder runs outside of the engine of ZeRO-3: each block gathers its weights for its call."""
-    if not any(is_partitioned(parameter) for parameter in decoder.parameters()):
+    """Context in which a decoder runs though its weights are shared: each block gathers its weights for its call.
+
+    For weights of ZeRO-3 outside of its engine, and for those loaded in parts before FSDP2 takes them over. It does
+    nothing to other decoders. No gradient reaches the weights.
+    """
+    if not any(is_partitioned(parameter) or is_part(parameter) for parameter in decoder.parameters()):
         yield
         return
-    handles, contexts, inside = [], contextlib.ExitStack(), set[int]()
+    handles, contexts, inside = [], contextlib.ExitStack(), set[nn.Module]()
     for block in blocks:
-        inside |= {id(parameter) for parameter in block.parameters()}
+        inside |= set(block.modules())
         handles.append(block.register_forward_pre_hook(lambda module, args: _enter(contexts, module)))
         handles.append(block.register_forward_hook(lambda module, args, output: contexts.pop_all().close()))
     try:
-        with _gathered([parameter for parameter in decoder.parameters() if id(parameter) not in inside]):
+        with _whole_weights([module for module in decoder.modules() if module not in inside]):
             yield
     finally:
         contexts.close()
@@ -169,7 +180,23 @@ def gathering_blocks(decoder: nn.Module, blocks: Iterable[nn.Module]) -> Iterato
 
 
 def _enter(contexts: contextlib.ExitStack, module: nn.Module) -> None:
-    contexts.enter_context(_gathered(list(module.parameters())))
+    contexts.enter_context(_whole_weights(list(module.modules())))
+
+
+@contextlib.contextmanager
+def _whole_weights(modules: list[nn.Module]) -> Iterator[None]:
+    """Context in which the parameters of modules, without those of their submodules, are whole."""
+    owned = [(module, name, p) for module in modules for name, p in module.named_parameters(recurse=False)]
+    partitioned = [parameter for _, _, parameter in owned if is_partitioned(parameter)]
+    parts = [each for each in owned if is_part(each[2])]
+    for module, name, parameter in parts:
+        setattr(module, name, nn.Parameter(whole_tensor(parameter), requires_grad=False))
+    try:
+        with _gathered(partitioned) if partitioned else contextlib.nullcontext():
+            yield
+    finally:
+        for module, name, parameter in parts:
+            setattr(module, name, parameter)
 
 
 def _gathered(parameters: list[Any], writer: int | None = None) -> contextlib.AbstractContextManager[Any]:

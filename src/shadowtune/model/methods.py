@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shadowtune.attach.sharded_loading import loading_in_parts
 from shadowtune.compatibility import keep_commit
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
@@ -70,6 +71,19 @@ def load_base(name: str, task: Task = "causal_lm", **kwargs: Any) -> PreTrainedM
         base: PreTrainedModel = AUTO_CLASSES[task].from_pretrained(resolve(name), trust_remote_code=False, **kwargs)
     base.config.name_or_path = name
     keep_commit(base, kwargs.get("revision"))
+    return base
+
+
+def load_base_in_parts(name: str, task: Task, device: torch.device, **kwargs: Any) -> PreTrainedModel:
+    """Load a base of which each process reads only its part, for FSDP2; arguments as of ``load_base``.
+
+    Args:
+        device: of the parts.
+        **kwargs: of ``from_pretrained``; no quantization.
+    """
+    with loading_in_parts(device) as distributed:
+        base = load_base(name, task, **distributed, **kwargs)
+    del base.config.distributed_config  # which says nothing: transformers has not distributed the model
     return base
 
 

@@ -19,6 +19,7 @@ from shadowtune.config.settings import raise_errors
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError, ShadowtuneError, TrainingError
 
+EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 NO_WRAP, TRANSFORMER_WRAP = "NO_WRAP", "TRANSFORMER_BASED_WRAP"
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """Variables by which torchrun, MPI and srun tell a process how many there are, the most specific one first."""
@@ -118,20 +119,51 @@ def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
     if _launcher("FSDP_VERSION", "1") != "2":
         yield "FSDP version 1 joins parameters and with them their learning rates; set fsdp_version: 2"
         return
-    if _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        yield (
-            "fsdp_cpu_ram_efficient_loading loads the base in one process alone, but every process starts its shadow "
-            "from it; set it to false"
-        )
+    if asks_for_sharded_loading():
+        yield from _sharded_loading_errors(config)
     if config.gradient_checkpointing == "reentrant":
         yield "gradient_checkpointing=reentrant runs no hooks of FSDP2; set gradient_checkpointing=non_reentrant"
     if config.trains_deferral_head:
         yield "deferral_fraction needs the whole model in every process, which FSDP shards; set deferral_fraction=0"
 
 
+def _sharded_loading_errors(config: TrainConfig) -> Iterator[str]:
+    loaded_whole = {  # setting -> whether the run has it
+        f"base_quantization={config.base_quantization}": config.base_quantization != "none",
+        f"method={config.method}": config.method == "full",
+        f"distillation_cache={config.distillation_cache}": config.distillation_cache is not None,
+    }
+    for setting, given in loaded_whole.items():
+        if given:
+            yield (
+                f"{setting} needs the whole base in every process when it is loaded; set "
+                "fsdp_cpu_ram_efficient_loading: false"
+            )
+
+
 def asks_for_fsdp() -> bool:
     """Return whether the launcher asks for FSDP."""
     return _is_set("ACCELERATE_USE_FSDP")
+
+
+def asks_for_sharded_loading() -> bool:
+    """Return whether the launcher asks that each process reads only its part of the base."""
+    return asks_for_fsdp() and _is_set(EFFICIENT_LOADING)
+
+
+@contextmanager
+def own_loading() -> Iterator[None]:
+    """Context in which transformers and accelerate know nothing of ``fsdp_cpu_ram_efficient_loading``.
+
+    They would load the base in the first process alone, and send it to the others: the start of a shadow reads the base
+    in all of them (``attach/sharded_loading.py`` does the work).
+    """
+    asked = os.environ.pop(EFFICIENT_LOADING, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[EFFICIENT_LOADING] = asked
 
 
 def asks_for_deepspeed() -> bool:

@@ -49,6 +49,7 @@ from shadowtune.model.deferral_files import SavedDeferralHead, write_deferral_he
 from shadowtune.model.files import writing_into
 from shadowtune.model.methods import (
     load_base,
+    load_base_in_parts,
     make_trainable,
     objective_of,
     parameter_table,
@@ -68,7 +69,13 @@ from shadowtune.training.callbacks import (
 )
 from shadowtune.training.checkpoints import TrainingProgress, atomic_directory, convert_write_errors
 from shadowtune.training.interpolation import join_ensemble
-from shadowtune.training.parallelism import check_parallelism, check_same_inputs, converted_losses
+from shadowtune.training.parallelism import (
+    asks_for_sharded_loading,
+    check_parallelism,
+    check_same_inputs,
+    converted_losses,
+    own_loading,
+)
 from shadowtune.training.run_directory import DISTILLATION_DIRECTORY, DRAFT_HEAD_DIRECTORY, InputDigests, RunDirectory
 from shadowtune.training.samples import SampleAnswers
 from shadowtune.training.stage_settings import (
@@ -147,6 +154,8 @@ class RunOptions:
     quiet: bool
     main: bool
     """Whether this is the first process, which alone writes."""
+    sharded_loading: bool = False
+    """Whether each process reads only its part of the base."""
 
 
 def train(
@@ -175,11 +184,12 @@ def train(
     run = RunDirectory(config.output)
     arguments = training_arguments(config, run.checkpoints, quiet)
     main = arguments.process_index == 0
-    options = RunOptions(resume and not overwrite, overwrite, report if main else lambda line: None, quiet, main)
+    shown = report if main else lambda line: None
+    options = RunOptions(resume and not overwrite, overwrite, shown, quiet, main, asks_for_sharded_loading())
     check_parallelism(config, arguments)
     if options.resume and run.is_finished(config):
         return _read_summary(run, options)
-    with converted_losses(arguments.process_index), _claimed(run, config, options):
+    with own_loading(), converted_losses(arguments.process_index), _claimed(run, config, options):
         if config.method == "ensemble" and arguments.world_size > 1:
             raise ConfigError("method=ensemble trains in one process; start one")
         before = []
@@ -231,7 +241,8 @@ class ModelRun:
         self.data = load_training_data(config)
         self._report_data()
         settings = joint_settings(config) if config.has_shadow_only_stage else config
-        base = load_run_base(settings, self.data.num_labels, self.data.labels)
+        device = arguments.device if options.sharded_loading else None
+        base = load_run_base(settings, self.data.num_labels, self.data.labels, device)
         digests = InputDigests.of(base, self.data)
         settings_read = {f"the setting {name}": value for name, value in asdict(config).items()}
         packages = {"the versions of installed packages": provenance()["versions"]}
@@ -433,13 +444,19 @@ class ModelRun:
         write_card(directory, card, kind, self.run.model.name, chat, summary.trainable_parameters)
 
 
-def load_run_base(config: TrainConfig, num_labels: int | None = None, labels: Labels | None = None) -> PreTrainedModel:
+def load_run_base(
+    config: TrainConfig,
+    num_labels: int | None = None,
+    labels: Labels | None = None,
+    parts: torch.device | None = None,
+) -> PreTrainedModel:
     """Load the base of a run, after seeding: a head for other classes is initialized at random.
 
     Args:
         config: the settings of the run.
         num_labels: number of classes of a classifier.
         labels: their names and kind, for its config.
+        parts: device of this process's part of the base, which alone is read; None reads the whole base.
     """
     dtype = vars(torch)[config.base_dtype]
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attention}
@@ -450,6 +467,8 @@ def load_run_base(config: TrainConfig, num_labels: int | None = None, labels: La
         named = {} if labels is None else labels.model_arguments(num_labels)
         kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True, **named}
     set_seed(config.seed)
+    if parts is not None:
+        return load_base_in_parts(config.model, config.task, parts, **kwargs)
     return load_base(config.model, config.task, **kwargs)
 
 

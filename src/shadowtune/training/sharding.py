@@ -21,6 +21,7 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from shadowtune.attach.sharded_loading import give_parts, take_parts
 from shadowtune.attach.sharding import is_partitioned, part_of, whole_shape, whole_tensor, write_whole
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.checkpoint import read_tensors, trained_tensors
@@ -272,7 +273,9 @@ class ShardedTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not self.shares_states:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        parts = take_parts(cast(nn.Module, self.model))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        give_parts(cast(nn.Module, self.model), parts)
         if resume_from_checkpoint is not None:  # its weights were loaded before they were shared
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared

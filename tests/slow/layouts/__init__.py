@@ -23,6 +23,7 @@ LAYOUTS = {
     "DDP": Layout(),
     "FSDP2, full state dict": Layout({**FSDP2, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}),
     "FSDP2, sharded state dict": Layout({**FSDP2, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}),
+    "FSDP2, sharded loading": Layout({**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}),
     "ZeRO 2": Layout({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "deepspeed"),
     "ZeRO 3": Layout({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "deepspeed"),
     "TP": Layout(TENSOR_PARALLEL),
