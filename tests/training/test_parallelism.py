@@ -25,6 +25,8 @@ from tests.support.runs import rows_file, run_config
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 
+PARTS = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+
 
 def settings(tmp_path, **changes) -> TrainConfig:
     rows = rows_file(tmp_path / "rows.jsonl")
@@ -36,7 +38,14 @@ def settings(tmp_path, **changes) -> TrainConfig:
     ("launcher", "changes", "words"),
     [
         ({"FSDP_VERSION": "1"}, {}, "fsdp_version: 2"),
-        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading"),
+        (PARTS, {"base_quantization": "nf4"}, "base_quantization=nf4 .* set fsdp_cpu_ram_efficient_loading: false"),
+        (PARTS, {"method": "full", "shadow": {}}, "method=full .* set fsdp_cpu_ram_efficient_loading: false"),
+        (PARTS, {"method": "dora", "shadow": {}}, "method=dora .* set fsdp_cpu_ram_efficient_loading: false"),
+        (
+            PARTS | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"},
+            {},
+            "dp_replicate_size=2 .* set fsdp_cpu_ram_efficient_loading: false",
+        ),
         ({}, {"gradient_checkpointing": "reentrant"}, "gradient_checkpointing=non_reentrant"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, {}, "started 8 processes, but 1"),
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, {}, "torchrun --nproc-per-node"),

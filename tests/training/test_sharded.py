@@ -1,18 +1,27 @@
-"""Two processes that share the weights give the result of one: ZeRO stage 3 and tensor parallelism."""
+"""Two processes that share the weights give the result of one: sharded loading, ZeRO stage 3, tensor parallelism."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from shadowtune import ShadowConfig, ShadowForCausalLM, attach
-from shadowtune.attach.sharding import whole_shape, write_whole
+from shadowtune.attach.sharding import is_part, loaded_in_parts, whole_shape, whole_state, write_whole
+from shadowtune.config.training import DataConfig, LoraConfig, TrainConfig
 from shadowtune.errors import AttachError, TrainingError
-from tests.support.bases import tiny_base
+from shadowtune.model.fingerprint import base_fingerprint, base_signature
+from shadowtune.model.initialization import measure_channel_scales
+from shadowtune.model.methods import load_base_in_parts
+from shadowtune.training.run import train
+from shadowtune.training.sharding import ShardedTrainer
+from tests.support.bases import CONFIGS, tiny_base
 from tests.support.processes import run_processes
-from tests.support.runs import arguments, causal_rows, model_directory, trainer_of
+from tests.support.runs import arguments, causal_rows, model_directory, rows_file, run_config, trainer_of
 from tests.support.shadows import perturbed_model, tokens
 
 ZERO3 = {
@@ -155,6 +164,97 @@ def test_tensor_parallelism_gives_the_result_of_one_process(settings, tied, tmp_
         compare(one, each, tmp_path / "one", tmp_path / "two")
         for expected, found in zip(one[2], each[2], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def parts_of(directories: list[str]):
+    """What two processes find in bases of which each has read its part."""
+    torch.distributed.init_process_group("gloo")
+    found = []
+    for directory in directories:
+        base = load_base_in_parts(directory, "causal_lm", torch.device("cpu"))
+        parameters = list(base.parameters())
+        assert all(is_part(parameter) for parameter in parameters)
+        found.append(described(base) | {"held": sum(cast(Any, each).to_local().numel() for each in parameters)})
+    return found
+
+
+def described(base):
+    """Weights, buffers, and what the start of a shadow reads of a base."""
+    return {
+        "weights": whole_state(base),
+        "buffers": {name: buffer.clone() for name, buffer in base.named_buffers()},
+        "config": base.config.to_dict(),
+        "fingerprint": (base_fingerprint(base), base_signature(base)),
+        "scales": measure_channel_scales(base),
+    }
+
+
+FAST = [("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("mixtral", {})]  # tied, positions, stacked experts
+SLOW = [("llama", {"tie_word_embeddings": False}), *((kind, {}) for kind in CONFIGS if kind != "llama")]
+
+
+@pytest.mark.parametrize("kinds", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_each_process_reads_its_part_of_a_base(kinds, tmp_path):
+    directories = []
+    for kind, overrides in kinds:
+        directories.append(str(tmp_path / kind))
+        tiny_base(kind, **overrides).save_pretrained(directories[-1])
+    both = run_processes(parts_of, 2, tmp_path / "processes", directories)
+    for directory, *found in zip(directories, *both, strict=True):
+        base = AutoModelForCausalLM.from_pretrained(directory)
+        expected = described(base)
+        assert sum(each.pop("held") for each in found) == sum(parameter.numel() for parameter in base.parameters())
+        for each in found:
+            for kind in ("weights", "buffers"):
+                torch.testing.assert_close(each.pop(kind), expected[kind], rtol=0, atol=0, msg=f"{directory}, {kind}")
+            torch.testing.assert_close(each.pop("scales"), expected["scales"], rtol=1e-5, atol=1e-6)
+            assert each == {name: expected[name] for name in ("config", "fingerprint")}, directory
+
+
+def train_with_parts(configs: list[TrainConfig]):
+    """Train runs of which each process reads only its part of the base; what their trainers found."""
+    held = []
+    prepare = ShardedTrainer._prepare_for_training
+
+    def watched(self, *args):
+        held.append(loaded_in_parts(self.model))
+        return prepare(self, *args)
+
+    ShardedTrainer._prepare_for_training = watched
+    for config in configs:
+        train(config, resume=True, quiet=True)
+        AcceleratorState._reset_state()
+    return held
+
+
+def test_training_with_a_base_in_parts_gives_the_result_of_one_process(tmp_path):
+    model_directory(tmp_path / "model-causal_lm", tie_word_embeddings=True)
+    rows = rows_file(tmp_path / "causal_lm.jsonl")
+    runs = {
+        "shadow": {
+            "shadow": ShadowConfig(rank=4, update_width=3, dropout=0.0, init_layers=(1,)),
+            "fit_logit_interpolation": True,
+            "save_steps": 2,
+        },
+        "lora": {"method": "lora", "shadow": ShadowConfig(), "lora": LoraConfig(rank=4, dropout=0.0)},
+    }
+    for name, changes in runs.items():
+        common = {"output": str(tmp_path / f"one {name}"), "data": DataConfig(train=rows, validation=rows)}
+        runs[name] = run_config(tmp_path, **{**common, **changes})
+        train(runs[name], quiet=True)
+    both = [replace(config, batch_size=2, output=config.output.replace("one ", "two ")) for config in runs.values()]
+    launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    found = run_processes(train_with_parts, 2, tmp_path / "first", both, **launched)
+    assert found == [[True, True]] * 2
+    (tmp_path / "two shadow" / "summary.json").unlink()  # as if it had been stopped after the last step
+    found = run_processes(train_with_parts, 2, tmp_path / "again", both, **launched)
+    assert found == [[True]] * 2
+    for name in runs:
+        (file,) = (tmp_path / f"one {name}" / "model").glob("*model.safetensors")
+        expected, trained = load_file(file), load_file(tmp_path / f"two {name}" / "model" / file.name)
+        assert expected.keys() == trained.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(trained[key], tensor, rtol=0, atol=1e-4, msg=key)
 
 
 def test_a_base_that_transformers_sharded_by_fsdp_is_refused():

@@ -1,11 +1,11 @@
 """Loading of a base of which each process reads only its part, for FSDP2.
 
-The parameters of the decoder and of the head are ``DTensor``s of a mesh of all processes, split along their first axis,
-before transformers reads the checkpoint: it then reads from each file what this process holds. Names that differ between
-checkpoint and model, and stacked experts, are transformers' business.
+The parameters of decoder and head become ``DTensor``s on a mesh of all processes, split along their first axis, before
+transformers reads the checkpoint. It then reads from each file only what this process holds, and does what else belongs
+to loading: other names in the checkpoint, stacked experts, tied weights, buffers.
 
-A base in parts does not run by itself (``gathering_blocks``). ``take_parts`` and ``give_parts`` hand the parts to FSDP2,
-whose parameters are split alike:
+A base in parts does not run by itself; ``gathering_blocks`` runs it. ``take_parts`` and ``give_parts`` hand the parts
+to FSDP2, whose parameters are split alike:
 
     parts = take_parts(model)       # parameters are on the meta device
     fully_shard(block); ...         # and stay there
@@ -40,12 +40,12 @@ def loading_in_parts(device: torch.device) -> Iterator[dict[str, Any]]:
         split_parameters(model, device)
         return model
 
-    # the place between the building of a model on the meta device and its loading; inherited, so that it can be deleted
-    PreTrainedModel.maybe_distribute_model = classmethod(split)
+    # called between the building of a model on the meta device and its loading; inherited, so that it can be deleted
+    cast(Any, PreTrainedModel).maybe_distribute_model = classmethod(split)
     try:
         yield {"distributed_config": DistributedConfig(), **({} if device.type == "cpu" else {"device_map": device})}
     finally:
-        del PreTrainedModel.maybe_distribute_model
+        del cast(Any, PreTrainedModel).maybe_distribute_model
 
 
 def split_parameters(model: PreTrainedModel, device: torch.device) -> None:
@@ -78,9 +78,25 @@ def _part(parameter: Tensor, mesh: Any) -> Tensor:
     chunks = parameter.detach().chunk(mesh.size())
     rank = mesh.get_local_rank()
     own = chunks[rank] if rank < len(chunks) else parameter.detach()[:0]
-    return DTensor.from_local(
-        own, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride())
+
+
+@contextlib.contextmanager
+def placeholders(model: nn.Module) -> Iterator[None]:
+    """Context in which parameters in parts have their whole shape and no numbers, for what is built beside them."""
+    parts = [(module, *named) for module in model.modules() for named in _own_parts(module)]
+    for module, name, part in parts:
+        empty = torch.empty((), dtype=part.dtype, device=part.device).expand(part.shape)
+        setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, part in parts:
+            setattr(module, name, part)
+
+
+def _own_parts(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.named_parameters(recurse=False) if is_part(parameter)]
 
 
 def take_parts(model: nn.Module) -> dict[str, Tensor]:
@@ -88,9 +104,7 @@ def take_parts(model: nn.Module) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     empty: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if not is_part(parameter):
-                continue
+        for name, parameter in _own_parts(module):
             parts[f"{prefix}.{name}".removeprefix(".")] = parameter
             if id(parameter) not in empty:
                 whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")

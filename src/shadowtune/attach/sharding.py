@@ -67,6 +67,11 @@ def is_part(tensor: Tensor) -> bool:
     return is_dtensor(tensor) and cast(Any, tensor).device_mesh.mesh_dim_names == (PARTS,)
 
 
+def loaded_in_parts(model: nn.Module) -> bool:
+    """Whether a model has parameters for which ``is_part`` holds."""
+    return any(map(is_part, model.parameters()))
+
+
 def is_sharded_by_fsdp(module: nn.Module) -> bool:
     """Whether FSDP2 (``fully_shard``) was applied to the module itself."""
     if not in_process_group():

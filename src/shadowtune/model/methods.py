@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from shadowtune.attach.sharded_loading import loading_in_parts
+from shadowtune.attach.sharded_loading import loading_in_parts, placeholders
 from shadowtune.compatibility import keep_commit
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
@@ -209,7 +209,8 @@ def _lora_settings(lora: LoraConfig, dora: bool) -> dict[str, Any]:
 
 
 def _add_adapters(base: PreTrainedModel, settings: Mapping[str, Any], task: str, dtype: torch.dtype) -> nn.Module:
-    model = import_peft().get_peft_model(base, _peft_config(settings, task))
+    with placeholders(base):
+        model = import_peft().get_peft_model(base, _peft_config(settings, task))
     for parameter in model.parameters():
         if parameter.requires_grad:  # PEFT chooses float32 or the base's dtype
             parameter.data = parameter.data.to(dtype)

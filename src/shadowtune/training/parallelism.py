@@ -128,9 +128,11 @@ def _errors(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
 
 
 def _sharded_loading_errors(config: TrainConfig) -> Iterator[str]:
+    copies = os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1")
     loaded_whole = {  # setting -> whether the run has it
+        f"dp_replicate_size={copies}": copies != "1" and _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"),
         f"base_quantization={config.base_quantization}": config.base_quantization != "none",
-        f"method={config.method}": config.method == "full",
+        f"method={config.method}": config.method not in ("shadow", "lora"),
         f"distillation_cache={config.distillation_cache}": config.distillation_cache is not None,
     }
     for setting, given in loaded_whole.items():

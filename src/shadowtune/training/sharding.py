@@ -273,9 +273,10 @@ class ShardedTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not self.shares_states:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        parts = take_parts(cast(nn.Module, self.model))
+        model = cast(nn.Module, self.model)
+        parts = take_parts(model)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        give_parts(cast(nn.Module, self.model), parts)
+        give_parts(model, parts)
         if resume_from_checkpoint is not None:  # its weights were loaded before they were shared
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-from shadowtune.attach.sharding import whole_shape, whole_tensor
+from shadowtune.attach.sharding import loaded_in_parts, whole_shape, whole_tensor
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError, TrainingError
 from shadowtune.model.checkpoint import read_tensors
@@ -204,6 +204,8 @@ class ShadowTrainer(ShardedTrainer):
             stopped = self._restore_early_stopping(state)
             if losses and (stopped or state.global_step >= self._total_steps()):
                 self._load_from_checkpoint(resume_from_checkpoint)
+                if loaded_in_parts(cast(nn.Module, self.model)):  # later stages run the model
+                    self._share_weights()
                 self.state = state
                 if self.args.load_best_model_at_end:
                     self._load_best_model()
@@ -214,6 +216,13 @@ class ShadowTrainer(ShardedTrainer):
         if self.args.load_best_model_at_end and self.state.best_global_step and not self.state.best_model_checkpoint:
             self._load_best_model()  # whose error says what is missing
         return output
+
+    def _share_weights(self) -> None:
+        """Hand a base in parts to FSDP2 without a step. FSDP2 sets itself up when the whole model is first called."""
+        loader = self.get_train_dataloader()
+        model, _ = self._prepare_for_training(self._total_steps(), loader, None)
+        with torch.no_grad():
+            self.compute_loss(model.eval(), self._prepare_inputs(next(iter(loader))))
 
     def _restore_early_stopping(self, state: TrainerState) -> bool:
         """Set the early stopping callback as it was at a checkpoint; returns whether it had stopped the training."""
