@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from shadowtune import ShadowConfig, ShadowForCausalLM
 from shadowtune.errors import ShadowtuneError
-from shadowtune.model.methods import make_trainable, quantization_arguments
+from shadowtune.model.methods import get_shadow_model, make_trainable
+from shadowtune.model.quantization import quantization_arguments
 from tests.support.bases import tiny_base
 from tests.support.shadows import perturb, tokens
 
@@ -68,6 +69,29 @@ def test_gradients_are_the_same_after_an_evaluation(directory):
     assert all(before[name].abs().max() > 0 for name in before)
     for name, gradient in before.items():
         torch.testing.assert_close(after[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("make", ["from_base", "get_shadow_model", "make_trainable", "lora", "from_pretrained"])
+def test_no_base_beside_trained_parameters_is_repacked(make, directory, tmp_path, monkeypatch):
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)  # of a CPU for which bitsandbytes repacks weights
+
+    def repack(*args):
+        pytest.fail("repacked: the product has no backward pass")
+
+    monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", repack)
+    shadow, base = ShadowConfig(rank=4, channel_scaling=True), load(directory, "nf4")
+    if make == "from_base":
+        model = ShadowForCausalLM.from_base(base, shadow)
+    elif make == "get_shadow_model":
+        model = get_shadow_model(base, shadow)
+    elif make == "from_pretrained":
+        get_shadow_model(base, shadow).save_pretrained(tmp_path)
+        model = ShadowForCausalLM.from_pretrained(tmp_path, base=load(directory, "nf4"))
+    else:
+        model = make_trainable(base, "lora" if make == "lora" else "shadow", shadow=shadow)
+    with torch.no_grad():
+        model.eval()(input_ids=tokens(2, 9))
 
 
 def test_a_missing_library_is_named_with_the_way_to_get_it(monkeypatch):

@@ -159,7 +159,7 @@ def read_adapter_source(path: Path) -> AdapterSource:
     import torch
 
     from shadowtune.evaluation.run import read_run_config, run_dataset
-    from shadowtune.model.methods import quantization_arguments
+    from shadowtune.model.quantization import quantization_arguments
 
     config = read_run_config(path)
     if not config.leaves_shadow or config.task != "causal_lm":

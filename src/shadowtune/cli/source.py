@@ -130,7 +130,8 @@ def _open_shadow(name: str, path: Path, check_base_weights: bool, quantization: 
     from shadowtune.evaluation.run import MODES
     from shadowtune.evaluation.trained_model import ModelSource
     from shadowtune.model.loading import open_third_party, read_config
-    from shadowtune.model.methods import SHADOW_CLASSES, quantization_arguments
+    from shadowtune.model.methods import SHADOW_CLASSES
+    from shadowtune.model.quantization import quantization_arguments
 
     other = open_third_party(str(path))
     architectures = [] if other is not None else read_config(str(path)).architectures or []

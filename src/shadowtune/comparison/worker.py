@@ -15,7 +15,8 @@ import torch
 from shadowtune.comparison.job import EvaluationRequest, Job, PerplexityRequest, read_json, write_json
 from shadowtune.config.training import TrainConfig
 from shadowtune.evaluation.run import FinishedRun
-from shadowtune.model.methods import load_base, quantization_arguments
+from shadowtune.model.methods import load_base
+from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import provenance
 from shadowtune.training.run import train
 from shadowtune.training.training_data import load_tokenizer

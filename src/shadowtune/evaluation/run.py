@@ -18,7 +18,8 @@ from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.errors import CheckpointError
 from shadowtune.evaluation.evaluate import answer_loss
 from shadowtune.evaluation.trained_model import ModelSource, TrainedModel
-from shadowtune.model.methods import Quantization, load_trained, quantization_arguments
+from shadowtune.model.methods import load_trained
+from shadowtune.model.quantization import Quantization, quantization_arguments
 
 MODES = {
     "shadow": ("attached", "detached", "base"),

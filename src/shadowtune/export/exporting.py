@@ -29,7 +29,7 @@ from shadowtune.export.runtimes import GgufModel, OnnxModel, Runtime, TorchModel
 from shadowtune.model.checkpoint import write_older_keys
 from shadowtune.model.detached import write_plain
 from shadowtune.model.files import reading, writing_into
-from shadowtune.model.methods import quantization_arguments
+from shadowtune.model.quantization import quantization_arguments
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 """Storage types that only round; all others quantize."""

@@ -1,12 +1,11 @@
 """Training methods behind one interface: shadow, lora, dora, full, and any other method of Hugging Face PEFT.
 
-A base is loaded, quantized if asked for (as QLoRA does, https://arxiv.org/abs/2305.14314: gradients pass through the
-frozen weights); ``make_trainable`` adds what a method trains; ``load_trained`` reads what training saved.
+A base is loaded, quantized if asked for (``quantization``); ``make_trainable`` adds what a method trains;
+``load_trained`` reads what training saved.
 """
 
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -40,12 +39,11 @@ from shadowtune.model.objective import (
     own_causal_objective,
     own_class_objective,
 )
+from shadowtune.model.quantization import keep_differentiable
 from shadowtune.models import resolve
 
 Method = Literal["shadow", "lora", "dora", "full", "peft", "ensemble"]
 Task = Literal["causal_lm", "classification"]
-Quantization = Literal["none", "int8", "int4", "nf4"]
-"""Weights of a base. int8: one scale per row. int4: one scale per 32 weights. nf4: the 4-bit floats of QLoRA."""
 
 AUTO_CLASSES: dict[str, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -56,7 +54,6 @@ PEFT_TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 OWN_LOSS_TYPES = ("SHADOW", "ADALORA")
 """Types of PEFT that add terms to the loss in their own forward pass. All others minimize the plain cross-entropy,
 whose head runs at labelled positions alone: in time and memory they are measured as "lora" is."""
-INT4_GROUP = 32
 
 
 def load_base_config(name: str) -> PreTrainedConfig:
@@ -87,44 +84,6 @@ def load_base_in_parts(name: str, task: Task, device: torch.device, **kwargs: An
     return base
 
 
-def quantization_arguments(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the keywords of ``from_pretrained`` that load a base with quantized linear layers.
-
-    Args:
-        quantization: "int8" and "int4" are torchao's weight-only kinds (on a CPU torchao keeps each 4-bit number in a
-            byte of its own), "nf4" is bitsandbytes'.
-        dtype: of the matrix products.
-
-    Raises:
-        ShadowtuneError: if the library is not installed.
-    """
-    if quantization == "none":
-        return {}
-    try:
-        return {"quantization_config": _nf4(dtype) if quantization == "nf4" else _integers(quantization)}
-    except ImportError as error:
-        raise ShadowtuneError(
-            f"base_quantization {quantization} needs {error.name}: pip install 'shadowtune[quant]'"
-        ) from None
-
-
-def _integers(quantization: Quantization) -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
-    from transformers import TorchAoConfig
-
-    if quantization == "int8":
-        return TorchAoConfig(Int8WeightOnlyConfig())
-    int4 = torch.int4  # type: ignore[attr-defined]  # torch has it, its type stubs do not
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(INT4_GROUP)))
-
-
-def _nf4(dtype: torch.dtype) -> Any:
-    import bitsandbytes  # noqa: F401 - transformers asks for it much later, with another error
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
 def get_shadow_model(
     base: PreTrainedModel, config: Any = None, dtype: torch.dtype = torch.float32
 ) -> ShadowForCausalLM | ShadowForSequenceClassification:
@@ -143,7 +102,6 @@ def get_shadow_model(
         config = ShadowConfig.recommended()
     elif not isinstance(config, ShadowConfig):
         config = ShadowConfig.from_peft(config)
-    _keep_differentiable(base)
     classifies = base.get_output_embeddings() is None
     kind = ShadowForSequenceClassification if classifies else ShadowForCausalLM
     return cast(Any, kind).from_base(base, config, dtype=dtype)
@@ -170,7 +128,6 @@ def make_trainable(
         ConfigError: if PEFT has no such type or setting, or the type is not supported here.
         ShadowtuneError: if the method needs Hugging Face PEFT and it is not installed.
     """
-    _keep_differentiable(base)
     if method == "shadow":
         return SHADOW_CLASSES[task].from_base(base, shadow, dtype=dtype)
     if method == "ensemble":
@@ -179,22 +136,9 @@ def make_trainable(
         )
     if method == "full":
         return cast(nn.Module, base).to(dtype).requires_grad_(True)
+    keep_differentiable(base)
     settings = (peft or {}) if method == "peft" else _lora_settings(lora or LoraConfig(), dora=method == "dora")
     return _add_adapters(base, settings, task, dtype)
-
-
-def _keep_differentiable(base: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs, as it does in the first evaluation.
-
-    Its product with repacked weights has no backward pass, so every gradient after that evaluation would be wrong.
-    """
-    if "bitsandbytes" not in sys.modules:
-        return
-    from bitsandbytes.nn import Linear4bit
-
-    for module in base.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _lora_settings(lora: LoraConfig, dora: bool) -> dict[str, Any]:

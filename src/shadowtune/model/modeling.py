@@ -34,6 +34,7 @@ from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint, base_signature
 from shadowtune.model.initialization import start_shadow
 from shadowtune.model.loading import absolute_name, check_save_keywords, load_model, save_model
+from shadowtune.model.quantization import keep_differentiable
 from shadowtune.model.reference import ReferenceModel
 from shadowtune.model.shadow import Shadow
 from shadowtune.model.trainer_losses import HeadlessModel
@@ -75,6 +76,7 @@ class ShadowPreTrainedModel(NamedAdapters):
         check_fit(self.base, shadow.boundaries)
         check_marker(config.shadow_config.injection_after, self.vocab_size)
         self.base.requires_grad_(False)
+        keep_differentiable(self.base)
         self.shadow: Shadow = shadow
         self.mode: Mode = "attached"
         self._init_adapters()
@@ -104,6 +106,7 @@ class ShadowPreTrainedModel(NamedAdapters):
         config = config or ShadowConfig()
         architecture_of(base.config)
         check_layout(base)
+        keep_differentiable(base)  # before the start of the shadow, which may run it
         shadow, initialization = start_shadow(base, config, dtype)
         model_config = ShadowModelConfig(
             shadow=config.to_dict(),

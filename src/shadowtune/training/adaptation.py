@@ -17,9 +17,10 @@ from shadowtune.errors import CheckpointError, ConfigError, TrainingError
 from shadowtune.model.checkpoint import read_tensors, write_tensors
 from shadowtune.model.deferral_files import FILE
 from shadowtune.model.files import writing_into
-from shadowtune.training.run import TrainSummary, train
+from shadowtune.training.run import train
 from shadowtune.training.run_directory import RunDirectory
 from shadowtune.training.stage_settings import shadow_only_settings
+from shadowtune.training.summary import TrainSummary
 
 LEARNED = ("shadow.backbone.", "shadow.projection.", "shadow.input_projection.", "shadow.embedding.")
 """Beginnings of the names of tensors that the new adapter takes from the shadow-only stage."""

@@ -5,7 +5,6 @@ then the run itself), and the training of a model consists of stages (``stages``
 """
 
 import contextlib
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -46,17 +45,16 @@ from shadowtune.export.card import (
 from shadowtune.model.causal_lm import ShadowForCausalLM
 from shadowtune.model.checkpoint import write_older_keys
 from shadowtune.model.deferral_files import SavedDeferralHead, write_deferral_head
-from shadowtune.model.files import writing_into
 from shadowtune.model.methods import (
     load_base,
     load_base_in_parts,
     make_trainable,
     objective_of,
     parameter_table,
-    quantization_arguments,
     trainable_parameters,
 )
 from shadowtune.model.modeling import ShadowPreTrainedModel
+from shadowtune.model.quantization import quantization_arguments
 from shadowtune.provenance import peak_memory_mb, provenance
 from shadowtune.training.callbacks import (
     FinishWandb,
@@ -91,6 +89,7 @@ from shadowtune.training.stages import (
     prepare_shadow_only,
     stages,
 )
+from shadowtune.training.summary import TrainSummary, read_summary, write_summary
 from shadowtune.training.teacher_logits import with_teacher_logits
 from shadowtune.training.trainer import ShadowTrainer, training_arguments, with_row_numbers
 from shadowtune.training.training_data import (
@@ -106,42 +105,6 @@ _ANSWER_STAGES = {
     DraftHeadStage.name: (DRAFT_HEAD_DIRECTORY, draft_head_settings),
 }
 """Stages that train on the model's own answers: the directory of each in the run's, and its settings."""
-
-
-@dataclass(frozen=True)
-class TrainSummary:
-    """Costs of a run."""
-
-    method: str
-    trainable_parameters: int
-    steps: int
-    train_seconds: float
-    """Wall-clock time of all stages, with validation and checkpoints, including the parts before a resumption."""
-    tokens_per_second: float
-    """Tokens processed by the model, without padding, on all processes together, per second of the training loop (of
-    the joint stage, if a shadow-only stage precedes it)."""
-    peak_memory_mb: float
-    """Of this process, including the loading of the model."""
-    final_loss: float
-    """Last training loss in the log, a mean over ``logging_steps`` steps."""
-    skipped_steps: int
-    """Optimizer steps skipped because a gradient was NaN or infinite."""
-    detached_perplexity: float | None = None
-    """exp of the detached shadow's loss on the validation data after pretraining; None if it was not measured."""
-    shadow_seconds: float | None = None
-    """The part of ``train_seconds`` that the shadow-only stage took; None without one."""
-    distillation_seconds: float | None = None
-    """The part of ``train_seconds`` that the distillation stage took, with its generated answers; None without one."""
-    drafting_seconds: float | None = None
-    """The part of ``train_seconds`` that the draft head stage took, with its generated answers; None without one."""
-    deferral_seconds: float | None = None
-    """The part of ``train_seconds`` in which the deferral head was fitted, with the answers; None without one."""
-    fit_seconds: float | None = None
-    """The part of ``train_seconds`` in which a weight of logits was fitted on validation data; None without a fit."""
-    best_step: int | None = None
-    """Step of the best evaluation, by ``metric_for_best_model``; None if evaluations are not compared."""
-    best_metric: float | None = None
-    """That evaluation's loss on the validation examples."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +151,7 @@ def train(
     options = RunOptions(resume and not overwrite, overwrite, shown, quiet, main, asks_for_sharded_loading())
     check_parallelism(config, arguments)
     if options.resume and run.is_finished(config):
-        return _read_summary(run, options)
+        return read_summary(run.summary_file) if options.main else None
     with own_loading(), converted_losses(arguments.process_index), _claimed(run, config, options):
         if config.method == "ensemble" and arguments.world_size > 1:
             raise ConfigError("method=ensemble trains in one process; start one")
@@ -206,7 +169,7 @@ def train(
 def _train_preceding(config: TrainConfig, options: RunOptions) -> TrainSummary | None:
     run = RunDirectory(config.output)
     if options.resume and run.is_finished(config):
-        return _read_summary(run, options)
+        return read_summary(run.summary_file) if options.main else None
     with _claimed(run, config, options):
         summary = ModelRun(config, run, options).train()
         if options.main and config.stage == "pretrain":  # its length may not change, so that nothing resumes from them
@@ -277,7 +240,7 @@ class ModelRun:
         self._save(summary)
         if not self.options.main:
             return None
-        _write_summary(self.run, summary)
+        write_summary(self.run.summary_file, summary)
         if self.config.keep_checkpoints == 0:
             self.run.remove_checkpoints()
         return summary
@@ -500,15 +463,5 @@ def _finish_ensemble(
         shadow_seconds=small.train_seconds,
         fit_seconds=fit_seconds,
     )
-    _write_summary(run, summary)
+    write_summary(run.summary_file, summary)
     return summary
-
-
-def _read_summary(run: RunDirectory, options: RunOptions) -> TrainSummary | None:
-    return TrainSummary(**json.loads(run.summary_file.read_text())) if options.main else None
-
-
-def _write_summary(run: RunDirectory, summary: TrainSummary) -> None:
-    """Write the summary, which marks the run as finished."""
-    with writing_into(run.path) as staging:
-        (staging / run.summary_file.name).write_text(json.dumps(asdict(summary), indent=2) + "\n")
