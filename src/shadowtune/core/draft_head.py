@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shadowtune.core.kernels.linear_cross_entropy import Head
-from shadowtune.core.losses import linear_cross_entropy, normalize, shift_and_select
+from shadowtune.core.losses import IGNORE_INDEX, linear_cross_entropy, normalize, shift_and_select
 from shadowtune.errors import ConfigError
 
 
@@ -55,6 +55,44 @@ class DraftHead(nn.Module):
             inner = inner + self.layers_down(F.rms_norm(layers, (width,), eps=1e-6).flatten(-2))
         correction: Tensor = self.up(F.silu(inner))
         return s + correction
+
+
+class DraftVocabulary:
+    """The head of the drafts: the base's, or its rows of the tokens that are drafted.
+
+    Args:
+        head: the base's.
+        tokens: (K,) that are drafted; None for all, as with a head whose weight is not known.
+    """
+
+    def __init__(self, head: Head, tokens: Tensor | None) -> None:
+        self.head = head
+        self._columns: Tensor | None = None
+        self.tokens = None if head.weight is None else tokens
+        """The token ids (K,) of the head's columns; None for all in order."""
+        if tokens is None or head.weight is None:
+            return
+        weight, transform = head.weight[tokens], head.logits_transform
+        bias = None if head.bias is None else head.bias[tokens]
+
+        def apply(states: Tensor) -> Tensor:
+            logits = F.linear(states.to(weight.dtype), weight, bias)
+            return logits if transform is None else transform(logits)
+
+        self.head = Head(apply, weight, bias, transform)
+        self._columns = torch.full((len(head.weight),), IGNORE_INDEX, device=tokens.device)
+        self._columns[tokens] = torch.arange(len(tokens), device=tokens.device)
+
+    def token_ids(self, columns: Tensor) -> Tensor:
+        """Return the token ids of columns of the head."""
+        return columns if self.tokens is None else self.tokens[columns]
+
+    def labels(self, tokens: Tensor) -> Tensor:
+        """Return the columns of tokens; -100 for those that are never drafted, and where there was -100."""
+        if self._columns is None:
+            return tokens
+        columns = self._columns.to(tokens.device)[tokens.clamp(min=0)]
+        return columns.masked_fill(tokens == IGNORE_INDEX, IGNORE_INDEX)
 
 
 def draft_features(hidden_states: Tensor, layers: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from shadowtune.attach.sharding import device_of, gathered_linear, has_whole_wei
 from shadowtune.compatibility import CACHE, cache_of, pop_cache, set_cache, takes_cache
 from shadowtune.config.shadow import SpeculationConfig
 from shadowtune.core.boundary import ShadowState
-from shadowtune.core.draft_head import draft_features, draft_loss
+from shadowtune.core.draft_head import DraftVocabulary, draft_features, draft_loss
 from shadowtune.core.kernels.linear_cross_entropy import Head, LogitsTransform
 from shadowtune.core.losses import (
     IGNORE_INDEX,
@@ -192,7 +192,9 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         assert s is not None
         features = draft_features(self.shadow.boundaries.interpolated(h, s), layers)  # as in drafting
         steps = self.shadow.config.draft_steps
-        draft = draft_loss(self.head, draft_head, features, s, labels, steps, num_items_in_batch)
+        vocabulary = DraftVocabulary(self.head, self.draft_vocabulary)
+        count = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        draft = draft_loss(vocabulary.head, draft_head, features, s, vocabulary.labels(labels), steps, count)
         return joint._replace(total=joint.total + draft, draft=draft)
 
     def _teacher(

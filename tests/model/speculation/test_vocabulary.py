@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from shadowtune import ShadowForCausalLM
+from shadowtune.core.draft_head import unrolled_proposals
 from shadowtune.errors import ConfigError
 from shadowtune.training.training_data import frequent_tokens
 from tests.support.shadows import perturbed_model, tokens
@@ -29,3 +30,17 @@ def test_it_is_the_most_frequent_labels():
     rows = [{"labels": [-100, 5, 5, 9]}, {"labels": [-100, -100, 5, 2, 9]}]
     assert frequent_tokens(rows, 2).tolist() == [5, 9]
     assert frequent_tokens(rows, 10).tolist() == [2, 5, 9]
+
+
+def test_the_draft_head_learns_those_tokens_alone():
+    """Its loss is over the columns of the vocabulary; other labels count in the mean, with a loss of 0."""
+    model, ids = perturbed_model(draft_rank=4, draft_steps=1, dropout=0.0).train(), tokens(1, 9)
+    drafted = ids[0, 2:5].unique()
+    model.set_draft_vocabulary(drafted)
+    output = model(input_ids=ids, labels=ids)
+    with torch.no_grad():
+        features, s = model.eval()(ids).draft_features, model.encode(ids)[1].initial
+        z = unrolled_proposals(model.shadow.draft_head, features, s, 1)[0][0, :-1]
+        log_probabilities = (z @ model.head.weight[drafted].T).log_softmax(-1)
+    losses = [-log_probabilities[at][drafted == token] for at, token in enumerate(ids[0, 1:])]
+    torch.testing.assert_close(output.draft_loss, torch.cat(losses).sum() / 8)

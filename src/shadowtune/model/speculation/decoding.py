@@ -415,5 +415,8 @@ def draft_share(model: Any, config: SpeculationConfig) -> float:
     """Return the weights that a drafting step reads, relative to those that a pass of both networks reads."""
     width, vocabulary = model.base.config.get_text_config(decoder=True).hidden_size, model.draft_vocabulary
     columns = model.config.vocab_size if vocabulary is None or not config.draft_vocabulary else len(vocabulary)
-    backbone = sum(parameter.numel() for parameter in model.shadow.backbone.parameters())
-    return (backbone + columns * width) / sum(parameter.numel() for parameter in model.parameters())
+    modules = [model.shadow.backbone]
+    if config.drafter != "shadow" and model.shadow.draft_head is not None:
+        modules.append(model.shadow.draft_head)
+    read = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return (read + columns * width) / sum(parameter.numel() for parameter in model.parameters())

@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from shadowtune.config.shadow import SpeculationConfig
-from shadowtune.core.draft_head import DraftHead
+from shadowtune.core.draft_head import DraftHead, DraftVocabulary
 from shadowtune.core.kernels.linear_cross_entropy import Head
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.draft_length import DraftLength
@@ -71,51 +71,40 @@ class ShadowDrafter:
         draft_head: DraftHead | None = None,
         branches: int = 1,
     ) -> None:
-        self._head, self._draft_head, self._branches = head, draft_head, branches
+        self._draft_head, self._branches = draft_head, branches
         self._previous: Tensor | None = None
         self._warpers: Callable[[Any, Tensor], Tensor] | None = warpers
-        self._vocabulary = None if head.weight is None else vocabulary
-        if self._vocabulary is not None:
-            assert head.weight is not None
-            self._rows = head.weight[self._vocabulary]
-            self._bias = None if head.bias is None else head.bias[self._vocabulary]
+        self._vocabulary = DraftVocabulary(head, vocabulary)
 
     def propose(self, texts: Callable[[], Sequence[list[int]]], states: Tensor | None) -> Proposal:
         """Propose a token from s0."""
         assert states is not None
         if self._draft_head is not None and self._previous is not None:
             states = self._previous = self._draft_head(states, self._previous)
-        scores = self._scores(states).float()
+        scores = self._vocabulary.head.apply(states).float()
         if self._warpers is None:
             top = scores.max(-1)
             confidence = (top.values - scores.logsumexp(-1)).exp()
             others = self._alternatives(scores, top.indices)
-            return Proposal(self._token_ids(top.indices), confidence, alternatives=others)
+            return Proposal(self._vocabulary.token_ids(top.indices), confidence, alternatives=others)
         empty = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
         q = self._warpers(empty, scores).softmax(-1)
         columns = torch.multinomial(q, 1)[:, 0]
         others = self._alternatives(scores, columns)
-        return Proposal(self._token_ids(columns), q.amax(-1), q, self._vocabulary, alternatives=others)
+        return Proposal(
+            self._vocabulary.token_ids(columns), q.amax(-1), q, self._vocabulary.tokens, alternatives=others
+        )
 
     def _alternatives(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
         """Return the likeliest tokens (B, branches - 1) but the chosen columns; None for a chain."""
         count = min(self._branches, scores.shape[1]) - 1
         if count == 0:
             return None
-        return self._token_ids(scores.scatter(1, chosen[:, None], -torch.inf).topk(count).indices)
+        return self._vocabulary.token_ids(scores.scatter(1, chosen[:, None], -torch.inf).topk(count).indices)
 
     def learn(self, hidden_states: Tensor | None) -> None:
         """Start the next draft from these states."""
         self._previous = hidden_states
-
-    def _scores(self, states: Tensor) -> Tensor:
-        if self._vocabulary is None:
-            return self._head.apply(states)
-        logits = torch.nn.functional.linear(states.to(self._rows.dtype), self._rows, self._bias)
-        return logits if self._head.logits_transform is None else self._head.logits_transform(logits)
-
-    def _token_ids(self, columns: Tensor) -> Tensor:
-        return columns if self._vocabulary is None else self._vocabulary[columns]
 
 
 class NgramDrafter:

@@ -14,14 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from shadowtune.core.draft_head import DraftHead, draft_loss, unrolled_proposals
-from shadowtune.core.kernels.linear_cross_entropy import Head
+from shadowtune.core.draft_head import DraftHead, DraftVocabulary, draft_loss, unrolled_proposals
 from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.errors import CheckpointError
 from shadowtune.model.checkpoint import read_tensors, tensor_checksum, trained_tensors, write_tensors
@@ -63,7 +62,7 @@ class DraftHeadLearner:
         self._name, self._model, self._directory, self._changed = name, model, directory, changed
         self._head: DraftHead = model.shadow.draft_head
         self._steps: int = model.shadow.config.draft_steps
-        self._targets = _Targets(model.head, model.draft_vocabulary, model.vocab_size, model.base.dtype)
+        self._targets = _Targets(DraftVocabulary(model.head, model.draft_vocabulary), model.base.dtype)
         self.enabled = True
         """False once something could not be written."""
         self.reservoir = Reservoir(MAX_BYTES)
@@ -218,35 +217,18 @@ class DraftHeadLearner:
             self.enabled = False
 
 
-class _Targets:
-    """The head of the drafts: the base's, restricted to the draft vocabulary if there is one.
+class _Targets(NamedTuple):
+    """What drafts are trained on, and compared with."""
 
-    Args:
-        head: the base's.
-        vocabulary: (K,) tokens that are drafted; None for all.
-        size: tokens of the base.
-        dtype: of the base, in which the head gets its input.
-    """
-
-    def __init__(self, head: Head, vocabulary: Tensor | None, size: int, dtype: torch.dtype) -> None:
-        self.head, self.dtype, self._columns = head, dtype, torch.arange(size)
-        if vocabulary is not None and head.weight is not None:
-            weight, transform = head.weight[vocabulary], head.logits_transform
-            bias = None if head.bias is None else head.bias[vocabulary]
-            self.head = Head(lambda states: _logits(states, weight, bias, transform), weight, bias, transform)
-            self._columns = torch.full((size,), IGNORE_INDEX)
-            self._columns[vocabulary.cpu()] = torch.arange(len(vocabulary))
+    vocabulary: DraftVocabulary
+    dtype: torch.dtype
+    """Of the base, in which the head gets its input."""
 
     def labels(self, record: Record, steps: int) -> Tensor:
         """Return labels (1, T) of a record: -100 for tokens that are never drafted, and for the first ones."""
-        labels = self._columns[record.tokens].unsqueeze(0)
+        labels = self.vocabulary.labels(record.tokens).unsqueeze(0).clone()
         labels[:, : steps + 1] = IGNORE_INDEX  # whose drafts began before the record
         return labels
-
-
-def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, transform: Any) -> Tensor:
-    logits = torch.nn.functional.linear(states.to(weight.dtype), weight, bias)
-    return logits if transform is None else transform(logits)
 
 
 class _Round:
@@ -279,7 +261,9 @@ class _Round:
         labels, device = self._targets.labels(part, self._steps), self.head.up.weight.device
         with torch.enable_grad():
             features, states = (each.unsqueeze(0).to(device, self._targets.dtype) for each in part[:2])
-            loss = draft_loss(self._targets.head, self.head, features, states, labels.to(device), self._steps)
+            loss = draft_loss(
+                self._targets.vocabulary.head, self.head, features, states, labels.to(device), self._steps
+            )
             self._optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
@@ -306,7 +290,7 @@ def agreement(head: DraftHead, record: Record, steps: int, targets: _Targets) ->
     labels = targets.labels(record, steps)[0, 1:].to(device)
     labelled = labels != IGNORE_INDEX
     for proposals in unrolled_proposals(head, features, states, steps):
-        drafted = targets.head.apply(proposals[0, :-1]).argmax(-1)
+        drafted = targets.vocabulary.head.apply(proposals[0, :-1]).argmax(-1)
         agreeing += int((drafted == labels)[labelled].sum())
         total += int(labelled.sum())
     return agreeing, total
