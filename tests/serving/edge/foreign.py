@@ -2,6 +2,8 @@
 
 import asyncio
 
+import httpx2
+
 from shadowtune.config.serving import CloudConfig
 from shadowtune.serving.edge.confidence import token_confidence
 from shadowtune.serving.edge.local import LocalModel
@@ -20,6 +22,17 @@ SCHEMA = {
 TOOL = {"type": "function", "function": {"name": "go", "parameters": SCHEMA}}
 MARKS = '{}[]"_<>/'
 """Characters of JSON and of tool calls, for the vocabulary."""
+TEMPLATE = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] %}{{ message['content'] }}{% endif %}"
+    "{% for call in message['tool_calls'] or [] %}"
+    '{{ \'\n<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+    "{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""With tools, whose format llama.cpp derives from what the template makes of a call."""
 
 
 def routed(opened, address, request, policy, model=None):
@@ -51,3 +64,11 @@ def unsure_case(opened):
         if index >= 2 and len(sure) == COUNT and all(chunk.text for chunk in chunks[:COUNT]):
             return request, (min(sure) + min(sure[:index])) / 2, text(chunks)
     raise AssertionError("no request of this model has its least sure token late")
+
+
+def direct(address, path="chat/completions", model="x", **body):
+    """Ask a server without an edge; return its answer."""
+    response = httpx2.post(
+        f"{address}/v1/{path}", json={"model": model, "temperature": 0, **body}, timeout=300, trust_env=False
+    )
+    return response.json()

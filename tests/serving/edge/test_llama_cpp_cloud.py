@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 
-import httpx2
 import pytest
 
 from shadowtune.config.serving import CloudConfig, PolicyConfig
@@ -15,23 +14,12 @@ from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.edge.remote import RemoteEndpoint
 from shadowtune.serving.edge.router import Router
 from tests.export.support import plain_model
-from tests.serving.edge.foreign import CHAT, COUNT, MARKS, SCHEMA, TOOL, routed, text, unsure_case
+from tests.serving.edge.foreign import CHAT, COUNT, MARKS, SCHEMA, TEMPLATE, TOOL, direct, routed, text, unsure_case
 from tests.serving.edge.llama_cpp import llama_server
 from tests.serving.edge.models import FORMAT, ask, gather
 from tests.support.tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs xllamacpp")
-TEMPLATE = (
-    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endif %}"
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] %}{{ message['content'] }}{% endif %}"
-    "{% for call in message['tool_calls'] or [] %}"
-    '{{ \'\n<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
-    "{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-"""With tools, whose format llama.cpp derives from what the template makes of a call."""
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +43,6 @@ def address(files):
 
 def opened(files):
     return load_model(files["safetensors"])
-
-
-def direct(address, path="chat/completions", **body):
-    response = httpx2.post(f"{address}/v1/{path}", json={"model": "x", "temperature": 0, **body}, trust_env=False)
-    return response.json()
 
 
 @pytest.mark.parametrize("model", [None, "nobody"])

@@ -1,5 +1,7 @@
 """An edge before vLLM's server of a plain model: a cloud that is not ours, without predictions."""
 
+import json
+import logging
 import os
 import subprocess
 import time
@@ -10,7 +12,7 @@ import pytest
 from shadowtune.config.serving import PolicyConfig
 from shadowtune.export.loading import wrap_model
 from shadowtune.serving.requests import RequestError
-from tests.serving.edge.foreign import CHAT, COUNT, MARKS, TOOL, routed, text, unsure_case
+from tests.serving.edge.foreign import CHAT, COUNT, MARKS, SCHEMA, TEMPLATE, TOOL, direct, routed, text, unsure_case
 from tests.serving.edge.models import FORMAT, ask
 from tests.serving.vllm.support import PYTHON, needs_vllm, save_base, wide_base
 from tests.support.tokenizers import tiny_tokenizer
@@ -25,14 +27,18 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
-OPTIONS = "--enforce-eager --max-model-len 128 --block-size 32 --max-logprobs 1 --dtype float32 --disable-log-stats"
+OPTIONS = (
+    "--enforce-eager --max-model-len 1024 --block-size 32 --max-logprobs 2 --dtype float32 --disable-log-stats "
+    "--enable-auto-tool-choice --tool-call-parser hermes"
+)
 
 
 @pytest.fixture(scope="module")
 def model():
     base = wide_base().eval()
     base.generation_config.eos_token_id = 2
-    return base, tiny_tokenizer(more=MARKS)
+    base.config.max_position_embeddings = 1024  # the tools alone have 300 characters
+    return base, tiny_tokenizer(TEMPLATE, more=MARKS)
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +89,58 @@ def test_under_an_unknown_model_name_the_edge_answers_and_says_why(opened, addre
     assert (decision.side, decision.reason) == ("fallback", "cloud answered 404")
 
 
-def test_tools_that_neither_can_answer_are_refused(opened, address):
+def test_its_log_probabilities_are_those_of_the_same_weights_here(opened, address):
+    request = ask(max_tokens=4, top_logprobs=2)
+    own, _, _ = routed(opened, address, request, PolicyConfig(kind="always-edge"))
+    theirs, decision, _ = routed(opened, address, request, CLOUD)
+    both = [[token for chunk in chunks for token in chunk.tokens] for chunks in (own, theirs)]
+    assert [token.text for token in both[0]] == [token.text for token in both[1]] and len(both[1]) == 4
+    for ours, other in zip(*both, strict=True):
+        assert other.logprob == pytest.approx(ours.logprob, abs=0.02) and len(other.top) == 2
+    assert decision.side == "cloud"
+
+
+def test_more_log_probabilities_than_it_allows_are_the_edges_and_the_log_says_why(opened, address, caplog):
+    request = ask(max_tokens=4, top_logprobs=3)
+    own, _, _ = routed(opened, address, request, PolicyConfig(kind="always-edge"))
+    with caplog.at_level(logging.WARNING, "shadowtune.serving"):
+        chunks, decision, _ = routed(opened, address, request, CLOUD)
+    assert text(chunks) == text(own)
+    assert (decision.side, decision.reason) == ("fallback", "cloud answered 400")
+    assert "cloud answered 400" in caplog.text and "logprobs" in caplog.text
+
+
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "completion"])
+def test_a_schema_holds(opened, address, chat):
+    prompt = {"prompt": None, "messages": CHAT} if chat else {}
+    request = ask(**prompt, schema=SCHEMA, max_tokens=200)
+    chunks, decision, _ = routed(opened, address, request, CLOUD)
+    assert decision.side == "cloud"
+    answer = text(chunks)
+    if chunks[-1].finish_reason == "stop":
+        assert json.loads(answer)["a"] in ("x", "y")
+    else:  # white space up to the limit, which the grammar allows
+        assert answer.startswith("{") and not answer.strip('{}"axy: \n\t')
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_request_with_tools_gets_what_the_server_itself_answers(opened, address, choice):
+    fields = {"tools": [TOOL], "tool_choice": choice, "max_tokens": 100}
+    expected = direct(address, model="plain", messages=CHAT, **fields)["choices"][0]["message"]
+    request = ask(prompt=None, messages=CHAT, tools=(TOOL,), forwarded={"tool_choice": choice}, max_tokens=100)
+    chunks, decision, _ = routed(opened, address, request, CLOUD)
+    calls = [call for chunk in chunks for call in chunk.tool_calls]
+    found = [each["function"] for each in expected.get("tool_calls") or []]
+    assert decision.side == "cloud" and text(chunks) == (expected["content"] or "")
+    assert [call.name for call in calls if call.name] == [each["name"] for each in found]
+    assert "".join(call.arguments for call in calls) == "".join(each["arguments"] for each in found)
+    assert text(chunks) or calls
+
+
+def test_tools_that_neither_can_answer_are_refused(model, address):
+    opened = wrap_model(model[0], tiny_tokenizer(more=MARKS), FORMAT)  # an edge without a chat template
     request = ask(prompt=None, messages=CHAT, tools=(TOOL,), forwarded={"tool_choice": "auto"}, max_tokens=COUNT)
-    with pytest.raises(RequestError, match="tools cannot reach it"):  # this edge has no chat template
+    with pytest.raises(RequestError, match="tools cannot reach it"):
         routed(opened, address, request, CLOUD)
 
 

@@ -5,6 +5,7 @@ decides while the edge streams (``mid_answer``).
 """
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ from shadowtune.serving.requests import (
     Usage,
 )
 
+LOGGER = logging.getLogger(__name__)
 MID_ANSWER_COUNTERS = tuple(
     f"mid_answer_{outcome}" for outcome in ("confident", "unsure", "continued", "contradicted", "fallback")
 )
@@ -202,7 +204,7 @@ class Router:
         try:
             source = await self.cloud.generate(replace(request, prediction=draft or request.prediction))
         except RemoteError as error:
-            return RoutedStream(edge.chunks, RoutingDecision("fallback", error.reason, decision.confidence))
+            return _fallback(edge, error)
         cost = response_cost(policy.prices, read)
         return RoutedStream(
             source,
@@ -240,8 +242,7 @@ class Router:
         try:
             return await self._ask_cloud(request, policy, policy.kind)
         except RemoteError as error:
-            edge = await self._answer_at_edge(request, policy)
-            return RoutedStream(edge.chunks, RoutingDecision("fallback", error.reason, edge.decision.confidence))
+            return _fallback(await self._answer_at_edge(request, policy), error)
 
     async def _ask_cloud(self, request: GenerationRequest, policy: PolicyConfig, reason: str) -> RoutedStream:
         source = await self.cloud.generate(request)
@@ -250,3 +251,9 @@ class Router:
 
 async def _collect(stream: GenerationStream) -> tuple[OutputChunk, ...]:
     return tuple([chunk async for chunk in stream])
+
+
+def _fallback(edge: EdgeAnswer, error: RemoteError) -> RoutedStream:
+    """Return the edge's answer in place of the cloud's, and log why."""
+    LOGGER.warning("deferred, but %s; the edge's answer is used", error)
+    return RoutedStream(edge.chunks, RoutingDecision("fallback", error.reason, edge.decision.confidence))
