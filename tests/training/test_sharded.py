@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.distributed import DistributedConfig
 
 from shadowtune import ShadowConfig, ShadowForCausalLM, attach
 from shadowtune.attach.sharding import is_part, loaded_in_parts, whole_shape, whole_state, write_whole
@@ -19,6 +20,7 @@ from shadowtune.model.initialization import measure_channel_scales
 from shadowtune.model.methods import load_base_in_parts
 from shadowtune.training.run import train
 from shadowtune.training.sharding import ShardedTrainer
+from shadowtune.training.stages import prepare_shadow_only
 from tests.support.bases import CONFIGS, tiny_base
 from tests.support.processes import run_processes
 from tests.support.runs import arguments, causal_rows, model_directory, rows_file, run_config, trainer_of
@@ -94,7 +96,6 @@ def save_spoiled_weights(folder: Path, directory: str):
 
 def with_tensor_parallelism(folder: Path, directory: str, settings, mode: str):
     import accelerate.parallelism_config
-    from transformers.distributed import DistributedConfig
 
     # accelerate knows tensor parallelism on accelerators only
     accelerate.parallelism_config.ParallelismConfig._validate_accelerator = lambda self, accelerator: None
@@ -117,14 +118,14 @@ def outputs(model):
     return [*logits, detached, model.generate(ids, max_new_tokens=4, do_sample=False, speculate=True)]
 
 
-def compare(one, two, first: Path, second: Path):
+def compare(one, two, first: Path, second: Path, atol: float = 2e-5):
     for line, other in zip(one[0], two[0], strict=True):
         assert other == pytest.approx(line, rel=1e-4)
     assert one[1] == two[1]
     expected, found = (load_file(path / "model" / "model.safetensors") for path in (first, second))
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=atol, msg=name)
 
 
 @pytest.mark.slow
@@ -257,10 +258,55 @@ def test_training_with_a_base_in_parts_gives_the_result_of_one_process(tmp_path)
             torch.testing.assert_close(trained[key], tensor, rtol=0, atol=1e-4, msg=key)
 
 
-def test_a_base_that_transformers_sharded_by_fsdp_is_refused():
-    shadow = perturbed_model().shadow
+def with_fsdp_of_transformers(folder: Path, directory: str, settings):
+    """Train, save, reload beside a base in parts, and train the shadow alone."""
+    torch.distributed.init_process_group("gloo")
+    layout = {"distributed_config": DistributedConfig(fsdp_size=2)}
+    base = AutoModelForCausalLM.from_pretrained(directory, **layout)
+    with pytest.raises(AttachError, match="fsdp_size=2"):
+        attach(base, perturbed_model().shadow)
+    model, *found = learn(folder, base, "attached", settings, 2)
+    results = [(*found, outputs(model.eval()))]
+    again = ShadowForCausalLM.from_pretrained(folder / "model", **layout)
+    assert loaded_in_parts(again)
+    results.append((*learn_further(folder, again, 2), outputs(again.eval())))
+    return results
+
+
+def without_fsdp(folder: Path, directory: str, settings):
+    results = [alone(folder, directory, settings, "attached")]
+    again = ShadowForCausalLM.from_pretrained(folder / "model")
+    results.append((*learn_further(folder, again, 4), outputs(again.eval())))
+    return results
+
+
+def learn_further(folder: Path, model, batch: int):
+    """Train the shadow of a model alone for two steps."""
+    args = arguments(folder, per_device_train_batch_size=batch, max_steps=2, logging_steps=1)
+    trainer = trainer_of(prepare_shadow_only(model), args, causal_rows(12))
+    trainer.train()
+    trainer.save_model(str(folder / "model"))
+    return [{"loss": line["loss"]} for line in trainer.state.log_history[:2]], model.config.base_fingerprint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "tied"), [("joint", False), ("base_layers", True)])
+def test_a_base_that_transformers_sharded_by_fsdp_trains_like_one_process(settings, tied, tmp_path):
+    given = (model_directory(tmp_path / "base", tie_word_embeddings=tied), SETTINGS[settings])
+    (one,) = run_processes(without_fsdp, 1, tmp_path / "1", tmp_path / "one", *given)
+    two = run_processes(with_fsdp_of_transformers, 2, tmp_path / "2", tmp_path / "two", *given)
+    for each in two:
+        for expected, found in zip(one, each, strict=True):
+            compare(expected, found, tmp_path / "one", tmp_path / "two", atol=1e-4)
+            for tensor, other in zip(expected[2], found[2], strict=True):
+                torch.testing.assert_close(other, tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("other", ["fsdp_cpu_offload", "fsdp_mixed_precision"])
+def test_further_settings_of_a_sharded_base_are_refused(other, monkeypatch):
     base = tiny_base()
-    base._is_fsdp_managed_module, base._fsdp_size = True, 2
-    for make in (lambda: ShadowForCausalLM.from_base(base), lambda: attach(base, shadow)):
-        with pytest.raises(AttachError, match="fsdp_size=2"):
-            make()
+    base._is_fsdp_managed_module = True
+    base.config.distributed_config = DistributedConfig(**{other: True})
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    with pytest.raises(AttachError, match="leave the other settings out"):
+        ShadowForCausalLM.from_base(base)

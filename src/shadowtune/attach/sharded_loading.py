@@ -13,6 +13,7 @@ to FSDP2, whose parameters are split alike:
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -21,7 +22,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadowtune.attach.architectures import architecture_of
-from shadowtune.attach.sharding import PARTS, is_part
+from shadowtune.attach.sharding import (
+    PARTS,
+    device_of,
+    is_fsdp_managed,
+    is_part,
+    is_sharded_by_fsdp,
+    whole_tensor,
+)
+from shadowtune.errors import AttachError
 
 
 @contextlib.contextmanager
@@ -53,15 +62,19 @@ def split_parameters(model: PreTrainedModel, device: torch.device) -> None:
 
     A classifier's own head stays whole: it is initialized at random, alike in every process.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),), mesh_dim_names=(PARTS,))
+    mesh = _mesh(device)
     parts: dict[int, nn.Parameter] = {}  # tied parameters stay one
     for module in _split_modules(model):
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in parts:
                 parts[id(parameter)] = nn.Parameter(_part(parameter, mesh), requires_grad=False)
             setattr(module, name, parts[id(parameter)])
+
+
+def _mesh(device: torch.device) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (torch.distributed.get_world_size(),), mesh_dim_names=(PARTS,))
 
 
 def _split_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
@@ -79,6 +92,54 @@ def _part(parameter: Tensor, mesh: Any) -> Tensor:
     rank = mesh.get_local_rank()
     own = chunks[rank] if rank < len(chunks) else parameter.detach()[:0]
     return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride())
+
+
+def as_parts(base: PreTrainedModel) -> PreTrainedModel:
+    """Return a base that transformers sharded by FSDP at loading (``DistributedConfig(fsdp_size=n)``) as one in parts.
+
+    transformers calls the whole base, and a shadow its decoder and its head. So the result is another model, without
+    FSDP, which shares the memory of the parts. A base that is not sharded by FSDP is returned as it is.
+
+    Raises:
+        AttachError: if the base is shared in another way as well.
+    """
+    if not is_fsdp_managed(base):
+        return base
+    layout: Any = base.config.distributed_config
+    if layout.fsdp_size != torch.distributed.get_world_size() or layout.fsdp_cpu_offload or layout.fsdp_mixed_precision:
+        raise AttachError(
+            "beside a shadow, a base is sharded by DistributedConfig(fsdp_size=n) alone, with all n processes; leave "
+            "the other settings out (bfloat16 is bf16=True of the training arguments)"
+        )
+    for module in base.modules():
+        if is_sharded_by_fsdp(module):
+            cast(Any, module).reshard()
+    config = copy.deepcopy(base.config)
+    del config.distributed_config
+    with torch.device("meta"):
+        plain = cast(PreTrainedModel, type(base).__bases__[1](config))  # after FSDPModule
+    mesh, split = _mesh(device_of(base)), {id(p) for module in _split_modules(base) for p in module.parameters()}
+    taken: dict[int, nn.Parameter] = {}
+    for path, module in base.named_modules():
+        target = plain.get_submodule(path)
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in taken:
+                tensor = _moved(parameter, mesh) if id(parameter) in split else whole_tensor(parameter)
+                taken[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            setattr(target, name, taken[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(target, name, buffer)
+    plain.generation_config = base.generation_config
+    plain.train(base.training)
+    return plain
+
+
+def _moved(parameter: Tensor, mesh: Any) -> Tensor:
+    """Return a ``DTensor`` with the local part of another one, on another mesh of the same processes."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    local, shape, stride = cast(Any, parameter.detach()).to_local(), parameter.shape, parameter.stride()
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 @contextlib.contextmanager
@@ -115,22 +176,12 @@ def take_parts(model: nn.Module) -> dict[str, Tensor]:
 
 def give_parts(model: nn.Module, parts: Mapping[str, Tensor]) -> None:
     """Put what ``take_parts`` returned into the parameters that FSDP2 has made of those on the meta device."""
-    from torch.distributed.tensor import DTensor
-
     own = dict(model.named_parameters(remove_duplicate=False))
     filled: dict[int, nn.Parameter] = {}
     for name, part in parts.items():
         if id(part) not in filled:
-            layout, local = cast(Any, own[name]), cast(Any, part).to_local()
-            assert layout.to_local().shape == local.shape, f"FSDP2 splits {name} otherwise than its loading did"
-            tensor = DTensor.from_local(
-                local,
-                layout.device_mesh,
-                layout.placements,
-                run_check=False,
-                shape=layout.shape,
-                stride=layout.stride(),
-            )
-            filled[id(part)] = nn.Parameter(tensor, requires_grad=part.requires_grad)
+            layout = cast(Any, own[name])
+            assert layout.to_local().shape == cast(Any, part).to_local().shape, f"FSDP2 splits {name} in another way"
+            filled[id(part)] = nn.Parameter(_moved(part, layout.device_mesh), requires_grad=part.requires_grad)
     state = {name: filled[id(part)] for name, part in parts.items()}
     nn.Module.load_state_dict(model, state, strict=False, assign=True)

@@ -242,17 +242,21 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), model.device)
 
 
+def is_fsdp_managed(base: PreTrainedModel) -> bool:
+    """Whether transformers sharded a model by FSDP at loading."""
+    return bool(vars(base).get("_is_fsdp_managed_module"))
+
+
 def check_layout(base: PreTrainedModel) -> None:
     """Refuse a base that transformers sharded by FSDP at loading: the whole of it must run, a shadow runs its parts.
 
     Raises:
-        AttachError: with a layout to use instead.
+        AttachError: with the class that trains beside it.
     """
-    if vars(base).get("_is_fsdp_managed_module"):
+    if is_fsdp_managed(base):
         raise AttachError(
-            f"the base was sharded at loading by DistributedConfig(fsdp_size={vars(base)['_fsdp_size']}), beside which "
-            "a shadow does not run; load it without, and shard the model in training: accelerate launch with "
-            "fsdp_version: 2, or DeepSpeed"
+            f"the base was sharded at loading by DistributedConfig(fsdp_size={vars(base)['_fsdp_size']}), and runs "
+            "only as a whole; train beside it with ShadowForCausalLM.from_base(base, ...), or load it without"
         )
 
 

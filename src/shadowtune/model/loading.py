@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from shadowtune.attach.sharded_loading import as_parts
 from shadowtune.attach.sharding import device_of
 from shadowtune.compatibility import commit_of, keep_commit
 from shadowtune.config.settings import nearest
@@ -211,6 +212,7 @@ def load_model(
         tensors = read_tensors(path_or_id, **hub)
         drop_unusable_drafts(config, tensors, path_or_id)
         loaded = load_base(cls.auto_base, config, base, **shared, **kwargs)
+    loaded = as_parts(loaded)
     check_base(config, loaded, check_weights)
     config.name_or_path = path_or_id
     model = _build_model(cls, config, loaded, tensors, path_or_id)

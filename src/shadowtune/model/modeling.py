@@ -22,7 +22,8 @@ from typing_extensions import Self
 from shadowtune.attach.architectures import Architecture, architecture_of
 from shadowtune.attach.cache import split_cache
 from shadowtune.attach.forward import begin_call, check_fit, install_hooks
-from shadowtune.attach.sharding import check_layout, device_of, gather_during_forward, take_layout
+from shadowtune.attach.sharded_loading import as_parts
+from shadowtune.attach.sharding import device_of, gather_during_forward, take_layout
 from shadowtune.compatibility import CACHE_NAMES, commit_of, set_cache, takes_cache
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
@@ -95,7 +96,9 @@ class ShadowPreTrainedModel(NamedAdapters):
         """Make a model of a base and a new shadow.
 
         Args:
-            base: a pretrained model; it is frozen, and otherwise unchanged. Several shadows may share it.
+            base: a pretrained model; it is frozen, and otherwise unchanged. Several shadows may share it. One that was
+                sharded at loading (``DistributedConfig(fsdp_size=n)``) is replaced by a model of the same weights,
+                which ``ShadowTrainer`` trains with FSDP2.
             config: the shadow's settings; by default the paper's.
             dtype: of the shadow's parameters. float32 beside a bfloat16 base is the usual choice.
 
@@ -105,7 +108,7 @@ class ShadowPreTrainedModel(NamedAdapters):
         """
         config = config or ShadowConfig()
         architecture_of(base.config)
-        check_layout(base)
+        base = as_parts(base)
         keep_differentiable(base)  # before the start of the shadow, which may run it
         shadow, initialization = start_shadow(base, config, dtype)
         model_config = ShadowModelConfig(

@@ -15,6 +15,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
+from shadowtune.attach.sharding import loaded_in_parts
 from shadowtune.config.settings import raise_errors
 from shadowtune.config.training import TrainConfig
 from shadowtune.errors import ConfigError, ShadowtuneError, TrainingError
@@ -182,7 +183,9 @@ def asks_for_checkpointing() -> bool:
 
 
 def fsdp_plugin(model: Any, bf16: bool) -> FullyShardedDataParallelPlugin | None:
-    """Return the layout of FSDP2 that the launcher asks for, completed for a model; None if it asks for none.
+    """Return the layout of FSDP2 that the launcher asks for, completed for a model; None if there is none.
+
+    A base in parts is always trained with FSDP2.
 
     Each block of the base and of the backbone is gathered by itself, whether or not the launcher names their classes.
     In bfloat16, gradients are averaged and losses returned in float32, which accelerate would do in bfloat16.
@@ -191,12 +194,15 @@ def fsdp_plugin(model: Any, bf16: bool) -> FullyShardedDataParallelPlugin | None
         model: that will be trained; transformers' or PEFT's.
         bf16: whether blocks compute in bfloat16; parameters stay in their own precision.
     """
-    if not asks_for_fsdp():
+    in_parts = loaded_in_parts(model)
+    if not asks_for_fsdp() and not in_parts:
         return None
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
     policy = _launcher("FSDP_AUTO_WRAP_POLICY", NO_WRAP).upper()
     plugin = FullyShardedDataParallelPlugin(
-        auto_wrap_policy=TRANSFORMER_WRAP if policy == NO_WRAP else policy, mixed_precision_policy=precision
+        fsdp_version=2 if in_parts else None,
+        auto_wrap_policy=TRANSFORMER_WRAP if policy == NO_WRAP else policy,
+        mixed_precision_policy=precision,
     )
     plugin.activation_checkpointing = False
     if plugin.transformer_cls_names_to_wrap is None:
