@@ -17,13 +17,22 @@ def made(seed=0, layers=0):
     return draft_head, weight, Head(lambda x: x @ weight.T, weight)
 
 
-def z(p, s, before, layers):
-    """One proposal, written out; ``layers`` are those of the token before, None within a draft."""
-    inner = p["down.weight"] @ torch.cat([s, before])
-    if layers is not None and "layers_down.weight" in p:
-        normalized = [x / torch.sqrt((x**2).sum() / WIDTH + 1e-6) for x in layers]
-        inner = inner + p["layers_down.weight"] @ torch.cat(normalized)
-    return s + p["up.weight"] @ (inner / (1 + torch.exp(-inner)))
+def norm(x):
+    return x / torch.sqrt((x**2).sum() / WIDTH + 1e-6)
+
+
+def fused(p, states):
+    """The term of E of the states that a draft begins with; None without ``draft_layers``."""
+    return p["fusion.weight"] @ torch.cat([norm(x) for x in states]) if "fusion.weight" in p else None
+
+
+def z(p, s, before, term):
+    """One proposal, written out."""
+    if term is None:
+        a = p["down.weight"] @ torch.cat([s, before])
+        return s + p["up.weight"] @ (a / (1 + torch.exp(-a)))
+    a, b = (p["down.weight"] @ torch.cat([norm(s), norm(before)]) + term).chunk(2)
+    return s + p["up.weight"] @ (a / (1 + torch.exp(-a)) * b)
 
 
 def by_loops(draft_head, weight, h, layers, s, labels, steps):
@@ -36,14 +45,11 @@ def by_loops(draft_head, weight, h, layers, s, labels, steps):
                 continue
             for step in range(steps):
                 begin = place - step
-                if begin > 0:
-                    proposal = z(p, s[row, begin], h[row, begin - 1], [x[row, begin - 1] for x in layers])
-                elif begin == 0:
-                    proposal = z(p, s[row, 0], zero, [zero for _ in layers])
-                else:  # the draft began before the text, where z is 0
-                    begin, proposal = -1, zero
-                for at in range(begin + 1, place + 1):
-                    proposal = z(p, s[row, at], proposal, None)
+                states = [x[row, begin - 1] if begin > 0 else zero for x in (h, *layers)]
+                term = fused(p, states)  # 0 where the draft began before the text, as z is there
+                proposal = states[0]
+                for at in range(max(begin, 0), place + 1):
+                    proposal = z(p, s[row, at], proposal, term)
                 losses.append(F.cross_entropy(proposal @ weight.T, target))
     return torch.stack(losses).mean()
 
@@ -75,7 +81,7 @@ def test_no_network_learns_from_it():
 @pytest.mark.parametrize("layers", [0, 2])
 def test_it_starts_as_the_shadow_alone(layers):
     draft_head, s = DraftHead(WIDTH, 4, layers), torch.randn(3, WIDTH)
-    assert torch.equal(draft_head(s, torch.randn(3, (1 + layers) * WIDTH)), s)
+    assert torch.equal(draft_head(s, draft_head.begin(torch.randn(3, (1 + layers) * WIDTH))).previous, s)
 
 
 def test_layers_count_from_both_ends_and_must_be_blocks():

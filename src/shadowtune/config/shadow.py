@@ -152,8 +152,9 @@ class ShadowConfig:
     """Bottleneck width of a draft head, which drafts from s0 and from the attached model's hidden state one token
     earlier (speculative decoding). Its own loss trains it and changes neither network; None builds none."""
     draft_layers: tuple[StrictInt, ...] | None = None
-    """Blocks of the base, from 1 to the last (-1), whose inputs the draft head reads as well, one token earlier: a low,
-    a middle and a high one, such as [4, 15, -1] of 30. None reads none, as draft heads of earlier releases do."""
+    """Blocks of the base, from 1 to the last (-1), whose inputs the draft head reads as well, of the last token before
+    the draft: a low, a middle and a high one, such as [4, 15, -1] of 30. The head is then a gated one. None reads none,
+    as draft heads of earlier releases do."""
     draft_steps: PositiveInt = 3
     """Proposals in a row, each from the one before, that the draft head's loss runs through, as in decoding."""
     update: StrictBool = True

@@ -1,18 +1,23 @@
 r"""The draft head: improves the shadow's drafts in speculative decoding by the attached model's own hidden states.
 
 At token t the attached model's hidden states of the token before are known from the last pass: h, the input of the
-head, and x^1 .. x^m, the inputs of m chosen blocks of the base (``ShadowConfig.draft_layers``):
+head, and x^1 .. x^m, the inputs of m chosen blocks of the base (``ShadowConfig.draft_layers``). The drafts that begin
+there are z_t, z_(t+1), ...:
 
-    z_t = s0_t + U silu(D [s0_t; h_(t-1)] + E [norm(x^1_(t-1)); ...; norm(x^m_(t-1))])
+    z_(t+k) = s0_(t+k) + U (silu(a) * b)
+    [a; b]  = D [norm(s0_(t+k)); norm(z_(t+k-1))] + E [norm(h_(t-1)); norm(x^1_(t-1)); ...; norm(x^m_(t-1))]
 
-D: 2d -> r, E: m d -> r, U: r -> d starting at 0, norm(x) = x / rms(x). head(z_t) proposes token t + 1. After the first
-proposal of a draft these states are not known: z of the token before replaces h, and the term of E is left out. The
-loss runs through as many proposals in a row (``draft_steps``), each from its predecessor, as in decoding (training-time
-test of EAGLE-3, https://arxiv.org/abs/2503.01840). It is trained beside the task, from states of both networks that get
-no gradient of it. Without ``draft_layers`` there is no E, as in earlier releases.
+D: 2d -> 2r, E: (1 + m) d -> 2r, U: r -> d starting at 0, norm(x) = x / rms(x). h_(t-1) stands for z_(t-1), which there
+is none of. head(z) proposes the next token. E is computed once for all drafts of a pass. Without ``draft_layers``, as
+in release 0.1, there is no E: z_(t+k) = s0_(t+k) + U silu(D [s0_(t+k); z_(t+k-1)]).
+
+The loss runs through as many proposals in a row (``draft_steps``), each from its predecessor, as in decoding
+(training-time test of EAGLE-3, https://arxiv.org/abs/2503.01840). It is trained beside the task, from states of both
+networks that get no gradient of it.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +26,19 @@ from torch import Tensor, nn
 from shadowtune.core.kernels.linear_cross_entropy import Head
 from shadowtune.core.losses import IGNORE_INDEX, linear_cross_entropy, normalize, shift_and_select
 from shadowtune.errors import ConfigError
+
+
+class DraftContext(NamedTuple):
+    """What a draft depends on beside s0 of its token."""
+
+    previous: Tensor
+    """(..., d), z of the draft before; h of the token before at the first draft."""
+    fused: Tensor | None
+    """The term of E (..., 2r); None without ``draft_layers``."""
+
+    def later(self) -> "DraftContext":
+        """Return the context of drafts (B, T, ...) one position later; zeros come before the first."""
+        return DraftContext(_one_later(self.previous), None if self.fused is None else _one_later(self.fused))
 
 
 class DraftHead(nn.Module):
@@ -34,27 +52,39 @@ class DraftHead(nn.Module):
 
     def __init__(self, width: int, rank: int, layers: int = 0) -> None:
         super().__init__()
-        self.down = nn.Linear(2 * width, rank, bias=False)
-        self.layers_down = nn.Linear(layers * width, rank, bias=False) if layers else None
+        inner = 2 * rank if layers else rank
+        self.down = nn.Linear(2 * width, inner, bias=False)
+        self.fusion = nn.Linear((1 + layers) * width, inner, bias=False) if layers else None
         self.up = nn.Linear(rank, width, bias=False)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, initial_states: Tensor, previous_states: Tensor) -> Tensor:
-        """Return z, the input of the head.
+    def begin(self, features: Tensor) -> DraftContext:
+        """Return the context of the first draft, from ``draft_features`` (..., (1 + m) d) of the token before."""
+        width = self.up.weight.shape[0]
+        features = features.to(self.down.weight.dtype)
+        fused = None
+        if self.fusion is not None:
+            fused = self.fusion(_norm(features.unflatten(-1, (-1, width))).flatten(-2))
+        return DraftContext(features[..., :width], fused)
+
+    def forward(self, initial_states: Tensor, context: DraftContext) -> DraftContext:
+        """Return the context of the next draft, of which ``previous`` is z (..., d), the input of the head.
 
         Args:
             initial_states: s0 (..., d).
-            previous_states: of the token before: ``draft_features`` (..., (1 + m) d), or z (..., d) within a draft.
+            context: of this draft.
         """
-        s = initial_states.to(self.down.weight.dtype)
-        width = s.shape[-1]
-        previous = previous_states.to(s.dtype)
-        inner = self.down(torch.cat([s, previous[..., :width]], -1))
-        if self.layers_down is not None and previous.shape[-1] > width:
-            layers = previous[..., width:].unflatten(-1, (-1, width))
-            inner = inner + self.layers_down(F.rms_norm(layers, (width,), eps=1e-6).flatten(-2))
-        correction: Tensor = self.up(F.silu(inner))
-        return s + correction
+        s, (previous, fused) = initial_states.to(self.down.weight.dtype), context
+        if fused is None:
+            inner = F.silu(self.down(torch.cat([s, previous], -1)))
+        else:
+            gate, value = (self.down(torch.cat([_norm(s), _norm(previous)], -1)) + fused).chunk(2, -1)
+            inner = F.silu(gate) * value
+        return context._replace(previous=s + self.up(inner))
+
+
+def _norm(states: Tensor) -> Tensor:
+    return F.rms_norm(states, states.shape[-1:], eps=1e-6)
 
 
 class DraftVocabulary:
@@ -117,10 +147,10 @@ def resolve_layers(layers: Sequence[int] | None, blocks: int) -> tuple[int, ...]
 
 def unrolled_proposals(draft_head: DraftHead, features: Tensor, initial_states: Tensor, steps: int) -> list[Tensor]:
     """Return z (B, T, d) of the first, the second, ... draft in a row of each token; arguments as in ``draft_loss``."""
-    previous, proposals = features, list[Tensor]()
+    context, proposals = draft_head.begin(features), list[Tensor]()
     for _ in range(steps):
-        previous = draft_head(initial_states, _one_later(previous))
-        proposals.append(previous)
+        context = draft_head(initial_states, context.later())
+        proposals.append(context.previous)
     return proposals
 
 

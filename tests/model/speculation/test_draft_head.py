@@ -79,9 +79,9 @@ def test_it_reads_the_state_that_chose_the_last_token(rows, settings, monkeypatc
     propose = ShadowDrafter.propose
 
     def watched(self, texts, states):
-        before = self._previous
+        before = self._context.previous
         proposal = propose(self, texts, states)
-        seen.append((before, states, self._previous))
+        seen.append((before, states, self._context.previous))
         return proposal
 
     monkeypatch.setattr(ShadowDrafter, "propose", watched)
@@ -89,7 +89,7 @@ def test_it_reads_the_state_that_chose_the_last_token(rows, settings, monkeypatc
     mask = torch.ones_like(ids)
     said = model.generate(input_ids=ids, attention_mask=mask, **settings, speculate=2)
     with torch.no_grad():
-        h, s = model(said).draft_features, model.encode(said)[1].initial
+        h, s = model(said).last_hidden_state, model.encode(said)[1].initial
     torch.testing.assert_close(seen[0][0], h[:, 7], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(seen[0][1], s[:, 8], atol=1e-4, rtol=1e-4)
     assert seen[1][0] is seen[0][2]

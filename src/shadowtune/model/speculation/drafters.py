@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from shadowtune.config.shadow import SpeculationConfig
-from shadowtune.core.draft_head import DraftHead, DraftVocabulary
+from shadowtune.core.draft_head import DraftContext, DraftHead, DraftVocabulary
 from shadowtune.core.kernels.linear_cross_entropy import Head
 from shadowtune.errors import ConfigError
 from shadowtune.model.speculation.draft_length import DraftLength
@@ -72,15 +72,17 @@ class ShadowDrafter:
         branches: int = 1,
     ) -> None:
         self._draft_head, self._branches = draft_head, branches
-        self._previous: Tensor | None = None
+        self._context: DraftContext | None = None
         self._warpers: Callable[[Any, Tensor], Tensor] | None = warpers
         self._vocabulary = DraftVocabulary(head, vocabulary)
 
     def propose(self, texts: Callable[[], Sequence[list[int]]], states: Tensor | None) -> Proposal:
         """Propose a token from s0."""
         assert states is not None
-        if self._draft_head is not None and self._previous is not None:
-            states = self._previous = self._draft_head(states, self._previous)
+        if self._context is not None:
+            assert self._draft_head is not None
+            self._context = self._draft_head(states, self._context)
+            states = self._context.previous
         scores = self._vocabulary.head.apply(states).float()
         if self._warpers is None:
             top = scores.max(-1)
@@ -104,7 +106,9 @@ class ShadowDrafter:
 
     def learn(self, hidden_states: Tensor | None) -> None:
         """Start the next draft from these states."""
-        self._previous = hidden_states
+        self._context = None
+        if self._draft_head is not None and hidden_states is not None:
+            self._context = self._draft_head.begin(hidden_states)
 
 
 class NgramDrafter:
