@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from shadowtune.core.calibration_metrics import auroc, expected_calibration_error, reliability
-from shadowtune.core.deferral_head import DeferralHead, answer_log_odds, log_agreement, standardized_head
+from shadowtune.core.deferral_head import (
+    DeferralHead,
+    answer_log_odds,
+    log_agreement,
+    standardized_head,
+    token_statistics,
+)
+from shadowtune.serving.edge.confidence import statistics_from_logits
 
 
 def head(width=6):
@@ -18,12 +25,20 @@ def test_a_head_folds_into_the_states_before_a_projection():
 
 
 def test_standardized_weights_become_those_of_raw_states():
-    states = 3 * torch.randn(40, 6).double() + 5
-    mean, spread = torch.stack([states.mean(0)] * 2), torch.stack([states.std(0)] * 2)
-    weight, bias = torch.randn(2, 6).double(), torch.randn(2).double()
-    expected = ((states[:, None] - mean) / spread * weight).sum(-1) + bias
-    found = standardized_head(weight, bias, mean, spread).logits(states)
+    inputs = 3 * torch.randn(40, 6 + 3).double() + 5
+    mean, spread = torch.stack([inputs.mean(0)] * 2), torch.stack([inputs.std(0)] * 2)
+    weight, bias = torch.randn(2, 9).double(), torch.randn(2).double()
+    expected = ((inputs[:, None] - mean) / spread * weight).sum(-1) + bias
+    head = standardized_head(weight, bias, mean, spread)
+    found = head.with_statistics(head.logits(inputs[:, :6]), inputs[:, 6:])
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_token_statistics_are_those_of_the_edge():
+    logits, tokens = torch.randn(4, 9), torch.tensor([0, 3, 8, 3])
+    for found, row, token in zip(token_statistics(logits, tokens), logits, tokens.tolist(), strict=True):
+        expected = statistics_from_logits(row, token, 0)
+        assert found.tolist() == pytest.approx([expected.logprob, expected.margin, expected.entropy], abs=1e-5)
 
 
 def test_the_probabilities_of_an_answer():

@@ -7,11 +7,13 @@ import torch
 from shadowtune.cli.main import main
 from shadowtune.cli.push import model_files
 from shadowtune.cli.source import detached_model, open_source
-from shadowtune.core.deferral_head import DeferralHead
+from shadowtune.core.calibration_metrics import auroc
+from shadowtune.core.deferral_head import DeferralHead, token_statistics
 from shadowtune.data.collate import CausalCollator
 from shadowtune.errors import CheckpointError, ConfigError, DataError
 from shadowtune.export.deferral import add_deferral_head, folded_head
 from shadowtune.export.loading import load_model
+from shadowtune.model.checkpoint import tensor_checksum
 from shadowtune.model.deferral_files import SavedDeferralHead, read_deferral_head, write_deferral_head
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.training.deferral import (
@@ -34,7 +36,8 @@ NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 
 def random_head(width, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return DeferralHead(torch.randn(2, width, generator=generator), torch.randn(2, generator=generator))
+    shapes = ((2, width), (2,), (2, 3))
+    return DeferralHead(*(torch.randn(shape, generator=generator) for shape in shapes))
 
 
 @pytest.mark.parametrize("shape", [{}, NARROW])
@@ -77,13 +80,39 @@ def test_a_head_finds_what_a_direction_of_the_states_tells():
         states = torch.randn(3, 12)
         odds = 6 * states[:, 0]
         examples.append(
-            AnsweredExample(states, (torch.rand(3) < odds.sigmoid()).float(), float(states[:, 1].mean() > 0))
+            AnsweredExample(
+                states, torch.randn(3, 3), (torch.rand(3) < odds.sigmoid()).float(), float(states[:, 1].mean() > 0)
+            )
         )
     saved = fit_deferral_head(examples)
     assert saved.quality["differs_auroc"] > 0.85
     assert saved.quality["helps_auroc"] > 0.95
     weight = saved.head.weight
     assert int(weight[0].abs().argmax()) == 0 and int(weight[1].abs().argmax()) == 1
+
+
+def test_a_head_ranks_as_the_probability_does_where_the_states_tell_nothing():
+    torch.manual_seed(2)
+    examples = []
+    for _ in range(120):
+        statistics = torch.stack([-3 * torch.rand(4), torch.rand(4), torch.rand(4)], 1)
+        unsure = float(statistics[:, 0].mean() < -1.5 + 0.1 * torch.randn(()))
+        examples.append(AnsweredExample(torch.randn(4, 64), statistics, torch.zeros(4), unsure))
+    saved = fit_deferral_head(examples)
+    plain = auroc([-float(each.statistics[:, 0].mean()) for each in examples], [each.helps for each in examples])
+    assert saved.quality["helps_auroc"] > plain - 0.05 > 0.8
+
+
+def test_a_head_of_the_first_schema_reads_states_alone(tmp_path):
+    path, head = write("safetensors", tmp_path), random_head(32)
+    write_deferral_head(SavedDeferralHead(head), path)
+    file = path / "deferral_head.json"
+    described = json.loads(file.read_text())
+    del described["statistics_weight"]
+    first = {"weight": head.weight, "bias": head.bias}
+    file.write_text(json.dumps({**described, "schema": 1, "sha256": tensor_checksum(first)}))
+    read = read_deferral_head(path).head
+    assert torch.equal(read.weight, head.weight) and not read.statistics_weight.any()
 
 
 @pytest.mark.parametrize(("label", "positive"), [(0.0, False), (1.0, True)])
@@ -95,7 +124,9 @@ def test_one_class_gives_a_constant_that_is_never_certain(label, positive):
 
 
 def test_one_example_is_enough_to_end_without_an_error():
-    saved = fit_deferral_head([AnsweredExample(torch.randn(3, 4), torch.tensor([0.0, 1.0, 0.0]), 1.0)])
+    saved = fit_deferral_head(
+        [AnsweredExample(torch.randn(3, 4), torch.randn(3, 3), torch.tensor([0.0, 1.0, 0.0]), 1.0)]
+    )
     assert bool(saved.head.weight.isfinite().all())
 
 
@@ -158,7 +189,8 @@ def test_every_runtime_gives_what_the_states_say(kind, tmp_path):
     _, answer = answered(LocalModel(load_model(path), "tiny"), ask(max_tokens=4, ignore_eos=True))
     ids = plain.generate(torch.tensor([PROMPT]), max_new_tokens=4, do_sample=False, eos_token_id=None)
     states = plain.model(ids[:, :-1]).last_hidden_state[0, len(PROMPT) - 1 :]
-    logits = head.logits(states).detach()
+    statistics = token_statistics(plain(ids[:, :-1]).logits[0, len(PROMPT) - 1 :], ids[0, len(PROMPT) :])
+    logits = head.with_statistics(head.logits(states), statistics).detach()
     loose = 2e-2 if kind == "gguf" else 1e-4  # llama.cpp keeps its cache in 16 bits
     assert answer.signals.agreement == pytest.approx(float((1 - logits[:, 0].sigmoid()).prod()), abs=loose)
     assert answer.signals.deferral == pytest.approx(1 - float(logits[:, 1].mean().sigmoid()), abs=loose)

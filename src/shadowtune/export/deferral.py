@@ -44,7 +44,7 @@ def add_deferral_head(saved: SavedDeferralHead, path: Path) -> None:
 
 
 def _add_output(saved: SavedDeferralHead, file: Path) -> None:
-    """Add ``DEFERRAL_OUTPUT``, the head's log-odds (B, S, 2) at the positions that have logits."""
+    """Add ``DEFERRAL_OUTPUT``, W s + c (B, S, 2) at the positions that have logits; the reader adds U x."""
     import onnx
     from onnx import helper, numpy_helper
 

@@ -46,7 +46,7 @@ class TokenLogits(NamedTuple):
     logits: np.ndarray
     """(V,), float32."""
     deferral: tuple[float, float] | None
-    """The deferral head's two log-odds, of the token that is chosen here; None without a head."""
+    """W s + c of the deferral head, for the token that is chosen here; None without a head."""
 
 
 class Stepwise(Runtime):
@@ -195,7 +195,7 @@ class GgufModel(Runtime):
             raise CheckpointError(f"llama.cpp cannot read {self._file}: {error}") from None
 
     def deferral_logits(self, prompt: list[int], answer: list[int]) -> list[tuple[float, float]]:
-        """Return the deferral head's two log-odds for each token of an answer.
+        """Return W s + c of the deferral head for each token of an answer.
 
         llama.cpp gives either tokens or states, so this is a pass over both texts by a second instance of the model,
         which is loaded at the first call; its weights are the same pages of memory.

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from shadowtune.core.deferral_head import DeferralHead
+from shadowtune.core.deferral_head import STATISTICS, DeferralHead
 from shadowtune.errors import CheckpointError
 from shadowtune.model.checkpoint import tensor_checksum
 from shadowtune.model.files import writing_into
 
 FILE = "deferral_head.json"
-SCHEMA = 1
+SCHEMA = 2
+"""1 had no weights of the token statistics."""
 CHUNK = 1 << 22
 """Bytes of a weights file that are hashed at a time."""
 
@@ -69,14 +70,16 @@ def write_deferral_head(saved: SavedDeferralHead, model: Path) -> None:
     Raises:
         CheckpointError: if the files cannot be written, or there are no weights.
     """
-    head = DeferralHead(saved.head.weight.cpu().contiguous(), saved.head.bias.cpu())
-    tensors = {"weight": head.weight, "bias": head.bias}
+    head = saved.head
+    own = {"weight": head.weight, "bias": head.bias, "statistics_weight": head.statistics_weight}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in own.items()}
     described: dict[str, Any] = {
         "schema": SCHEMA,
         "model_sha256": weights_digest(model),
         "width": head.width,
         "outputs": ["log-odds of another token", "log-odds of a better answer"],
         "reads": "the state that the language model's head reads, of each generated token",
+        "statistics": ["log-probability", "margin of the two likeliest", "entropy over its largest value"],
         "quality": dict(saved.quality),
         "sha256": tensor_checksum(tensors),
         **{name: tensor.tolist() for name, tensor in tensors.items()},
@@ -98,8 +101,10 @@ def read_deferral_head(model: Path) -> SavedDeferralHead | None:
     try:
         described: Any = json.loads(file.read_text(encoding="utf-8"))
         expected, width, quality = described["model_sha256"], described["width"], dict(described["quality"])
-        weight, bias = (torch.tensor(described[name], dtype=torch.float32) for name in ("weight", "bias"))
-        intact = tensor_checksum({"weight": weight, "bias": bias}) == described["sha256"]
+        names = ("weight", "bias") if described["schema"] == 1 else ("weight", "bias", "statistics_weight")
+        tensors = {name: torch.tensor(described[name], dtype=torch.float32) for name in names}
+        head = DeferralHead(**tensors)
+        intact = tensor_checksum(tensors) == described["sha256"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise CheckpointError(damaged) from None
     if expected != weights_digest(model):
@@ -107,10 +112,11 @@ def read_deferral_head(model: Path) -> SavedDeferralHead | None:
             f"{file} belongs to other weights than those of {model}; export both anew, or delete the file to do "
             "without a deferral head"
         )
-    shapes = tuple(weight.shape) == (2, width) and tuple(bias.shape) == (2,)
-    if not (shapes and intact and bool(weight.isfinite().all()) and bool(bias.isfinite().all())):
+    parts = (head.weight, head.bias, head.statistics_weight)
+    shapes = [tuple(part.shape) for part in parts] == [(2, width), (2,), (2, STATISTICS)]
+    if not (shapes and intact and all(bool(part.isfinite().all()) for part in parts)):
         raise CheckpointError(damaged)
-    return SavedDeferralHead(DeferralHead(weight, bias), quality)
+    return SavedDeferralHead(head, quality)
 
 
 def _file_digest(file: Path) -> str:

@@ -2,7 +2,8 @@
 
 On examples that neither network has learned, the detached shadow answers greedily, and one pass of the attached model
 over prompt and answer gives the states s0 and the tokens that the attached model would choose instead. Two logistic
-regressions are fitted to them: of single tokens, and of whole answers (``core.deferral_head``). An answer is right if
+regressions are fitted to the states and to the probabilities of the tokens: of single tokens, and of whole answers
+(``core.deferral_head``). An answer is right if
 its text equals that of the labels. Answers that only the attached model has right are few, so that the second one may
 learn "the attached model would replace a token" instead, and is then rescaled to them.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from shadowtune.config.training import TrainConfig
 from shadowtune.core.calibration_metrics import auroc
-from shadowtune.core.deferral_head import standardized_head
+from shadowtune.core.deferral_head import STATISTICS, standardized_head, token_statistics
 from shadowtune.core.losses import IGNORE_INDEX
 from shadowtune.data.collate import CausalCollator
 from shadowtune.data.generation import generate_answers
@@ -29,8 +30,11 @@ from shadowtune.model.deferral_files import SavedDeferralHead
 if TYPE_CHECKING:
     from shadowtune.training.stages import StageContext
 
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-"""Candidate weights of the squared norm of the standardized weights, beside the mean log-loss."""
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 30.0)
+"""Candidate weights of the squared norm of the standardized weights of the states, beside the mean log-loss. With the
+largest one the states hardly count."""
+STATISTICS_PENALTY = 1e-3
+"""That of the token statistics: the head must be able to rank as they do."""
 FOLDS = 5
 MAX_TOKENS = 20_000
 """Most tokens that the regression of tokens is fitted to, the first ones."""
@@ -41,6 +45,8 @@ class AnsweredExample(NamedTuple):
 
     states: Tensor
     """s0 that each of its T tokens was read off, (T, d), float32, on the CPU."""
+    statistics: Tensor
+    """Of each token, (T, 3), float32."""
     differs: Tensor
     """1 where the attached model would choose another token after the same text, (T,), float32."""
     helps: float
@@ -51,13 +57,13 @@ class LogisticFit(NamedTuple):
     """A logistic regression, with its quality on examples that it was not fitted to."""
 
     weight: Tensor
-    """(d,), of standardized inputs."""
+    """(d + 3,), of standardized inputs."""
     bias: Tensor
     """()."""
     mean: Tensor
-    """(d,), of the inputs."""
+    """(d + 3,), of the inputs."""
     spread: Tensor
-    """(d,), of the inputs."""
+    """(d + 3,), of the inputs."""
     quality: dict[str, float]
 
 
@@ -134,8 +140,8 @@ def answer_examples(
         texts = ([_text(tokenizer, ids) for ids in side] for side in (detached, attached, references))
         right = [(edge == correct, cloud == correct) for edge, cloud, correct in zip(*texts, strict=True)]
         return [
-            AnsweredExample(states, differs, float(cloud and not edge))
-            for (states, differs), (edge, cloud) in zip(compared, right, strict=True)
+            AnsweredExample(*tokens, float(cloud and not edge))
+            for tokens, (edge, cloud) in zip(compared, right, strict=True)
         ]
     finally:
         model.set_mode(before)
@@ -143,8 +149,8 @@ def answer_examples(
 
 def _compare_tokens(
     model: ShadowForCausalLM, prompts: list[list[int]], answers: list[list[int]], pad: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the states and differences of each answer, by one attached pass over prompts and answers."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield states, statistics and differences of each answer, by one attached pass over prompts and answers."""
     collate = CausalCollator(pad)
     for start in range(0, len(prompts), batch_size):
         chosen = range(start, min(start + batch_size, len(prompts)))
@@ -154,10 +160,12 @@ def _compare_tokens(
         output, state = model.encode(ids, mask, use_cache=False, run_shadow=True)
         assert output.last_hidden_state is not None and state.initial is not None
         for row, index in enumerate(chosen):
-            answer, begin = torch.tensor(answers[index]), len(prompts[index]) - 1
+            answer, begin = torch.tensor(answers[index], device=model.device), len(prompts[index]) - 1
             reads = slice(begin, begin + len(answer))
-            tokens = model.logits_of(output.last_hidden_state[row, reads]).argmax(-1).cpu()
-            yield state.initial[row, reads].float().cpu(), (tokens != answer).float()
+            differs = model.logits_of(output.last_hidden_state[row, reads]).argmax(-1) != answer
+            states = state.initial[row, reads]
+            statistics = token_statistics(model.logits_of(states), answer)
+            yield states.float().cpu(), statistics.cpu(), differs.float().cpu()
 
 
 def fit_deferral_head(answered: Sequence[AnsweredExample]) -> SavedDeferralHead:
@@ -168,13 +176,15 @@ def fit_deferral_head(answered: Sequence[AnsweredExample]) -> SavedDeferralHead:
     """
     lengths = torch.tensor([len(each.states) for each in answered])
     numbers = torch.arange(len(answered))
-    states = torch.cat([each.states for each in answered])[:MAX_TOKENS]
+    inputs = [torch.cat([each.states, each.statistics], 1) for each in answered]
     differs = torch.cat([each.differs for each in answered])[:MAX_TOKENS]
-    means = torch.stack([each.states.mean(0) for each in answered])
+    means = torch.stack([each.mean(0) for each in inputs])
     helps = torch.tensor([each.helps for each in answered])
     replaced = torch.stack([each.differs.max() for each in answered])
     fits = {
-        "differs": fit_logistic(states, differs, numbers.repeat_interleave(lengths)[:MAX_TOKENS]),
+        "differs": fit_logistic(
+            torch.cat(inputs)[:MAX_TOKENS], differs, numbers.repeat_interleave(lengths)[:MAX_TOKENS]
+        ),
         "helps": fit_logistic(means, helps, numbers, replaced),
     }
     weight, bias, mean, spread = (torch.stack(parts) for parts in zip(*(fit[:4] for fit in fits.values()), strict=True))
@@ -189,7 +199,7 @@ def fit_logistic(inputs: Tensor, labels: Tensor, groups: Tensor, proxy: Tensor |
     neither overconfident nor shrunk by the penalty.
 
     Args:
-        inputs: (N, d).
+        inputs: (N, d + 3): states, and statistics, whose penalty is ``STATISTICS_PENALTY``.
         labels: (N,), 0 or 1. If all are equal, the weights are 0 and the bias has the smoothed share.
         groups: (N,), int; inputs of one group are in one fold.
         proxy: (N,), other labels that may be learned in place of ``labels`` where these are rare: those whose rescaled
@@ -198,7 +208,8 @@ def fit_logistic(inputs: Tensor, labels: Tensor, groups: Tensor, proxy: Tensor |
     inputs, labels = inputs.double(), labels.double()
     count, positive = len(labels), float(labels.sum())
     mean = inputs.mean(0)
-    spread = inputs.std(0, correction=0).clamp_min(1e-6 * inputs.abs().max().clamp_min(1e-6))
+    spread = inputs.std(0, correction=0).clamp_min(1e-12)
+    spread = spread.maximum(1e-6 * inputs.abs().amax(0))  # of constant inputs
     quality = {"count": float(count), "positive": positive}
     if positive in (0, count):
         bias = torch.tensor((positive + 1) / (count - positive + 1), dtype=torch.float64).log()
@@ -222,7 +233,7 @@ def fit_logistic(inputs: Tensor, labels: Tensor, groups: Tensor, proxy: Tensor |
 def _rescaling(log_odds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return slope (at least 0) and offset with which log-odds (N,) fit labels (N,) of both kinds best."""
     spread = log_odds.std(correction=0).clamp_min(1e-9)
-    slope, offset = _fit(log_odds[:, None] / spread, labels, 1e-6)
+    slope, offset = _fit(log_odds[:, None] / spread, labels, 1e-6, statistics=0)
     if slope[0] > 0:
         return slope[0] / spread, offset
     return torch.zeros_like(offset), (labels.mean() / (1 - labels.mean())).log()
@@ -240,14 +251,17 @@ def _out_of_fold(inputs: Tensor, labels: Tensor, folds: Tensor, penalty: float) 
     return found
 
 
-def _fit(inputs: Tensor, labels: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+def _fit(inputs: Tensor, labels: Tensor, penalty: float, statistics: int = STATISTICS) -> tuple[Tensor, Tensor]:
+    """Return weights (d,) and bias; the last ``statistics`` inputs have ``STATISTICS_PENALTY``."""
+    penalties = torch.full((inputs.shape[1],), penalty, dtype=inputs.dtype)
+    penalties[inputs.shape[1] - statistics :] = STATISTICS_PENALTY
     parameters = torch.zeros(inputs.shape[1] + 1, dtype=inputs.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
 
     @torch.enable_grad()
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = _log_loss(inputs @ parameters[1:] + parameters[0], labels) + penalty * parameters[1:].square().sum()
+        value = _log_loss(inputs @ parameters[1:] + parameters[0], labels) + (penalties * parameters[1:].square()).sum()
         value.backward()
         return value
 

@@ -16,13 +16,13 @@ probabilities are the model's own, before temperature and the rest of the sampli
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from shadowtune.config.serving import TOKEN_SIGNALS, PolicyConfig, SignalName, Weights
-from shadowtune.core.deferral_head import answer_log_odds, log_agreement
+from shadowtune.core.deferral_head import DeferralHead, answer_log_odds, log_agreement
 
 EPSILON = 1e-6
 """Distance from 0 and 1 to which signals are clipped, for finite log-odds."""
@@ -87,6 +87,23 @@ def statistics_from_top(
     if rest > 0 and others > 0:
         entropy -= rest * math.log(rest / others)
     return TokenStatistics(token, logprob, _margin(likely), _normalized(entropy, vocabulary), tuple(likely[:top]))
+
+
+def with_deferral(
+    token: TokenStatistics, state_logits: tuple[float, float] | None, head: DeferralHead | None
+) -> TokenStatistics:
+    """Return the statistics with the head's log-odds; unchanged without a head.
+
+    Args:
+        token: the chosen token.
+        state_logits: W s + c, as the runtime gives it.
+        head: the runtime's.
+    """
+    if state_logits is None or head is None:
+        return token
+    statistics = torch.tensor([token.logprob, token.margin, token.entropy])
+    differs, helps = head.with_statistics(torch.tensor(state_logits), statistics).tolist()
+    return replace(token, deferral=(differs, helps))
 
 
 def signals_of(tokens: Sequence[TokenStatistics]) -> Signals:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,12 @@ from transformers import GenerationConfig
 from shadowtune.export.loading import LoadedModel
 from shadowtune.export.runtimes import GgufModel, Stepwise
 from shadowtune.serving.constrained import SchemaMatcher
-from shadowtune.serving.edge.confidence import TokenStatistics, statistics_from_logits, statistics_from_top
+from shadowtune.serving.edge.confidence import (
+    TokenStatistics,
+    statistics_from_logits,
+    statistics_from_top,
+    with_deferral,
+)
 from shadowtune.serving.requests import GenerationRequest, RequestError, SamplingParams
 from shadowtune.serving.sampling import logits_processors, random_generator, repetition_penalty, sample
 
@@ -74,7 +79,7 @@ def decoding_steps(
         if matcher is not None and chosen not in ends:
             matcher.advance(chosen)
         complete = matcher is not None and matcher.complete
-        token = replace(statistics_from_logits(logits, chosen, top), deferral=output.deferral)
+        token = with_deferral(statistics_from_logits(logits, chosen, top), output.deferral, opened.deferral_head)
         yield DecodingStep(token, None, count, complete)
         if count < limit:
             sequence.append(chosen)

@@ -14,7 +14,7 @@ from shadowtune.export.runtimes import GgufModel
 from shadowtune.serving.background import DaemonThread, SharedWork
 from shadowtune.serving.constrained import SchemaCompiler, SchemaMatcher
 from shadowtune.serving.detokenizer import IncrementalDetokenizer
-from shadowtune.serving.edge.confidence import NO_SIGNALS, Signals, TokenStatistics, signals_of
+from shadowtune.serving.edge.confidence import NO_SIGNALS, Signals, TokenStatistics, signals_of, with_deferral
 from shadowtune.serving.edge.generation import decoding_steps
 from shadowtune.serving.requests import (
     FinishReason,
@@ -160,7 +160,8 @@ class LocalStream:
         if not isinstance(runtime, GgufModel) or runtime.deferral_head is None or len(tokens) != count or not tokens:
             return tokens
         found = runtime.deferral_logits(self._ids, [token.id for token in tokens])
-        return [replace(token, deferral=logits) for token, logits in zip(tokens, found, strict=True)]
+        head = runtime.deferral_head
+        return [with_deferral(token, logits, head) for token, logits in zip(tokens, found, strict=True)]
 
     def _logprobs(self, token: TokenStatistics) -> tuple[GeneratedToken, ...]:
         if self._request.top_logprobs is None:
