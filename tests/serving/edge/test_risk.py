@@ -1,5 +1,6 @@
 import math
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -85,19 +86,35 @@ def test_too_few_rows_say_how_many_would_do():
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([example(0.5, 1.0)] * 50, "better in 0 of 50 examples, .* about 1020 examples would suffice.*always-edge"),
+        ([example(0.5, 1.0)] * 50, "better in 0 of 50 examples, .* about 2084 examples would suffice.*always-edge"),
         ([example(0.5, 0.0)] * 50, "no better in 0 of 50 examples, .*always-cloud"),
-        ([example(0.5, 0.0)] * 4 + [example(0.5, 1.0)] * 96, "better in 4 of 100 examples, .* about 225 examples"),
+        ([example(0.5, 0.0)] * 4 + [example(0.5, 1.0)] * 96, "better in 4 of 100 examples, .* about 506 examples"),
     ],
 )
 def test_one_kind_alone_is_refused_with_the_rows_that_would_do(rows, said):
     with pytest.raises(ShadowtuneError, match=said):
-        check_examples(rows, 5)
-    check_examples(rows, 0)
+        check_examples(rows[::2], rows[1::2], 5)
+    check_examples(rows[::2], rows[1::2], 0)
+
+
+def test_a_half_with_too_few_of_a_kind_is_refused_though_both_together_have_enough():
+    better, other = example(0.5, 0.0), example(0.5, 1.0)
+    with pytest.raises(ShadowtuneError, match=r"better in 10 of 100 examples, 3 in the half that chooses .* and 7 in"):
+        check_examples([better] * 3 + [other] * 47, [better] * 7 + [other] * 43, 5)
+
+
+@pytest.mark.parametrize(("found", "count"), [(3, 40), (1, 100), (30, 70)])
+def test_as_many_rows_as_the_refusal_names_nearly_always_do(found, count):
+    rows = [example(0.5, 0.0)] * found + [example(0.5, 1.0)] * (count - found)
+    with pytest.raises(ShadowtuneError, match="about") as refused:
+        check_examples(rows[::2], rows[1::2], 25)
+    enough = int(re.search(r"about (\d+) examples", str(refused.value))[1])
+    numbers = np.random.default_rng(0).binomial(enough // 2, found / count, (2000, 2)).min(1)
+    assert 0.92 < (numbers >= 25).mean() < 0.99
 
 
 def test_enough_of_both_kinds_pass():
-    check_examples([example(0.5, 0.0)] * 10 + [example(0.5, 1.0)] * 10, 5)
+    check_examples(*[[example(0.5, 0.0)] * 5 + [example(0.5, 1.0)] * 5] * 2, 5)
 
 
 def test_the_fast_area_is_that_of_the_curve():

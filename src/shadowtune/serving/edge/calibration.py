@@ -3,7 +3,7 @@
 The learned router is a logistic regression: the probability that the cloud's answer would not be better.
 """
 
-import math
+import bisect
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from shadowtune.core.calibration_metrics import (
 )
 from shadowtune.errors import ConfigError, ShadowtuneError
 from shadowtune.serving.edge.confidence import features, learned_confidence
-from shadowtune.serving.edge.risk import controlled_threshold
+from shadowtune.serving.edge.risk import binomial_cdf, controlled_threshold
 from shadowtune.serving.edge.thresholds import (
     ALWAYS,
     CalibrationExample,
@@ -133,10 +133,10 @@ def calibrate(
     Raises:
         ShadowtuneError: if no threshold reaches the target, or the examples are too few to choose one.
     """
-    check_examples(examples, minimum)
     drawn = random.Random(0).sample(list(examples), len(examples))
     half = (len(examples) + 1) // 2
     chosen, others = drawn[:half], drawn[half:]
+    check_examples(chosen, others, minimum)
     signals = available_signals(examples)
     if signal != "auto" and signal not in signals:
         raise ConfigError(
@@ -174,23 +174,44 @@ def calibrate(
     return Calibration(policy, promised, found, scores, _qualities(chosen, others, curves, levels, checks), curves)
 
 
-def check_examples(examples: Sequence[CalibrationExample], minimum: int) -> None:
-    """Raise ShadowtuneError if either half could hold too few examples of a kind to choose a threshold by.
+def check_examples(chosen: Sequence[CalibrationExample], others: Sequence[CalibrationExample], minimum: int) -> None:
+    """Raise ShadowtuneError if a half holds too few examples of a kind to choose a threshold, or to check one.
 
     Args:
-        examples: of both halves.
+        chosen: examples of the half that chooses.
+        others: of the half that checks.
         minimum: least examples that the cloud answers better, and that it does not, in each half.
     """
-    count, helped = len(examples), sum(each.cloud_helps for each in examples)
-    kinds = ((helped, "better", "always-edge"), (count - helped, "no better", "always-cloud"))
-    for number, words, policy in kinds:
-        if number < 2 * minimum:
-            enough = math.ceil(2 * minimum * (count + 1) / (number + 0.5))
+    halves = (chosen, others)
+    count, helped = len(chosen) + len(others), [sum(each.cloud_helps for each in half) for half in halves]
+    rest = [len(half) - number for half, number in zip(halves, helped, strict=True)]
+    kinds = ((helped, "better", "always-edge"), (rest, "no better", "always-cloud"))
+    for numbers, words, policy in kinds:
+        if min(numbers) < minimum:
+            enough = _sufficient(sum(numbers) / count or 0.5 / (count + 1), minimum)
             raise ShadowtuneError(
-                f"the cloud's answer is {words} in {number} of {count} examples, of at least {2 * minimum} that choose "
-                f"and check a threshold: about {enough} examples would suffice at this rate; name more, lower "
-                f"--minimum, or serve with --policy-kind {policy}"
+                f"the cloud's answer is {words} in {sum(numbers)} of {count} examples, {numbers[0]} in the half that "
+                f"chooses a threshold and {numbers[1]} in the half that checks it, of at least {minimum} in each: "
+                f"about {enough} examples would suffice at this rate; name more, lower --minimum, or serve with "
+                f"--policy-kind {policy}"
             )
+
+
+def _sufficient(rate: float, minimum: int) -> int:
+    """Return how many examples have, with a probability of 0.975 for each half, ``minimum`` of a kind there.
+
+    Args:
+        rate: of the kind, above 0.
+        minimum: at least 1.
+    """
+
+    def holds(half: int) -> bool:
+        return half >= minimum and binomial_cdf(minimum - 1, half, rate) <= 0.025
+
+    high = minimum
+    while not holds(high):
+        high *= 2
+    return 2 * bisect.bisect_left(range(high + 1), True, key=holds)
 
 
 def _qualities(
