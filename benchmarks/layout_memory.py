@@ -6,10 +6,10 @@
     torchrun --nproc-per-node 2 -m benchmarks.layout_memory
     FSDP_CPU_RAM_EFFICIENT_LOADING=true torchrun --nproc-per-node 2 -m benchmarks.layout_memory
 
-On a processor, under Linux; anonymous memory, without the pages of libraries and of the checkpoint. "loading" is the
-largest of samples every 2 ms from the start of the run to its first step: base, start of the shadow, checks of the
-inputs, division among the processes. "training" is the peak of the second step and later ones, so gradients and the
-optimizer's state are there. Each process prints a line.
+On a processor, under Linux; anonymous memory, and resident pages of the checkpoint: weights that were read in their own
+precision are such pages. "loading" is the largest of samples every 20 ms from the start of the run to its first step:
+base, start of the shadow, checks of the inputs, division among the processes. "training" is the peak of the second step
+and later ones, so gradients and the optimizer's state are there. Each process prints a line.
 """
 
 import json
@@ -35,8 +35,20 @@ def status() -> dict[str, float]:
     return {words[0].rstrip(":"): int(words[1]) / 2**10 for words in lines if words[-1] == "kB"}
 
 
+def checkpoint_pages() -> float:
+    """Return the resident pages of mapped safetensors files that this process has not written to, in MiB."""
+    pages, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            counts = words[-1].endswith(".safetensors")
+        elif counts and words[0] in ("Rss:", "Anonymous:"):
+            pages += int(words[1]) if words[0] == "Rss:" else -int(words[1])
+    return pages / 2**10
+
+
 class Sampler(threading.Thread):
-    """Remembers the largest anonymous memory of this process until it is stopped."""
+    """Remembers the largest memory of this process until it is stopped."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -44,9 +56,9 @@ class Sampler(threading.Thread):
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        """Read the status every 2 ms."""
-        while not self.stopped.wait(0.002):
-            self.peak = max(self.peak, status()["RssAnon"])
+        """Measure every 20 ms."""
+        while not self.stopped.wait(0.02):
+            self.peak = max(self.peak, status()["RssAnon"] + checkpoint_pages())
 
 
 SAMPLER = Sampler()
@@ -64,7 +76,7 @@ class PeakMemory(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the peaks of this process."""
         sizes = status()
-        training = sizes["VmHWM"] - sizes["RssFile"] - sizes["RssShmem"]
+        training = sizes["VmHWM"] - sizes["RssFile"] - sizes["RssShmem"] + checkpoint_pages()
         sys.stdout.write(f"process {args.process_index}: loading {SAMPLER.peak:.0f} MiB, training {training:.0f} MiB\n")
 
 

@@ -107,7 +107,7 @@ def as_parts(base: PreTrainedModel) -> PreTrainedModel:
     if is_fsdp_enabled():
         raise AttachError(
             "fsdp_cpu_ram_efficient_loading loads the base in the first process alone, but every process starts its "
-            "shadow from it; set it to false, load the base with DistributedConfig(fsdp_size=n), or use shadowtune train"
+            "shadow from it; set it to false and load with DistributedConfig(fsdp_size=n), or use shadowtune train"
         )
     if not is_fsdp_managed(base):
         return base
