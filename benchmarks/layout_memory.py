@@ -1,16 +1,21 @@
-"""Peak memory of each process while it trains, in the layout that the launcher asks for; loading is left out.
+"""Peak memory of each process until the first step of a training, and in later ones, in the launcher's layout.
 
     export MALLOC_MMAP_THRESHOLD_=262144 OMP_NUM_THREADS=1
     torchrun --nproc-per-node 2 -m benchmarks.layout_memory
-    ACCELERATE_USE_FSDP=true FSDP_VERSION=2 torchrun --nproc-per-node 2 -m benchmarks.layout_memory
+    export ACCELERATE_USE_FSDP=true FSDP_VERSION=2
+    torchrun --nproc-per-node 2 -m benchmarks.layout_memory
+    FSDP_CPU_RAM_EFFICIENT_LOADING=true torchrun --nproc-per-node 2 -m benchmarks.layout_memory
 
-On a processor, under Linux. The peak is that of the second step and later ones, so gradients and the optimizer's state
-are there; anonymous memory, without the pages of libraries. Each process prints a line.
+On a processor, under Linux; anonymous memory, and resident pages of the checkpoint: weights that were read in their own
+precision are such pages. "loading" is the largest of samples every 20 ms from the start of the run to its first step:
+base, start of the shadow, checks of the inputs, division among the processes. "training" is the peak of the second step
+and later ones, so gradients and the optimizer's state are there. Each process prints a line.
 """
 
 import json
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +29,55 @@ MODEL = "smollm2-135m"
 ROWS, WORDS, STEPS = 16, 40, 3
 
 
+def status() -> dict[str, float]:
+    """Return the sizes in this process's status, in MiB."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) / 2**10 for words in lines if words[-1] == "kB"}
+
+
+def checkpoint_pages() -> float:
+    """Return the resident pages of mapped safetensors files that this process has not written to, in MiB."""
+    pages, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            counts = words[-1].endswith(".safetensors")
+        elif counts and words[0] in ("Rss:", "Anonymous:"):
+            pages += int(words[1]) if words[0] == "Rss:" else -int(words[1])
+    return pages / 2**10
+
+
+class Sampler(threading.Thread):
+    """Remembers the largest memory of this process until it is stopped."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0.0
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        """Measure every 20 ms."""
+        while not self.stopped.wait(0.02):
+            self.peak = max(self.peak, status()["RssAnon"] + checkpoint_pages())
+
+
+SAMPLER = Sampler()
+
+
 class PeakMemory(TrainerCallback):
-    """Starts the measurement before the second step, and prints its result after the last one."""
+    """Ends the first measurement before the first step, begins the second one after it, and prints both."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the peak so far."""
+        SAMPLER.stopped.set()
         if state.global_step == 1:
             Path("/proc/self/clear_refs").write_text("5")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Print the peak of this process."""
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        peak, files, shared = (int(status[name].split()[0]) / 2**10 for name in ("VmHWM", "RssFile", "RssShmem"))
-        sys.stdout.write(f"process {args.process_index}: {peak - files - shared:.0f} MiB\n")
+        """Print the peaks of this process."""
+        sizes = status()
+        training = sizes["VmHWM"] - sizes["RssFile"] - sizes["RssShmem"] + checkpoint_pages()
+        sys.stdout.write(f"process {args.process_index}: loading {SAMPLER.peak:.0f} MiB, training {training:.0f} MiB\n")
 
 
 class MeasuredTrainer(run.ShadowTrainer):
@@ -63,6 +104,7 @@ def main(directory: Path) -> None:
         max_steps=STEPS,
         keep_checkpoints=0,
     )
+    SAMPLER.start()
     run.train(config, quiet=True, overwrite=True)
 
 

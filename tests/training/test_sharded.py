@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from shadowtune import ShadowConfig, ShadowForCausalLM, attach
+from shadowtune.attach import sharded_loading
 from shadowtune.attach.sharding import is_part, loaded_in_parts, whole_shape, whole_state, write_whole
 from shadowtune.config.training import DataConfig, LoraConfig, TrainConfig
 from shadowtune.errors import AttachError, TrainingError
@@ -310,3 +311,9 @@ def test_further_settings_of_a_sharded_base_are_refused(other, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     with pytest.raises(AttachError, match="leave the other settings out"):
         ShadowForCausalLM.from_base(base)
+
+
+def test_a_base_that_only_the_first_process_has_is_refused(monkeypatch):
+    monkeypatch.setattr(sharded_loading, "is_fsdp_enabled", lambda: True)
+    with pytest.raises(AttachError, match="set it to false"):
+        ShadowForCausalLM.from_base(tiny_base())

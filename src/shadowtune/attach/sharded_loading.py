@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
 
 from shadowtune.attach.architectures import architecture_of
 from shadowtune.attach.sharding import (
@@ -101,8 +102,13 @@ def as_parts(base: PreTrainedModel) -> PreTrainedModel:
     FSDP, which shares the memory of the parts. A base that is not sharded by FSDP is returned as it is.
 
     Raises:
-        AttachError: if the base is shared in another way as well.
+        AttachError: if the base is shared in another way as well, or loaded in the first process alone.
     """
+    if is_fsdp_enabled():
+        raise AttachError(
+            "fsdp_cpu_ram_efficient_loading loads the base in the first process alone, but every process starts its "
+            "shadow from it; set it to false and load with DistributedConfig(fsdp_size=n), or use shadowtune train"
+        )
     if not is_fsdp_managed(base):
         return base
     layout: Any = base.config.distributed_config

@@ -1,7 +1,7 @@
 """Plan of a training run before anything is loaded or trained: parameters, memory and time.
 
 The model of the run is built on the meta device, and one step of each stage is counted (``model/cost.py``). With N
-devices, FSDP shards weights, gradients and the optimizer's state, and holds two gathered blocks.
+devices, FSDP shards weights, gradients and the optimizer's state, and holds two gathered blocks and the gathered head.
 """
 
 import math
@@ -271,13 +271,16 @@ class Planner:
         return Memory(title, weights, optimizer, gradients, working - gradients, 0, weights + optimizer + working)
 
     def _weights(self, config: TrainConfig, model: nn.Module) -> int:
-        """Bytes of the weights on one device, with the blocks that FSDP has gathered."""
+        """Bytes of the weights on one device, with the blocks and the head that FSDP has gathered."""
         total = weight_bytes(model, config.base_quantization)
         if self.devices == 1:
             return total
-        base = model.base if isinstance(model, ShadowPreTrainedModel) else model
-        blocks = architecture_of(self.base_config(config)).blocks_of(cast(PreTrainedModel, base))
+        base = cast(PreTrainedModel, model.base if isinstance(model, ShadowPreTrainedModel) else model)
+        blocks = architecture_of(self.base_config(config)).blocks_of(base)
         gathered = 2 * max(weight_bytes(block, config.base_quantization) for block in blocks)
+        head = base.get_output_embeddings()
+        if head is not None:  # which quantization leaves out
+            gathered += weight_bytes(head)
         return math.ceil(total / self.devices) + gathered
 
     def _inference_memory(self, config: TrainConfig, model: nn.Module, lengths: Lengths) -> list[Memory]:
