@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -72,6 +72,15 @@ class BootstrapInterval:
     def __str__(self) -> str:
         """Return the three numbers in a few words."""
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+class HasOutcome(Protocol):
+    """An example that both sides have answered."""
+
+    @property
+    def cloud_helps(self) -> bool:
+        """Whether the cloud's answer is better."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,7 @@ def calibrate(
     return Calibration(policy, promised, found, scores, _qualities(chosen, others, curves, levels, checks), curves)
 
 
-def check_examples(examples: Sequence[CalibrationExample], minimum: int) -> None:
+def check_examples(examples: Sequence[HasOutcome], minimum: int) -> None:
     """Raise ShadowtuneError if either half could hold too few examples of a kind to choose a threshold by.
 
     Args:
