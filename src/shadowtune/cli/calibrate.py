@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from shadowtune.cli.command import Command, add_json, check_json_target, print_status, print_table, write_json
 from shadowtune.cli.options import add_cloud, add_prices, add_renamed, cloud_of, prices_of
-from shadowtune.config.serving import TAG, Prices, SignalName
+from shadowtune.config.serving import TAG, PolicyConfig, Prices, SignalName
 from shadowtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from shadowtune.serving.edge.calibration import Calibration
     from shadowtune.serving.edge.thresholds import CalibrationExample, CalibrationTarget
+    from shadowtune.serving.edge.token_calibration import TokenExample
+    from shadowtune.serving.simulation.records import RecordedAnswer
 
 EPILOG = """examples:
   shadowtune calibrate runs/clinc150 --cloud-run runs/clinc150 --deferral-rate 0.2 -o policy.json
   shadowtune calibrate robot.gguf --cloud-run runs/robot --accuracy 0.95 --signal auto -o policy.json
   shadowtune calibrate robot-int8 --cloud-run runs/robot --accuracy-loss 0.02 -o policy.json
+  shadowtune calibrate robot-int8 --cloud-run runs/robot --policy-kind token --accuracy 0.9 -o token.json
   shadowtune calibrate robot-int8 --cloud http://cloud:8000 --data held-out.jsonl --cost 12 -o policy.json
 
 Edge and cloud answer the examples by greedy decoding. One half of the examples selects the threshold, the other half
@@ -66,6 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help="held-out examples with their answers; default: the run's")
     parser.add_argument("--data-split", default="validation", help="split of the data set (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="most examples")
+    parser.add_argument(
+        "--policy-kind",
+        default="confidence",
+        choices=("confidence", "token"),
+        help="defer whole answers, or from the first unsure token on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cost-model",
+        action="store_true",
+        help="for token: choose the worth of a right token (value) in place of a threshold, so that long prompts are "
+        "deferred less",
+    )
     signals = ("auto", *get_args(SignalName))
     parser.add_argument("--signal", default="auto", choices=signals, help="measure of confidence (default: the best)")
     parser.add_argument("--tag", default=TAG, help="answer by which the edge asks to defer (default: %(default)s)")
@@ -84,18 +99,17 @@ def run(arguments: argparse.Namespace) -> int:
     prices = prices_of(arguments, Prices())
     from shadowtune.evaluation.report import new_figure, png
     from shadowtune.evaluation.scoring import mean_interval
-    from shadowtune.serving.edge.calibration import calibrate, plot_calibration
+    from shadowtune.serving.edge.calibration import plot_calibration
 
     figure = new_figure(9, 3.6)
-    examples = _measure(arguments, prices)
-    done = calibrate(examples, aim, arguments.signal, arguments.tag, prices, arguments.minimum)
+    done = _calibrated(arguments, aim, prices)
     plot_calibration(figure, done)
     done.policy.save(out)
     out.with_suffix(".png").write_bytes(png(figure))
     qualities = [asdict(quality) for quality in done.qualities]
     points = _points(done)
     print_table("Routers: area under accuracy over deferral rate; 95 % intervals", _quality_rows(done))
-    print_table(f"{done.policy.signal} below {done.policy.threshold:.6g} is deferred", points)
+    print_table(_rule(done.policy), points)
     if aim.kind == "accuracy-loss":
         print_status(
             f"with probability {aim.confidence:g} the accuracy is at most {aim.value:g} below the cloud's, as long as "
@@ -140,12 +154,24 @@ def _check_out(out: Path) -> None:
         raise ConfigError(f"-o {out}: {out.absolute().parent} is not a writable directory")
 
 
-def _measure(arguments: argparse.Namespace, prices: Prices) -> "list[CalibrationExample]":
-    """Return the signals, scores and costs of both sides on every example."""
+def _calibrated(arguments: argparse.Namespace, aim: "CalibrationTarget", prices: Prices) -> "Calibration":
+    from shadowtune.serving.edge.calibration import calibrate
+    from shadowtune.serving.edge.token_calibration import calibrate_tokens
+
+    if arguments.cost_model and arguments.policy_kind != "token":
+        raise ConfigError("--cost-model is for --policy-kind token; add it, or leave out --cost-model")
+    pairs = _measure(arguments)
+    signal, minimum = arguments.signal, arguments.minimum
+    if arguments.policy_kind == "token":
+        tokens = [_token_example(ours, theirs) for ours, theirs in pairs]
+        return calibrate_tokens(tokens, aim, signal, prices, arguments.cost_model, minimum)
+    whole = [_example(ours, theirs, arguments.tag, prices) for ours, theirs in pairs]
+    return calibrate(whole, aim, signal, arguments.tag, prices, minimum)
+
+
+def _measure(arguments: argparse.Namespace) -> "list[tuple[RecordedAnswer, RecordedAnswer]]":
+    """Return the answers of edge and cloud to every example."""
     from shadowtune.cli.answers import edge_source, evaluation_set_of, record_answers, remote_source, run_source
-    from shadowtune.serving.edge.confidence import has_tag
-    from shadowtune.serving.edge.thresholds import CalibrationExample, response_cost
-    from shadowtune.serving.requests import Usage
 
     edge = edge_source(arguments.edge)
     if arguments.cloud_run:
@@ -157,17 +183,43 @@ def _measure(arguments: argparse.Namespace, prices: Prices) -> "list[Calibration
         directory = Path(arguments.answers or scratch)
         directory.mkdir(parents=True, exist_ok=True)
         both = [record_answers(source, examples, directory, arguments.quiet) for source in (edge, cloud)]
-    return [
-        CalibrationExample(
-            ours.signals,
-            has_tag(ours.text, arguments.tag),
-            ours.score,
-            theirs.score,
-            response_cost(prices, Usage(theirs.prompt_tokens, theirs.completion_tokens)),
-            ours.text.strip() != theirs.text.strip(),
-        )
-        for ours, theirs in zip(*both, strict=True)
-    ]
+    return list(zip(*both, strict=True))
+
+
+def _example(ours: "RecordedAnswer", theirs: "RecordedAnswer", tag: str, prices: Prices) -> "CalibrationExample":
+    from shadowtune.serving.edge.confidence import has_tag
+    from shadowtune.serving.edge.thresholds import CalibrationExample, response_cost
+    from shadowtune.serving.requests import Usage
+
+    cost = response_cost(prices, Usage(theirs.prompt_tokens, theirs.completion_tokens))
+    corrected = ours.text.strip() != theirs.text.strip()
+    return CalibrationExample(ours.signals, has_tag(ours.text, tag), ours.score, theirs.score, cost, corrected)
+
+
+def _token_example(ours: "RecordedAnswer", theirs: "RecordedAnswer") -> "TokenExample":
+    from shadowtune.serving.edge.token_calibration import TokenExample
+    from shadowtune.serving.requests import Usage
+    from shadowtune.serving.simulation.records import RequestRecord
+    from shadowtune.serving.simulation.simulator import common_prefix
+
+    return TokenExample(
+        ours.token_confidences,
+        ours.score,
+        theirs.score,
+        common_prefix(RequestRecord(ours, theirs)),
+        len(ours.tokens),
+        len(theirs.tokens),
+        ours.prompt_tokens,
+        Usage(theirs.prompt_tokens, theirs.completion_tokens),
+    )
+
+
+def _rule(policy: PolicyConfig) -> str:
+    """Return in words what the policy defers."""
+    if policy.value is not None:
+        return f"tokens with (1 - {policy.signal}) x {policy.value:.6g} above the cost of the cloud are deferred"
+    what = "tokens with " if policy.kind == "token" else ""
+    return f"{what}{policy.signal} below {policy.threshold:.6g} {'are' if what else 'is'} deferred"
 
 
 def _quality_rows(done: "Calibration") -> list[dict[str, Any]]:

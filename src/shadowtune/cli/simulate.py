@@ -164,6 +164,7 @@ def _match_row(match: "AccuracyMatch") -> dict[str, Any]:
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row with the units in its keys; a cost is in the unit of --price-per-1k-tokens."""
     words = {"cost": "cost of 1,000 requests", "p50": "p50, s", "p90": "p90, s", "p99": "p99, s"}
+    words |= {"cloud_tokens": "tokens that the cloud generates"}
     words |= {"first_p50": "first token p50, s", "first_p90": "first token p90, s"}
     return {words.get(name, name): value for name, value in row.items()}
 

@@ -20,6 +20,8 @@ SCHEMA = {
     "additionalProperties": False,
 }
 TOOL = {"type": "function", "function": {"name": "go", "parameters": SCHEMA}}
+PATIENT = dict.fromkeys(("read_timeout", "first_token_timeout", "idle_timeout", "deadline"), 300.0)
+"""Time-outs for a busy machine: a server's first request with a schema or log-probabilities may take a minute."""
 MARKS = '{}[]"_<>/'
 """Characters of JSON and of tool calls, for the vocabulary."""
 TEMPLATE = (
@@ -39,7 +41,7 @@ def routed(opened, address, request, policy, model=None):
     """Return chunks, decision and counters of a router with one request."""
 
     async def run():
-        config = CloudConfig(address, model=model, retries=0)
+        config = CloudConfig(address, model=model, retries=0, **PATIENT)
         router = Router(LocalModel(opened, "tiny"), RemoteEndpoint(config), policy)
         try:
             chunks, stream = await gather(router, request)

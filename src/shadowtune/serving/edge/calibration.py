@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -74,6 +74,18 @@ class BootstrapInterval:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
+class HasOutcome(Protocol):
+    """An example that both sides have answered."""
+
+    @property
+    def cloud_helps(self) -> bool:
+        """Whether the cloud's answer is better."""
+        ...
+
+
+Example = TypeVar("Example", bound=HasOutcome)
+
+
 @dataclass(frozen=True)
 class RouterQuality:
     """How well a router tells which requests to defer."""
@@ -133,10 +145,7 @@ def calibrate(
     Raises:
         ShadowtuneError: if no threshold reaches the target, or the examples are too few to choose one.
     """
-    drawn = random.Random(0).sample(list(examples), len(examples))
-    half = (len(examples) + 1) // 2
-    chosen, others = drawn[:half], drawn[half:]
-    check_examples(chosen, others, minimum)
+    chosen, others = draw_halves(examples, minimum)
     signals = available_signals(examples)
     if signal != "auto" and signal not in signals:
         raise ConfigError(
@@ -174,7 +183,19 @@ def calibrate(
     return Calibration(policy, promised, found, scores, _qualities(chosen, others, curves, levels, checks), curves)
 
 
-def check_examples(chosen: Sequence[CalibrationExample], others: Sequence[CalibrationExample], minimum: int) -> None:
+def draw_halves(examples: Sequence[Example], minimum: int) -> tuple[list[Example], list[Example]]:
+    """Return the half that chooses and the half that checks, drawn with a fixed seed.
+
+    Raises:
+        ShadowtuneError: as ``check_examples``.
+    """
+    drawn = random.Random(0).sample(list(examples), len(examples))
+    half = (len(examples) + 1) // 2
+    check_examples(drawn[:half], drawn[half:], minimum)
+    return drawn[:half], drawn[half:]
+
+
+def check_examples(chosen: Sequence[HasOutcome], others: Sequence[HasOutcome], minimum: int) -> None:
     """Raise ShadowtuneError if a half holds too few examples of a kind to choose a threshold, or to check one.
 
     Args:

@@ -173,9 +173,13 @@ def token_threshold(policy: PolicyConfig, prompt_tokens: int) -> float:
     """
     if policy.value is None:
         return policy.threshold
+    return max(0.0, 1 - deferral_cost(policy, prompt_tokens) / policy.value)
+
+
+def deferral_cost(policy: PolicyConfig, prompt_tokens: int) -> float:
+    """Return what the cloud is expected to cost for a prompt of so many tokens and ``answer_tokens``."""
     prices = policy.prices
-    cost = prices.request + prices.prompt * prompt_tokens + prices.completion * policy.answer_tokens
-    return max(0.0, 1 - cost / policy.value)
+    return prices.request + prices.prompt * prompt_tokens + prices.completion * policy.answer_tokens
 
 
 @dataclass(frozen=True)

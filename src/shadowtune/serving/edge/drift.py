@@ -172,5 +172,5 @@ def calibrated_rate(policy: PolicyConfig) -> float | None:
         return None
     if policy.kind == "verify":
         return rates[-1][1]
-    threshold = policy.threshold if policy.kind == "confidence" else 0.0
+    threshold = policy.threshold if policy.kind in ("confidence", "token") else 0.0
     return next((rate for each, rate in rates if each >= threshold), rates[-1][1])

@@ -9,7 +9,7 @@ the signal, the mean loss exceeds ``limit`` with probability at most delta.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -80,19 +80,40 @@ def controlled_threshold(
     Raises:
         ShadowtuneError: if the examples are too few for any threshold.
     """
+    check_sufficient(len(examples), limit, delta)
+    levels = np.asarray(sure, float)
+    losses = np.asarray([max(0.0, each.cloud_score - each.edge_score) for each in examples])
+    return controlled_point(
+        deferral_curve(examples, sure), lambda threshold: np.where(levels >= threshold, losses, 0.0), limit, delta
+    )
+
+
+def check_sufficient(count: int, limit: float, delta: float) -> None:
+    """Raise ShadowtuneError if even no loss in so many examples does not show that the mean is at most ``limit``."""
     needed = sufficient_examples(limit, delta)
-    if len(examples) < needed:
+    if count < needed:
         raise ShadowtuneError(
-            f"{len(examples)} examples for the threshold are too few to promise a loss of accuracy of at most "
+            f"{count} examples for the threshold are too few to promise a loss of accuracy of at most "
             f"{limit:g} with probability {1 - delta:g}: {2 * needed} examples in all would suffice, half of which "
             "choose the signal"
         )
-    levels = np.asarray(sure, float)
-    losses = np.asarray([max(0.0, each.cloud_score - each.edge_score) for each in examples])
-    able = [point for point in deferral_curve(examples, sure) if point.threshold >= 0]
+
+
+def controlled_point(
+    points: Sequence[CurvePoint], losses_at: Callable[[float], np.ndarray], limit: float, delta: float
+) -> CurvePoint:
+    """Return the last point, from the highest threshold down, before the first whose loss is not controlled.
+
+    Args:
+        points: by rising threshold; the last one defers everything.
+        losses_at: from a threshold to the losses (N,) of the examples.
+        limit: largest mean loss.
+        delta: probability with which it may be exceeded.
+    """
+    able = [point for point in points if point.threshold >= 0]
     chosen = able[-1]
     for point in reversed(able):
-        if mean_loss_p_value(np.where(levels >= point.threshold, losses, 0.0), limit) > delta:
+        if mean_loss_p_value(losses_at(point.threshold), limit) > delta:
             break
         chosen = point
     return chosen

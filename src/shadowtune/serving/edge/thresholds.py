@@ -92,7 +92,7 @@ def deferral_curve(examples: Sequence[CalibrationExample], sure: Sequence[float]
     )
     return [
         CurvePoint(
-            _threshold(levels, start),
+            threshold_between(levels, start),
             float((edge.sum() + gains[start]) / len(examples)),
             start / len(examples),
             float(costs[start] / len(examples)),
@@ -102,7 +102,7 @@ def deferral_curve(examples: Sequence[CalibrationExample], sure: Sequence[float]
     ]
 
 
-def _threshold(levels: np.ndarray, start: int) -> float:
+def threshold_between(levels: np.ndarray, start: int) -> float:
     """Return a threshold above the first ``start`` sorted confidences and not above the next."""
     if start == 0:
         return min(0.0, float(levels[0]))

@@ -127,6 +127,8 @@ class RequestOutcome:
     deferred: float
     """1 if the cloud was asked, 0 if not; a probability for a random router."""
     trace: RequestTrace
+    decoded: float = 0.0
+    """Tokens that the cloud generated one after the other, without those that it verified in one pass."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ class SimulationResult:
     first_p50: float = 0.0
     """Median seconds from a request's arrival to the first token that its client gets."""
     first_p90: float = 0.0
+    cloud_tokens: float = 0.0
+    """Mean number of tokens that the cloud generates for a request, without those that it verifies in one pass."""
     threshold: float | None = None
     """Of the confidence below which requests were deferred."""
     scores: list[float] = field(repr=False, default_factory=list)
@@ -209,7 +213,7 @@ class Simulator:
         per_token = (cloud.seconds - cloud.first_seconds) / max(1, cloud.completion_tokens - 1)
         seconds = verification + per_token * max(0, cloud.completion_tokens - accepted - 1)
         before, rejected = (self._edge_step(record.edge),), max(0, draft - accepted)
-        return self._cloud_outcome(number, before, seconds, verification, cloud, rejected)
+        return self._cloud_outcome(number, before, seconds, verification, cloud, rejected, accepted)
 
     def mid_answer(self, number: int, index: int) -> RequestOutcome:
         """Return the outcome of one request whose edge answer the cloud continues from its token ``index`` on.
@@ -226,7 +230,7 @@ class Simulator:
         if common_prefix(record) >= min(index, len(edge.tokens)):
             rate = (cloud.seconds - cloud.first_seconds) / max(1, cloud.completion_tokens - 1)
             seconds = verification + rate * max(0, cloud.completion_tokens - index - 1)
-            outcome = self._cloud_outcome(number, (begun,), seconds, verification, cloud)
+            outcome = self._cloud_outcome(number, (begun,), seconds, verification, cloud, accepted=index)
             return outcome if index == 0 else replace(outcome, trace=self._begun_at_edge(outcome.trace, edge))
         up, down = self._latencies[number]
         up += self._transfer_seconds(record.request_bytes)
@@ -265,6 +269,7 @@ class Simulator:
             first_p50=first_p50,
             first_p90=first_p90,
             seconds=timing.seconds,
+            cloud_tokens=statistics.fmean(each.decoded for each in ended),
             threshold=threshold,
             scores=[each.score for each in ended],
         )
@@ -293,6 +298,7 @@ class Simulator:
         first_seconds: float,
         answer: RecordedAnswer,
         rejected: int = 0,
+        accepted: int = 0,
     ) -> RequestOutcome:
         """Return the outcome of one request that the cloud answers in the end.
 
@@ -303,6 +309,7 @@ class Simulator:
             first_seconds: of them up to the first token.
             answer: of the cloud.
             rejected: draft tokens that are paid for beside those of the answer.
+            accepted: draft tokens that are those of the answer.
         """
         up, down = self._latencies[number]
         up += self._transfer_seconds(self.records[number].request_bytes)
@@ -310,7 +317,7 @@ class Simulator:
         back, first = down + self._transfer_seconds(len(answer.text.encode())), first_seconds / self.config.cloud_speed
         trace = RequestTrace((*before, step), back, first_seconds=first, first_latency=down + self._transfer_seconds(0))
         cost = response_cost(self._prices, Usage(answer.prompt_tokens, answer.completion_tokens + rejected))
-        return RequestOutcome(answer.score, cost, 1.0, trace)
+        return RequestOutcome(answer.score, cost, 1.0, trace, max(0, answer.completion_tokens - accepted))
 
     def _one_way(self, rng: random.Random) -> float:
         milliseconds = self.config.rtt_ms + rng.uniform(-self.config.jitter_ms, self.config.jitter_ms)
