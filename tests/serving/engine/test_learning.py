@@ -63,7 +63,7 @@ def test_a_reservoir_is_bounded_and_is_read_as_it_was_written(tmp_path):
         one.add(record(seed=seed, length=20 if seed % 3 else 15))
     assert one.bytes <= 20 * size and one.seen == 100
     assert len(one.training) > 10 and len(one.held_out) >= 2
-    save_records(one.tensors(), tmp_path)
+    save_records(one.tensors(), tmp_path, {})
     other = Reservoir(20 * size)
     other.load(tmp_path, 96, 32)
     assert other.seen == 100
@@ -192,6 +192,23 @@ def test_a_saved_head_that_does_not_fit_is_left_out(change, said, tmp_path, capl
     learner(tmp_path / "a", again).close()
     assert torch.equal(again.shadow.draft_head.up.weight, own)
     assert said in caplog.text
+
+
+def test_records_of_another_adapter_are_left_out(tmp_path, caplog):
+    """They have the same widths, but its states and maybe its tokens mean nothing here."""
+    one = learner(tmp_path / "a")
+    one.add(torch.randn(20, 96), torch.randn(20, 32), list(range(3, 23)))
+    one.close()
+    again = learner(tmp_path / "a")
+    assert again.reservoir.seen == 1
+    again.close()
+    other = model()
+    with torch.no_grad():
+        next(other.shadow.boundaries.parameters()).add_(1)
+    one = learner(tmp_path / "a", other)
+    assert one.reservoir.seen == 0
+    assert "begins without records" in caplog.text and "is of another base, adapter or vocabulary" in caplog.text
+    one.close()
 
 
 def test_an_adapter_without_a_draft_head_says_so(tmp_path, caplog):

@@ -28,7 +28,7 @@ WARPERS = (
     logits_process.EtaLogitsWarper,
 )
 """Processors that depend on scores alone, not on token ids; drafts are drawn through them too."""
-LONGEST_MATCH, SHORTEST_MATCH = 4, 2
+LONGEST_MATCH, SHORTEST_MATCH = 8, 1
 """Tokens that must equal an earlier part of the text for "ngram" to continue from there."""
 
 

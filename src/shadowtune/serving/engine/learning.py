@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,8 +150,9 @@ class DraftHeadLearner:
             self._head.load_state_dict(weights)
         self._changed()
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
-        """Return what a saved head must have in common with this adapter."""
+        """What a saved head and saved records must have in common with this adapter."""
         others = trained_tensors({"shadow": self._model.shadow})
         others = {name: part.cpu() for name, part in others.items() if ".draft_" not in name}
         config = self._model.shadow.config
@@ -167,9 +168,8 @@ class DraftHeadLearner:
         """Continue with the records and the head of an earlier process; what does not fit is left out, in one line."""
         head, records = self._directory / "head", self._directory / "records"
         try:
-            if (head / CONFIG).exists():
-                if json.loads((head / CONFIG).read_text()) != self._identity():
-                    raise CheckpointError(f"{head} is of another base, adapter or vocabulary")
+            if head.exists():
+                self._check_origin(head)
                 tensors = read_tensors(str(head))
                 if {name: part.shape for name, part in tensors.items()} != {
                     name: part.shape for name, part in self._head.state_dict().items()
@@ -180,19 +180,30 @@ class DraftHeadLearner:
             LOG.warning("adapter %r drafts with its own head: %s", self._name, error)
         try:
             if records.exists():
+                self._check_origin(records)
                 width = self._head.up.weight.shape[0]
                 layers = len(self._model.shadow.draft_layers)
                 self.reservoir.load(records, (1 + layers) * width, width)
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, OSError, ValueError) as error:
             LOG.warning("adapter %r begins without records: %s", self._name, error)
             self.reservoir = Reservoir(MAX_BYTES)
         self._trained = self._saved = self.reservoir.seen
+
+    def _check_origin(self, directory: Path) -> None:
+        """Check that a saved head or saved records are of this adapter.
+
+        Raises:
+            CheckpointError: if they are not.
+            OSError, ValueError: if their config cannot be read.
+        """
+        if json.loads((directory / CONFIG).read_text()) != self._identity:
+            raise CheckpointError(f"{directory} is of another base, adapter or vocabulary")
 
     def _save_head(self) -> None:
         def write() -> None:
             with writing_into(self._directory / "head") as staging:
                 write_tensors(staging, self._head.state_dict())
-                (staging / CONFIG).write_text(json.dumps(self._identity(), indent=2) + "\n")
+                (staging / CONFIG).write_text(json.dumps(self._identity, indent=2) + "\n")
 
         self._write(write)
 
@@ -205,7 +216,7 @@ class DraftHeadLearner:
         self._saved, self._saved_at = self.reservoir.seen, time.monotonic()
         tensors, directory = self.reservoir.tensors(), self._directory / "records"
         self._saving = threading.Thread(
-            target=self._write, args=(partial(save_records, tensors, directory),), daemon=True
+            target=self._write, args=(partial(save_records, tensors, directory, self._identity),), daemon=True
         )
         self._saving.start()
 

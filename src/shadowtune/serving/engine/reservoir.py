@@ -3,16 +3,18 @@
 A record has the states and token ids of consecutive generated tokens, no text. Every fifth record is held out.
 """
 
+import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shadowtune.errors import CheckpointError
 from shadowtune.model.checkpoint import read_tensors, write_tensors
-from shadowtune.model.files import writing_into
+from shadowtune.model.files import CONFIG, writing_into
 
 HOLD_OUT = 5
 """One of so many records is held out."""
@@ -100,7 +102,8 @@ class Reservoir:
         self.seen = int(tensors["seen"]) if "seen" in tensors else len(self.training) + len(self.held_out)
 
 
-def save_records(tensors: dict[str, Tensor], directory: Path) -> None:
-    """Write ``Reservoir.tensors``, atomically; raises CheckpointError if that fails."""
+def save_records(tensors: dict[str, Tensor], directory: Path, origin: Mapping[str, Any]) -> None:
+    """Write ``Reservoir.tensors`` and what they are of, atomically; raises CheckpointError if that fails."""
     with writing_into(directory) as staging:
         write_tensors(staging, tensors)
+        (staging / CONFIG).write_text(json.dumps(origin, indent=2) + "\n")
