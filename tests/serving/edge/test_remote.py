@@ -125,6 +125,8 @@ def test_a_key_and_everything_that_a_request_says_are_sent():
         (STREAM_HEAD + event({"choices": 5}), "cloud sent garbage", 502),
         (STREAM_HEAD + event({"choices": [{"delta": {"content": 7}}]}), "cloud sent garbage", 502),
         (STREAM_HEAD + event({"error": {"message": "out of memory"}}), "cloud failed", 502),
+        (STREAM_HEAD + event({"error": {"message": "too many", "code": 400}}), "cloud answered 400", 502),
+        (STREAM_HEAD + event({"error": {"message": "odd", "code": True}}), "cloud failed", 502),
         (STREAM_HEAD + b"data: " + b"x" * 5000, "cloud sent garbage", 502),
         (STREAM_HEAD + b"<html>\n", "cloud sent garbage", 502),
         (STREAM_HEAD + (b"data: " + b"x" * 500 + b"\n") * 10, "cloud sent garbage", 502),
@@ -187,6 +189,13 @@ def test_the_attempts_come_to_an_end():
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_refusal_in_the_stream_is_neither_repeated_nor_a_failure_of_the_endpoint():
+    script = STREAM_HEAD + event({"error": {"message": "logprobs of 3, max 2", "code": 400}})
+    (_, error), fake = asked(script, retries=2, failures=1)
+    assert (error.http_status, "max 2" in str(error)) == (400, True)
+    assert len(fake.bodies) == 1
+
+
 def test_what_would_be_refused_again_is_not_asked_again(status):
     _, fake = asked(refusal(status), retries=2)
     assert len(fake.bodies) == 1

@@ -51,6 +51,12 @@ class RemoteError(RequestError):
         self.reason, self.http_status, self.retry_after = reason, http_status, retry_after
 
 
+def refusal(status: int, detail: str, retry_after: float | None = None) -> RemoteError:
+    """Return the error of a request that the endpoint refused with an HTTP status."""
+    reason = "cloud busy" if status == 429 else f"cloud answered {status}"
+    return RemoteError(reason, detail, http_status=status, retry_after=retry_after)
+
+
 def request_path(request: GenerationRequest) -> str:
     """Return the path of a request below ``/v1``."""
     return "/completions" if request.messages is None else "/chat/completions"
@@ -219,10 +225,18 @@ def _parse_chunk(data: str) -> _Chunk:
     except ValidationError:
         raise RemoteError(GARBAGE, f"not a chunk in OpenAI's format: {data[:40]!r}") from None
     if chunk.error:
-        raise RemoteError("cloud failed", _message(chunk.error))
+        raise _stream_error(chunk.error)
     if chunk.choices is None:
         raise RemoteError(GARBAGE, "a chunk without choices")
     return chunk
+
+
+def _stream_error(error: Any) -> RemoteError:
+    """Return the error of an event; vLLM refuses some requests there, after status 200, with the status as ``code``."""
+    status = error.get("code") if isinstance(error, dict) else None
+    if isinstance(status, int) and 400 <= status < 600:
+        return refusal(status, _message(error))
+    return RemoteError("cloud failed", _message(error))
 
 
 def _to_output(choice: _Choice, logprobs: bool) -> OutputChunk:

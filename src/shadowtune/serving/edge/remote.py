@@ -23,6 +23,7 @@ from shadowtune.serving.edge.openai_api import (
     error_message,
     model_names,
     output_chunks,
+    refusal,
     request_body,
     request_path,
 )
@@ -290,9 +291,7 @@ async def _check(response: httpx2.Response) -> None:
     status = response.status_code
     if status != 200:
         detail = error_message(await _read(response, ERROR_BYTES))
-        wait = _retry_after(response.headers.get("retry-after"))
-        reason = "cloud busy" if status == 429 else f"cloud answered {status}"
-        raise RemoteError(reason, detail, http_status=status, retry_after=wait)
+        raise refusal(status, detail, _retry_after(response.headers.get("retry-after")))
 
 
 async def _read(response: httpx2.Response, limit: int) -> bytes:
