@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shadowtune.attach.architectures import check_unwrapped
 from shadowtune.compatibility import keep_commit
 from shadowtune.config.settings import nearest
 from shadowtune.config.shadow import ShadowConfig
@@ -129,6 +130,7 @@ def get_shadow_model(
         config = ShadowConfig.recommended()
     elif not isinstance(config, ShadowConfig):
         config = ShadowConfig.from_peft(config)
+    check_unwrapped(base)
     _keep_differentiable(base)
     classifies = base.get_output_embeddings() is None
     kind = ShadowForSequenceClassification if classifies else ShadowForCausalLM
