@@ -29,19 +29,23 @@ from shadowtune.attach.sharding import device_of
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.errors import ConfigError
 from shadowtune.model.causal_lm import ShadowCausalLMOutput, ShadowForCausalLM
+from shadowtune.model.checkpoint import check_contents
 from shadowtune.model.classifier import ShadowClassifierOutput, ShadowForSequenceClassification
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.formats.peft_shadowtune import (
+    BASE_PREFIX,
     LIBRARY,
     OURS,
     PEFT_TYPE,
     PREFIX,
     adapter_settings,
+    checksum_of,
     model_config,
     record_of,
     settings_of,
+    shadow_tensors,
 )
-from shadowtune.model.loading import check_base, check_tensors
+from shadowtune.model.loading import check_base, check_tensors, record_resized_base
 from shadowtune.model.modeling import MERGE_ERROR, Mode, ShadowPreTrainedModel
 from shadowtune.model.trainer_losses import call_fused
 
@@ -96,6 +100,9 @@ class ShadowtuneConfig(_Settings):
     """Written by the library: the base and the backbone of an adapter. Leave it out."""
     library: str = LIBRARY
     """Written for people who open the file without this package."""
+    sha256: str | None = None
+    """Written by the library: the checksum of the saved tensors, which the first ones that are loaded must have. Leave
+    it out, or set it to None to load others."""
     check_base_weights: bool = True
     """Whether a base of the right shape but with other weights is refused; not saved."""
 
@@ -140,7 +147,7 @@ class ShadowtuneConfig(_Settings):
         """Take settings and record from a model's config."""
         for name, value in adapter_settings(config.shadow_config).items():
             setattr(self, name, value)
-        self.record = record_of(config)
+        self.record, self.sha256 = record_of(config), None
 
 
 class ShadowtuneLayer(nn.Module, BaseTunerLayer):
@@ -172,6 +179,8 @@ class ShadowtuneModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.shadowtune = ShadowtuneLayer()
         self.models: dict[str, ShadowPreTrainedModel] = {}  # a plain dict: they hold the base as well
+        self.unread: dict[str, str | None] = {}
+        """Checksums of the tensors that will be loaded, by adapter."""
         decoder = architecture_of(cast(PreTrainedModel, model).config).decoder_of(cast(PreTrainedModel, model))
         self._guard = decoder.register_forward_pre_hook(_refuse_bare_base(weakref.ref(self)), with_kwargs=True)
 
@@ -201,6 +210,7 @@ class ShadowtuneModel(BaseTuner):
                 module.load_state_dict(source.trained_modules()[name].state_dict())
         else:
             made = _model_of(base, config)
+            self.unread[adapter_name] = config.sha256
         self.peft_config[adapter_name] = config.recorded(made.config)
         self.models[adapter_name] = made if self.training else made.eval()
         self.shadowtune.adapters[adapter_name] = nn.ModuleDict(made.trained_modules())
@@ -326,6 +336,7 @@ class ShadowtuneModel(BaseTuner):
             )
         for entries in (self.models, self.peft_config, self.shadowtune.adapters):
             del entries[adapter_name]
+        self.unread.pop(adapter_name, None)
         if adapter_name in self.active_adapters:
             self.set_adapter(next(iter(self.models)))
 
@@ -360,23 +371,37 @@ class ShadowtuneModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """Return an adapter's tensors, and let its config, which is saved next, describe it as it is now."""
-        cast(ShadowtuneConfig, config).record_model(_tuner_of(model).models[adapter_name].config)
+        described, made = cast(ShadowtuneConfig, config), _tuner_of(model).models[adapter_name]
+        record_resized_base(made.config, made.base)
+        described.record_model(made.config)
         start = f"{PREFIX}adapters.{adapter_name}."
-        return {name: tensor for name, tensor in state_dict.items() if name.startswith(start)}
+        tensors = {name: tensor for name, tensor in state_dict.items() if name.startswith(start)}
+        described.sha256 = checksum_of({name.removeprefix(start): tensor for name, tensor in tensors.items()})
+        return tensors
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return PREFIX + key.removeprefix(f"{PREFIX}adapters.{adapter_name}.")
+        start = f"{PREFIX}adapters.{adapter_name}."
+        return PREFIX + key.removeprefix(start) if key.startswith(start) else key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return loaded tensors by their keys in the model; every key must match."""
-        ours = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items()}
-        modules = _tuner_of(model).models[adapter_name].trained_modules()
-        check_tensors(modules, ours, f"the file of the adapter {adapter_name!r}")
-        return {f"{PREFIX}adapters.{adapter_name}.{name}": tensor for name, tensor in ours.items()}
+        """Return loaded tensors by their keys in the model; every key must match.
+
+        Raises:
+            CheckpointError: if a key or shape is wrong, or the first tensors after the config was read are not those
+                that were saved with it.
+        """
+        tuner, source = _tuner_of(model), f"the file of the adapter {adapter_name!r}"
+        ours = shadow_tensors(state_dict)
+        check_tensors(tuner.models[adapter_name].trained_modules(), ours, source)
+        check_contents(
+            {name: tensor.cpu() for name, tensor in ours.items()}, tuner.unread.pop(adapter_name, None), source
+        )
+        of_base = {name: tensor for name, tensor in state_dict.items() if name.startswith(BASE_PREFIX)}
+        return of_base | {f"{PREFIX}adapters.{adapter_name}.{name}": tensor for name, tensor in ours.items()}
 
 
 def _refuse_bare_base(reference: Any) -> Callable[..., None]:

@@ -277,3 +277,19 @@ def test_a_gathered_state_is_saved_in_place_of_the_models_own(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     loaded = ShadowForCausalLM.from_pretrained(tmp_path, base=tiny_base())
     assert_same(logits(loaded), logits(perturbed_model()))
+
+
+def test_a_base_that_was_resized_itself_is_recorded_when_the_shadow_is_saved(tmp_path):
+    model = perturbed_model()
+    model.base.resize_token_embeddings(VOCABULARY + 7)
+    model.save_pretrained(tmp_path / "shadow")
+    model.base.save_pretrained(tmp_path / "base")
+    loaded = ShadowForCausalLM.from_pretrained(tmp_path / "shadow", base=str(tmp_path / "base"))
+    assert_same(logits(loaded), logits(model))
+
+
+def test_a_wrapped_base_is_refused_when_a_shadow_is_loaded(tmp_path):
+    model = perturbed_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="DataParallel, which is not a transformers model"):
+        ShadowForCausalLM.from_pretrained(tmp_path, base=torch.nn.DataParallel(model.base))

@@ -322,3 +322,71 @@ def test_get_shadow_model_reads_as_peft_does(capsys):
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, model.base(ids).logits)
     assert not torch.equal(model(ids).logits, model.base(ids).logits)
+
+
+def flip_a_bit(file):
+    """Change one bit of the last number of a tensor file."""
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.unlink()  # tensors that were read before are views of the old file
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_flipped_bit_is_an_error_in_every_way_of_loading(saved, converted):
+    path, _ = saved
+    directory = path / "adapter"
+    if converted:
+        convert(str(path / "adapter"), path / "ours", "shadowtune")
+        convert(str(path / "ours"), path / "again", "shadowtune-peft")
+        directory = path / "again"
+    PeftModel.from_pretrained(tiny_base(), directory)
+    flip_a_bit(directory / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="do not match their checksum"):
+        PeftModel.from_pretrained(tiny_base(), directory)
+    with pytest.raises(CheckpointError, match="do not match their checksum"):
+        ShadowForCausalLM.from_pretrained(directory, base=tiny_base())
+
+
+def test_a_checksum_is_that_of_the_last_save(saved):
+    path, _ = saved
+    loaded = PeftModel.from_pretrained(tiny_base(), path / "adapter", is_trainable=True)
+    perturb(loaded.active_model, seed=11)
+    loaded.save_pretrained(path / "later")
+    loaded.load_adapter(path / "adapter", "default")  # as a trainer resumes
+    PeftModel.from_pretrained(tiny_base(), path / "later")
+    averaged = peft.get_peft_model_state_dict(loaded)
+    peft.set_peft_model_state_dict(loaded, {name: tensor / 2 for name, tensor in averaged.items()})
+
+
+@pytest.mark.parametrize("resize", ["get_base_model", "active_model", "base"])
+def test_an_adapter_of_a_resized_base_records_that_base(tmp_path, resize):
+    tiny_base().save_pretrained(tmp_path / "small")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    model = get_peft_model(base, ShadowtuneConfig.of(ShadowConfig(**SETTINGS))).eval()
+    perturb(model.active_model)
+    target = {"get_base_model": model.get_base_model(), "active_model": model.active_model, "base": base}[resize]
+    target.resize_token_embeddings(VOCABULARY + 7)
+    ids = torch.tensor([[VOCABULARY + 6, 5]])
+    expected = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "resized")
+    resized = type(tiny_base()).from_pretrained(tmp_path / "resized")
+    assert torch.equal(PeftModel.from_pretrained(resized, tmp_path / "adapter")(input_ids=ids).logits, expected)
+    assert torch.equal(ShadowForCausalLM.from_pretrained(tmp_path / "adapter", base=resized)(ids).logits, expected)
+    with pytest.raises(CheckpointError, match=r"vocab_size 104, but .* has vocab_size 97"):
+        PeftModel.from_pretrained(tiny_base(), tmp_path / "adapter")
+
+
+def test_a_wrapped_base_is_refused_with_the_way_out():
+    lora = get_peft_model(tiny_base(), peft.LoraConfig(target_modules=["q_proj"]))
+    shadow = get_peft_model(tiny_base(), ShadowtuneConfig.of(ShadowConfig(**SETTINGS)))
+    model = perturbed_model()
+    for base in (lora, shadow):
+        for make in (
+            lambda base=base: ShadowForCausalLM.from_base(base),
+            lambda base=base: shadowtune.get_shadow_model(base),
+            lambda base=base: shadowtune.attach(base, model.shadow),
+        ):
+            with pytest.raises(ConfigError, match=r"PeftModel.*, which is not .*base\.unload\(\)"):
+                make()

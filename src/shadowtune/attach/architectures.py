@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadowtune.core.kernels.linear_cross_entropy import LogitsTransform
-from shadowtune.errors import UnsupportedArchitectureError
+from shadowtune.errors import ConfigError, UnsupportedArchitectureError
 
 
 def _no_transform(config: Any) -> LogitsTransform | None:
@@ -123,6 +123,16 @@ REFUSED: dict[str, str] = {
     "bloom": "its blocks do not receive keywords, which carry the shadow's state",
 }
 """Architectures that are known not to work, and why."""
+
+
+def check_unwrapped(base: Any) -> None:
+    """Raise ConfigError unless a base is a transformers model itself: a wrapper around it has other calls and names."""
+    if not isinstance(base, PreTrainedModel):
+        raise ConfigError(
+            f"the base is of type {type(base).__name__}, which is not a transformers model; pass the model itself: of "
+            "a PeftModel base.unload(), or base.merge_and_unload() to keep what a LoRA adapter learned; compile or "
+            "parallelize the shadow model, not its base"
+        )
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:

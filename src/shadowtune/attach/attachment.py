@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from shadowtune.attach.architectures import architecture_of
+from shadowtune.attach.architectures import architecture_of, check_unwrapped
 from shadowtune.attach.forward import AttachableShadow, begin_call, check_fit, install_hooks
 from shadowtune.compatibility import pop_cache
 from shadowtune.errors import AttachError
@@ -142,8 +142,10 @@ def attach(base: PreTrainedModel, shadow: AttachableShadow, name: str = "default
 
     Raises:
         AttachError: if something is attached to this base already, or the shadow was made for another base.
+        ConfigError: if the base is no transformers model, such as a ``PeftModel``.
         UnsupportedArchitectureError: if the base's architecture is not in the table.
     """
+    check_unwrapped(base)
     decoder = architecture_of(base.config).decoder_of(base)
     if any(isinstance(hook, _BeforeDecoder) for hook in decoder._forward_pre_hooks.values()):
         raise AttachError("a shadow is attached to this base already; use handle.add(shadow, name), or handle.detach()")

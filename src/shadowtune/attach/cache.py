@@ -48,6 +48,22 @@ def split_cache(cache: Cache, shadow_layers: int, base_layers: int) -> tuple[Cac
     return views
 
 
+def cache_of_base(cache: Cache | None, shadow_layers: int, base_layers: int) -> Cache | None:
+    """Return the base's view of a cache made for both networks, for the base alone; any other cache as it is.
+
+    Raises:
+        AttachError: if the shadow's part holds tokens: the base's keys then come from corrected states, or are missing.
+    """
+    if not isinstance(cache, Cache) or len(cache) != shadow_layers + base_layers:
+        return cache
+    shadow_cache, base_cache = split_cache(cache, shadow_layers, base_layers)
+    if _is_started(shadow_cache):
+        raise AttachError(
+            "past_key_values holds tokens of mode 'attached' or 'detached'; start mode 'base' with a new cache"
+        )
+    return base_cache
+
+
 def check_same_past(shadow_cache: Cache, base_cache: Cache) -> None:
     """Raise AttachError if the two views hold different tokens, as after decoding in mode "detached"."""
     if _is_started(shadow_cache) == _is_started(base_cache):

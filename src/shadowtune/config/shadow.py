@@ -222,7 +222,7 @@ class ShadowConfig:
             return
         layers = list(self.init_layers)
         if not layers:
-            yield "init_layers must name a block of the base at least, got none; leave it out to start at random"
+            yield "init_layers must name a block of the base at least, got none; init_layers=None starts at random"
         if self.backbone != "mirror":
             yield (
                 f"init_layers {layers} copies blocks of the base into a mirror, but backbone is {self.backbone!r}; "

@@ -73,7 +73,7 @@ def read_tensors(path_or_id: str, checked: bool = True, **hub: Any) -> dict[str,
 
     Args:
         path_or_id: a local directory or a Hub id.
-        checked: whether the files must have our checksums.
+        checked: whether the files must have our checksums; one that a file has is compared in any case.
         hub: keywords of ``transformers.utils.cached_file``, such as ``revision``.
 
     Raises:
@@ -125,7 +125,8 @@ def read_file(file: str, checked: bool = True, expected: str | None = None) -> d
 
     Args:
         file: path.
-        checked: whether its contents must match the checksum in it.
+        checked: whether it must carry a checksum; one that it has is compared in any case, and without any its
+            numbers must be finite.
         expected: the checksum in the index of the save, if there is one.
     """
     try:
@@ -134,17 +135,25 @@ def read_file(file: str, checked: bool = True, expected: str | None = None) -> d
             own = (handle.metadata() or {}).get(CHECKSUM)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from None
-    if not checked:
-        return tensors
-    if own is None:
+    if own is None and checked:
         raise CheckpointError(f"{file} carries no checksum, so it was not saved as a shadow by this library")
-    if tensor_checksum(tensors) != own:
-        raise CheckpointError(f"{file} is damaged: its contents do not match their checksum; copy it again")
+    check_contents(tensors, own, file)
     if expected not in (None, own):
         raise CheckpointError(
             f"{file} belongs to another save than {INDEX} beside it; save or copy the directory again"
         )
     return tensors
+
+
+def check_contents(tensors: Mapping[str, Tensor], checksum: str | None, source: str) -> None:
+    """Raise CheckpointError unless tensors have this checksum or, where none is known, are finite."""
+    if checksum is not None:
+        if tensor_checksum(tensors) != checksum:
+            raise CheckpointError(f"{source} is damaged: its contents do not match their checksum; copy it again")
+        return
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{source} is damaged: {name} holds NaN or infinity")
 
 
 def keep_rope_theta(config: PreTrainedConfig) -> None:

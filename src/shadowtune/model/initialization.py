@@ -117,7 +117,7 @@ def _from_base_layers(base: PreTrainedModel, config: ShadowConfig, dtype: torch.
     if not all(_is_dense(tensor) for block in originals for tensor in block.values()):
         raise ConfigError(
             f"init_layers {list(layers)} cannot copy blocks of a quantized or offloaded base, whose stored numbers are "
-            "not its weights; load the base whole (base_quantization: none), or leave init_layers out"
+            "not its weights; load the base whole (base_quantization: none), or start at random: init_layers=None"
         )
     mirror = mirror_config(base.config, config)
     blocks, kept = prune_blocks(originals, text, mirror)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from shadowtune.attach.architectures import check_unwrapped
 from shadowtune.attach.sharded_loading import as_parts
 from shadowtune.attach.sharding import device_of
 from shadowtune.compatibility import commit_of, keep_commit
@@ -46,6 +47,16 @@ def absolute_name(name: str) -> str:
     return os.path.abspath(name) if name and name not in NAMED and os.path.isdir(name) else name
 
 
+def record_resized_base(config: ShadowModelConfig, base: PreTrainedModel) -> None:
+    """Record size, fingerprint and signature of a base whose vocabulary was resized; else do nothing."""
+    assert config.base_config is not None
+    recorded, found = (each.get_text_config(decoder=True) for each in (config.base_config, base.config))
+    if found.vocab_size == recorded.vocab_size:
+        return
+    config.vocab_size = recorded.vocab_size = found.vocab_size
+    config.base_fingerprint, config.base_signature = base_fingerprint(base), base_signature(base)
+
+
 def save_model(model: Any, directory: Path, state_dict: Mapping[str, Tensor] | None, max_shard_size: str | int) -> None:
     """Implement ``save_pretrained``; the trained tensors come from ``state_dict`` if it is given."""
     if state_dict is None:
@@ -53,6 +64,7 @@ def save_model(model: Any, directory: Path, state_dict: Mapping[str, Tensor] | N
     else:
         prefixes = tuple(f"{name}." for name in model.trained_modules())
         tensors = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefixes)}
+    record_resized_base(model.config, model.base)
     model.config.architectures = [type(model).__name__]
     with writing_into(directory) as staging:
         write_tensors(staging, tensors, max_shard_size)
@@ -103,7 +115,8 @@ def load_base(auto: Any, config: ShadowModelConfig, base: PreTrainedModel | str 
     Raises:
         CheckpointError: if the config names none, or it cannot be loaded.
     """
-    if isinstance(base, PreTrainedModel):
+    if isinstance(base, nn.Module):
+        check_unwrapped(base)
         return base
     name = base or config.base_name_or_path
     if not name:
@@ -330,6 +343,8 @@ def _convert_adapter(
     classifies = auto.__name__ == "AutoModelForSequenceClassification"
     if adapter.classifies and not classifies:
         raise ConfigError(f"{adapter.source} is a classifier; load it with ShadowForSequenceClassification")
+    if isinstance(base, nn.Module):
+        check_unwrapped(base)
     name = base or adapter.base
     if not name:
         raise CheckpointError(f"{adapter.source} does not name its base; pass base=..., a model, directory or Hub id")

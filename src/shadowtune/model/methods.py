@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shadowtune.attach.architectures import check_unwrapped
 from shadowtune.attach.sharded_loading import loading_in_parts, placeholders
 from shadowtune.compatibility import keep_commit
 from shadowtune.config.settings import nearest
@@ -102,6 +103,7 @@ def get_shadow_model(
         config = ShadowConfig.recommended()
     elif not isinstance(config, ShadowConfig):
         config = ShadowConfig.from_peft(config)
+    check_unwrapped(base)
     classifies = base.get_output_embeddings() is None
     kind = ShadowForSequenceClassification if classifies else ShadowForCausalLM
     return cast(Any, kind).from_base(base, config, dtype=dtype)

@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import TransformersKwargs
 from typing_extensions import Self
 
-from shadowtune.attach.architectures import Architecture, architecture_of
-from shadowtune.attach.cache import split_cache
+from shadowtune.attach.architectures import Architecture, architecture_of, check_unwrapped
+from shadowtune.attach.cache import cache_of_base, split_cache
 from shadowtune.attach.forward import begin_call, check_fit, install_hooks
 from shadowtune.attach.sharded_loading import as_parts
 from shadowtune.attach.sharding import device_of, gather_during_forward, take_layout
@@ -34,7 +34,7 @@ from shadowtune.model.adapters import NamedAdapters
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.fingerprint import base_fingerprint, base_signature
 from shadowtune.model.initialization import start_shadow
-from shadowtune.model.loading import absolute_name, check_save_keywords, load_model, save_model
+from shadowtune.model.loading import absolute_name, check_save_keywords, load_model, record_resized_base, save_model
 from shadowtune.model.quantization import keep_differentiable
 from shadowtune.model.reference import ReferenceModel
 from shadowtune.model.shadow import Shadow
@@ -104,9 +104,11 @@ class ShadowPreTrainedModel(NamedAdapters):
 
         Raises:
             UnsupportedArchitectureError: if the base's architecture is not in the table.
-            ConfigError: if the shadow's sizes do not fit, or its initialization does not fit or load.
+            ConfigError: if the base is no transformers model, such as a ``PeftModel``; or the shadow's sizes do not
+                fit, or its initialization does not fit or load.
         """
         config = config or ShadowConfig()
+        check_unwrapped(base)
         architecture_of(base.config)
         base = as_parts(base)
         keep_differentiable(base)  # before the start of the shadow, which may run it
@@ -316,6 +318,10 @@ class ShadowPreTrainedModel(NamedAdapters):
         set_cache(output, cache)
         return output
 
+    def _cache_of_base(self, cache: Cache | None) -> Cache | None:
+        """Return the cache for a call in mode "base"; raises AttachError if another mode has filled it."""
+        return cache_of_base(cache, self.shadow.num_cache_layers, len(self.architecture.blocks_of(self.base)))
+
     def needs_shadow(self, weights: LossWeights) -> bool:
         """Whether the losses of a call with labels need s0: the shadow's terms, or the draft head's."""
         return weights.shadow > 0 or weights.teach or (self.training and self.shadow.draft_head is not None)
@@ -394,11 +400,7 @@ class ShadowPreTrainedModel(NamedAdapters):
         embedding.requires_grad_(False)
         if self.base.get_output_embeddings() is not None:
             self.base.get_output_embeddings().requires_grad_(False)
-        assert self.config.base_config is not None
-        self.config.vocab_size = embedding.num_embeddings
-        self.config.base_config.get_text_config(decoder=True).vocab_size = embedding.num_embeddings
-        self.config.base_fingerprint = base_fingerprint(self.base)
-        self.config.base_signature = base_signature(self.base)
+        record_resized_base(self.config, self.base)
         return embedding
 
     def enable_input_require_grads(self) -> None:

@@ -1,7 +1,8 @@
 """Reader and writer of adapters of our own PEFT method (``shadowtune.peft``).
 
 ``adapter_config.json`` holds the settings, under PEFT's names where these mean the same, and in ``record`` the rest of
-what our ``config.json`` holds. ``adapter_model.safetensors`` holds the tensors of our ``model.safetensors``.
+what our ``config.json`` holds; ``sha256`` is the checksum of the shadow's tensors by our names. They are in
+``adapter_model.safetensors``, which PEFT writes without a checksum.
 """
 
 import json
@@ -9,18 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
 from shadowtune.config.shadow import PEFT_NAMES, ShadowConfig
 from shadowtune.errors import CheckpointError, ConfigError
-from shadowtune.model.checkpoint import find_file, read_file, trained_tensors
+from shadowtune.model.checkpoint import (
+    CHECKSUM,
+    check_contents,
+    find_file,
+    read_file,
+    tensor_checksum,
+    trained_tensors,
+)
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.formats.peft_shadow import ADAPTER, CONFIG, TASKS
 from shadowtune.model.formats.third_party import Built, ThirdPartyAdapter, write_file, write_json
 
 PEFT_TYPE = "SHADOWTUNE"
-PREFIX = "base_model.shadowtune."
-"""Of each tensor's key in ``adapter_model.safetensors``."""
+PREFIX, BASE_PREFIX = "base_model.shadowtune.", "base_model.model."
+"""Beginnings of the keys in ``adapter_model.safetensors``: of the shadow's tensors, and of the base's."""
 LIBRARY = "shadowtune: run `import shadowtune.peft` before PEFT reads this file"
 """A field of ``adapter_config.json``, for people who open an adapter without this package."""
 OURS = {ours: theirs for theirs, ours in PEFT_NAMES.items()}
@@ -67,6 +77,21 @@ def model_config(values: Mapping[str, Any], source: str) -> ShadowModelConfig:
     return config
 
 
+def shadow_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of ``adapter_model.safetensors`` by our names.
+
+    Those of the base are left out: PEFT adds the embeddings of one that was resized, which the base itself holds.
+    """
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if not name.startswith(BASE_PREFIX)}
+
+
+def checksum_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the checksum of a shadow's tensors by our names; None if a process holds only its part of them."""
+    if any(isinstance(tensor, DTensor) or tensor.is_meta for tensor in tensors.values()):
+        return None
+    return tensor_checksum({name: tensor.detach().cpu() for name, tensor in tensors.items()})
+
+
 def open_shadowtune(path_or_id: str, values: dict[str, Any], **hub: Any) -> ThirdPartyAdapter:
     """Read an adapter of our PEFT method, given the contents of its ``adapter_config.json``.
 
@@ -82,9 +107,10 @@ def open_shadowtune(path_or_id: str, values: dict[str, Any], **hub: Any) -> Thir
     if file is None:
         raise CheckpointError(f"{path_or_id} has no {ADAPTER}; an adapter_model.bin is not read, for it can run code")
     tensors = read_file(file, checked=False)
+    check_contents(shadow_tensors(tensors), values.get(CHECKSUM), file)
 
     def build(base: PreTrainedConfig, backbone: "str | PreTrainedConfig | None") -> Built:
-        return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        return config, shadow_tensors(tensors)
 
     score = tensors.get(f"{PREFIX}score.weight")
     return ThirdPartyAdapter(
@@ -123,6 +149,7 @@ def write_shadowtune(model: Any, staging: Path) -> list[str]:
             "inference_mode": True,
             "library": LIBRARY,
             "record": record_of(model.config),
+            CHECKSUM: checksum_of(tensors),
         },
     )
     return ["PEFT reads it after `import shadowtune.peft`"]

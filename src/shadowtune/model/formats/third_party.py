@@ -21,7 +21,7 @@ from shadowtune.attach.architectures import ARCHITECTURES, architecture_of
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.errors import CheckpointError, ConfigError
 from shadowtune.model.backbone import PER_BLOCK, SIZES, without_quantization
-from shadowtune.model.checkpoint import save_readable
+from shadowtune.model.checkpoint import CHECKSUM, save_readable, tensor_checksum
 from shadowtune.model.configuration import ShadowModelConfig
 from shadowtune.model.files import check_numbers, one_line
 from shadowtune.model.shadow import Shadow
@@ -82,8 +82,9 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file without a checksum."""
-    save_readable({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+    """Write a safetensors file with a checksum in its metadata, which other libraries do not read."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_readable(tensors, file, {CHECKSUM: tensor_checksum(tensors)})
 
 
 class TensorEntry(NamedTuple):
