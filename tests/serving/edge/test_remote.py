@@ -147,6 +147,13 @@ def test_whatever_a_cloud_does_is_one_clear_error(script, reason, status):
     assert "\n" not in str(error)
 
 
+def test_a_refusal_in_the_stream_is_neither_repeated_nor_a_failure_of_the_endpoint():
+    script = STREAM_HEAD + event({"error": {"message": "logprobs of 3, max 2", "code": 400}})
+    (_, error), fake = asked(script, retries=2, failures=1)
+    assert (error.http_status, "max 2" in str(error)) == (400, True)
+    assert len(fake.bodies) == 1
+
+
 def test_a_stream_is_utf_8_whatever_its_header_says():
     pieces, _ = asked(STREAM_HEAD.replace(b"event-stream", b"event-stream; charset=utf-16") + words("é"))
     assert text(pieces) == "é"
@@ -189,13 +196,6 @@ def test_the_attempts_come_to_an_end():
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
-def test_a_refusal_in_the_stream_is_neither_repeated_nor_a_failure_of_the_endpoint():
-    script = STREAM_HEAD + event({"error": {"message": "logprobs of 3, max 2", "code": 400}})
-    (_, error), fake = asked(script, retries=2, failures=1)
-    assert (error.http_status, "max 2" in str(error)) == (400, True)
-    assert len(fake.bodies) == 1
-
-
 def test_what_would_be_refused_again_is_not_asked_again(status):
     _, fake = asked(refusal(status), retries=2)
     assert len(fake.bodies) == 1
