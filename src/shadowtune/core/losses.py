@@ -108,7 +108,8 @@ def shift_and_select(labels: Tensor, *hidden_states: Tensor) -> tuple[Tensor, ..
         the unlabelled ones with target IGNORE_INDEX, because their number must not depend on the data.
 
     Raises:
-        ConfigError: if labels and hidden states are not of the same positions.
+        ConfigError: if labels and hidden states are not of the same positions, or a label is negative and not
+            IGNORE_INDEX; as an index it would count from the end of the vocabulary.
     """
     if any(hidden.shape[:-1] != labels.shape for hidden in hidden_states):
         shapes = ", ".join(str(tuple(hidden.shape[:-1])) for hidden in hidden_states)
@@ -121,7 +122,10 @@ def shift_and_select(labels: Tensor, *hidden_states: Tensor) -> tuple[Tensor, ..
     if torch.compiler.is_compiling():
         return (targets, *vectors)
     kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    return (targets[kept], *(vector[kept] for vector in vectors))
+    targets = targets[kept]
+    if bool((targets < 0).any()):
+        raise ConfigError(f"labels hold {int(targets.min())}; only {IGNORE_INDEX} means that there is no loss")
+    return (targets, *(vector[kept] for vector in vectors))
 
 
 def linear_cross_entropy(
