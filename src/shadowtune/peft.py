@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
-from shadowtune.attach.architectures import architecture_of
+from shadowtune.attach.architectures import architecture_of, check_unwrapped
 from shadowtune.attach.sharding import device_of
 from shadowtune.config.shadow import ShadowConfig
 from shadowtune.errors import ConfigError
@@ -177,6 +177,7 @@ class ShadowtuneModel(BaseTuner):
     uses_shared_state = True
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        check_unwrapped(model)
         self.shadowtune = ShadowtuneLayer()
         self.models: dict[str, ShadowPreTrainedModel] = {}  # a plain dict: they hold the base as well
         self.unread: dict[str, str | None] = {}

@@ -106,7 +106,8 @@ def test_an_unknown_architecture_is_an_error_that_names_the_known_ones_and_the_w
     message = str(caught.value)
     assert "'starcoder2'" in message
     assert all(name in message for name in ARCHITECTURES)
-    assert "shadowtune.attach.ARCHITECTURES[model_type] = Architecture(decoder, blocks)" in message
+    assert "from shadowtune.attach import ARCHITECTURES, Architecture; " in message  # shadowtune.attach is a function
+    assert "ARCHITECTURES[model_type] = Architecture(decoder, blocks)" in message
     assert "\n" not in message
 
 

@@ -198,6 +198,23 @@ def test_a_base_without_a_language_model_head_is_an_error():
         ShadowForCausalLM.from_base(tiny_classifier())
 
 
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("mode", ["attached", "detached"])
+def test_labels_of_other_positions_are_an_error(model, mode, name):
+    ids = tokens(2, 9)
+    with pytest.raises(ConfigError, match="give each position of the input a label"):
+        model.set_mode(mode)(ids, **{"labels": ids[:, :8], name: ids[:, :8]})
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("mode", ["attached", "detached"])
+def test_a_negative_label_other_than_the_ignored_one_is_an_error(model, mode, training):
+    ids = tokens(2, 9)
+    labels = torch.where(ids > 40, ids, -1)
+    with pytest.raises(ConfigError, match="labels hold -1; only -100 means"):
+        model.train(training).set_mode(mode)(ids, labels=labels)
+
+
 def test_learning_lowers_both_losses():
     torch.manual_seed(0)
     model = perturb(ShadowForCausalLM.from_base(tiny_base(), ShadowConfig(rank=4, shadow_loss_weight=1.0)), scale=0.02)

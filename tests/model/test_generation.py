@@ -269,6 +269,30 @@ def test_a_cache_filled_detached_serves_detached_calls_only(llama):
         llama.set_mode("attached")(tokens(1, 1), past_key_values=cache, use_cache=True)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_a_cache_that_the_shadow_filled_does_not_serve_the_bare_base(llama, mode):
+    cache, ids = DynamicCache(config=llama.config), tokens(1, 9)
+    llama.set_mode(mode)(ids, past_key_values=cache, use_cache=True)
+    with llama.disable_adapter():
+        with pytest.raises(AttachError, match="start mode 'base' with a new cache"):
+            llama(ids[:, :1], past_key_values=cache, use_cache=True)
+        with pytest.raises(AttachError, match="start mode 'base' with a new cache"):
+            llama.generate(tokens(1, 10), **{CACHE: cache}, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_the_bare_base_uses_its_part_of_a_cache_for_both(llama):
+    cache, ids = DynamicCache(config=llama.config), tokens(1, 9)
+    with llama.disable_adapter():
+        expected = llama(ids, use_cache=False).logits[:, -1:]
+        llama(ids[:, :8], past_key_values=cache, use_cache=True)
+        found = llama(ids[:, 8:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    with pytest.raises(AttachError):
+        llama.set_mode("attached")(ids[:, :1], past_key_values=cache, use_cache=True)
+
+
 def padded(rows, side, length):
     ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
     for index, row in enumerate(rows):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer
 
 import shadowtune
 from shadowtune import ShadowConfig, ShadowForCausalLM, ShadowForSequenceClassification
-from shadowtune.errors import CheckpointError, ConfigError
+from shadowtune.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from shadowtune.model.formats.conversion import convert
 from shadowtune.peft import ShadowtuneConfig
 from tests.support.bases import VOCABULARY, tiny_base, tiny_classifier
@@ -378,6 +378,15 @@ def test_an_adapter_of_a_resized_base_records_that_base(tmp_path, resize):
         PeftModel.from_pretrained(tiny_base(), tmp_path / "adapter")
 
 
+def test_a_shadow_model_as_base_is_refused_with_the_way_out():
+    for make in (
+        lambda: ShadowForCausalLM.from_base(perturbed_model()),
+        lambda: get_peft_model(perturbed_model(), ShadowtuneConfig.of(ShadowConfig(**SETTINGS))),
+    ):
+        with pytest.raises(ConfigError, match=r"ShadowForCausalLM, which has a base itself; pass that: model\.base"):
+            make()
+
+
 def test_a_wrapped_base_is_refused_with_the_way_out():
     lora = get_peft_model(tiny_base(), peft.LoraConfig(target_modules=["q_proj"]))
     shadow = get_peft_model(tiny_base(), ShadowtuneConfig.of(ShadowConfig(**SETTINGS)))
@@ -390,3 +399,13 @@ def test_a_wrapped_base_is_refused_with_the_way_out():
         ):
             with pytest.raises(ConfigError, match=r"PeftModel.*, which is not .*base\.unload\(\)"):
                 make()
+
+
+def test_a_shadow_model_is_no_base():
+    with pytest.raises(ConfigError, match=r"the base is a ShadowForCausalLM, .* model\.base"):
+        shadowtune.get_shadow_model(perturbed_model())
+
+
+def test_a_model_without_its_head_is_no_base():
+    with pytest.raises(UnsupportedArchitectureError, match="a model with its task head, of AutoModelForCausalLM"):
+        shadowtune.get_shadow_model(tiny_base().model)

@@ -77,7 +77,8 @@ def _part(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError:
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} has no part {path!r}, which its entry in shadowtune.attach.ARCHITECTURES names"
+            f"{type(model).__name__} has no part {path!r}, which its entry in ARCHITECTURES (shadowtune.attach) names; "
+            "a base is a model with its task head, of AutoModelForCausalLM or AutoModelForSequenceClassification"
         ) from None
 
 
@@ -133,6 +134,8 @@ def check_unwrapped(base: Any) -> None:
             "a PeftModel base.unload(), or base.merge_and_unload() to keep what a LoRA adapter learned; compile or "
             "parallelize the shadow model, not its base"
         )
+    if base.config.model_type == "shadow":
+        raise ConfigError(f"the base is a {type(base).__name__}, which has a base itself; pass that: model.base")
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
@@ -147,6 +150,6 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     reason = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
     raise UnsupportedArchitectureError(
         f"model_type {model_type!r} is not supported{reason}; supported are {', '.join(sorted(ARCHITECTURES))}. To add "
-        "one whose blocks receive unknown keywords, add an entry: shadowtune.attach.ARCHITECTURES[model_type] = "
-        "Architecture(decoder, blocks)"
+        "one whose blocks receive unknown keywords: from shadowtune.attach import ARCHITECTURES, Architecture; "
+        "ARCHITECTURES[model_type] = Architecture(decoder, blocks)"
     )

@@ -119,5 +119,5 @@ def _installed() -> str:
     """Name the installed versions if they are the likely reason."""
     untested = untested_versions()
     if not untested:
-        return "this base is not supported (see shadowtune.attach.ARCHITECTURES)"
+        return "this base is not supported (see ARCHITECTURES in the package shadowtune.attach)"
     return f"installed is {'; '.join(f'{name} {found}' for name, found in untested.items())}: install a tested version"

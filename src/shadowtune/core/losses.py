@@ -31,6 +31,7 @@ from shadowtune.core.kernels.linear_cross_entropy import (
     fused_linear_cross_entropy,
     product_dtype,
 )
+from shadowtune.errors import ConfigError
 
 IGNORE_INDEX = -100
 """The label of a position without a loss, as everywhere in transformers."""
@@ -105,13 +106,26 @@ def shift_and_select(labels: Tensor, *hidden_states: Tensor) -> tuple[Tensor, ..
     Returns:
         The N targets, then the N selected vectors (N, d) of each tensor. While torch compiles, all B * (T - 1) stay,
         the unlabelled ones with target IGNORE_INDEX, because their number must not depend on the data.
+
+    Raises:
+        ConfigError: if labels and hidden states are not of the same positions, or a label is negative and not
+            IGNORE_INDEX; as an index it would count from the end of the vocabulary.
     """
+    if any(hidden.shape[:-1] != labels.shape for hidden in hidden_states):
+        shapes = ", ".join(str(tuple(hidden.shape[:-1])) for hidden in hidden_states)
+        raise ConfigError(
+            f"labels have shape {tuple(labels.shape)} beside states of {shapes}; give each position of the input a "
+            "label, -100 where there is no loss"
+        )
     targets = labels[:, 1:].reshape(-1)
     vectors = [hidden[:, :-1].reshape(-1, hidden.shape[-1]) for hidden in hidden_states]
     if torch.compiler.is_compiling():
         return (targets, *vectors)
     kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    return (targets[kept], *(vector[kept] for vector in vectors))
+    targets = targets[kept]
+    if bool((targets < 0).any()):
+        raise ConfigError(f"labels hold {int(targets.min())}; only {IGNORE_INDEX} means that there is no loss")
+    return (targets, *(vector[kept] for vector in vectors))
 
 
 def linear_cross_entropy(

@@ -131,10 +131,8 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         inputs = {**text, "position_ids": position_ids, **kwargs}
         if self.mode == "base":
-            given = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
-            inputs |= {name: value for name, value in given.items() if value is not None}
-            cache = {CACHE: past_key_values, "use_cache": use_cache}
-            return self.base(**inputs, **cache, labels=labels, logits_to_keep=logits_to_keep)
+            loss = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            return self._base_output(inputs, past_key_values, use_cache, logits_to_keep, loss)
         if self.training and self.mode == "attached":
             check_schedule(self.shadow.config, shadow_loss_weight, num_items_in_batch)
         weights = self.loss_weights(shadow_loss_weight)
@@ -147,20 +145,37 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             run_shadow=run_shadow or (labels is not None and self.needs_shadow(weights)),
         )
         hidden_states = cast(Tensor, output.last_hidden_state)
-        joint = None
+        logits = joint = None
         if labels is not None:
             teacher = self._teacher(weights, teacher_tokens, teacher_log_probabilities, inputs)
             with gathered_linear(self.base.get_output_embeddings(), hidden_states):
                 joint = self._loss(hidden_states, state, teacher, labels, shift_labels, weights, num_items_in_batch)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = None
         if labels is None or not self.training:
-            logits = self.logits_of(hidden_states[:, kept])
-            source = input_ids if inputs_embeds is None else inputs_embeds
-            logits = logits if source is None else logits.to(source.device)  # of several (device_map)
-        if labels is None and logits is not None and self.training and self.mode == "attached":
-            guard_output(logits, weights)
+            logits = self._logits_at(
+                logits_to_keep, hidden_states, input_ids if inputs_embeds is None else inputs_embeds
+            )
+            if self.training and self.mode == "attached":
+                guard_output(logits, weights)
         return self._output(output, logits, joint, state)
+
+    def _base_output(
+        self,
+        inputs: dict[str, Any],
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        logits_to_keep: int | Tensor,
+        loss: dict[str, Any],
+    ) -> CausalLMOutputWithPast:
+        """Output of the base alone; arguments of the loss that are None are left out, for not every base has them."""
+        given = {name: value for name, value in loss.items() if value is not None}
+        cache = {CACHE: self._cache_of_base(past_key_values), "use_cache": use_cache}
+        return self.base(**inputs, **cache, logits_to_keep=logits_to_keep, **given)
+
+    def _logits_at(self, positions: int | Tensor, hidden_states: Tensor, inputs: Tensor | None) -> Tensor:
+        """Logits of positions as in ``logits_to_keep``, on the device of the inputs if there are several devices."""
+        kept = slice(-positions, None) if isinstance(positions, int) else positions
+        logits = self.logits_of(hidden_states[:, kept])
+        return logits if inputs is None else logits.to(inputs.device)
 
     def _loss(
         self,
@@ -281,6 +296,8 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         if self.mode == "base":
             if len(args) < 2:
                 kwargs = self._base_settings(**kwargs)
+            cache = self._cache_of_base(pop_cache(kwargs))
+            kwargs |= {} if cache is None else {CACHE: cache}
             return cast(GenerationMixin, self.base).generate(*args, **kwargs)
         return super().generate(*args, **kwargs)
 

@@ -125,10 +125,11 @@ class ShadowForSequenceClassification(ShadowPreTrainedModel):
         check_labels(labels, None, num_items_in_batch, loses_terms)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         inputs = {**text, "position_ids": position_ids, "use_cache": use_cache, **kwargs}
-        if self.mode == "base" and self.base.config.pad_token_id is not None:
-            return self.base(**inputs, **{CACHE: past_key_values}, labels=labels)
         if self.mode == "base":
-            return self._base_without_pad({**inputs, CACHE: past_key_values}, labels, num_items_in_batch)
+            inputs[CACHE] = self._cache_of_base(past_key_values)
+            if self.base.config.pad_token_id is not None:
+                return self.base(**inputs, labels=labels)
+            return self._base_without_pad(inputs, labels, num_items_in_batch)
         run_shadow = self.mode == "detached" or (labels is not None and self.needs_shadow(weights))
         output, state = self.encode(**inputs, past_key_values=past_key_values, run_shadow=run_shadow)
         states = cast(Tensor, output.last_hidden_state)

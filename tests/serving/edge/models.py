@@ -2,16 +2,24 @@
 
 import asyncio
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
+import httpx2
 import pytest
 
+from shadowtune.config.serving import CloudConfig, PolicyConfig, ServerConfig
 from shadowtune.data.prompt_format import PromptFormat
 from shadowtune.export.exporting import FORMATS
-from shadowtune.export.loading import load_model
+from shadowtune.export.loading import load_model, wrap_model
 from shadowtune.serving.edge.local import LocalModel
+from shadowtune.serving.edge.remote import RemoteEndpoint
+from shadowtune.serving.edge.router import Router
+from shadowtune.serving.http.app import create_app
 from shadowtune.serving.requests import GenerationRequest, SamplingParams
 from tests.export.support import plain_model
+from tests.serving.engine.support import adapter, engine
+from tests.support.bases import tiny_base
 
 FORMAT = PromptFormat("say {text}", chat_template=False)
 PROMPT = [5, 6, 7, 8]
@@ -59,5 +67,34 @@ def answered(backend, request: GenerationRequest):
             return await gather(backend, request)
         finally:
             await backend.aclose()
+
+    return asyncio.run(run())
+
+
+def text(chunks) -> str:
+    """The text of a stream's chunks."""
+    return "".join(chunk.text for chunk in chunks)
+
+
+def through_both_sides(seed: int, request: GenerationRequest, policy: PolicyConfig):
+    """Ask a router between an adapter's engine, as the cloud "big", and its detached model, as the edge "tiny".
+
+    Returns:
+        The chunks of the cloud alone, of the edge alone and of the router, and the router's decision.
+    """
+    model, tokenizer = adapter(tiny_base(), seed=seed), plain_model()[1]
+
+    async def run():
+        cloud_engine = engine({"big": model})
+        app = create_app(cloud_engine, ServerConfig(), "cloud")
+        cloud = RemoteEndpoint(CloudConfig("http://cloud", model="big"), httpx2.ASGITransport(app))
+        edge = LocalModel(wrap_model(model.detached(), tokenizer, FORMAT), "tiny")
+        router = Router(edge, cloud, policy)
+        own, _ = await gather(cloud_engine, replace(request, model="big"))
+        alone, _ = await gather(edge, request)
+        chunks, stream = await gather(router, request)
+        await router.aclose()
+        await cloud_engine.aclose()
+        return own, alone, chunks, stream.decision
 
     return asyncio.run(run())

@@ -2,23 +2,19 @@ import asyncio
 import logging
 from dataclasses import replace
 
-import httpx2
 import pytest
 
-from shadowtune.config.serving import CloudConfig, PolicyConfig, Prices, ServerConfig
+from shadowtune.config.serving import CloudConfig, PolicyConfig, Prices
 from shadowtune.errors import ConfigError
 from shadowtune.export.loading import wrap_model
 from shadowtune.serving.edge.confidence import TokenStatistics, token_confidence, token_threshold
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.edge.remote import RemoteEndpoint
 from shadowtune.serving.edge.router import Router
-from shadowtune.serving.http.app import create_app
 from shadowtune.serving.requests import GenerationRequest, RequestError, SamplingParams
 from tests.export.support import plain_model
-from tests.serving.edge.models import FORMAT, answered, ask, gather
+from tests.serving.edge.models import FORMAT, answered, ask, gather, text, through_both_sides
 from tests.serving.edge.sockets import STREAM_HEAD, answer, cloud_that, hangs, refusal, words
-from tests.serving.engine.support import adapter, engine
-from tests.support.bases import tiny_base
 
 MODEL, TOKENIZER = plain_model()
 COUNT = 8
@@ -35,13 +31,13 @@ def chat(text):
 
 def unsure_case():
     """A request, the threshold at which its third token or a later one is the first unsure one, and the texts."""
-    for text in ("hi", "red", "a sea", "day one", "sun", "ten", "ice", "two red", "say it", "go on"):
-        chunks, stream = answered(local(), chat(text))
+    for question in ("hi", "red", "a sea", "day one", "sun", "ten", "ice", "two red", "say it", "go on"):
+        chunks, stream = answered(local(), chat(question))
         sure = [token_confidence(token, "logprob") for token in stream.statistics]
         index = next(n for n in range(len(sure)) if sure[n] == min(sure))
         if index >= 2 and len(chunks) == COUNT + 1 and all(chunk.text for chunk in chunks[:COUNT]):
             parts = [chunk.text for chunk in chunks]
-            return chat(text), (min(sure) + min(sure[:index])) / 2, "".join(parts[:index]), "".join(parts)
+            return chat(question), (min(sure) + min(sure[:index])) / 2, "".join(parts[:index]), "".join(parts)
     raise AssertionError("no request of this model has its least sure token late")
 
 
@@ -64,10 +60,6 @@ def routed(*script, request=REQUEST, threshold=THRESHOLD, **fields):
                 await router.aclose()
 
     return asyncio.run(run())
-
-
-def text(chunks):
-    return "".join(chunk.text for chunk in chunks)
 
 
 def outcome(counters):
@@ -188,24 +180,10 @@ async def _generated():
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
 def test_with_our_own_cloud_the_answer_is_one_of_the_two_or_the_clouds_from_the_prefix_on(seed, threshold):
-    model = adapter(tiny_base(), seed=seed)
     request = ask(model="tiny", prompt=[5 + seed, 6, 7, 8], max_tokens=12, ignore_eos=True)
-
-    async def run():
-        cloud_engine = engine({"big": model})
-        app = create_app(cloud_engine, ServerConfig(), "cloud")
-        cloud = RemoteEndpoint(CloudConfig("http://cloud", model="big"), httpx2.ASGITransport(app))
-        own, _ = await gather(cloud_engine, replace(request, model="big"))
-        edge = LocalModel(wrap_model(model.detached(), TOKENIZER, FORMAT), "tiny")
-        alone, _ = await gather(edge, request)
-        router = Router(edge, cloud, PolicyConfig(kind="token", threshold=threshold))
-        chunks, stream = await gather(router, request)
-        await router.aclose()
-        await cloud_engine.aclose()
-        return text(own), text(alone), text(chunks), stream.decision
-
-    own, alone, found, decision = asyncio.run(run())
-    assert found == (own if decision.side == "cloud" else alone)
+    policy = PolicyConfig(kind="token", threshold=threshold)
+    own, alone, found, decision = through_both_sides(seed, request, policy)
+    assert text(found) == text(own if decision.side == "cloud" else alone)
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,19 @@
 import asyncio
 from dataclasses import asdict, replace
 
-import httpx2
 import pytest
 
-from shadowtune.config.serving import CloudConfig, CurvePoint, DriftConfig, PolicyConfig, Prices, ServerConfig
+from shadowtune.config.serving import CloudConfig, CurvePoint, DriftConfig, PolicyConfig, Prices
 from shadowtune.errors import ConfigError
 from shadowtune.export.loading import wrap_model
 from shadowtune.serving.edge.local import LocalModel
 from shadowtune.serving.edge.openai_api import RemoteError
 from shadowtune.serving.edge.remote import RemoteEndpoint
 from shadowtune.serving.edge.router import Router
-from shadowtune.serving.http.app import create_app
 from shadowtune.serving.requests import RequestError
 from tests.export.support import plain_model
-from tests.serving.edge.models import FORMAT, ask
+from tests.serving.edge.models import FORMAT, ask, text, through_both_sides
 from tests.serving.edge.sockets import STREAM_HEAD, answer, cloud_that, hangs, refusal, words
-from tests.serving.engine.support import adapter, engine
-from tests.support.bases import tiny_base
 
 MODEL, TOKENIZER = plain_model()
 CHAT = ask(prompt=None, messages=[{"role": "user", "content": "hi"}])
@@ -58,10 +54,6 @@ def routed(*script, request=CHAT, policy=None, edge_deadline=60.0, max_length=No
                 await router.aclose()
 
     return asyncio.run(run())
-
-
-def text(pieces):
-    return "".join(piece.text for piece in pieces)
 
 
 def test_a_sure_answer_stays_and_the_cloud_hears_nothing():
@@ -243,25 +235,8 @@ def test_a_policy_without_a_threshold_has_none_to_change():
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_verify_gives_exactly_the_clouds_own_answer(seed):
-    model = adapter(tiny_base(), seed=seed)
     request = ask(model="tiny", prompt=[5 + seed, 6, 7, 8], max_tokens=12, ignore_eos=True)
-
-    async def run():
-        cloud_engine = engine({"big": model})
-        app = create_app(cloud_engine, ServerConfig(), "cloud")
-        cloud = RemoteEndpoint(CloudConfig("http://cloud", model="big"), httpx2.ASGITransport(app))
-        own = [piece async for piece in await cloud_engine.generate(replace(request, model="big"))]
-        plain, tokenizer = model.detached(), TOKENIZER
-        edge = LocalModel(wrap_model(plain, tokenizer, FORMAT), "tiny")
-        router = Router(edge, cloud, PolicyConfig(kind="verify"))
-        found = await router.generate(request)
-        pieces = [piece async for piece in found]
-        draft = [piece async for piece in await edge.generate(request)]
-        await router.aclose()
-        await cloud_engine.aclose()
-        return own, pieces, draft, found.decision
-
-    own, pieces, draft, decision = asyncio.run(run())
+    own, draft, pieces, decision = through_both_sides(seed, request, PolicyConfig(kind="verify"))
     assert text(pieces) == text(own)
     agreed = text(draft) == text(own)
     assert (decision.side, decision.reason) == ("cloud", "agreed" if agreed else "corrected")
