@@ -114,8 +114,7 @@ class SpeculateCandidate(TimedCandidate):
             self.options["assistant_model"] = self.model.detached().eval()
         self.mark_loaded(self.model)
         self.prepacked = ExitStack()
-        if isinstance(self.model, ShadowForCausalLM):  # as the CLI and the server run it, until this process ends
-            self.prepacked.enter_context(prepacked_linear(self.model))
+        self.prepacked.enter_context(prepacked_linear(self.model))  # as CLI and server run it, until this process ends
         self.prompts = self._prompts()
         self.batch, self.next, self.new_tokens = 1, 0, 0
 

@@ -98,6 +98,23 @@ def test_a_head_that_agrees_more_is_adopted_and_found_again(tmp_path, monkeypatc
     assert two.reservoir.seen == 15 and len(two.reservoir.training) == len(one.reservoir.training)
 
 
+def test_a_copy_that_is_not_better_yet_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(learning._Round, "judge", lambda *_: False)  # neither agrees with any token
+    one = learner(tmp_path / "a")
+
+    def after(steps):
+        monkeypatch.setattr(learning, "ROUND_STEPS", steps)
+        for seed in range(10):
+            features, states, ids = record(seed=seed)
+            one.add(features, states, ids.tolist())
+        work(one)
+        return one._candidate.up.weight
+
+    trained = after(3)
+    assert not torch.equal(trained, one._head.up.weight)
+    assert torch.equal(after(0), trained)
+
+
 def test_it_goes_back_when_fewer_drafts_are_accepted(tmp_path, caplog):
     of = model()
     one = learner(tmp_path / "a", of)

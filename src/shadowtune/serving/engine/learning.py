@@ -34,7 +34,7 @@ MIN_TOKENS, MAX_TOKENS = 8, 256
 """Of a record."""
 STEP_TOKENS = 64
 """Tokens of one step of training."""
-ROUND_STEPS, MIN_RECORDS = 50, 10
+ROUND_STEPS, MIN_RECORDS = 200, 10
 """Steps of a round, and records before the first one and between two."""
 JUDGED_RECORDS = 50
 """Held-out records that decide on a round, at most."""
@@ -68,6 +68,7 @@ class DraftHeadLearner:
         self.reservoir = Reservoir(MAX_BYTES)
         self._saving: threading.Thread | None = None
         self._round: _Round | None = None
+        self._candidate: DraftHead | None = None  # trained in earlier rounds, and not better yet
         self._trained, self._saved, self._saved_at = 0, 0, time.monotonic()
         self._previous: dict[str, Tensor] | None = None
         self._counts, self._before = [0, 0], [0, 0]  # accepted and verified drafts: of this head, of the previous one
@@ -99,6 +100,7 @@ class DraftHeadLearner:
                 *(self._name, now / count, then / earlier),
             )
             self._set_weights(self._previous)
+            self._candidate = None
             self._save_head()
         self._previous, self._before, self._counts = None, [0, 0], self._before if fewer else self._counts
 
@@ -120,14 +122,15 @@ class DraftHeadLearner:
                 self._save_records()
                 return False
             self._trained = self.reservoir.seen
-            self._round = _Round(self._head, self._steps, self._targets, self._trained)
+            self._round = _Round(self._candidate or self._head, self._steps, self._targets, self._trained)
         if self._round.train(self.reservoir.training):
             return True
         if self._round.judge(self._head, self.reservoir.held_out):
             return True
         (before, after), total, trained = self._round.agreeing, self._round.total, self._round.head
-        self._round = None
+        self._round, self._candidate = None, trained
         if after > before:
+            self._candidate = None
             shares = after / total, before / total
             LOG.info("adapter %r: its draft head agrees with %.3f of held-out tokens, %.3f before", self._name, *shares)
             self._previous = {name: part.clone() for name, part in self._head.state_dict().items()}
