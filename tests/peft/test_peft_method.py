@@ -401,11 +401,6 @@ def test_a_wrapped_base_is_refused_with_the_way_out():
                 make()
 
 
-def test_a_shadow_model_is_no_base():
-    with pytest.raises(ConfigError, match=r"the base is a ShadowForCausalLM, .* model\.base"):
-        shadowtune.get_shadow_model(perturbed_model())
-
-
 def test_a_model_without_its_head_is_no_base():
     with pytest.raises(UnsupportedArchitectureError, match="a model with its task head, of AutoModelForCausalLM"):
         shadowtune.get_shadow_model(tiny_base().model)

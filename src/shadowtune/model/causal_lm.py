@@ -151,9 +151,7 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
             with gathered_linear(self.base.get_output_embeddings(), hidden_states):
                 joint = self._loss(hidden_states, state, teacher, labels, shift_labels, weights, num_items_in_batch)
         if labels is None or not self.training:
-            logits = self._logits_at(
-                logits_to_keep, hidden_states, input_ids if inputs_embeds is None else inputs_embeds
-            )
+            logits = self._logits_at(logits_to_keep, hidden_states, inputs)
             if self.training and self.mode == "attached":
                 guard_output(logits, weights)
         return self._output(output, logits, joint, state)
@@ -171,11 +169,12 @@ class ShadowForCausalLM(ShadowPreTrainedModel, GenerationMixin):
         cache = {CACHE: self._cache_of_base(past_key_values), "use_cache": use_cache}
         return self.base(**inputs, **cache, logits_to_keep=logits_to_keep, **given)
 
-    def _logits_at(self, positions: int | Tensor, hidden_states: Tensor, inputs: Tensor | None) -> Tensor:
+    def _logits_at(self, positions: int | Tensor, hidden_states: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Logits of positions as in ``logits_to_keep``, on the device of the inputs if there are several devices."""
         kept = slice(-positions, None) if isinstance(positions, int) else positions
         logits = self.logits_of(hidden_states[:, kept])
-        return logits if inputs is None else logits.to(inputs.device)
+        source = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+        return logits.to(source.device)
 
     def _loss(
         self,
