@@ -123,7 +123,7 @@ def shift_and_select(labels: Tensor, *hidden_states: Tensor) -> tuple[Tensor, ..
         return (targets, *vectors)
     kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     targets = targets[kept]
-    if bool((targets < 0).any()):
+    if not targets.is_meta and bool((targets < 0).any()):
         raise ConfigError(f"labels hold {int(targets.min())}; only {IGNORE_INDEX} means that there is no loss")
     return (targets, *(vector[kept] for vector in vectors))
 
