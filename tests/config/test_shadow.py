@@ -109,7 +109,7 @@ def test_the_copied_blocks_give_the_number_of_blocks():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init_layers": ()}, "init_layers must name a block of the base at least, got none; init_layers=None starts at random"),
+        ({"init_layers": ()}, "init_layers must name a block of the base at least, got none; init_layers=None"),
         ({"backbone": "x"}, r"init_layers \[0\] copies blocks .* but backbone is 'x'; leave one of the two out"),
         ({"init_from": "d"}, r"init_layers \[0\] and init_from 'd' both say .*; leave one of the two out"),
         ({"num_shadow_layers": 2}, r"num_shadow_layers 2 is not the number of init_layers \[0\]; leave it out"),
