@@ -87,12 +87,15 @@ def _split_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
 
 def _part(parameter: Tensor, mesh: Any) -> Tensor:
     """Return this process's part of a parameter, as FSDP2 splits it: the last processes may have less, or nothing."""
+    chunks, rank = parameter.detach().chunk(mesh.size()), mesh.get_local_rank()
+    return _joined(chunks[rank] if rank < len(chunks) else parameter.detach()[:0], parameter, mesh)
+
+
+def _joined(local: Tensor, whole: Tensor, mesh: Any) -> Tensor:
+    """Return the ``DTensor`` of this process's part, with shape and stride of ``whole``."""
     from torch.distributed.tensor import DTensor, Shard
 
-    chunks = parameter.detach().chunk(mesh.size())
-    rank = mesh.get_local_rank()
-    own = chunks[rank] if rank < len(chunks) else parameter.detach()[:0]
-    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride())
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def as_parts(base: PreTrainedModel) -> PreTrainedModel:
@@ -142,10 +145,7 @@ def as_parts(base: PreTrainedModel) -> PreTrainedModel:
 
 def _moved(parameter: Tensor, mesh: Any) -> Tensor:
     """Return a ``DTensor`` with the local part of another one, on another mesh of the same processes."""
-    from torch.distributed.tensor import DTensor, Shard
-
-    local, shape, stride = cast(Any, parameter.detach()).to_local(), parameter.shape, parameter.stride()
-    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    return _joined(cast(Any, parameter.detach()).to_local(), parameter, mesh)
 
 
 @contextlib.contextmanager
